@@ -1,0 +1,29 @@
+//! What the stages of Kindling share.
+//!
+//! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
+//! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
+//! [`backend`], [`rng`] and [`stage`] (what every command line does the same way).
+//!
+//! # Invariants
+//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng`;
+//!   `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
+//! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
+//! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
+
+pub mod backend;
+pub mod checkpoint;
+pub mod config;
+pub mod conversation;
+pub mod data;
+pub mod generate;
+pub mod hf;
+pub mod kernels;
+pub mod loss;
+pub mod metrics;
+pub mod model;
+pub mod optim;
+pub mod rng;
+pub mod stage;
+#[cfg(feature = "testing")]
+pub mod testing;
+pub mod tokenizer;
