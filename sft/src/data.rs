@@ -7,7 +7,7 @@ use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::config::{ConfigError, PathResolver};
 use common::conversation::{self, EncodedConversation, Message};
-use common::data::collate::{self, Packed};
+use common::data::collate::{self, Example, TrainingRows};
 use common::data::records::{self, OnBadRecord};
 use common::model::Layout;
 use common::tokenizer::Tokenizer;
@@ -25,11 +25,9 @@ pub(crate) struct Conversations {
 
 /// A batch of conversations, several in a row, none seeing another.
 pub(crate) struct Batch {
-    packed: Packed,
-    /// Indices into `[batch · seq]` of positions whose next token is trained on.
+    rows: TrainingRows,
+    /// Indices into `[batch · seq]` of the positions whose next token is trained on.
     positions: Vec<i64>,
-    /// Those next tokens.
-    targets: Vec<i64>,
 }
 
 impl DataConfig {
@@ -54,7 +52,7 @@ impl Conversations {
         let mut all = Self { encoded: Vec::new(), messages: Vec::new(), sha256: BTreeMap::new() };
         let mut n_too_long = 0;
         for file in files {
-            all.sha256.insert(file.display().to_string(), records::sha256(file)?);
+            all.sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
             for conversation in records::read_conversations(file, on_bad_record)? {
                 let mut encoded = conversation::encode(tokenizer, &conversation.messages)
                     .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
@@ -91,38 +89,35 @@ impl Conversations {
 impl Batch {
     /// Packs `conversations` into rows of at most `seq_len` tokens.
     pub(crate) fn new(conversations: &[&EncodedConversation], seq_len: usize, pad: u32) -> Self {
-        let packed = collate::pack(conversations, seq_len, pad);
-        let mut positions = Vec::new();
-        let mut targets = Vec::new();
-        for (i, &trained) in packed.trained.iter().enumerate() {
-            // The state before a trained token predicts it; a document's first token is never trained.
-            if trained {
-                positions.push(i as i64 - 1);
-                targets.push(packed.ids[i]);
-            }
-        }
-        Self { packed, positions, targets }
+        let examples: Vec<Example<'_>> =
+            conversations.iter().map(|c| Example { ids: &c.ids, trained: &c.trained }).collect();
+        let rows = collate::pack(&examples, seq_len, pad);
+        let positions = (0..).zip(&rows.trained).filter_map(|(i, &trained)| trained.then_some(i)).collect();
+        Self { rows, positions }
     }
 
     /// How many tokens are trained on.
     pub(crate) fn n_targets(&self) -> usize {
-        self.targets.len()
+        self.positions.len()
     }
 
     /// `[batch, seq]`
     pub(crate) fn inputs(&self, device: &Device) -> Tensor<2, Int> {
-        Tensor::from_data(TensorData::new(self.packed.ids.clone(), [self.packed.batch, self.packed.seq]), device)
+        Tensor::from_data(TensorData::new(self.rows.ids.clone(), [self.rows.batch, self.rows.seq]), device)
     }
 
     /// Which tokens see which.
     pub(crate) fn layout(&self) -> Layout {
-        Layout::packed(self.packed.first_key.clone(), self.packed.seq)
+        Layout::packed(self.rows.first_key.clone(), self.rows.seq)
     }
 
     /// Indices of the predicting positions and the tokens they predict, both `[n_targets]`.
     pub(crate) fn targets(&self, device: &Device) -> (Tensor<1, Int>, Tensor<1, Int>) {
         let n = self.n_targets();
-        let tensor = |ids: &[i64]| Tensor::from_data(TensorData::new(ids.to_vec(), [n]), device);
-        (tensor(&self.positions), tensor(&self.targets))
+        let targets: Vec<i32> = self.positions.iter().map(|&i| self.rows.targets[i as usize]).collect();
+        (
+            Tensor::from_data(TensorData::new(self.positions.clone(), [n]), device),
+            Tensor::from_data(TensorData::new(targets, [n]), device),
+        )
     }
 }

@@ -68,7 +68,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
 
-    let order = Order::new(training.encoded.len(), streams, "order");
+    let mut order = Order::new(training.encoded.len(), streams, "order");
     let batch_size = config.train.batch_size;
     let micro = config.train.micro_batch_size.unwrap_or(batch_size);
     while session.goes_on() {
