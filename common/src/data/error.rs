@@ -78,6 +78,14 @@ pub enum DataError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file of token ids is not what it should be.
+    #[error("`{path}` is not a JSON array of arrays of token ids: {reason}", path = path.display())]
+    Ids {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The documents cannot be encoded.
     #[error("cannot encode the documents")]
     Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
