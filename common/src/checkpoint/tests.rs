@@ -11,7 +11,7 @@ use crate::tokenizer::{TokenizerConfig, TokenizerKind};
 
 fn tokenizer(kind: TokenizerKind) -> Tokenizer {
     let config = TokenizerConfig { kind, ..TokenizerConfig::default() };
-    Tokenizer::train(&config, ["the quick brown fox"], true).expect("trains")
+    Tokenizer::train(&config, ["the quick brown fox"].into_iter(), true).expect("trains")
 }
 
 fn config(tokenizer: &Tokenizer) -> GptConfig {
