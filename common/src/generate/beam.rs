@@ -2,7 +2,8 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 
-use super::sampling::{check_finite, log_sum_exp, penalise};
+use super::sampling::penalise;
+use super::softmax::{check_finite, log_sum_exp};
 use super::{Finish, GenerateError, NonFiniteLogit, check_prompt, invalid, last_logits};
 use crate::model::{Cache, Gpt};
 
@@ -211,4 +212,104 @@ fn keep_best(candidates: &mut Vec<Candidate>, n: usize) {
 
 fn better(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.sum.total_cmp(&a.sum).then(a.beam_idx.cmp(&b.beam_idx)).then(a.id.cmp(&b.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::generate::tests::random_model;
+    use crate::generate::{GenerateOptions, SamplingConfig, generate};
+    use crate::model::{GptConfig, Layout};
+    use crate::rng::Streams;
+
+    const VOCAB: usize = 5;
+
+    fn model() -> Gpt {
+        let config = GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 12, ..GptConfig::gpt2(VOCAB) };
+        random_model(&config, &Device::flex())
+    }
+
+    /// Log-probabilities of `answer` after `prompt`, uncached.
+    fn log_probs(model: &Gpt, prompt: &[u32], answer: &[u32]) -> Vec<f64> {
+        let ids: Vec<i32> = prompt.iter().chain(answer).map(|&id| id as i32).collect();
+        let shape = [1, ids.len()];
+        let ids = Tensor::from_data(TensorData::new(ids, shape), &model.device());
+        let logits = model.forward(ids, &Layout::right_padded()).try_into_vec_as::<f32>().unwrap();
+        let rows = logits.chunks(VOCAB).skip(prompt.len() - 1);
+        rows.zip(answer).map(|(row, &id)| f64::from(row[id as usize]) - log_sum_exp(row)).collect()
+    }
+
+    /// Every answer of up to `max_tokens` tokens that ends there or at a stop token, with its score.
+    fn all_answers(model: &Gpt, prompt: &[u32], config: &BeamConfig) -> Vec<(Vec<u32>, f64)> {
+        let mut open = vec![Vec::new()];
+        let mut done = Vec::new();
+        while let Some(answer) = open.pop() {
+            for id in 0..VOCAB as u32 {
+                let longer = [answer.as_slice(), &[id]].concat();
+                if config.stop.contains(&id) || longer.len() == config.max_tokens {
+                    let sum: f64 = log_probs(model, prompt, &longer).iter().sum();
+                    let score = sum / (longer.len() as f64).powf(config.length_penalty);
+                    done.push((longer, score));
+                } else {
+                    open.push(longer);
+                }
+            }
+        }
+        done.sort_by(|a, b| b.1.total_cmp(&a.1));
+        done
+    }
+
+    #[test]
+    fn enough_beams_find_the_best_answer_of_all() {
+        let model = model();
+        for stop in [vec![], vec![2]] {
+            for length_penalty in [0.0, 1.0, 3.0] {
+                let config = BeamConfig { n_beams: 125, length_penalty, max_tokens: 3, stop: stop.clone(), ..BeamConfig::default() };
+                let (ids, score) = all_answers(&model, &[1, 4], &config).remove(0);
+                let best = beam_search(&model, &[1, 4], &config).unwrap();
+                assert_eq!(best.ids, ids, "{config:?}");
+                assert!((best.score - score).abs() < 1e-5, "{} for {score}", best.score);
+                for (found, expected) in best.log_probs.iter().zip(log_probs(&model, &[1, 4], &ids)) {
+                    assert!((f64::from(*found) - expected).abs() < 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_beam_is_greedy_decoding() {
+        let model = model();
+        let config = BeamConfig { n_beams: 1, max_tokens: 8, ..BeamConfig::default() };
+        let beam = beam_search(&model, &[3], &config).unwrap();
+        let greedy = SamplingConfig::greedy(8, vec![]);
+        let greedy = generate(&model, &[vec![3]], &greedy, &Streams::new(0), 0, GenerateOptions::default()).unwrap();
+        assert_eq!(beam.ids, greedy[0].ids);
+        assert_eq!(beam.finish, Finish::Length);
+    }
+
+    #[test]
+    fn the_answer_ends_with_the_context_window() {
+        let model = model();
+        let best = beam_search(&model, &[0; 8], &BeamConfig::default()).unwrap();
+        assert_eq!((best.ids.len(), best.finish), (4, Finish::Length));
+        let error = beam_search(&model, &[0; 12], &BeamConfig::default()).unwrap_err();
+        assert!(matches!(error, GenerateError::PromptTooLong { n_tokens: 12, max_seq_len: 12, .. }));
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let base = BeamConfig::default();
+        let cases = [
+            (BeamConfig { n_beams: 0, ..base.clone() }, "n_beams"),
+            (BeamConfig { length_penalty: f64::NAN, ..base.clone() }, "length_penalty"),
+            (BeamConfig { repetition_penalty: -1.0, ..base.clone() }, "repetition_penalty"),
+            (BeamConfig { max_tokens: 0, ..base.clone() }, "max_tokens"),
+        ];
+        for (config, name) in cases {
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.starts_with(&format!("invalid `{name}`: expected ")), "{message}");
+        }
+    }
 }

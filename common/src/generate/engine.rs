@@ -221,6 +221,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::generate::tests::random_model as model;
     use crate::kernels::Kernels;
     use crate::model::{GptConfig, Layout, NormPlacement, Positions};
 
@@ -239,16 +240,6 @@ mod tests {
             tie_embeddings: false,
             ..GptConfig::gpt2(37)
         }
-    }
-
-    /// A random model whose distributions are far from uniform.
-    fn model(config: &GptConfig, device: &Device) -> Gpt {
-        let mut named = Gpt::new(config, &Streams::new(11), device).to_named();
-        let mut rng = Streams::new(12).get("test", 0);
-        for tensor in named.values_mut() {
-            tensor.data.iter_mut().for_each(|x| *x += 0.3 * rng.normal() as f32);
-        }
-        Gpt::from_named(config, named, device).unwrap()
     }
 
     fn small() -> Gpt {
@@ -274,7 +265,7 @@ mod tests {
         let ids: Vec<i32> = prompt.iter().chain(answer).map(|&id| id as i32).collect();
         let shape = [1, ids.len()];
         let ids = Tensor::from_data(TensorData::new(ids, shape), &model.device());
-        let logits = model.forward(ids, &Layout::right_padded()).into_data().into_vec::<f32>().unwrap();
+        let logits = model.forward(ids, &Layout::right_padded()).try_into_vec_as::<f32>().unwrap();
         let rows = logits.chunks(model.config().vocab_size).skip(prompt.len() - 1);
         rows.zip(answer)
             .map(|(row, &id)| {

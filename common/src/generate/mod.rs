@@ -9,12 +9,13 @@
 mod beam;
 mod engine;
 mod sampling;
+mod softmax;
 
 pub use beam::{BeamConfig, Hypothesis, beam_search};
 pub use engine::{Finish, GenerateOptions, Generated, OnToken, generate};
 pub use sampling::{Choice, NonFiniteLogit, Sampler, SamplingConfig, TEMPERATURE_EPS};
 
-use burn::tensor::{ExecutionError, Tensor};
+use burn::tensor::{Tensor, TensorReadError};
 use thiserror::Error;
 
 use crate::model::Gpt;
@@ -81,7 +82,7 @@ pub enum GenerateError {
     },
     /// The device failed to compute or to return the logits.
     #[error("failed to read the logits from the device")]
-    Device(#[source] Box<ExecutionError>),
+    Device(#[source] Box<TensorReadError>),
 }
 
 /// Refuses a prompt the model cannot take.
@@ -108,10 +109,27 @@ fn last_logits(model: &Gpt, hidden: Tensor<3>) -> Result<Vec<f32>, GenerateError
     let [_, seq, _] = hidden.dims();
     let last = if seq == 1 { hidden } else { hidden.narrow(1, seq - 1, 1) }; // [batch, 1, d_model]
     let logits = model.logits(last); // [batch, 1, vocab_size]
-    let data = logits.try_into_data().map_err(|error| GenerateError::Device(Box::new(error)))?;
-    Ok(data.convert::<f32>().into_vec().expect("converted to f32 above"))
+    logits.try_into_vec_as::<f32>().map_err(|error| GenerateError::Device(Box::new(error)))
 }
 
 fn invalid(name: &'static str, expected: &'static str, found: impl ToString) -> GenerateError {
     GenerateError::InvalidOption { name, expected, found: found.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use crate::model::{Gpt, GptConfig};
+    use crate::rng::Streams;
+
+    /// A random model whose distributions are far from uniform.
+    pub(super) fn random_model(config: &GptConfig, device: &Device) -> Gpt {
+        let mut named = Gpt::new(config, &Streams::new(11), device).to_named();
+        let mut rng = Streams::new(12).get("test", 0);
+        for tensor in named.values_mut() {
+            tensor.data.iter_mut().for_each(|x| *x += 0.3 * rng.normal() as f32);
+        }
+        Gpt::from_named(config, named, device).unwrap()
+    }
 }

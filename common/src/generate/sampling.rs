@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use super::softmax::{BLOCK, check_finite, exp_nonpositive, max_of, ordered_bits, sum};
 use super::{GenerateError, invalid};
 use crate::rng::Rng;
 
@@ -143,33 +144,69 @@ impl Sampler {
     pub fn choose(&mut self, logits: &mut [f32]) -> Result<Choice, NonFiniteLogit> {
         assert!(!logits.is_empty(), "there is no token to choose from");
         check_finite(logits)?;
-        let greedy = self.temperature == 0.0;
-        let scale = if greedy || self.temperature == 1.0 { 1.0 } else { 1.0 / (self.temperature + TEMPERATURE_EPS) };
+        let scale = self.scale();
+        let max = f64::from(self.weigh(logits, scale));
+        let log_total = self.total().ln();
+        let log_prob = |logit: f32| ((f64::from(logit) - max) * scale - log_total) as f32;
 
-        let max = self.weigh(logits, scale);
-        let mut total: f64 = self.sums.iter().sum();
-        let log_total = total.ln();
-        let log_prob = |logit: f32| ((logit as f64 - max as f64) * scale - log_total) as f32;
-
-        let id = if self.repetition_penalty == 1.0 {
-            if greedy { argmax(logits) } else { self.draw(logits, total) }
-        } else {
-            let unpenalised: Vec<f32> = self.seen.iter().map(|&id| logits[id as usize]).collect();
-            penalise(logits, &self.seen, self.repetition_penalty);
-            let id = if greedy {
+        if self.repetition_penalty == 1.0 {
+            let id = if self.temperature == 0.0 {
                 argmax(logits)
             } else {
-                self.weigh(logits, scale);
-                total = self.sums.iter().sum();
-                self.draw(logits, total)
+                self.filter(logits);
+                self.draw()
             };
-            match self.seen.binary_search(&id) {
-                Ok(at) => return Ok(Choice { id, log_prob: log_prob(unpenalised[at]) }),
-                Err(at) => self.seen.insert(at, id),
-            }
-            id
+            return Ok(Choice { id, log_prob: log_prob(logits[id as usize]) });
+        }
+        let unpenalised: Vec<f32> = self.seen.iter().map(|&id| logits[id as usize]).collect();
+        penalise(logits, &self.seen, self.repetition_penalty);
+        let id = if self.temperature == 0.0 {
+            argmax(logits)
+        } else {
+            self.weigh(logits, scale);
+            self.filter(logits);
+            self.draw()
         };
-        Ok(Choice { id, log_prob: log_prob(logits[id as usize]) })
+        let logit = match self.seen.binary_search(&id) {
+            Ok(at) => unpenalised[at],
+            Err(at) => {
+                self.seen.insert(at, id);
+                logits[id as usize]
+            }
+        };
+        Ok(Choice { id, log_prob: log_prob(logit) })
+    }
+
+    /// The probabilities that [`choose`](Self::choose) would draw from, after the penalty and the filters.
+    ///
+    /// Takes nothing from the stream; changes `logits` as `choose` does.
+    ///
+    /// # Errors
+    /// [`NonFiniteLogit`] if a logit is NaN or infinite.
+    ///
+    /// # Panics
+    /// If `logits` is empty.
+    pub fn distribution(&mut self, logits: &mut [f32]) -> Result<Vec<f64>, NonFiniteLogit> {
+        assert!(!logits.is_empty(), "there is no token to choose from");
+        check_finite(logits)?;
+        penalise(logits, &self.seen, self.repetition_penalty);
+        if self.temperature == 0.0 {
+            let chosen = argmax(logits);
+            return Ok((0..logits.len() as u32).map(|id| if id == chosen { 1.0 } else { 0.0 }).collect());
+        }
+        self.weigh(logits, self.scale());
+        self.filter(logits);
+        let total = self.total();
+        Ok(self.weights.iter().map(|&weight| f64::from(weight) / total).collect())
+    }
+
+    /// What logits are multiplied by.
+    fn scale(&self) -> f64 {
+        if self.temperature == 0.0 || self.temperature == 1.0 { 1.0 } else { 1.0 / (self.temperature + TEMPERATURE_EPS) }
+    }
+
+    fn total(&self) -> f64 {
+        self.sums.iter().sum()
     }
 
     /// Sets `weights = exp((logits − max)·scale)` and the sums of its blocks; returns `max`.
@@ -187,17 +224,19 @@ impl Sampler {
         self.sums.extend(self.weights.chunks(BLOCK).map(sum));
     }
 
-    /// Applies top-k and top-p to the weights and draws a token. `total` is their sum.
-    fn draw(&mut self, logits: &[f32], mut total: f64) -> u32 {
+    /// Applies top-k and top-p to the weights.
+    fn filter(&mut self, logits: &[f32]) {
         if self.top_k > 0 && self.top_k < logits.len() {
             self.keep_top_k(logits);
-            total = self.sums.iter().sum();
         }
         if self.top_p < 1.0 {
-            self.keep_top_p(logits, total);
-            total = self.sums.iter().sum();
+            self.keep_top_p(logits);
         }
-        let mut target = self.rng.uniform() * total;
+    }
+
+    /// Draws a token by its weight.
+    fn draw(&mut self) -> u32 {
+        let mut target = self.rng.uniform() * self.total();
         let mut chosen_block = 0;
         for (block, &sum) in self.sums.iter().enumerate() {
             if sum > 0.0 {
@@ -235,8 +274,9 @@ impl Sampler {
         self.sum_blocks();
     }
 
-    /// Clears the weights outside the smallest set of likeliest tokens with at least `top_p` of `total`.
-    fn keep_top_p(&mut self, logits: &[f32], total: f64) {
+    /// Clears the weights outside the smallest set of likeliest tokens with at least `top_p` of their sum.
+    fn keep_top_p(&mut self, logits: &[f32]) {
+        let total = self.total();
         // All tokens at or below this weight have at most `1 − top_p` of the total together, so none is needed.
         // The factor leaves room for rounding.
         let floor = ((1.0 - self.top_p) * total / logits.len() as f64 * 0.999) as f32;
@@ -268,9 +308,6 @@ impl Sampler {
     }
 }
 
-/// Weights are summed in blocks of this many, so that a draw walks over blocks first.
-const BLOCK: usize = 256;
-
 /// Divides the positive and multiplies the negative numbers of the tokens `seen`, each once.
 ///
 /// # Source
@@ -283,22 +320,6 @@ pub(super) fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
     }
 }
 
-/// `ln Σ exp(logits)`, summed in f64.
-pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = max_of(logits);
-    let total: f64 = logits.chunks(BLOCK).map(|block| sum_of(block, |&logit| exp_nonpositive(logit - max))).sum();
-    max as f64 + total.ln()
-}
-
-/// Refuses a row that holds NaN or infinity.
-pub(super) fn check_finite(logits: &[f32]) -> Result<(), NonFiniteLogit> {
-    if logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
-        return Ok(());
-    }
-    let id = logits.iter().position(|logit| !logit.is_finite()).unwrap_or(0);
-    Err(NonFiniteLogit { id: id as u32, logit: logits[id] })
-}
-
 /// Likelier tokens first, equal ones by id.
 fn by_logit(logits: &[f32], a: u32, b: u32) -> Ordering {
     let (logit_a, logit_b) = (logits[a as usize], logits[b as usize]);
@@ -309,68 +330,6 @@ fn by_logit(logits: &[f32], a: u32, b: u32) -> Ordering {
 fn argmax(logits: &[f32]) -> u32 {
     let max = max_of(logits);
     logits.iter().position(|&logit| logit == max).expect("logits are finite") as u32
-}
-
-fn max_of(logits: &[f32]) -> f32 {
-    let (chunks, rest) = logits.as_chunks::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in chunks {
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane = if logit > *lane { logit } else { *lane };
-        }
-    }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &logit| max.max(logit))
-}
-
-fn sum(weights: &[f32]) -> f64 {
-    sum_of(weights, |&weight| weight)
-}
-
-fn sum_of(values: &[f32], weight: impl Fn(&f32) -> f32) -> f64 {
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut lanes = [0f64; LANES];
-    for chunk in chunks {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += weight(value) as f64;
-        }
-    }
-    lanes.iter().sum::<f64>() + rest.iter().map(|value| weight(value) as f64).sum::<f64>()
-}
-
-/// Independent partial results, so that the compiler can use vector registers.
-const LANES: usize = 16;
-
-/// The bits of a finite number as an integer of the same order; both zeros are equal.
-fn ordered_bits(value: f32) -> u32 {
-    let bits = (value + 0.0).to_bits();
-    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
-}
-
-/// `exp(x)` for `x ≤ 0`, within 2e-7 of the value; 0 below −87, where f32 would go subnormal.
-///
-/// Without branches or calls, so it is vectorised, and the same on every processor and system.
-///
-/// # Source
-/// Cephes `expf.c` (Moshier): `x = n·ln 2 + r`, a polynomial of degree 7 for `exp(r)`.
-fn exp_nonpositive(x: f32) -> f32 {
-    const LOWEST: f32 = -87.0;
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low bits
-    let clamped = if x > LOWEST { x } else { LOWEST };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = clamped - n * LN_2_HIGH - n * LN_2_LOW;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    p = p * (r * r) + r + 1.0;
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    let value = p * f32::from_bits(exponent);
-    if x > LOWEST { value } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -423,24 +382,8 @@ mod tests {
         softmax(&order)
     }
 
-    /// The sampler's distribution over the tokens it may draw.
     fn distribution(logits: &[f32], config: &SamplingConfig, prompt: &[u32]) -> Vec<f64> {
-        let mut sampler = sampler(config, prompt, 0);
-        sampler.choose(&mut logits.to_vec()).unwrap();
-        let total: f64 = sampler.weights.iter().map(|&weight| weight as f64).sum();
-        sampler.weights.iter().map(|&weight| weight as f64 / total).collect()
-    }
-
-    #[test]
-    fn the_exponential_is_within_two_roundings() {
-        let worst = (0..880_000).map(|step| step as f32 * -1e-4).filter(|&x| x > -87.0).fold(0f64, |worst, x| {
-            let exact = f64::from(x).exp();
-            worst.max((exp_nonpositive(x) as f64 / exact - 1.0).abs())
-        });
-        assert!(worst < 2e-7, "{worst}");
-        assert_eq!(exp_nonpositive(0.0), 1.0);
-        assert_eq!(exp_nonpositive(-100.0), 0.0);
-        assert_eq!(exp_nonpositive(f32::NEG_INFINITY), 0.0);
+        sampler(config, prompt, 0).distribution(&mut logits.to_vec()).unwrap()
     }
 
     #[test]
@@ -610,11 +553,6 @@ mod tests {
             let log_total = max + scaled.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
             let expected = scaled[choice.id as usize] - log_total;
             prop_assert!((f64::from(choice.log_prob) - expected).abs() < ROUNDING * expected.abs().max(1.0));
-        }
-
-        #[test]
-        fn ordered_bits_keep_the_order(a in -1e3f32..1e3, b in -1e3f32..1e3) {
-            prop_assert_eq!(a.partial_cmp(&b).unwrap(), ordered_bits(a).cmp(&ordered_bits(b)));
         }
     }
 }
