@@ -7,7 +7,7 @@ use crate::world::labeller::preference;
 use crate::world::plots::{self, OPENINGS, PLOTS, TRAITS, mood_words};
 use crate::world::story::{STORY_WORDS, tell_once};
 use crate::world::text::{sentences, words};
-use crate::world::words::{Mood, OBJECTS, article, class_of};
+use crate::world::words::{Mood, OBJECTS, PLACES, article, class_of};
 
 struct Files {
     by_name: HashMap<String, String>,
@@ -261,7 +261,8 @@ fn correlation(points: &[(f64, f64)]) -> f64 {
 fn the_words_of_the_tables_and_of_moods_stand_only_where_they_should() {
     let events = PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
     let openings = OPENINGS.iter().map(|opening| opening.template);
-    for template in openings.chain(TRAITS.iter().copied()).chain(events.copied()) {
+    let spots = PLACES.iter().flat_map(|place| place.spots);
+    for template in openings.chain(TRAITS.iter().copied()).chain(events.copied()).chain(spots) {
         for word in words(template) {
             for mood in Mood::ALL {
                 assert!(!mood_words(mood).contains(&word.as_str()), "`{word}` in {template}");
