@@ -2,11 +2,12 @@
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
-//! [`backend`], [`rng`] and [`stage`] (what every command line does the same way).
+//! [`backend`], [`rng`], [`stage`] (what every command line does the same way) and [`session`] (what every training run
+//! does the same way).
 //!
 //! # Invariants
-//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng`;
-//!   `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
+//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng` and,
+//!   for the type of a message alone, on `conversation`; `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
@@ -23,7 +24,8 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod rng;
+pub mod session;
 pub mod stage;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tokenizer;

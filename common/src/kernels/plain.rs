@@ -1,0 +1,180 @@
+//! The operations of this module as ordinary tensor operations: the definition of what the fused ones compute.
+
+use burn::tensor::{Bool, Int, Tensor, TensorData, activation, s};
+
+use super::{Activation, AdamWStep};
+
+pub(super) fn linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    burn::tensor::module::linear(x, weight, bias)
+}
+
+pub(super) fn bias_activation<const D: usize>(
+    x: Tensor<D>,
+    bias: Tensor<1>,
+    activation: Activation,
+) -> Tensor<D> {
+    let x = x + bias.unsqueeze();
+    match activation {
+        Activation::Relu => activation::relu(x),
+        Activation::GeluTanh => {
+            // √(2/π)
+            let slope = (2.0 / std::f64::consts::PI).sqrt();
+            let inner = (x.clone() + x.clone().square() * x.clone() * 0.044_715) * slope;
+            x * 0.5 * (inner.tanh() + 1.0)
+        }
+    }
+}
+
+pub(super) fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+    eps: f64,
+) -> Tensor<D> {
+    let centred = x.clone() - x.mean_dim(D - 1);
+    let variance = centred.clone().square().mean_dim(D - 1); // [.., 1]
+    centred / (variance + eps).sqrt() * gamma.unsqueeze() + beta.unsqueeze()
+}
+
+pub(super) fn attention(
+    qkv: Tensor<3>,
+    first_key: Option<Tensor<2, Int>>,
+    n_heads: usize,
+    dropout: Option<Tensor<4>>,
+) -> Tensor<3> {
+    let [batch, seq, _] = qkv.dims();
+    let device = qkv.device();
+    let [queries, keys, values] = split_heads(qkv, n_heads); // [batch, n_heads, seq, d_head]
+    let columns = Tensor::<1, Int>::arange(0..seq as i64, &device).reshape([1, 1, seq]);
+    let rows = columns.clone().reshape([1, seq, 1]);
+    let mut hidden = columns.clone().greater(rows.expand([1, seq, seq])); // [1, seq, seq]
+    if let Some(first_key) = first_key {
+        let before = columns
+            .expand([batch, seq, seq])
+            .lower(first_key.reshape([batch, seq, 1]).expand([batch, seq, seq]));
+        hidden = hidden.expand([batch, seq, seq]).bool_or(before);
+    }
+    let [n_masks, _, _] = hidden.dims();
+    let hidden = hidden
+        .reshape([n_masks, 1, seq, seq])
+        .expand([batch, n_heads, seq, seq]);
+    weigh(queries, keys, values, hidden, dropout)
+}
+
+pub(super) fn attention_cached(
+    qkv: Tensor<3>,
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    cached: usize,
+    first_key: &[usize],
+) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
+    let [batch, new, _] = qkv.dims();
+    let [_, n_heads, _, _] = keys.dims();
+    let device = qkv.device();
+    let n_keys = cached + new;
+    let [queries, new_keys, new_values] = split_heads(qkv, n_heads); // [batch, n_heads, new, d_head]
+    let keys = keys.slice_assign(s![.., .., cached..n_keys, ..], new_keys);
+    let values = values.slice_assign(s![.., .., cached..n_keys, ..], new_values);
+    let hidden: Vec<bool> = first_key
+        .iter()
+        .flat_map(|&first| {
+            (cached..n_keys).flat_map(move |query| {
+                (0..n_keys).map(move |key| key > query || key < first.min(query))
+            })
+        })
+        .collect();
+    let hidden =
+        Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
+            .reshape([batch, 1, new, n_keys])
+            .expand([batch, n_heads, new, n_keys]);
+    let seen_keys = keys.clone().slice(s![.., .., 0..n_keys, ..]);
+    let seen_values = values.clone().slice(s![.., .., 0..n_keys, ..]);
+    (
+        weigh(queries, seen_keys, seen_values, hidden, None),
+        keys,
+        values,
+    )
+}
+
+/// `[batch, seq, 3 · d_model]` to queries, keys and values, each `[batch, n_heads, seq, d_head]`.
+fn split_heads(qkv: Tensor<3>, n_heads: usize) -> [Tensor<4>; 3] {
+    let [batch, seq, width] = qkv.dims();
+    let d_model = width / 3;
+    [0, 1, 2].map(|part| {
+        qkv.clone()
+            .slice(s![.., .., part * d_model..(part + 1) * d_model])
+            .reshape([batch, seq, n_heads, d_model / n_heads])
+            .swap_dims(1, 2)
+    })
+}
+
+/// Softmax attention; `hidden` marks what a query does not see. Returns `[batch, queries, d_model]`.
+fn weigh(
+    queries: Tensor<4>,
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    hidden: Tensor<4, Bool>,
+    dropout: Option<Tensor<4>>,
+) -> Tensor<3> {
+    let [batch, n_heads, n_queries, d_head] = queries.dims();
+    let scores = queries.matmul(keys.transpose()) / (d_head as f64).sqrt();
+    let mut weights = activation::softmax(scores.mask_fill(hidden, f32::NEG_INFINITY), 3);
+    if let Some(dropout) = dropout {
+        weights = weights * dropout;
+    }
+    weights
+        .matmul(values)
+        .swap_dims(1, 2)
+        .reshape([batch, n_queries, n_heads * d_head])
+}
+
+pub(super) fn token_log_probs(
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    targets: Tensor<1, Int>,
+    scale: f64,
+) -> (Tensor<1>, Tensor<1>) {
+    let [n, _] = hidden.dims();
+    let mut logits = hidden.matmul(head.transpose()); // [n, vocab_size]
+    if scale != 1.0 {
+        logits = logits * scale;
+    }
+    let log_probs = activation::log_softmax(logits, 1);
+    let entropy = {
+        let log_probs = log_probs.clone().detach();
+        -(log_probs.clone().exp() * log_probs)
+            .sum_dim(1)
+            .reshape([n])
+    };
+    (
+        log_probs.gather(1, targets.reshape([n, 1])).reshape([n]),
+        entropy,
+    )
+}
+
+pub(super) fn adamw_update(
+    param: Tensor<1>,
+    grad: Tensor<1>,
+    m: Tensor<1>,
+    v: Tensor<1>,
+    step: AdamWStep,
+) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+    let grad = grad * step.grad_scale;
+    let m = m * step.beta_1 + grad.clone() * (1.0 - step.beta_1);
+    let v = v * step.beta_2 + grad.square() * (1.0 - step.beta_2);
+    let [correction_1, correction_2] = step.corrections();
+    let direction = (m.clone() / correction_1) / ((v.clone() / correction_2).sqrt() + step.eps);
+    (
+        param * (1.0 - step.lr * step.weight_decay) - direction * step.lr,
+        m,
+        v,
+    )
+}
+
+pub(super) fn sum_of_squares<const D: usize>(x: Tensor<D>) -> f64 {
+    f64::from(x.square().sum().into_scalar::<f32>())
+}
