@@ -12,3 +12,8 @@ pub mod records;
 pub mod shards;
 
 pub use error::DataError;
+
+/// Bytes in hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
