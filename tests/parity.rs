@@ -180,12 +180,14 @@ impl Model {
             .into_iter()
             .map(|(path, shape)| {
                 let mut rng = Streams::new(5).get(&path, 0);
-                let (mean, deviation) = match path.rsplit('.').next() {
-                    Some("gamma") => (1.0, 0.3),
-                    Some("beta" | "bias") => (0.0, 0.2),
-                    _ => (0.0, 0.15),
+                let (mean, half_width) = match path.rsplit('.').next() {
+                    Some("gamma") => (1.0, 0.5),
+                    Some("beta" | "bias") => (0.0, 0.35),
+                    _ => (0.0, 0.25),
                 };
-                let data = (0..shape.iter().product()).map(|_| (mean + deviation * rng.normal()) as f32).collect();
+                // Uniform, because the last bit of a normal number depends on the system's logarithm.
+                let number = |_| (mean + half_width * (2.0 * rng.uniform() - 1.0)) as f32;
+                let data = (0..shape.iter().product()).map(number).collect();
                 (path, HostTensor { shape, data })
             })
             .collect();
