@@ -29,9 +29,15 @@ pub fn parse(template: &str) -> Vec<Part<'_>> {
         if at > 0 {
             parts.push(Part::Text(&rest[..at]));
         }
-        let close = if rest[at..].starts_with('[') { ']' } else { '}' };
+        let close = if rest[at..].starts_with('[') {
+            ']'
+        } else {
+            '}'
+        };
         let end = at
-            + rest[at..].find(close).unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
+            + rest[at..]
+                .find(close)
+                .unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
         let inside = &rest[at + 1..end];
         parts.push(match close {
             ']' => Part::Choice(inside.split('|').map(parse).collect()),
@@ -46,7 +52,11 @@ pub fn parse(template: &str) -> Vec<Part<'_>> {
 }
 
 /// One way through `template`, chosen by `rng`, with `fill` answering for the slots.
-pub fn realise(template: &str, fill: &mut impl FnMut(&str, &mut Rng) -> String, rng: &mut Rng) -> String {
+pub fn realise(
+    template: &str,
+    fill: &mut impl FnMut(&str, &mut Rng) -> String,
+    rng: &mut Rng,
+) -> String {
     let mut text = String::new();
     append(&parse(template), fill, rng, &mut text);
     with_articles(&text)
@@ -109,6 +119,9 @@ mod tests {
     fn a_becomes_an_before_a_vowel() {
         let mut rng = Streams::new(0).get("test", 0);
         let mut fill = |_: &str, _: &mut Rng| "orange [owl|owl]".to_owned();
-        assert_eq!(realise("A {x} saw a cat.", &mut fill, &mut rng), "An orange owl saw a cat.");
+        assert_eq!(
+            realise("A {x} saw a cat.", &mut fill, &mut rng),
+            "An orange owl saw a cat."
+        );
     }
 }

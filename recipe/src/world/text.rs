@@ -91,7 +91,10 @@ mod tests {
 
     #[test]
     fn tokens_keep_capitals_and_marks() {
-        assert_eq!(tokens("\"Oh no,\" he said."), ["\"", "Oh", "no", ",", "\"", "he", "said", "."]);
+        assert_eq!(
+            tokens("\"Oh no,\" he said."),
+            ["\"", "Oh", "no", ",", "\"", "he", "said", "."]
+        );
         assert_eq!(words("\"Oh no,\" He said."), ["oh", "no", "he", "said"]);
     }
 }
