@@ -23,20 +23,12 @@ pub fn known_share(text: &str) -> f64 {
             continue;
         }
         let next = tokens.get(i + 1).copied().unwrap_or_default();
-        let symbol = grammar
-            .symbols
-            .get(&symbol_of(token, Some(next)))
-            .copied()
-            .unwrap_or(UNKNOWN);
+        let symbol = grammar.symbols.get(&symbol_of(token, Some(next))).copied().unwrap_or(UNKNOWN);
         n_all += 1;
         n_known += usize::from(grammar.runs.contains(&[before[0], before[1], symbol]));
         before = following(before, token, symbol);
     }
-    if n_all == 0 {
-        0.0
-    } else {
-        n_known as f64 / n_all as f64
-    }
+    if n_all == 0 { 0.0 } else { n_known as f64 / n_all as f64 }
 }
 
 /// A word, a mark or a class.
@@ -57,11 +49,7 @@ impl Grammar {
     fn get() -> &'static Self {
         static GRAMMAR: OnceLock<Grammar> = OnceLock::new();
         GRAMMAR.get_or_init(|| {
-            let mut grammar = Self {
-                symbols: HashMap::new(),
-                fillings: HashMap::new(),
-                runs: HashSet::new(),
-            };
+            let mut grammar = Self { symbols: HashMap::new(), fillings: HashMap::new(), runs: HashSet::new() };
             for template in templates() {
                 grammar.walk(&parse(template), BTreeSet::from([START]));
             }
@@ -70,18 +58,11 @@ impl Grammar {
     }
 
     /// Takes all ways through `parts` from each state in `states`; a state is the two symbols before.
-    fn walk(
-        &mut self,
-        parts: &[Part<'_>],
-        mut states: BTreeSet<[Symbol; 2]>,
-    ) -> BTreeSet<[Symbol; 2]> {
+    fn walk(&mut self, parts: &[Part<'_>], mut states: BTreeSet<[Symbol; 2]>) -> BTreeSet<[Symbol; 2]> {
         for part in parts {
             states = match part {
                 Part::Text(text) => self.step(text, states),
-                Part::Choice(ways) => ways
-                    .iter()
-                    .flat_map(|way| self.walk(way, states.clone()))
-                    .collect(),
+                Part::Choice(ways) => ways.iter().flat_map(|way| self.walk(way, states.clone())).collect(),
                 Part::Slot(slot) => self
                     .fillings
                     .entry((*slot).to_owned())
@@ -117,18 +98,10 @@ impl Grammar {
 
 fn templates() -> impl Iterator<Item = &'static str> {
     let openings = OPENINGS.iter().map(|opening| opening.template);
-    let events = PLOTS
-        .iter()
-        .flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad))
-        .flat_map(|beat| *beat);
-    let last = Mood::ALL
-        .into_iter()
-        .flat_map(endings)
-        .map(|ending| ending.template);
-    openings
-        .chain(TRAITS.iter().copied())
-        .chain(events.copied())
-        .chain(last)
+    let events =
+        PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
+    let last = Mood::ALL.into_iter().flat_map(endings).map(|ending| ending.template);
+    openings.chain(TRAITS.iter().copied()).chain(events.copied()).chain(last)
 }
 
 /// Speech begins and ends where sentences do; its marks tell nothing there.
@@ -137,11 +110,7 @@ fn is_skipped(before: [Symbol; 2], token: &str) -> bool {
 }
 
 fn following(before: [Symbol; 2], token: &str, symbol: Symbol) -> [Symbol; 2] {
-    if matches!(token, "." | "!" | "?") {
-        START
-    } else {
-        [before[1], symbol]
-    }
+    if matches!(token, "." | "!" | "?") { START } else { [before[1], symbol] }
 }
 
 /// The name of what `token` stands for. With `next` given, `a` and `an` count only where they are right.
@@ -149,11 +118,7 @@ fn symbol_of(token: &str, next: Option<&str>) -> String {
     let lower = token.to_lowercase();
     if lower == "a" || lower == "an" {
         let is_right = next.is_none_or(|next| article(next) == lower);
-        return if is_right {
-            token[..1].to_owned()
-        } else {
-            format!("{token}?")
-        };
+        return if is_right { token[..1].to_owned() } else { format!("{token}?") };
     }
     match class_of(&lower) {
         Some("NAME") if token == capitalised(&lower) => "NAME".to_owned(),

@@ -23,8 +23,7 @@ impl Lexicon {
     /// 5.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let shown = path.display();
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("failed to read the word list `{shown}`"))?;
+        let text = std::fs::read_to_string(path).with_context(|| format!("failed to read the word list `{shown}`"))?;
         let listed: HashMap<String, f64> = serde_json::from_str(&text).with_context(|| {
             format!(
                 "`{shown}` is not a word list\nhint: write one JSON object of words and valences, {{\"good\": 3, \
@@ -44,10 +43,7 @@ impl Lexicon {
             n_longest = n_longest.max(words.len());
             valences.insert(words.join(" "), valence);
         }
-        Ok(Self {
-            valences,
-            n_longest,
-        })
+        Ok(Self { valences, n_longest })
     }
 
     /// The mean valence of `text`.
@@ -64,20 +60,14 @@ impl Lexicon {
         let mut at = 0;
         while at < words.len() {
             let longest = self.n_longest.min(words.len() - at);
-            let found = (1..=longest).rev().find_map(|n| {
-                self.valences
-                    .get(&words[at..at + n].join(" "))
-                    .map(|valence| (n, valence))
-            });
+            let found = (1..=longest)
+                .rev()
+                .find_map(|n| self.valences.get(&words[at..at + n].join(" ")).map(|valence| (n, valence)));
             let (n, valence) = found.unwrap_or((1, &0.0));
             sum += valence;
             at += n;
         }
-        if words.is_empty() {
-            0.0
-        } else {
-            sum / words.len() as f64
-        }
+        if words.is_empty() { 0.0 } else { sum / words.len() as f64 }
     }
 }
 
@@ -98,20 +88,13 @@ mod tests {
 
     #[test]
     fn the_score_is_the_mean_valence() {
-        let lexicon =
-            lexicon(r#"{"good": 3, "not good": -2, "can't stand": -3, "ill-fated": -2}"#).unwrap();
+        let lexicon = lexicon(r#"{"good": 3, "not good": -2, "can't stand": -3, "ill-fated": -2}"#).unwrap();
         assert_eq!(lexicon.score("A GOOD, good day!"), 1.5);
         assert_eq!(lexicon.score("It is not good."), -0.5);
-        assert_eq!(
-            lexicon.score("I can\u{2019}stand it; I can\u{2019}t stand it."),
-            -3.0 / 7.0
-        );
+        assert_eq!(lexicon.score("I can\u{2019}stand it; I can\u{2019}t stand it."), -3.0 / 7.0);
         assert_eq!(lexicon.score("An ill-fated trip, goodness"), -0.5);
         assert_eq!(lexicon.score(""), 0.0);
-        assert_eq!(
-            lexicon.score("Good. Good day"),
-            lexicon.score("Good. Good day. Good. Good day")
-        );
+        assert_eq!(lexicon.score("Good. Good day"), lexicon.score("Good. Good day. Good. Good day"));
     }
 
     #[test]
@@ -126,16 +109,13 @@ mod tests {
             let error = lexicon(json).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        let error = Lexicon::load(Path::new("no/such.json"))
-            .unwrap_err()
-            .to_string();
+        let error = Lexicon::load(Path::new("no/such.json")).unwrap_err().to_string();
         assert_eq!(error, "failed to read the word list `no/such.json`");
     }
 
     #[test]
     fn afinn_tells_a_pleasant_text_from_a_sad_one() {
-        let path =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/afinn/afinn-165.json");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/afinn/afinn-165.json");
         if !path.exists() {
             #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
             {

@@ -62,10 +62,7 @@ impl GoldConfig {
     ///
     /// # Errors
     /// As [`Self::validate`]; if `resolve` fails; if the word list cannot be read.
-    pub fn open(
-        &self,
-        resolve: impl FnOnce(&str) -> anyhow::Result<PathBuf>,
-    ) -> anyhow::Result<GoldScorer> {
+    pub fn open(&self, resolve: impl FnOnce(&str) -> anyhow::Result<PathBuf>) -> anyhow::Result<GoldScorer> {
         self.validate()?;
         match &self.words {
             None => Ok(GoldScorer::World),
@@ -105,16 +102,9 @@ mod tests {
         let config: GoldConfig = serde_json::from_str(r#"{"kind": "world"}"#).unwrap();
         let scorer = config.open(|_| unreachable!()).unwrap();
         assert_eq!(scorer.score("Where was Mia?", "She was in the park."), None);
-        assert!(
-            scorer
-                .score("Tell me a story about Mia.", "Mia was very happy.")
-                .is_some()
-        );
+        assert!(scorer.score("Tell me a story about Mia.", "Mia was very happy.").is_some());
 
-        for bad in [
-            r#"{"kind": "lexicon"}"#,
-            r#"{"kind": "world", "words": "x.json"}"#,
-        ] {
+        for bad in [r#"{"kind": "lexicon"}"#, r#"{"kind": "world", "words": "x.json"}"#] {
             let config: GoldConfig = serde_json::from_str(bad).unwrap();
             let error = config.open(|path| Ok(path.into())).unwrap_err().to_string();
             assert!(error.contains("\nhint: "), "{error}");
@@ -125,15 +115,10 @@ mod tests {
 
     #[test]
     fn a_lexicon_scores_any_answer() {
-        let config = GoldConfig {
-            kind: GoldKind::Lexicon,
-            words: Some("$DATA/words.json".to_owned()),
-        };
+        let config = GoldConfig { kind: GoldKind::Lexicon, words: Some("$DATA/words.json".to_owned()) };
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("words.json"), r#"{"good": 3}"#).unwrap();
-        let scorer = config
-            .open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/"))))
-            .unwrap();
+        let scorer = config.open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/")))).unwrap();
         assert_eq!(scorer.score("Hello?", "A good day."), Some(1.0));
     }
 }

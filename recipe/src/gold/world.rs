@@ -91,16 +91,9 @@ fn followed(request: &Request, words: &[String], sentences: &[&str]) -> f64 {
     }
     if let Some((object, colour)) = request.object {
         let object = OBJECTS[object].word;
-        let is_right = colour.is_none_or(|colour| {
-            words
-                .windows(2)
-                .any(|pair| pair[0] == COLOURS[colour] && pair[1] == object)
-        });
-        sum += if is_right {
-            f64::from(has(object))
-        } else {
-            0.5 * f64::from(has(object))
-        };
+        let is_right =
+            colour.is_none_or(|colour| words.windows(2).any(|pair| pair[0] == COLOURS[colour] && pair[1] == object));
+        sum += if is_right { f64::from(has(object)) } else { 0.5 * f64::from(has(object)) };
     }
     if let Some(place) = request.place {
         sum += f64::from(has(PLACES[place].word));
@@ -115,11 +108,7 @@ fn mood_of_ending(mood: Mood, sentences: &[&str]) -> f64 {
     // The first of the last two sentences that has a mood at all decides.
     for (sentence, credit) in sentences.iter().rev().zip([1.0, 0.5]) {
         let words = words(sentence);
-        let has = |mood| {
-            words
-                .iter()
-                .any(|word| mood_words(mood).contains(&word.as_str()))
-        };
+        let has = |mood| words.iter().any(|word| mood_words(mood).contains(&word.as_str()));
         match (has(mood), has(mood.opposite())) {
             (true, false) => return credit,
             (false, false) => {}
@@ -132,10 +121,7 @@ fn mood_of_ending(mood: Mood, sentences: &[&str]) -> f64 {
 fn ends(last: &str) -> f64 {
     let said = words(last).join(" ");
     let closes = |closing: &&str| said.ends_with(*closing);
-    let is_closing = Mood::ALL
-        .into_iter()
-        .flat_map(endings)
-        .any(|ending| ending.closings.iter().any(&closes));
+    let is_closing = Mood::ALL.into_iter().flat_map(endings).any(|ending| ending.closings.iter().any(&closes));
     if is_closing && last.ends_with('.') {
         1.0
     } else if last.trim_end_matches('"').ends_with(['.', '!', '?']) {
@@ -197,24 +183,11 @@ mod tests {
             ("very happy", "very sad", 1.0 / 6.0),
         ] {
             let story = STORY.replace(from, to);
-            assert!(
-                (1.0 - lost - gold(&story)).abs() < 1e-9,
-                "{story}: {}",
-                gold(&story)
-            );
+            assert!((1.0 - lost - gold(&story)).abs() < 1e-9, "{story}: {}", gold(&story));
         }
         let at_the_park = "Please tell me a story about Mia in the park.";
         let parts = score_parts(at_the_park, STORY).unwrap();
-        assert_eq!(
-            parts,
-            Parts {
-                followed: 0.5,
-                ends: 1.0,
-                fresh: 1.0,
-                length: 1.0,
-                fluency: 1.0
-            }
-        );
+        assert_eq!(parts, Parts { followed: 0.5, ends: 1.0, fresh: 1.0, length: 1.0, fluency: 1.0 });
         assert_eq!(parts.score(), 0.75);
     }
 
@@ -236,17 +209,8 @@ mod tests {
         let cut = STORY.replace(" a willow. The fox was very happy.", "");
         assert_eq!(score_parts(PROMPT, &cut).unwrap().ends, 0.0);
         // The mood of the ending is gone as well.
-        assert!(
-            (gold(&cut) - (0.5 * 2.0 / 3.0 + 0.25)).abs() < 1e-9,
-            "{}",
-            gold(&cut)
-        );
-        assert_eq!(
-            score_parts(PROMPT, STORY.trim_end_matches('.'))
-                .unwrap()
-                .ends,
-            0.0
-        );
+        assert!((gold(&cut) - (0.5 * 2.0 / 3.0 + 0.25)).abs() < 1e-9, "{}", gold(&cut));
+        assert_eq!(score_parts(PROMPT, STORY.trim_end_matches('.')).unwrap().ends, 0.0);
     }
 
     #[test]
@@ -255,10 +219,7 @@ mod tests {
         let story = STORY.replace(again, &format!("{again} {again}"));
         let parts = score_parts(PROMPT, &story).unwrap();
         // 7 of 63 words.
-        assert!(
-            (parts.fresh - (1.0 - 4.0 * 7.0 / 63.0)).abs() < 1e-9,
-            "{parts:?}"
-        );
+        assert!((parts.fresh - (1.0 - 4.0 * 7.0 / 63.0)).abs() < 1e-9, "{parts:?}");
         let more = STORY.replace(again, &[again; 4].join(" "));
         assert_eq!(score_parts(PROMPT, &more).unwrap().fresh, 0.0);
         // Not the same sentence, but six words of it.
@@ -269,10 +230,7 @@ mod tests {
     #[test]
     fn length_matters_only_outside_its_range() {
         let of = |n| length(n, n);
-        assert_eq!(
-            [10, 20, 30, 55, 85, 130].map(of),
-            [0.0, 0.5, 1.0, 1.0, 1.0, 0.0]
-        );
+        assert_eq!([10, 20, 30, 55, 85, 130].map(of), [0.0, 0.5, 1.0, 1.0, 1.0, 0.0]);
         assert_eq!([0, 5, 131, 9_999].map(of), [0.0; 4]);
         assert!((of(100) - 2.0 / 3.0).abs() < 1e-9);
         assert_eq!(length(20, 60), 0.5);
@@ -298,12 +256,7 @@ mod tests {
         ] {
             assert!(gold(degenerate) < 0.3, "{degenerate}: {}", gold(degenerate));
         }
-        for hopeless in [
-            "",
-            "fox red boat very happy.",
-            &"happy ".repeat(50),
-            &shuffled,
-        ] {
+        for hopeless in ["", "fox red boat very happy.", &"happy ".repeat(50), &shuffled] {
             assert!(gold(hopeless) < 0.15, "{hopeless}: {}", gold(hopeless));
         }
     }
@@ -317,14 +270,7 @@ mod tests {
 
     #[test]
     fn any_text_scores_between_zero_and_one() {
-        for text in [
-            "\u{0}",
-            "\"\"\"...!?",
-            "é ü 漢字 🦊",
-            "A A A an an",
-            "\n\n",
-            "The fox\u{a0}was.",
-        ] {
+        for text in ["\u{0}", "\"\"\"...!?", "é ü 漢字 🦊", "A A A an an", "\n\n", "The fox\u{a0}was."] {
             assert!((0.0..=1.0).contains(&gold(text)), "{text:?}");
         }
     }

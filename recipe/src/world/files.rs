@@ -89,22 +89,13 @@ impl WorldConfig {
             ("held_out", self.held_out, MOST_HELD_OUT),
         ];
         for (name, count, most) in counts {
-            anyhow::ensure!(
-                (1..=most).contains(&count),
-                "`{name}` is {count}, expected 1 to {most}"
-            );
+            anyhow::ensure!((1..=most).contains(&count), "`{name}` is {count}, expected 1 to {most}");
         }
         for (name, rate) in self.flaws.named() {
-            anyhow::ensure!(
-                (0.0..=1.0).contains(&rate),
-                "`flaws.{name}` is {rate}, expected a probability, 0 to 1"
-            );
+            anyhow::ensure!((0.0..=1.0).contains(&rate), "`flaws.{name}` is {rate}, expected a probability, 0 to 1");
         }
         let both = self.flaws.too_short + self.flaws.too_long;
-        anyhow::ensure!(
-            both <= 1.0,
-            "`flaws.too_short` and `flaws.too_long` add up to {both}, expected at most 1"
-        );
+        anyhow::ensure!(both <= 1.0, "`flaws.too_short` and `flaws.too_long` add up to {both}, expected at most 1");
         anyhow::ensure!(
             self.label_temperature > 0.0,
             "`label_temperature` is {}, expected more than 0",
@@ -138,14 +129,9 @@ pub struct Summary {
 /// If `config` is not valid, or a file cannot be written.
 pub fn write(out: &Path, config: &WorldConfig) -> anyhow::Result<Summary> {
     config.validate()?;
-    std::fs::create_dir_all(out)
-        .with_context(|| format!("failed to make the folder `{}`", out.display()))?;
+    std::fs::create_dir_all(out).with_context(|| format!("failed to make the folder `{}`", out.display()))?;
     let streams = Streams::new(config.seed);
-    let world = World {
-        config,
-        splits: Splits::deal(&streams),
-        streams,
-    };
+    let world = World { config, splits: Splits::deal(&streams), streams };
     let mut files = Vec::new();
     let mut save = |name: &str, records: Vec<String>, separator: &str| {
         files.push((name.to_owned(), records.len()));
@@ -153,90 +139,42 @@ pub fn write(out: &Path, config: &WorldConfig) -> anyhow::Result<Summary> {
     };
 
     let mut told = HashSet::new();
-    save(
-        "pretrain.train.txt",
-        world.documents(Group::Train, config.stories, &mut told),
-        "\n\n",
-    )?;
-    save(
-        "pretrain.val.txt",
-        world.documents(Group::Val, config.held_out, &mut told),
-        "\n\n",
-    )?;
+    save("pretrain.train.txt", world.documents(Group::Train, config.stories, &mut told), "\n\n")?;
+    save("pretrain.val.txt", world.documents(Group::Val, config.held_out, &mut told), "\n\n")?;
 
     let conversations = world.conversations(Group::Train, config.sft);
     let gold_sft_mean = conversations.iter().map(|(_, gold)| gold).sum::<f64>() / config.sft as f64;
-    save(
-        "sft.train.jsonl",
-        lines(conversations.into_iter().map(|(record, _)| record)),
-        "\n",
-    )?;
+    save("sft.train.jsonl", lines(conversations.into_iter().map(|(record, _)| record)), "\n")?;
     let held_out = world.conversations(Group::Val, config.held_out);
-    save(
-        "sft.val.jsonl",
-        lines(held_out.into_iter().map(|(record, _)| record)),
-        "\n",
-    )?;
+    save("sft.val.jsonl", lines(held_out.into_iter().map(|(record, _)| record)), "\n")?;
 
     let pairs = world.pairs(Group::Prefs, config.prefs);
-    let n_wrong = pairs
-        .iter()
-        .filter(|pair| pair["gold_chosen"].as_f64() < pair["gold_rejected"].as_f64())
-        .count();
+    let n_wrong = pairs.iter().filter(|pair| pair["gold_chosen"].as_f64() < pair["gold_rejected"].as_f64()).count();
     save("prefs.train.jsonl", lines(pairs), "\n")?;
-    save(
-        "prefs.test.jsonl",
-        lines(world.pairs(Group::PrefsTest, config.held_out)),
-        "\n",
-    )?;
+    save("prefs.test.jsonl", lines(world.pairs(Group::PrefsTest, config.held_out)), "\n")?;
 
     for (name, group, n) in [
         ("prompts.pairs.jsonl", Group::Pairs, config.pair_prompts),
-        (
-            "prompts.pairs-test.jsonl",
-            Group::PairsTest,
-            config.held_out,
-        ),
+        ("prompts.pairs-test.jsonl", Group::PairsTest, config.held_out),
         ("prompts.train.jsonl", Group::Ppo, config.prompts),
         ("prompts.test.jsonl", Group::Test, config.held_out),
     ] {
         let prompts = world.prompts(group, n);
-        save(
-            name,
-            lines(
-                prompts
-                    .into_iter()
-                    .map(|(_, text)| json!({ "prompt": text })),
-            ),
-            "\n",
-        )?;
+        save(name, lines(prompts.into_iter().map(|(_, text)| json!({ "prompt": text }))), "\n")?;
     }
-    Ok(Summary {
-        files,
-        gold_sft_mean,
-        wrong_labels: n_wrong as f64 / config.prefs as f64,
-    })
+    Ok(Summary { files, gold_sft_mean, wrong_labels: n_wrong as f64 / config.prefs as f64 })
 }
 
 fn lines(records: impl IntoIterator<Item = Value>) -> Vec<String> {
-    records
-        .into_iter()
-        .map(|record| record.to_string())
-        .collect()
+    records.into_iter().map(|record| record.to_string()).collect()
 }
 
 fn save(path: &Path, records: &[String], separator: &str) -> anyhow::Result<()> {
     let failed = || format!("failed to write `{}`", path.display());
     let mut file = BufWriter::new(File::create(path).with_context(failed)?);
     for (i, record) in records.iter().enumerate() {
-        let separator = if i + 1 == records.len() {
-            "\n"
-        } else {
-            separator
-        };
-        file.write_all(record.as_bytes())
-            .and_then(|()| file.write_all(separator.as_bytes()))
-            .with_context(failed)?;
+        let separator = if i + 1 == records.len() { "\n" } else { separator };
+        file.write_all(record.as_bytes()).and_then(|()| file.write_all(separator.as_bytes())).with_context(failed)?;
     }
     file.flush().with_context(failed)
 }
@@ -250,8 +188,7 @@ struct World<'c> {
 impl World<'_> {
     /// A random stream for each record, so that none depends on how many there are.
     fn rng(&self, what: &str, group: Group, index: usize) -> Rng {
-        self.streams
-            .get(&format!("world/{what}/{group:?}"), index as u64)
+        self.streams.get(&format!("world/{what}/{group:?}"), index as u64)
     }
 
     /// Documents to pretrain on. No story is told twice, nor if it is in `told` already.
@@ -321,11 +258,7 @@ impl World<'_> {
                 (a, b) = (b, draw());
             }
             let (chosen, rejected) =
-                if label_pair(a.1, b.1, self.config.label_temperature, &mut rng) {
-                    (a, b)
-                } else {
-                    (b, a)
-                };
+                if label_pair(a.1, b.1, self.config.label_temperature, &mut rng) { (a, b) } else { (b, a) };
             json!({
                 "prompt": prompt,
                 "chosen": chosen.0,
@@ -334,11 +267,7 @@ impl World<'_> {
                 "gold_rejected": rejected.1,
             })
         };
-        self.prompts(group, n)
-            .into_iter()
-            .enumerate()
-            .map(pair)
-            .collect()
+        self.prompts(group, n).into_iter().enumerate().map(pair).collect()
     }
 
     /// Requests, with different words as far as there are different ways to ask.

@@ -158,11 +158,7 @@ fn repeat(story: &mut Story, rng: &mut Rng) {
         let n = story.sentences.len();
         // The ending is said once, and the shortest stories have nothing but a beginning to repeat.
         let from = rng.below(n - 1);
-        let to = if rng.uniform() < 0.6 {
-            from + 1
-        } else {
-            from + 1 + rng.below(n - 1 - from)
-        };
+        let to = if rng.uniform() < 0.6 { from + 1 } else { from + 1 + rng.below(n - 1 - from) };
         let again = story.sentences[from].clone();
         story.sentences.insert(to, again);
     }
@@ -178,8 +174,7 @@ fn cut(story: &mut Story, rng: &mut Rng) {
         let words: Vec<&str> = last.split(' ').collect();
         let n_kept = 1 + rng.below(words.len().saturating_sub(2).max(1));
         let kept = words[..n_kept].join(" ");
-        kept.trim_end_matches(['.', '!', '?', ',', '"'])
-            .clone_into(last);
+        kept.trim_end_matches(['.', '!', '?', ',', '"']).clone_into(last);
     }
 }
 

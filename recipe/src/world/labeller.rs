@@ -26,10 +26,7 @@ pub fn label_pair(gold_a: f64, gold_b: f64, temperature: f64, rng: &mut Rng) -> 
 /// # Panics
 /// If `temperature` is not positive.
 pub fn preference(gold_a: f64, gold_b: f64, temperature: f64) -> f64 {
-    assert!(
-        temperature > 0.0,
-        "the labeller's temperature is {temperature}"
-    );
+    assert!(temperature > 0.0, "the labeller's temperature is {temperature}");
     1.0 / (1.0 + (-(gold_a - gold_b) / temperature).exp())
 }
 
@@ -45,9 +42,7 @@ mod tests {
         let apart = 3.0f64.ln() * TEMPERATURE;
         assert!((preference(0.5 + apart, 0.5, TEMPERATURE) - 0.75).abs() < 1e-12);
         let mut rng = Streams::new(0).get("labels", 0);
-        let n = (0..40_000)
-            .filter(|_| label_pair(0.5 + apart, 0.5, TEMPERATURE, &mut rng))
-            .count();
+        let n = (0..40_000).filter(|_| label_pair(0.5 + apart, 0.5, TEMPERATURE, &mut rng)).count();
         // Standard deviation 87: five of them.
         assert!(n.abs_diff(30_000) < 435, "{n}");
     }

@@ -63,10 +63,7 @@ pub const OPENINGS: &[Opening] = &[
         template: "[Once upon a time|Long ago], {intro} lived [near|close to|not far from] the {p}.",
         is_habit: true,
     },
-    Opening {
-        template: "There [once |]was {intro} who [loved|liked] the {p}.",
-        is_habit: true,
-    },
+    Opening { template: "There [once |]was {intro} who [loved|liked] the {p}.", is_habit: true },
     Opening {
         template: "{Intro} lived [near|close to] the {p}. {He} [went|walked] there [every day|in all weather|to play].",
         is_habit: true,
@@ -106,34 +103,22 @@ pub const PLOTS: &[Plot] = &[
             ],
         ],
         happy: &[
-            &[
-                "{H} gave the {o} back [at once|right away].",
-                "{H} gave it back, and {f} thanked {him}.",
-            ],
-            &[
-                "Then they {used} [together|in the sun].",
-                "\"You are [so kind|a true friend]!\" said {f}.",
-            ],
+            &["{H} gave the {o} back [at once|right away].", "{H} gave it back, and {f} thanked {him}."],
+            &["Then they {used} [together|in the sun].", "\"You are [so kind|a true friend]!\" said {f}."],
         ],
         sad: &[
             &[
                 "But {h} [said nothing|did not listen] and ran away with the {o}.",
                 "{H} wanted to give it back, but the {o} {harm}.",
             ],
-            &[
-                "{F} [turned away|left] without a word.",
-                "Later, {h} felt [sorry|bad], but {f} was gone.",
-            ],
+            &["{F} [turned away|left] without a word.", "Later, {h} felt [sorry|bad], but {f} was gone."],
         ],
         needs_skill: false,
     },
     Plot {
         name: "lost",
         beats: &[
-            &[
-                "{When}, {h} was playing with {his} [new |little |]{co}{here}.",
-                "{When}, {h} {used_his} {co}{here}.",
-            ],
+            &["{When}, {h} was playing with {his} [new |little |]{co}{here}.", "{When}, {h} {used_his} {co}{here}."],
             &["[A moment later|After lunch|Suddenly], the {o} was gone."],
             &[
                 "\"Where is my {o}?\" [called|asked] {h}.",
@@ -146,21 +131,14 @@ pub const PLOTS: &[Plot] = &[
                 "{A_f} came to help. [Together|After a while], they found the {o} {spot}.",
                 "{A_f} had found the {o}. \"[Here it is|Look what I have]!\" said {f}.",
             ],
-            &[
-                "{H} [hugged {f}|thanked {f} again and again].",
-                "",
-                "They [played|stayed] {in_p} until dinner.",
-            ],
+            &["{H} [hugged {f}|thanked {f} again and again].", "", "They [played|stayed] {in_p} until dinner."],
         ],
         sad: &[
             &[
                 "{A_f} helped {him} look [until dark|all day], but it was no use.",
                 "{A_f} had seen the {o} [float|roll|drift] away.",
             ],
-            &[
-                "{H} never [saw|found] the {o} again.",
-                "The {o} was lost for good.",
-            ],
+            &["{H} never [saw|found] the {o} again.", "The {o} was lost for good."],
         ],
         needs_skill: false,
     },
@@ -168,28 +146,16 @@ pub const PLOTS: &[Plot] = &[
         name: "broken",
         beats: &[
             &["{When}, {h} {used_his} [fine|pretty|lovely|new] {co}{here}."],
-            &[
-                "[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} was in a hurry.] The {o} {harm}.",
-            ],
+            &["[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} was in a hurry.] The {o} {harm}."],
         ],
         happy: &[
-            &[
-                "{A_f} [saw it|heard the noise] and came to help.",
-                "\"[Let me help you|We can mend it],\" said {a_f}.",
-            ],
+            &["{A_f} [saw it|heard the noise] and came to help.", "\"[Let me help you|We can mend it],\" said {a_f}."],
             &["They worked [side by side|with care|all afternoon] and mended the {o}."],
-            &[
-                "[Soon|In the end], it looked [like new|better than before].",
-                "",
-            ],
+            &["[Soon|In the end], it looked [like new|better than before].", ""],
         ],
         sad: &[
             &["{A_f} [tried|worked hard] to mend the {o}, but it [fell apart|was no use]."],
-            &[
-                "{H} [put|threw] the {o} away.",
-                "There was no other {o} like it.",
-                "\"I am sorry,\" said {f}.",
-            ],
+            &["{H} [put|threw] the {o} away.", "There was no other {o} like it.", "\"I am sorry,\" said {f}."],
         ],
         needs_skill: false,
     },
@@ -197,10 +163,7 @@ pub const PLOTS: &[Plot] = &[
         name: "share",
         beats: &[
             &["{When}, {h} [had|was playing with] a [new |shiny |]{co}{here}."],
-            &[
-                "{A_f} [came by|sat {spot}] and watched.",
-                "{A_f} came [closer|along].",
-            ],
+            &["{A_f} [came by|sat {spot}] and watched.", "{A_f} came [closer|along]."],
             &["\"[May I play too|May I try the {o}|Can I have a turn]?\" asked {f}."],
         ],
         happy: &[
@@ -208,41 +171,24 @@ pub const PLOTS: &[Plot] = &[
                 "\"[Yes, of course|Yes, let us share|Yes, come here]!\" said {h}.",
                 "{H} [nodded|thought for a moment] and gave {fhim} the {o}.",
             ],
-            &[
-                "They took turns with the {o} [all day|until lunch|all afternoon].",
-                "First {f} {used}, then {h}.",
-            ],
+            &["They took turns with the {o} [all day|until lunch|all afternoon].", "First {f} {used}, then {h}."],
         ],
         sad: &[
-            &[
-                "\"No, [it is mine|this is my {o}|go away]!\" said {h}.",
-                "{H} shook {his} head and held the {o} tight.",
-            ],
+            &["\"No, [it is mine|this is my {o}|go away]!\" said {h}.", "{H} shook {his} head and held the {o} tight."],
             &["{F} walked away.", ""],
-            &[
-                "Now {h} had the {o}, but no one to play with.",
-                "Then the {o} was no fun [at all|any more].",
-            ],
+            &["Now {h} had the {o}, but no one to play with.", "Then the {o} was no fun [at all|any more]."],
         ],
         needs_skill: false,
     },
     Plot {
         name: "rain",
         beats: &[
-            &[
-                "{When}, {h} [put|laid] {his} {co} {spot}{here}.",
-                "{When}, {h} {used_his} {co}{here}.",
-            ],
-            &[
-                "[Suddenly|Then], [it began to rain|a storm came up]. {H} ran [home|for cover] and forgot the {o}.",
-            ],
+            &["{When}, {h} [put|laid] {his} {co} {spot}{here}.", "{When}, {h} {used_his} {co}{here}."],
+            &["[Suddenly|Then], [it began to rain|a storm came up]. {H} ran [home|for cover] and forgot the {o}."],
         ],
         happy: &[
             &["But {a_f} [saw|found] the {o} and [kept it dry|took it inside]."],
-            &[
-                "The next [day|morning], {f} brought it back.",
-                "\"[Here is your {o}|I saved your {o}]!\" said {f}.",
-            ],
+            &["The next [day|morning], {f} brought it back.", "\"[Here is your {o}|I saved your {o}]!\" said {f}."],
         ],
         sad: &[
             &["{A_f} tried to save the {o}, but [the wind was too strong|it was too late]."],
@@ -256,15 +202,8 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "gift",
         beats: &[
-            &[
-                "{When}, {h} [made|bought] a {co} for {a_f}.",
-                "{When}, {h} wanted to give a {co} to {a_f}.",
-            ],
-            &[
-                "It was a birthday gift.",
-                "{He} had [worked on|thought about] it all week.",
-                "",
-            ],
+            &["{When}, {h} [made|bought] a {co} for {a_f}.", "{When}, {h} wanted to give a {co} to {a_f}."],
+            &["It was a birthday gift.", "{He} had [worked on|thought about] it all week.", ""],
             &["{H} [hid the {o}|waited with the {o}] {spot}{here}."],
         ],
         happy: &[
@@ -320,11 +259,7 @@ pub const PLOTS: &[Plot] = &[
         name: "friend",
         beats: &[
             &["{When}, {h} [saw|met] {a_f} with a [new |little |]{co}{here}."],
-            &[
-                "{H} was shy, but {he} said hello.",
-                "The {o} looked like so much fun.",
-                "",
-            ],
+            &["{H} was shy, but {he} said hello.", "The {o} looked like so much fun.", ""],
             &["\"[May I play with you|Will you be my friend|Can we play together]?\" asked {h}."],
         ],
         happy: &[
@@ -336,10 +271,7 @@ pub const PLOTS: &[Plot] = &[
         ],
         sad: &[
             &["\"[No, go away|No, not today|I do not like you]!\" said {f}."],
-            &[
-                "{F} [took|picked up] the {o} and [ran off|left].",
-                "{F} only looked at the {o} and not at {h}.",
-            ],
+            &["{F} [took|picked up] the {o} and [ran off|left].", "{F} only looked at the {o} and not at {h}."],
             &["", "{H} sat {spot} and said nothing."],
         ],
         needs_skill: false,
@@ -368,11 +300,7 @@ pub const PLOTS: &[Plot] = &[
                 "But the {o} was [not there|gone]. [Someone|A thief] had been faster.",
                 "They found the {o}, but it {harm}.",
             ],
-            &[
-                "\"It was your fault!\" said {f}.",
-                "{F} was angry and went home.",
-                "",
-            ],
+            &["\"It was your fault!\" said {f}.", "{F} was angry and went home.", ""],
         ],
         needs_skill: false,
     },
@@ -380,10 +308,7 @@ pub const PLOTS: &[Plot] = &[
         name: "nap",
         beats: &[
             &["{When}, {h} put {his} {co} {spot}{here} and took a nap."],
-            &[
-                "{A_f} [came by|came along] and took the {o}.",
-                "{A_f} saw the {o} and took it.",
-            ],
+            &["{A_f} [came by|came along] and took the {o}.", "{A_f} saw the {o} and took it."],
             &[
                 "\"[Where is my {o}|Who took my {o}]?\" [shouted|called] {h}.",
                 "When {h} woke up, the {o} was gone.",
@@ -395,20 +320,11 @@ pub const PLOTS: &[Plot] = &[
                 "[Soon|Later], {f} came back. \"[I am sorry|I only wanted to play],\" said {f}.",
                 "But {f} [felt bad|was sorry] and brought the {o} back.",
             ],
-            &[
-                "\"[That is all right|Do not worry],\" said {h}.",
-                "{H} forgave {fhim}, and they {used} {in_p}.",
-            ],
+            &["\"[That is all right|Do not worry],\" said {h}.", "{H} forgave {fhim}, and they {used} {in_p}."],
         ],
         sad: &[
-            &[
-                "{H} ran after {f}, but {f} was too fast.",
-                "{H} asked everyone, but nobody [knew a thing|had seen it].",
-            ],
-            &[
-                "{He} never [saw|found] the {o} again.",
-                "The {o} was gone for good.",
-            ],
+            &["{H} ran after {f}, but {f} was too fast.", "{H} asked everyone, but nobody [knew a thing|had seen it]."],
+            &["{He} never [saw|found] the {o} again.", "The {o} was gone for good."],
         ],
         needs_skill: false,
     },
@@ -419,24 +335,15 @@ pub const PLOTS: &[Plot] = &[
             &["{A_f} [watched|saw it]. \"Shall I show you?\" asked {f}."],
         ],
         happy: &[
-            &[
-                "{F} [showed {him} how|was a good teacher].",
-                "\"Yes, please!\" said {h}.",
-            ],
+            &["{F} [showed {him} how|was a good teacher].", "\"Yes, please!\" said {h}."],
             &[
                 "[Soon|At last|In the end], {h} {used} [with ease|like a master].",
                 "Then they took turns with the {o} {in_p}.",
             ],
         ],
         sad: &[
-            &[
-                "\"No, leave me [in peace|be]!\" said {h}. {F} [left|went home].",
-                "But {f} only made fun of {him}.",
-            ],
-            &[
-                "{H} [pulled|pushed] too hard, and the {o} {harm}.",
-                "{H} gave up and threw the {o} away.",
-            ],
+            &["\"No, leave me [in peace|be]!\" said {h}. {F} [left|went home].", "But {f} only made fun of {him}."],
+            &["{H} [pulled|pushed] too hard, and the {o} {harm}.", "{H} gave up and threw the {o} away."],
         ],
         needs_skill: true,
     },
@@ -444,14 +351,8 @@ pub const PLOTS: &[Plot] = &[
         name: "goodbye",
         beats: &[
             &["{When}, {h} met {a_f}{here}. They became [good|best] friends."],
-            &[
-                "But {f} had to move [far away|to another town].",
-                "Then winter came, and {f} had to go away.",
-            ],
-            &[
-                "{F} gave {him} a {co} to keep.",
-                "\"Keep this {co} for me,\" said {f}.",
-            ],
+            &["But {f} had to move [far away|to another town].", "Then winter came, and {f} had to go away."],
+            &["{F} gave {him} a {co} to keep.", "\"Keep this {co} for me,\" said {f}."],
         ],
         happy: &[
             &["{H} took [good |]care of the {o} [all year|every day]."],
@@ -461,10 +362,7 @@ pub const PLOTS: &[Plot] = &[
             ],
         ],
         sad: &[
-            &[
-                "{H} looked at the {o} every [day|night] and missed {f}.",
-                "{H} waited and waited with the {o}.",
-            ],
+            &["{H} looked at the {o} every [day|night] and missed {f}.", "{H} waited and waited with the {o}."],
             &["But {f} never came back.", "Then the {o} {harm}."],
         ],
         needs_skill: false,
@@ -480,92 +378,49 @@ pub const fn endings(mood: Mood) -> &'static [Ending] {
 }
 
 const HAPPY_ENDINGS: &[Ending] = &[
-    Ending {
-        template: "{H} was very happy.",
-        closings: &["very happy"],
-    },
+    Ending { template: "{H} was very happy.", closings: &["very happy"] },
     Ending {
         template: "{H} [went|walked|ran] home with a [big|happy] smile.",
         closings: &["big smile", "happy smile"],
     },
-    Ending {
-        template: "{H} smiled all the way home.",
-        closings: &["smiled all the way home"],
-    },
+    Ending { template: "{H} smiled all the way home.", closings: &["smiled all the way home"] },
     Ending {
         template: "It was the happiest day of {his} life.",
         closings: &["happiest day of his life", "happiest day of her life"],
     },
-    Ending {
-        template: "That night, {h} fell asleep with a happy heart.",
-        closings: &["happy heart"],
-    },
-    Ending {
-        template: "{H} and {f} laughed until the sun went down.",
-        closings: &["laughed until the sun went down"],
-    },
-    Ending {
-        template: "From that day on, {h} and {f} were happy friends.",
-        closings: &["happy friends"],
-    },
-    Ending {
-        template: "{H} was happy for the rest of the day.",
-        closings: &["happy for the rest of the day"],
-    },
-    Ending {
-        template: "{H} left the {p} with a happy song.",
-        closings: &["happy song"],
-    },
+    Ending { template: "That night, {h} fell asleep with a happy heart.", closings: &["happy heart"] },
+    Ending { template: "{H} and {f} laughed until the sun went down.", closings: &["laughed until the sun went down"] },
+    Ending { template: "From that day on, {h} and {f} were happy friends.", closings: &["happy friends"] },
+    Ending { template: "{H} was happy for the rest of the day.", closings: &["happy for the rest of the day"] },
+    Ending { template: "{H} left the {p} with a happy song.", closings: &["happy song"] },
 ];
 
 const SAD_ENDINGS: &[Ending] = &[
-    Ending {
-        template: "{H} was very sad.",
-        closings: &["very sad"],
-    },
+    Ending { template: "{H} was very sad.", closings: &["very sad"] },
     Ending {
         template: "{H} [went|walked|ran] home with tears in {his} eyes.",
         closings: &["tears in his eyes", "tears in her eyes"],
     },
-    Ending {
-        template: "{H} cried all the way home.",
-        closings: &["cried all the way home"],
-    },
+    Ending { template: "{H} cried all the way home.", closings: &["cried all the way home"] },
     Ending {
         template: "It was the saddest day of {his} life.",
         closings: &["saddest day of his life", "saddest day of her life"],
     },
-    Ending {
-        template: "That night, {h} fell asleep with a sad heart.",
-        closings: &["sad heart"],
-    },
+    Ending { template: "That night, {h} fell asleep with a sad heart.", closings: &["sad heart"] },
     Ending {
         template: "{H} sat alone and cried until the sun went down.",
         closings: &["cried until the sun went down"],
     },
-    Ending {
-        template: "From that day on, {h} was sad and lonely.",
-        closings: &["sad and lonely"],
-    },
-    Ending {
-        template: "{H} was sad for the rest of the day.",
-        closings: &["sad for the rest of the day"],
-    },
-    Ending {
-        template: "{H} left the {p} with a sad song.",
-        closings: &["sad song"],
-    },
+    Ending { template: "From that day on, {h} was sad and lonely.", closings: &["sad and lonely"] },
+    Ending { template: "{H} was sad for the rest of the day.", closings: &["sad for the rest of the day"] },
+    Ending { template: "{H} left the {p} with a sad song.", closings: &["sad song"] },
 ];
 
 /// Words that set a mood, and stand in endings only. An ending is judged by them.
 pub const fn mood_words(mood: Mood) -> &'static [&'static str] {
     match mood {
-        Mood::Happy => &[
-            "happy", "happily", "happiest", "smile", "smiled", "laughed", "joy",
-        ],
-        Mood::Sad => &[
-            "sad", "sadly", "saddest", "cried", "tears", "lonely", "alone",
-        ],
+        Mood::Happy => &["happy", "happily", "happiest", "smile", "smiled", "laughed", "joy"],
+        Mood::Sad => &["sad", "sadly", "saddest", "cried", "tears", "lonely", "alone"],
     }
 }
 

@@ -28,54 +28,30 @@ fn candidates(story: &Story) -> Vec<(String, String)> {
     let mut add = |question: String, answer: String| found.push((question, answer));
 
     let who = introduced(hero, "");
-    add(
-        "Who was the story about?".to_owned(),
-        format!("The story was about {}.", with_an(&who)),
-    );
+    add("Who was the story about?".to_owned(), format!("The story was about {}.", with_an(&who)));
     if says(place.word) {
-        add(
-            format!("Where was {name}?"),
-            format!("{he} was {in_place}."),
-        );
-        add(
-            "Where did the story happen?".to_owned(),
-            format!("It happened {in_place}."),
-        );
+        add(format!("Where was {name}?"), format!("{he} was {in_place}."));
+        add("Where did the story happen?".to_owned(), format!("It happened {in_place}."));
     }
     if says(object) {
         if let Some(colour) = content.colour {
             let colour = COLOURS[colour];
             if says(&format!("{colour} {object}")) {
-                add(
-                    format!("What colour was the {object}?"),
-                    format!("The {object} was {colour}."),
-                );
+                add(format!("What colour was the {object}?"), format!("The {object} was {colour}."));
             }
         }
         let thing = content.thing();
-        add(
-            "What was the story about?".to_owned(),
-            format!("It was about {}.", with_an(&format!("a {thing}"))),
-        );
+        add("What was the story about?".to_owned(), format!("It was about {}.", with_an(&format!("a {thing}"))));
     }
     if says(friend.word) {
         let other = introduced(friend, "");
-        add(
-            "Who else was in the story?".to_owned(),
-            format!("There was {} too.", with_an(&other)),
-        );
+        add("Who else was in the story?".to_owned(), format!("There was {} too.", with_an(&other)));
     }
     let last = story.sentences.last().map_or("", String::as_str);
     if last.ends_with('.') && last.to_lowercase().contains(content.mood.adjective()) {
         let mood = content.mood.adjective();
-        add(
-            format!("How did {name} feel at the end?"),
-            format!("{he} was {mood}."),
-        );
-        add(
-            "How did the story end?".to_owned(),
-            format!("It had a {mood} ending."),
-        );
+        add(format!("How did {name} feel at the end?"), format!("{he} was {mood}."));
+        add("How did the story end?".to_owned(), format!("It had a {mood} ending."));
     }
     found
 }

@@ -28,12 +28,7 @@ impl Request {
     pub fn parse(text: &str) -> Option<Self> {
         let words = words(text);
         let at = |i: usize| words.get(i).map_or("", String::as_str);
-        let mut request = Self {
-            character: None,
-            object: None,
-            place: None,
-            mood: None,
-        };
+        let mut request = Self { character: None, object: None, place: None, mood: None };
         let mut is_request = false;
         for i in 0..words.len() {
             let word = at(i);
@@ -48,20 +43,12 @@ impl Request {
                 request.character.get_or_insert(character);
             }
             if let Some(object) = OBJECTS.iter().position(|o| o.word == word) {
-                request
-                    .object
-                    .get_or_insert((object, COLOURS.iter().position(|&c| c == before)));
+                request.object.get_or_insert((object, COLOURS.iter().position(|&c| c == before)));
             }
-            if let Some(place) = PLACES
-                .iter()
-                .position(|p| p.word == word && before == "the")
-            {
+            if let Some(place) = PLACES.iter().position(|p| p.word == word && before == "the") {
                 request.place.get_or_insert(place);
             }
-            if let Some(mood) = Mood::ALL
-                .into_iter()
-                .find(|m| word == m.adjective() || word == m.adverb())
-            {
+            if let Some(mood) = Mood::ALL.into_iter().find(|m| word == m.adjective() || word == m.adverb()) {
                 request.mood.get_or_insert(mood);
             }
         }
@@ -89,16 +76,10 @@ impl Request {
         text.push_str(mark);
         if let (true, Some(place)) = (place_sentence, self.place) {
             let place = &PLACES[place];
-            text = format!(
-                "{text} It should happen {} the {}.",
-                place.preposition, place.word
-            );
+            text = format!("{text} It should happen {} the {}.", place.preposition, place.word);
         }
         if let (MoodStyle::Sentence, Some(mood)) = (mood_style, self.mood) {
-            let template = [
-                "The ending should be {mood}.",
-                "Please make the ending {mood}.",
-            ];
+            let template = ["The ending should be {mood}.", "Please make the ending {mood}."];
             let sentence = template[rng.below(2)].replace("{mood}", mood.adjective());
             text.push(' ');
             text.push_str(&sentence);
@@ -131,34 +112,17 @@ impl Request {
         }
     }
 
-    fn fill_frame(
-        &self,
-        frame: &str,
-        with_place: bool,
-        mood_style: MoodStyle,
-        rng: &mut Rng,
-    ) -> String {
+    fn fill_frame(&self, frame: &str, with_place: bool, mood_style: MoodStyle, rng: &mut Rng) -> String {
         let mut things = Vec::new();
         if let Some(character) = self.character {
             let character = &CHARACTERS[character];
-            things.push(if character.is_person {
-                definite(character)
-            } else {
-                format!("a {}", character.word)
-            });
+            things.push(if character.is_person { definite(character) } else { format!("a {}", character.word) });
         }
         if let Some((object, colour)) = self.object {
             things.push(format!("a {}", thing(object, colour)));
         }
-        let about = if things.is_empty() {
-            String::new()
-        } else {
-            format!(" about {}", things.join(" and "))
-        };
-        let place = self
-            .place
-            .filter(|_| with_place)
-            .map(|place| &PLACES[place]);
+        let about = if things.is_empty() { String::new() } else { format!(" about {}", things.join(" and ")) };
+        let place = self.place.filter(|_| with_place).map(|place| &PLACES[place]);
         let happens = place.is_some() && rng.uniform() < 0.4;
         let place = place.map_or_else(String::new, |place| {
             let happens = if happens { " that happens" } else { "" };
@@ -174,25 +138,15 @@ impl Request {
             (MoodStyle::Adverb, Some(mood)) => format!(" that ends {}", mood.adverb()),
             _ => String::new(),
         };
-        let text = frame.replace(
-            "{story}",
-            &format!("{adjective}story{about}{place}{ending}"),
-        );
-        realise(
-            &text,
-            &mut |slot, _| unreachable!("no slot `{slot}` in a request"),
-            rng,
-        )
+        let text = frame.replace("{story}", &format!("{adjective}story{about}{place}{ending}"));
+        realise(&text, &mut |slot, _| unreachable!("no slot `{slot}` in a request"), rng)
     }
 }
 
 /// `red boat`, `boat`.
 fn thing(object: usize, colour: Option<usize>) -> String {
     let object = OBJECTS[object].word;
-    colour.map_or_else(
-        || object.to_owned(),
-        |colour| format!("{} {object}", COLOURS[colour]),
-    )
+    colour.map_or_else(|| object.to_owned(), |colour| format!("{} {object}", COLOURS[colour]))
 }
 
 /// How a request says the mood.
@@ -211,13 +165,8 @@ enum MoodStyle {
 }
 
 /// The first one is the commonest.
-const MOOD_STYLES: [MoodStyle; 5] = [
-    MoodStyle::With,
-    MoodStyle::With,
-    MoodStyle::Adverb,
-    MoodStyle::Adjective,
-    MoodStyle::Sentence,
-];
+const MOOD_STYLES: [MoodStyle; 5] =
+    [MoodStyle::With, MoodStyle::With, MoodStyle::Adverb, MoodStyle::Adjective, MoodStyle::Sentence];
 
 /// Frames and the marks that close them.
 const FRAMES: [(&str, &str); 9] = [
@@ -246,10 +195,7 @@ mod tests {
             for _ in 0..4 {
                 let text = request.phrase(&mut rng);
                 assert_eq!(Request::parse(&text), Some(request), "{text}");
-                assert!(
-                    !text.contains("  ") && !text.contains(['[', '{', '|']),
-                    "{text}"
-                );
+                assert!(!text.contains("  ") && !text.contains(['[', '{', '|']), "{text}");
             }
             if request.mood.is_some() {
                 let title = request.title();
@@ -260,27 +206,15 @@ mod tests {
 
     #[test]
     fn what_asks_for_no_story_is_no_request() {
-        for text in [
-            "Where did Mia go?",
-            "",
-            "Did the story have a happy ending?",
-            "Tell me a story.",
-        ] {
+        for text in ["Where did Mia go?", "", "Did the story have a happy ending?", "Tell me a story."] {
             assert_eq!(Request::parse(text), None, "{text}");
         }
     }
 
     #[test]
     fn titles_read_like_titles() {
-        let request = Request {
-            character: Some(10),
-            object: Some((1, Some(0))),
-            place: Some(0),
-            mood: Some(Mood::Sad),
-        };
-        assert_eq!(
-            request.title(),
-            "The fox and the red boat in the park, a sad story"
-        );
+        let request =
+            Request { character: Some(10), object: Some((1, Some(0))), place: Some(0), mood: Some(Mood::Sad) };
+        assert_eq!(request.title(), "The fox and the red boat in the park, a sad story");
     }
 }

@@ -69,12 +69,7 @@ pub fn all_requests() -> Vec<Request> {
         for object in objects() {
             for place in options(PLACES.len()) {
                 for mood in [Some(Mood::Happy), Some(Mood::Sad), None] {
-                    let request = Request {
-                        character,
-                        object,
-                        place,
-                        mood,
-                    };
+                    let request = Request { character, object, place, mood };
                     if (1..=3).contains(&request.n_constraints()) {
                         all.push(request);
                     }
@@ -111,10 +106,7 @@ impl Splits {
                 share += percent;
                 let end = (n_requests * share).div_ceil(100);
                 if end > start {
-                    groups
-                        .entry(group)
-                        .or_default()
-                        .insert(kind, requests[start..end].to_vec());
+                    groups.entry(group).or_default().insert(kind, requests[start..end].to_vec());
                 }
                 start = end;
             }
@@ -164,11 +156,7 @@ mod tests {
         for (group, percent) in SHARES {
             let requests: Vec<Request> = splits.requests(group).collect();
             let expected = all_requests().len() * percent / 100;
-            assert!(
-                requests.len().abs_diff(expected) < 25,
-                "{group:?}: {}",
-                requests.len()
-            );
+            assert!(requests.len().abs_diff(expected) < 25, "{group:?}: {}", requests.len());
             for request in requests {
                 assert!(seen.insert(request), "{request:?} twice");
             }
@@ -176,10 +164,7 @@ mod tests {
         assert_eq!(seen.len(), all_requests().len());
         // 20·98·10 + 20·98·2 + 20·10·2 + 98·10·2 of three, 3,396 of two, 130 of one.
         assert_eq!(seen.len(), 25_880 + 3_396 + 130);
-        assert_eq!(
-            SHARES.iter().map(|(_, percent)| percent).sum::<usize>(),
-            100
-        );
+        assert_eq!(SHARES.iter().map(|(_, percent)| percent).sum::<usize>(), 100);
     }
 
     #[test]

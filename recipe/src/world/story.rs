@@ -8,9 +8,7 @@ use super::plots::{self, LOOKS, OPENINGS, PLOTS, TRAITS, WEATHER, WHEN_BEGUN, WH
 use super::request::Request;
 use super::template::realise;
 use super::text::{sentences, words};
-use super::words::{
-    CHARACTERS, COLOURS, Character, Damage, Gender, Mood, OBJECTS, PLACES, capitalised,
-};
+use super::words::{CHARACTERS, COLOURS, Character, Damage, Gender, Mood, OBJECTS, PLACES, capitalised};
 
 /// Words a good story has, at least and at most. Within them length does not matter.
 pub const STORY_WORDS: std::ops::RangeInclusive<usize> = 35..=75;
@@ -37,15 +35,10 @@ pub struct Content {
 impl Content {
     /// A story that `request` asks for; what it leaves open is drawn.
     pub fn for_request(request: &Request, rng: &mut Rng) -> Self {
-        let hero = request
-            .character
-            .unwrap_or_else(|| rng.below(CHARACTERS.len()));
+        let hero = request.character.unwrap_or_else(|| rng.below(CHARACTERS.len()));
         let friend = (hero + 1 + rng.below(CHARACTERS.len() - 1)) % CHARACTERS.len();
-        let (object, asked_colour) = request
-            .object
-            .unwrap_or_else(|| (rng.below(OBJECTS.len()), None));
-        let colour =
-            asked_colour.or_else(|| (rng.uniform() < 0.7).then(|| rng.below(COLOURS.len())));
+        let (object, asked_colour) = request.object.unwrap_or_else(|| (rng.below(OBJECTS.len()), None));
+        let colour = asked_colour.or_else(|| (rng.uniform() < 0.7).then(|| rng.below(COLOURS.len())));
         let plot = loop {
             let plot = rng.below(PLOTS.len());
             if OBJECTS[object].is_skill || !PLOTS[plot].needs_skill {
@@ -71,10 +64,7 @@ impl Content {
     /// The thing with its colour, if it has one: `red boat`.
     pub fn thing(&self) -> String {
         let object = OBJECTS[self.object].word;
-        self.colour.map_or_else(
-            || object.to_owned(),
-            |colour| format!("{} {object}", COLOURS[colour]),
-        )
+        self.colour.map_or_else(|| object.to_owned(), |colour| format!("{} {object}", COLOURS[colour]))
     }
 }
 
@@ -95,10 +85,7 @@ impl Story {
 
     /// How many words the story has.
     pub fn n_words(&self) -> usize {
-        self.sentences
-            .iter()
-            .map(|sentence| words(sentence).len())
-            .sum()
+        self.sentences.iter().map(|sentence| words(sentence).len()).sum()
     }
 }
 
@@ -115,11 +102,7 @@ pub fn tell(content: &Content, rng: &mut Rng) -> Story {
 /// Tells `content` in as many words as it takes.
 pub fn tell_once(content: &Content, rng: &mut Rng) -> Story {
     let opening = &OPENINGS[rng.below(OPENINGS.len())];
-    let mut teller = Teller {
-        content,
-        is_habit: opening.is_habit,
-        last_spot: None,
-    };
+    let mut teller = Teller { content, is_habit: opening.is_habit, last_spot: None };
     let mut told = teller.say(opening.template, rng);
     if rng.uniform() < 0.2 {
         told.extend(teller.say(TRAITS[rng.below(TRAITS.len())], rng));
@@ -127,10 +110,7 @@ pub fn tell_once(content: &Content, rng: &mut Rng) -> Story {
     told.extend(teller.events(content.plot, rng));
     let endings = plots::endings(content.mood);
     told.extend(teller.say(endings[rng.below(endings.len())].template, rng));
-    Story {
-        content: *content,
-        sentences: told,
-    }
+    Story { content: *content, sentences: told }
 }
 
 /// The events of another plot with the same cast, to make a story longer than it should be.
@@ -141,46 +121,21 @@ pub fn more_events(content: &Content, rng: &mut Rng) -> Vec<String> {
             break plot;
         }
     };
-    Teller {
-        content,
-        is_habit: true,
-        last_spot: None,
-    }
-    .events(other, rng)
+    Teller { content, is_habit: true, last_spot: None }.events(other, rng)
 }
 
 /// Everything that can stand for `slot` in some story, as templates.
 pub fn every_filling(slot: &str) -> Vec<String> {
     if slot == "spot" {
-        return PLACES
-            .iter()
-            .flat_map(|place| place.spots)
-            .map(str::to_owned)
-            .collect();
+        return PLACES.iter().flat_map(|place| place.spots).map(str::to_owned).collect();
     }
     let mut rng = Streams::new(0).get("world/fillings", 0);
     let mut found = BTreeSet::new();
     for i in 0..CHARACTERS.len() * OBJECTS.len() {
         for (colour, is_habit) in [(Some(i % COLOURS.len()), true), (None, false)] {
-            let (hero, object, place) =
-                (i % CHARACTERS.len(), i / CHARACTERS.len(), i % PLACES.len());
-            let content = Content {
-                hero,
-                friend: hero,
-                object,
-                colour,
-                place,
-                mood: Mood::Happy,
-                plot: 0,
-            };
-            found.insert(
-                Teller {
-                    content: &content,
-                    is_habit,
-                    last_spot: None,
-                }
-                .fill(slot, &mut rng),
-            );
+            let (hero, object, place) = (i % CHARACTERS.len(), i / CHARACTERS.len(), i % PLACES.len());
+            let content = Content { hero, friend: hero, object, colour, place, mood: Mood::Happy, plot: 0 };
+            found.insert(Teller { content: &content, is_habit, last_spot: None }.fill(slot, &mut rng));
         }
     }
     found.into_iter().collect()
@@ -258,11 +213,7 @@ impl Teller<'_> {
 
 /// `Mia`, `the fox`.
 pub fn definite(character: &Character) -> String {
-    if character.is_person {
-        capitalised(character.word)
-    } else {
-        format!("the {}", character.word)
-    }
+    if character.is_person { capitalised(character.word) } else { format!("the {}", character.word) }
 }
 
 /// `a girl named Mia`, `a fox`, with `looks` (a template that ends in a space) before the noun.

@@ -29,15 +29,8 @@ pub fn parse(template: &str) -> Vec<Part<'_>> {
         if at > 0 {
             parts.push(Part::Text(&rest[..at]));
         }
-        let close = if rest[at..].starts_with('[') {
-            ']'
-        } else {
-            '}'
-        };
-        let end = at
-            + rest[at..]
-                .find(close)
-                .unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
+        let close = if rest[at..].starts_with('[') { ']' } else { '}' };
+        let end = at + rest[at..].find(close).unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
         let inside = &rest[at + 1..end];
         parts.push(match close {
             ']' => Part::Choice(inside.split('|').map(parse).collect()),
@@ -52,22 +45,13 @@ pub fn parse(template: &str) -> Vec<Part<'_>> {
 }
 
 /// One way through `template`, chosen by `rng`, with `fill` answering for the slots.
-pub fn realise(
-    template: &str,
-    fill: &mut impl FnMut(&str, &mut Rng) -> String,
-    rng: &mut Rng,
-) -> String {
+pub fn realise(template: &str, fill: &mut impl FnMut(&str, &mut Rng) -> String, rng: &mut Rng) -> String {
     let mut text = String::new();
     append(&parse(template), fill, rng, &mut text);
     with_articles(&text)
 }
 
-fn append(
-    parts: &[Part<'_>],
-    fill: &mut impl FnMut(&str, &mut Rng) -> String,
-    rng: &mut Rng,
-    text: &mut String,
-) {
+fn append(parts: &[Part<'_>], fill: &mut impl FnMut(&str, &mut Rng) -> String, rng: &mut Rng, text: &mut String) {
     for part in parts {
         match part {
             Part::Text(words) => text.push_str(words),
@@ -105,10 +89,7 @@ mod tests {
             parse("A [b|{c} d] e{f}"),
             [
                 Part::Text("A "),
-                Part::Choice(vec![
-                    vec![Part::Text("b")],
-                    vec![Part::Slot("c"), Part::Text(" d")]
-                ]),
+                Part::Choice(vec![vec![Part::Text("b")], vec![Part::Slot("c"), Part::Text(" d")]]),
                 Part::Text(" e"),
                 Part::Slot("f"),
             ]
@@ -119,9 +100,6 @@ mod tests {
     fn a_becomes_an_before_a_vowel() {
         let mut rng = Streams::new(0).get("test", 0);
         let mut fill = |_: &str, _: &mut Rng| "orange [owl|owl]".to_owned();
-        assert_eq!(
-            realise("A {x} saw a cat.", &mut fill, &mut rng),
-            "An orange owl saw a cat."
-        );
+        assert_eq!(realise("A {x} saw a cat.", &mut fill, &mut rng), "An orange owl saw a cat.");
     }
 }

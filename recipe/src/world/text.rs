@@ -78,23 +78,14 @@ mod tests {
         let text = "Tom ran. \"Is it mine?\" asked Tom. \"Yes!\" said the fox. \"No!\" Then it";
         assert_eq!(
             sentences(text),
-            [
-                "Tom ran.",
-                "\"Is it mine?\" asked Tom.",
-                "\"Yes!\" said the fox.",
-                "\"No!\"",
-                "Then it"
-            ]
+            ["Tom ran.", "\"Is it mine?\" asked Tom.", "\"Yes!\" said the fox.", "\"No!\"", "Then it"]
         );
         assert!(sentences("  ").is_empty());
     }
 
     #[test]
     fn tokens_keep_capitals_and_marks() {
-        assert_eq!(
-            tokens("\"Oh no,\" he said."),
-            ["\"", "Oh", "no", ",", "\"", "he", "said", "."]
-        );
+        assert_eq!(tokens("\"Oh no,\" he said."), ["\"", "Oh", "no", ",", "\"", "he", "said", "."]);
         assert_eq!(words("\"Oh no,\" He said."), ["oh", "no", "he", "said"]);
     }
 }

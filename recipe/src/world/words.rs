@@ -99,19 +99,11 @@ impl Mood {
 }
 
 const fn person(word: &'static str, gender: Gender) -> Character {
-    Character {
-        word,
-        is_person: true,
-        gender,
-    }
+    Character { word, is_person: true, gender }
 }
 
 const fn animal(word: &'static str, gender: Gender) -> Character {
-    Character {
-        word,
-        is_person: false,
-        gender,
-    }
+    Character { word, is_person: false, gender }
 }
 
 /// Ten children and ten animals.
@@ -145,13 +137,7 @@ const fn object(
     damage: Damage,
     is_skill: bool,
 ) -> Object {
-    Object {
-        word,
-        verb,
-        verb_past,
-        damage,
-        is_skill,
-    }
+    Object { word, verb, verb_past, damage, is_skill }
 }
 
 /// Fourteen things.
@@ -176,73 +162,21 @@ pub const OBJECTS: [Object; 14] = [
 pub const COLOURS: [&str; 6] = ["red", "blue", "green", "yellow", "orange", "purple"];
 
 const fn place(word: &'static str, preposition: &'static str, spots: [&'static str; 3]) -> Place {
-    Place {
-        word,
-        preposition,
-        spots,
-    }
+    Place { word, preposition, spots }
 }
 
 /// Ten places.
 pub const PLACES: [Place; 10] = [
-    place(
-        "park",
-        "in",
-        ["under a bench", "beside the fountain", "near the swings"],
-    ),
-    place(
-        "forest",
-        "in",
-        [
-            "under an old oak",
-            "behind a fallen tree",
-            "on the soft moss",
-        ],
-    ),
-    place(
-        "garden",
-        "in",
-        ["among the roses", "behind the gate", "under the apple tree"],
-    ),
-    place(
-        "beach",
-        "at",
-        ["on the warm sand", "between two rocks", "near the waves"],
-    ),
-    place(
-        "farm",
-        "on",
-        ["behind the barn", "in the hay", "beside the well"],
-    ),
-    place(
-        "hill",
-        "on",
-        [
-            "beside a flat stone",
-            "in the tall grass",
-            "under a tall pine",
-        ],
-    ),
-    place(
-        "river",
-        "by",
-        ["under the bridge", "among the reeds", "on the muddy bank"],
-    ),
-    place(
-        "market",
-        "at",
-        ["beside a fruit stand", "under a table", "behind a cart"],
-    ),
-    place(
-        "school",
-        "at",
-        ["on the steps", "beside the door", "under a desk"],
-    ),
-    place(
-        "lake",
-        "by",
-        ["on the dock", "near the water", "under a willow"],
-    ),
+    place("park", "in", ["under a bench", "beside the fountain", "near the swings"]),
+    place("forest", "in", ["under an old oak", "behind a fallen tree", "on the soft moss"]),
+    place("garden", "in", ["among the roses", "behind the gate", "under the apple tree"]),
+    place("beach", "at", ["on the warm sand", "between two rocks", "near the waves"]),
+    place("farm", "on", ["behind the barn", "in the hay", "beside the well"]),
+    place("hill", "on", ["beside a flat stone", "in the tall grass", "under a tall pine"]),
+    place("river", "by", ["under the bridge", "among the reeds", "on the muddy bank"]),
+    place("market", "at", ["beside a fruit stand", "under a table", "behind a cart"]),
+    place("school", "at", ["on the steps", "beside the door", "under a desk"]),
+    place("lake", "by", ["on the dock", "near the water", "under a willow"]),
 ];
 
 /// What the words of a class stand for in the grammar: a name, an animal, a thing, a colour, a place.
@@ -250,11 +184,7 @@ pub const PLACES: [Place; 10] = [
 /// `None` for every other word. The argument is in lower case.
 pub fn class_of(word: &str) -> Option<&'static str> {
     if let Some(character) = CHARACTERS.iter().find(|c| c.word == word) {
-        return Some(if character.is_person {
-            "NAME"
-        } else {
-            "ANIMAL"
-        });
+        return Some(if character.is_person { "NAME" } else { "ANIMAL" });
     }
     if OBJECTS.iter().any(|o| o.word == word) {
         return Some("OBJECT");
@@ -267,17 +197,11 @@ pub fn class_of(word: &str) -> Option<&'static str> {
 
 /// `an` before a vowel, else `a`; true to the sound for every word of this world.
 pub fn article(next: &str) -> &'static str {
-    if next.starts_with(['a', 'e', 'i', 'o', 'u', 'A', 'E', 'I', 'O', 'U']) {
-        "an"
-    } else {
-        "a"
-    }
+    if next.starts_with(['a', 'e', 'i', 'o', 'u', 'A', 'E', 'I', 'O', 'U']) { "an" } else { "a" }
 }
 
 /// `word` with a capital first letter.
 pub fn capitalised(word: &str) -> String {
     let mut letters = word.chars();
-    letters.next().map_or_else(String::new, |first| {
-        first.to_uppercase().chain(letters).collect()
-    })
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
