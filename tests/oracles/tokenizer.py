@@ -3,6 +3,7 @@
 pip install tokenizers==0.23.1 && python tokenizer.py
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -52,13 +53,31 @@ def wordpiece(texts, vocab_size):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
+    # The library numbers the characters inside words in the order of a randomly seeded hash map, and breaks ties by
+    # these numbers, so two runs differ. Named as special tokens, they are numbered in this order.
+    words = [word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    inner = [f"##{c}" for c in sorted({c for word in words for c in word[1:]})]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size - len(SPECIALS), special_tokens=["[UNK]"], show_progress=False
+        vocab_size=vocab_size - len(SPECIALS), special_tokens=["[UNK]", *inner], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # They are special no more.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "[UNK]"]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     ids = [without_specials(tokenizer, text) for text in PROBES]
-    return {"vocab_size": vocab_size, "vocab": tokenizer.get_vocab(), "ids": ids, "texts": [tokenizer.decode(i) for i in ids]}
+    vocab = dict(sorted(tokenizer.get_vocab().items()))
+    return {"vocab_size": vocab_size, "vocab": vocab, "ids": ids, "texts": [tokenizer.decode(i) for i in ids]}
+
+
+def of_stories(vocab_size):
+    """What is learned from real stories, of which only a hash is kept."""
+    text = (Path(__file__).parent.parent.parent.parent / "shared/data/stories/pretrain.val.txt").read_text()
+    texts = [part.strip("\r\n") for part in text.split("<|endoftext|>") if part.strip()]
+    learned = bpe(texts, vocab_size)
+    merges = "\n".join(" ".join(pair) for pair in learned["merges"])
+    return {"vocab_size": vocab_size, "merges_sha256": hashlib.sha256(merges.encode()).hexdigest()}
 
 
 if __name__ == "__main__":
@@ -69,6 +88,7 @@ if __name__ == "__main__":
         "probes": PROBES,
         "bpe": bpe(texts, 400),
         "wordpiece": wordpiece(texts, 200),
+        "stories": of_stories(1500),
     }
     path = Path(__file__).parent.parent / "fixtures" / "tokenizer.json"
     path.write_text(json.dumps(fixture, ensure_ascii=False, indent=1) + "\n")

@@ -73,7 +73,9 @@ pub enum TokenizerError {
     #[error("the text {0:?} is a special token to this tokenizer and cannot be encoded as text")]
     Reserved(String),
     /// The chat template does not render.
-    #[error("the tokenizer's chat template failed: {0}\nhint: only plain Jinja is supported; see `chat_template` in tokenizer_config.json")]
+    #[error(
+        "the tokenizer's chat template failed: {0}\nhint: only plain Jinja is supported; see `chat_template` in tokenizer_config.json"
+    )]
     Template(String),
     /// The `tokenizers` library failed.
     #[error("failed to {doing}: {reason}")]
@@ -87,7 +89,13 @@ pub enum TokenizerError {
 
 impl TokenizerError {
     /// An error of the `tokenizers` library while `doing` something.
-    pub(super) fn library(doing: &'static str, error: &(dyn std::error::Error + Send + Sync)) -> Self {
-        Self::Library { doing, reason: error.to_string() }
+    pub(super) fn library(
+        doing: &'static str,
+        error: &(dyn std::error::Error + Send + Sync),
+    ) -> Self {
+        Self::Library {
+            doing,
+            reason: error.to_string(),
+        }
     }
 }
