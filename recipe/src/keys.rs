@@ -1,12 +1,11 @@
 //! When a step has to run again: the hash of everything its result depends on.
 
-use std::fs::File;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::{self, PathResolver};
+use common::data::file_sha256;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -100,27 +99,6 @@ impl Key {
     }
 }
 
-/// SHA-256 of a file's content.
-///
-/// # Errors
-/// If it cannot be read.
-pub fn file_sha256(path: &Path) -> Result<String> {
-    struct Hasher(Sha256);
-    impl Write for Hasher {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.update(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut hasher = Hasher(Sha256::new());
-    File::open(path)
-        .and_then(|mut file| io::copy(&mut file, &mut hasher))
-        .with_context(|| format!("failed to read `{}`", path.display()))?;
-    Ok(hex(&hasher.0.finalize()))
-}
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -163,13 +141,10 @@ mod tests {
     }
 
     #[test]
-    fn the_content_of_data_files_counts_and_other_strings_do_not() {
+    fn files_among_the_values_are_found_and_other_strings_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.txt");
         std::fs::write(&file, "abc").unwrap();
-        // echo -n abc | sha256sum
-        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(file_sha256(&file).unwrap(), abc);
         let table: Table = toml::from_str("train = [\"a.txt\", \"none.txt\"]\nseparator = \"blank-line\"\n").unwrap();
         let resolver = PathResolver::new(&dir.path().join("x.toml"), None);
         assert_eq!(files_in(Some(&Value::Table(table)), &resolver).unwrap(), [file]);
