@@ -69,7 +69,7 @@ impl Corpus {
             files
                 .iter()
                 .map(|file| {
-                    sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
+                    sha256.insert(file.display().to_string(), common::checkpoint::sha256_of_file(file)?);
                     open_shard(file, data, tokenizer, quiet)
                 })
                 .collect::<anyhow::Result<Vec<_>>>()

@@ -52,7 +52,7 @@ impl Conversations {
         let mut all = Self { encoded: Vec::new(), messages: Vec::new(), sha256: BTreeMap::new() };
         let mut n_too_long = 0;
         for file in files {
-            all.sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
+            all.sha256.insert(file.display().to_string(), common::checkpoint::sha256_of_file(file)?);
             for conversation in records::read_conversations(file, on_bad_record)? {
                 let mut encoded = conversation::encode(tokenizer, &conversation.messages)
                     .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
