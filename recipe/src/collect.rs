@@ -69,7 +69,7 @@ pub fn collect(
         tokenizer: checkpoint.require_tokenizer()?,
         form: BasePrompt::Chat,
         sampling: SamplingConfig {
-            temperature: config.temperature as f32,
+            temperature: config.temperature,
             max_tokens: config.max_tokens,
             ..SamplingConfig::default()
         },

@@ -92,7 +92,7 @@ impl Evaluator<'_> {
             tokenizer,
             form,
             sampling: SamplingConfig {
-                temperature: self.config.temperature as f32,
+                temperature: self.config.temperature,
                 max_tokens: self.config.max_tokens,
                 ..SamplingConfig::default()
             },
