@@ -116,8 +116,8 @@ impl WorldConfig {
 
 /// More would make the search for different ones long.
 const MOST_STORIES: usize = 1_000_000;
-const MOST_PROMPTS: usize = 20_000;
-const MOST_HELD_OUT: usize = 1_000;
+const MOST_PROMPTS: usize = 100_000;
+const MOST_HELD_OUT: usize = 10_000;
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -284,21 +284,23 @@ impl World<'_> {
         self.prompts(group, n).into_iter().enumerate().map(pair).collect()
     }
 
-    /// Requests, no two with the same words.
+    /// Requests, with different words as far as there are different ways to ask.
     fn prompts(&self, group: Group, n: usize) -> Vec<(Request, String)> {
         let mut seen = HashSet::new();
-        let mut prompts = Vec::with_capacity(n);
-        let mut index = 0;
-        while prompts.len() < n {
+        let prompt = |index| {
             let mut rng = self.rng("prompts", group, index);
-            index += 1;
             let request = self.splits.draw(group, &mut rng);
-            let text = request.phrase(&mut rng);
-            if seen.insert(text.clone()) {
-                prompts.push((request, text));
+            let mut text = request.phrase(&mut rng);
+            for _ in 0..PHRASINGS_TRIED {
+                if !seen.contains(&text) {
+                    break;
+                }
+                text = request.phrase(&mut rng);
             }
-        }
-        prompts
+            seen.insert(text.clone());
+            (request, text)
+        };
+        (0..n).map(prompt).collect()
     }
 }
 
@@ -308,6 +310,8 @@ fn judged(prompt: &str, response: &str) -> f64 {
 
 /// Gold scores nearer than this count as the same.
 const LEAST_DIFFERENCE: f64 = 0.02;
+/// How often a request is put in other words before it is asked twice in the same.
+const PHRASINGS_TRIED: usize = 20;
 /// The share of documents that are a story and nothing else.
 const BARE: f64 = 0.1;
 /// The share of documents that begin with a title; the others begin with a request.

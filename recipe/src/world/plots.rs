@@ -145,7 +145,7 @@ pub const PLOTS: &[Plot] = &[
         name: "broken",
         beats: &[
             &["{When}, {h} {used_his} [fine|pretty|lovely|new] {co}{here}."],
-            &["[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} went too fast.] The {o} {harm}."],
+            &["[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} was in a hurry.] The {o} {harm}."],
         ],
         happy: &[
             &["{A_f} [saw it|heard the noise] and came to help.", "\"[Let me help you|We can mend it],\" said {a_f}."],
@@ -179,7 +179,7 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "rain",
         beats: &[
-            &["{When}, {h} [took|carried] {his} {co} {spot}{here}.", "{When}, {h} {used_his} {co}{here}."],
+            &["{When}, {h} [put|laid] {his} {co} {spot}{here}.", "{When}, {h} {used_his} {co}{here}."],
             &["[Suddenly|Then], [it began to rain|a storm came up]. {H} ran [home|for cover] and forgot the {o}."],
         ],
         happy: &[
@@ -196,7 +196,7 @@ pub const PLOTS: &[Plot] = &[
         name: "gift",
         beats: &[
             &["{When}, {h} [made|bought] a {co} for {a_f}.", "{When}, {h} wanted to give a {co} to {a_f}."],
-            &["It was a birthday gift.", "{He} [worked|thought] about it all week.", ""],
+            &["It was a birthday gift.", "{He} had [worked on|thought about] it all week.", ""],
             &["{H} [hid the {o}|waited with the {o}] {spot}{here}."],
         ],
         happy: &[
@@ -248,7 +248,7 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "map",
         beats: &[
-            &["{When}, {h} found an old map{here}. It showed [the way to|where to find] a {co}.", "{When}, {h} heard of a {co} hidden {spot}{here}."],
+            &["{When}, {h} found an old map{here}. It showed [the way to|where to find] a {co}.", "{When}, {h} heard of a {co} hidden {in_p}."],
             &["{H} and {a_f} [walked for hours|looked high and low].", "{A_f} wanted to see the {o} too. They dug {spot}."],
         ],
         happy: &[
@@ -286,7 +286,7 @@ pub const PLOTS: &[Plot] = &[
         ],
         happy: &[
             &["{F} [showed {him} how|was a good teacher].", "\"Yes, please!\" said {h}."],
-            &["[Soon|At last|In the end], {h} {used} [all day|like a master].", "Then they took turns with the {o} {in_p}."],
+            &["[Soon|At last|In the end], {h} {used} [with ease|like a master].", "Then they took turns with the {o} {in_p}."],
         ],
         sad: &[
             &["\"No, leave me [in peace|be]!\" said {h}. {F} [left|went home].", "But {f} only made fun of {him}."],

@@ -175,7 +175,7 @@ pub const PLACES: [Place; 10] = [
     place("garden", "in", ["among the roses", "behind the gate", "under the apple tree"]),
     place("beach", "at", ["on the warm sand", "between two rocks", "near the waves"]),
     place("farm", "on", ["behind the barn", "in the hay", "beside the well"]),
-    place("hill", "on", ["beside a flat stone", "in the tall grass", "under a lonely pine"]),
+    place("hill", "on", ["beside a flat stone", "in the tall grass", "under a tall pine"]),
     place("river", "by", ["under the bridge", "among the reeds", "on the muddy bank"]),
     place("market", "at", ["beside a fruit stand", "under a table", "behind a cart"]),
     place("school", "at", ["on the steps", "beside the door", "under a desk"]),
