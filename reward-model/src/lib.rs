@@ -1,1 +1,3 @@
-//! Stub.
+//! A model of preferences.
+
+pub mod loss;
