@@ -2,7 +2,8 @@
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
-//! [`backend`], [`rng`] and [`stage`] (what every command line does the same way).
+//! [`backend`], [`rng`], [`stage`] (what every command line does the same way) and [`session`] (what every training run
+//! does the same way).
 //!
 //! # Invariants
 //! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng`;
@@ -23,6 +24,7 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod rng;
+pub mod session;
 pub mod stage;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -1,1 +1,549 @@
-//! Not written yet.
+//! Every metric's name and meaning, the files they go to, and what the console shows of them.
+//!
+//! `metrics.jsonl` has one object a line: `step`, `seconds` (wall time since the stage began, carried over a resume),
+//! `tokens` seen so far, and numbers under the slash-separated [`names`]. A number that is not finite is written as
+//! `null`, because JSON has neither NaN nor infinity.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
+
+/// The file of metrics in an output directory.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// The file of prompts and generations made along the way.
+pub const SAMPLES_FILE: &str = "samples.jsonl";
+
+/// The names under which metrics are recorded. KL and entropy are in nats; averages over tokens leave out padding.
+pub mod names {
+    /// Mean loss of the steps since the last record: nats per token, or the pairwise loss of a reward model.
+    pub const TRAIN_LOSS: &str = "train/loss";
+    /// Learning rate of the step.
+    pub const TRAIN_LR: &str = "train/lr";
+    /// Global norm of the gradient before clipping.
+    pub const TRAIN_GRAD_NORM: &str = "train/grad_norm";
+    /// Trained tokens per second of wall time, evaluation and saving left out.
+    pub const TRAIN_TOKENS_PER_SECOND: &str = "train/tokens_per_second";
+    /// Held-out loss, in the unit of [`TRAIN_LOSS`].
+    pub const VAL_LOSS: &str = "val/loss";
+    /// Held-out loss in bits per byte of text, which does not depend on the tokenizer.
+    pub const VAL_BITS_PER_BYTE: &str = "val/bits_per_byte";
+    /// Fraction of training pairs whose chosen response scores higher.
+    pub const TRAIN_ACCURACY: &str = "train/accuracy";
+    /// Mean score of the chosen less the rejected response, training pairs.
+    pub const TRAIN_MARGIN: &str = "train/margin";
+    /// [`TRAIN_ACCURACY`] on held-out pairs; for SFT, the fraction of trained tokens guessed right.
+    pub const VAL_ACCURACY: &str = "val/accuracy";
+    /// [`TRAIN_MARGIN`] on held-out pairs.
+    pub const VAL_MARGIN: &str = "val/margin";
+    /// KL from the reference policy, summed over a response (estimator k1), averaged over responses.
+    pub const OBJECTIVE_KL: &str = "objective/kl";
+    /// Reward lost per nat of KL.
+    pub const OBJECTIVE_KL_COEF: &str = "objective/kl_coef";
+    /// `−Σ log π` of a response at the sampling temperature, averaged over responses.
+    pub const OBJECTIVE_ENTROPY: &str = "objective/entropy";
+    /// Mean score of the reward model.
+    pub const OBJECTIVE_SCORE: &str = "objective/score";
+    /// Score plus the KL penalty, per response, averaged.
+    pub const OBJECTIVE_RLHF_REWARD: &str = "objective/rlhf_reward";
+    /// The KL penalty alone, per response, averaged; negative where the policy has moved.
+    pub const OBJECTIVE_NON_SCORE_REWARD: &str = "objective/non_score_reward";
+    /// Clipped policy loss, mean over minibatches.
+    pub const POLICY_LOSS: &str = "policy/loss";
+    /// `½·mean((log ratio)²)` between the updated and the sampling policy.
+    pub const POLICY_APPROX_KL: &str = "policy/approx_kl";
+    /// Fraction of response tokens whose ratio was clipped.
+    pub const POLICY_CLIP_FRAC: &str = "policy/clip_frac";
+    /// Mean probability ratio; 1 before the first update.
+    pub const POLICY_RATIO_MEAN: &str = "policy/ratio_mean";
+    /// Largest probability ratio.
+    pub const POLICY_RATIO_MAX: &str = "policy/ratio_max";
+    /// Mean entropy of the policy's next-token distribution over response tokens.
+    pub const POLICY_ENTROPY: &str = "policy/entropy";
+    /// Clipped value loss, mean over minibatches.
+    pub const VALUE_LOSS: &str = "value/loss";
+    /// Fraction of response tokens whose value was clipped.
+    pub const VALUE_CLIP_FRAC: &str = "value/clip_frac";
+    /// `1 − Var(returns − values) / Var(returns)`; 1 is a perfect value function, 0 a constant one.
+    pub const VALUE_EXPLAINED_VARIANCE: &str = "value/explained_variance";
+    /// Mean number of sampled tokens, the end token counted.
+    pub const ROLLOUT_RESPONSE_LENGTH: &str = "rollout/response_length";
+    /// Fraction of responses that end by the end token.
+    pub const ROLLOUT_EOS_RATE: &str = "rollout/eos_rate";
+    /// Seconds spent sampling.
+    pub const TIMING_ROLLOUT: &str = "timing/rollout";
+    /// Seconds spent on reference log-probs, scores and values.
+    pub const TIMING_SCORE: &str = "timing/score";
+    /// Seconds spent in the PPO epochs.
+    pub const TIMING_UPDATE: &str = "timing/update";
+    /// Mean of the recipe's true reward over the rollout's responses, where it is known.
+    pub const GOLD_SCORE: &str = "gold/score";
+    /// Mean of the recipe's true reward over held-out prompts.
+    pub const GOLD_VAL_SCORE: &str = "gold/val_score";
+
+    /// What the console shows, in this order; the rest is for the file.
+    pub(super) const ON_CONSOLE: [&str; 14] = [
+        TRAIN_LOSS,
+        TRAIN_ACCURACY,
+        VAL_LOSS,
+        VAL_BITS_PER_BYTE,
+        VAL_ACCURACY,
+        OBJECTIVE_SCORE,
+        GOLD_SCORE,
+        GOLD_VAL_SCORE,
+        OBJECTIVE_KL,
+        ROLLOUT_RESPONSE_LENGTH,
+        ROLLOUT_EOS_RATE,
+        POLICY_CLIP_FRAC,
+        TRAIN_LR,
+        TRAIN_TOKENS_PER_SECOND,
+    ];
+}
+
+/// The progress bars of this process. Whoever writes to stderr goes through its `suspend`, so that text and bars do
+/// not overwrite each other.
+pub fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// Where an interrupted stage stood, from its checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ResumePoint {
+    /// Steps done.
+    pub step: u64,
+    /// Wall time spent on them, in seconds.
+    pub seconds: f64,
+}
+
+/// Writes one stage's metrics and samples, and shows how far it is.
+///
+/// A file is opened for each line and closed again: a save exchanges the whole directory, and no handle may keep
+/// pointing into the old one. Record what a step measured before saving that step, because a resume drops what comes
+/// after the saved one.
+#[derive(Debug)]
+pub struct Recorder {
+    out: PathBuf,
+    total_steps: u64,
+    first_step: u64,
+    earlier_seconds: f64,
+    started: Instant,
+    last: BTreeMap<String, f64>,
+    throughput: (Instant, Option<u64>),
+    bar: Option<ProgressBar>,
+}
+
+impl Recorder {
+    /// A recorder for the stage that writes to `out` and has `total_steps` steps.
+    ///
+    /// With `resume`, lines after its step are dropped from both files, as is a last line cut short by a crash.
+    /// Without, what the files held is gone.
+    ///
+    /// # Errors
+    /// If the files cannot be read or written.
+    pub fn open(out: &Path, total_steps: u64, resume: Option<ResumePoint>) -> Result<Self, MetricsError> {
+        let mut last = BTreeMap::new();
+        for file in [METRICS_FILE, SAMPLES_FILE] {
+            let path = out.join(file);
+            match resume {
+                Some(point) => truncate_after(&path, point.step)?,
+                None if path.exists() => std::fs::remove_file(&path).map_err(|source| write_error(&path, source))?,
+                None => {}
+            }
+        }
+        for record in read(&out.join(METRICS_FILE))? {
+            keep_numbers(&mut last, &record);
+        }
+        let point = resume.unwrap_or(ResumePoint { step: 0, seconds: 0.0 });
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
+                .expect("the template is constant and valid");
+            let bar = bars().add(ProgressBar::new(total_steps).with_style(style).with_position(point.step));
+            bar.reset_eta();
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        let started = Instant::now();
+        Ok(Self {
+            out: out.to_owned(),
+            total_steps,
+            first_step: point.step,
+            earlier_seconds: point.seconds,
+            started,
+            last,
+            throughput: (started, None),
+            bar,
+        })
+    }
+
+    /// Wall time the stage has taken, in seconds, earlier runs of it included.
+    pub fn seconds(&self) -> f64 {
+        self.earlier_seconds + self.started.elapsed().as_secs_f64()
+    }
+
+    /// The last finite value of each metric, for the manifest.
+    pub fn last(&self) -> &BTreeMap<String, f64> {
+        &self.last
+    }
+
+    /// Tokens per second since this or [`Recorder::restart_clock`] was last called; `tokens` counts from the start.
+    ///
+    /// `None` at the first call, when there is nothing to compare with.
+    pub fn tokens_per_second(&mut self, tokens: u64) -> Option<f64> {
+        let (since, before) = self.throughput;
+        self.throughput = (Instant::now(), Some(tokens));
+        let before = before?;
+        Some(tokens.saturating_sub(before) as f64 / since.elapsed().as_secs_f64().max(1e-9))
+    }
+
+    /// Starts a new span for [`Recorder::tokens_per_second`]: after evaluating or saving, and before the first step.
+    pub fn restart_clock(&mut self, tokens: u64) {
+        self.throughput = (Instant::now(), Some(tokens));
+    }
+
+    /// Moves the progress bar; needs no number from the device, so it may be called at every step.
+    pub fn advance(&self, step: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+        }
+    }
+
+    /// Appends one line of metrics for `step` and shows the important ones.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn record(&mut self, step: u64, tokens: u64, values: &[(&str, f64)]) -> Result<(), MetricsError> {
+        let mut line = Map::new();
+        line.insert("step".into(), step.into());
+        line.insert("seconds".into(), ((self.seconds() * 1e3).round() / 1e3).into());
+        line.insert("tokens".into(), tokens.into());
+        for (name, value) in values {
+            // `Value::from` of a number that is not finite is `null`.
+            line.insert((*name).to_owned(), (*value).into());
+        }
+        let line = Value::Object(line);
+        append(&self.out.join(METRICS_FILE), &line)?;
+        keep_numbers(&mut self.last, &line);
+        self.show(step, values);
+        Ok(())
+    }
+
+    /// Appends one object to `samples.jsonl`, its `step` put first.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    ///
+    /// # Panics
+    /// If `sample` is not an object.
+    pub fn sample(&self, step: u64, sample: &Value) -> Result<(), MetricsError> {
+        self.append_to(SAMPLES_FILE, step, sample)
+    }
+
+    /// [`Recorder::sample`] into the file `name` of the output directory, such as PPO's `rollouts.jsonl`.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    ///
+    /// # Panics
+    /// If `object` is not an object.
+    pub fn append_to(&self, name: &str, step: u64, object: &Value) -> Result<(), MetricsError> {
+        let Value::Object(fields) = object else { panic!("a line of `{name}` is an object, not {object}") };
+        let mut line = Map::new();
+        line.insert("step".into(), step.into());
+        line.extend(fields.clone());
+        append(&self.out.join(name), &Value::Object(line))
+    }
+
+    /// Takes the progress bar away.
+    pub fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+            bars().remove(bar);
+        }
+    }
+
+    fn show(&self, step: u64, values: &[(&str, f64)]) {
+        let text = console_text(values);
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+            bar.set_message(text.clone());
+            // The bar forgets; an evaluation should stay on the screen.
+            if !values.iter().any(|(name, _)| name.starts_with("val/")) {
+                return;
+            }
+        }
+        let done = step.saturating_sub(self.first_step);
+        let remaining = self.total_steps.saturating_sub(step);
+        let left = if done == 0 || remaining == 0 {
+            String::new()
+        } else {
+            format!("  {} left", duration_text(self.started.elapsed().as_secs_f64() / done as f64 * remaining as f64))
+        };
+        tracing::info!("step {step}/{}  {text}{left}", self.total_steps);
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The objects of the JSONL file at `path` in order; none if there is no file. A last line cut short is left out.
+///
+/// # Errors
+/// If the file cannot be read or a line before the last is not JSON.
+pub fn read(path: &Path) -> Result<Vec<Value>, MetricsError> {
+    let Some(reader) = open_if_there(path)? else { return Ok(Vec::new()) };
+    let mut records = Vec::new();
+    let mut broken = None;
+    for (line_idx, line) in reader.lines().enumerate() {
+        let line = line.map_err(|source| MetricsError::Read { path: path.to_owned(), source })?;
+        if let Some(line) = broken {
+            return Err(MetricsError::Line { path: path.to_owned(), line });
+        }
+        match serde_json::from_str(&line) {
+            Ok(record) => records.push(record),
+            Err(_) => broken = Some(line_idx + 1),
+        }
+    }
+    Ok(records)
+}
+
+/// Drops from the JSONL file at `path` every line whose `step` is after `step`, and a last line cut short.
+///
+/// # Errors
+/// If the file cannot be read or written, or a line before the last is not JSON.
+pub fn truncate_after(path: &Path, step: u64) -> Result<(), MetricsError> {
+    let Some(reader) = open_if_there(path)? else { return Ok(()) };
+    let beside = path.with_extension("jsonl.tmp");
+    let file = File::create(&beside).map_err(|source| write_error(&beside, source))?;
+    let mut writer = BufWriter::new(file);
+    let mut broken = None;
+    for (line_idx, line) in reader.lines().enumerate() {
+        let line = line.map_err(|source| MetricsError::Read { path: path.to_owned(), source })?;
+        if let Some(line) = broken {
+            return Err(MetricsError::Line { path: path.to_owned(), line });
+        }
+        let Ok(record) = serde_json::from_str::<Value>(&line) else {
+            broken = Some(line_idx + 1);
+            continue;
+        };
+        if record["step"].as_u64().is_none_or(|at| at <= step) {
+            writeln!(writer, "{line}").map_err(|source| write_error(&beside, source))?;
+        }
+    }
+    writer.flush().map_err(|source| write_error(&beside, source))?;
+    std::fs::rename(&beside, path).map_err(|source| write_error(path, source))
+}
+
+/// What is wrong with a metrics file.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricsError {
+    /// Not readable.
+    #[error("failed to read `{}`: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not writable.
+    #[error("failed to write `{}`: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A line in the middle is no JSON.
+    #[error("`{}` line {line}: expected a JSON object", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+    },
+}
+
+fn open_if_there(path: &Path) -> Result<Option<BufReader<File>>, MetricsError> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(BufReader::new(file))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(MetricsError::Read { path: path.to_owned(), source }),
+    }
+}
+
+fn append(path: &Path, line: &Value) -> Result<(), MetricsError> {
+    let mut text = line.to_string();
+    text.push('\n');
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(|source| write_error(path, source))
+}
+
+fn write_error(path: &Path, source: std::io::Error) -> MetricsError {
+    MetricsError::Write { path: path.to_owned(), source }
+}
+
+fn keep_numbers(last: &mut BTreeMap<String, f64>, record: &Value) {
+    for (name, value) in record.as_object().into_iter().flatten() {
+        if let (true, Some(number)) = (name.contains('/'), value.as_f64()) {
+            last.insert(name.clone(), number);
+        }
+    }
+}
+
+/// `loss 2.310  lr 3.00e-4  12.3k tokens/s`: what the console shows of `values`.
+fn console_text(values: &[(&str, f64)]) -> String {
+    let mut parts = Vec::new();
+    for shown in names::ON_CONSOLE {
+        let Some((_, value)) = values.iter().find(|(name, _)| *name == shown) else { continue };
+        if shown == names::TRAIN_TOKENS_PER_SECOND {
+            parts.push(match *value {
+                rate if rate >= 1e4 => format!("{:.1}k tokens/s", rate / 1e3),
+                rate => format!("{rate:.0} tokens/s"),
+            });
+            continue;
+        }
+        let label = shown.trim_start_matches("train/").trim_start_matches("objective/").replace('_', " ");
+        parts.push(format!("{label} {}", number_text(*value)));
+    }
+    parts.join("  ")
+}
+
+/// Four significant digits, with an exponent where zeros would fill the line.
+fn number_text(value: f64) -> String {
+    match value.abs() {
+        size if size == 0.0 || !size.is_finite() => format!("{value}"),
+        size if size < 1e-3 => format!("{value:.2e}"),
+        size if size < 10.0 => format!("{value:.3}"),
+        size if size < 100.0 => format!("{value:.2}"),
+        _ => format!("{value:.1}"),
+    }
+}
+
+/// `2h05m`, `3m07s` or `12s`.
+pub fn duration_text(seconds: f64) -> String {
+    let seconds = seconds.round().max(0.0) as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(path: &Path) -> Vec<u64> {
+        read(path).expect("readable").iter().map(|record| record["step"].as_u64().expect("a step")).collect()
+    }
+
+    #[test]
+    fn a_record_is_one_line_with_step_seconds_tokens_and_names() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        recorder.record(1, 64, &[(names::TRAIN_LOSS, 2.5), (names::TRAIN_GRAD_NORM, f64::NAN)]).expect("writes");
+        let text = std::fs::read_to_string(dir.path().join(METRICS_FILE)).expect("written");
+        let record: Value = serde_json::from_str(&text).expect("one line");
+        let keys: Vec<&String> = record.as_object().expect("an object").keys().collect();
+        assert_eq!(keys, ["step", "seconds", "tokens", "train/loss", "train/grad_norm"]);
+        assert_eq!(record["train/loss"], 2.5);
+        assert!(record["train/grad_norm"].is_null(), "{record}");
+        assert_eq!(recorder.last().clone().into_iter().collect::<Vec<_>>(), [("train/loss".to_owned(), 2.5)]);
+    }
+
+    #[test]
+    fn a_resume_drops_later_lines_and_a_torn_one_and_carries_seconds() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        for step in 1..=5 {
+            recorder.record(step, step * 10, &[(names::TRAIN_LOSS, step as f64)]).expect("writes");
+            recorder.sample(step, &serde_json::json!({ "text": "x" })).expect("writes");
+        }
+        drop(recorder);
+        let path = dir.path().join(METRICS_FILE);
+        let mut file = OpenOptions::new().append(true).open(&path).expect("there");
+        file.write_all(b"{\"step\": 6, \"sec").expect("writes");
+        let resume = Some(ResumePoint { step: 3, seconds: 100.0 });
+        let mut recorder = Recorder::open(dir.path(), 10, resume).expect("resumes");
+        assert_eq!(recorder.last()["train/loss"], 3.0);
+        recorder.record(4, 40, &[(names::TRAIN_LOSS, 9.0)]).expect("writes");
+        assert_eq!(steps(&path), [1, 2, 3, 4]);
+        assert_eq!(steps(&dir.path().join(SAMPLES_FILE)), [1, 2, 3]);
+        let records = read(&path).expect("readable");
+        assert!(records[3]["seconds"].as_f64().expect("a number") >= 100.0);
+    }
+
+    #[test]
+    fn a_fresh_start_forgets_what_was_there() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join(METRICS_FILE), "{\"step\":1}\n").expect("writes");
+        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        recorder.record(1, 0, &[]).expect("writes");
+        assert_eq!(steps(&dir.path().join(METRICS_FILE)), [1]);
+    }
+
+    #[test]
+    fn lines_go_to_the_new_directory_after_an_exchange() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let out = dir.path().join("run");
+        std::fs::create_dir(&out).expect("made");
+        let mut recorder = Recorder::open(&out, 10, None).expect("opens");
+        recorder.record(1, 0, &[]).expect("writes");
+        std::fs::create_dir(dir.path().join("new")).expect("made");
+        std::fs::copy(out.join(METRICS_FILE), dir.path().join("new").join(METRICS_FILE)).expect("copied");
+        std::fs::rename(&out, dir.path().join("old")).expect("moved");
+        std::fs::rename(dir.path().join("new"), &out).expect("moved");
+        recorder.record(2, 0, &[]).expect("writes");
+        assert_eq!(steps(&out.join(METRICS_FILE)), [1, 2]);
+        assert_eq!(steps(&dir.path().join("old").join(METRICS_FILE)), [1]);
+    }
+
+    #[test]
+    fn a_line_in_the_middle_that_is_no_json_is_an_error_naming_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join(METRICS_FILE);
+        std::fs::write(&path, "{\"step\":1}\nnonsense\n{\"step\":2}\n").expect("writes");
+        let error = read(&path).expect_err("broken").to_string();
+        assert!(error.ends_with("line 2: expected a JSON object"), "{error}");
+        assert!(truncate_after(&path, 1).is_err());
+    }
+
+    #[test]
+    fn the_console_shows_what_matters_in_a_fixed_order() {
+        let values = [
+            (names::TRAIN_TOKENS_PER_SECOND, 12_345.0),
+            (names::TRAIN_LR, 3e-4),
+            (names::TRAIN_LOSS, 2.309_87),
+            (names::TRAIN_GRAD_NORM, 1.0),
+        ];
+        assert_eq!(console_text(&values), "loss 2.310  lr 3.00e-4  12.3k tokens/s");
+        assert_eq!([3.0, 187.0, 7500.0].map(duration_text), ["3s", "3m07s", "2h05m"]);
+    }
+
+    #[test]
+    fn throughput_counts_from_the_last_restart() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        assert_eq!(recorder.tokens_per_second(100), None);
+        recorder.restart_clock(100);
+        std::thread::sleep(Duration::from_millis(20));
+        let rate = recorder.tokens_per_second(300).expect("a span");
+        // 200 tokens in 20 ms or somewhat more.
+        assert!(rate > 0.0 && rate <= 10_000.0, "{rate}");
+    }
+}

@@ -1,1 +1,43 @@
-//! Stub.
+//! Pretraining: text in, a language model out.
+//!
+//! The model learns to predict each token from those before it, by minimising cross-entropy over a corpus.
+//! Text and a tokenizer go in, a checkpoint of stage `pretrain` comes out; `pretrain tokenizer` makes the tokenizer.
+//!
+//! # Source
+//! Radford et al. 2018, "Improving language understanding by generative pre-training", section 3.1.
+
+mod cli;
+mod config;
+mod data;
+mod eval;
+mod tokenizer;
+mod train;
+
+pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
+pub use config::{DataConfig, PretrainConfig, TrainConfig};
+pub use eval::{Evaluation, evaluate_texts};
+pub use tokenizer::train_tokenizer;
+pub use train::train;
+
+use common::stage::Interrupt;
+
+/// Carries out one command line.
+///
+/// # Errors
+/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Tokenizer(args) => {
+            args.runtime.start()?;
+            train_tokenizer(&args)
+        }
+        Command::Train(args) => {
+            args.stage.runtime.start()?;
+            train(&args, Interrupt::install()?).map(|_| ())
+        }
+        Command::Eval(args) => {
+            args.runtime.start()?;
+            eval::run(&args)
+        }
+    }
+}

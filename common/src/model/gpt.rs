@@ -354,7 +354,7 @@ impl Attention {
                 let LayerCache { keys_values } = &mut cache.layers[layer];
                 let (keys, values) = keys_values.take().expect("each layer's cache is put back after use");
                 let (mixed, keys, values) =
-                    kernels::attention_cached(pass.kernels, qkv, keys, values, cache.len, &cache.n_pads, self.n_heads);
+                    kernels::attention_cached(pass.kernels, qkv, keys, values, cache.len, &cache.n_pads);
                 *keys_values = Some((keys, values));
                 mixed
             }

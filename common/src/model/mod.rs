@@ -8,6 +8,9 @@ mod named;
 mod positions;
 mod scalar;
 
+#[cfg(test)]
+mod tests;
+
 pub use cache::Cache;
 pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormPlacement, Positions, Preset};
 pub use gpt::Gpt;

@@ -22,7 +22,7 @@ impl HostTensor {
     /// If the device cannot be read.
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
         let shape = tensor.dims().to_vec();
-        let data = tensor.to_data().convert::<f32>().into_vec().expect("converted to f32");
+        let data = tensor.try_to_vec_as::<f32>().expect("the device can be read");
         Self { shape, data }
     }
 }

@@ -1,0 +1,123 @@
+//! The TOML of this stage.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use common::model::ModelSection;
+use common::optim::OptimizerConfig;
+use common::session::Cadence;
+use common::tokenizer::TokenizerConfig;
+use serde::{Deserialize, Serialize};
+
+/// `pretrain.toml`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PretrainConfig {
+    /// Seed of weights, order and dropout.
+    pub seed: u64,
+    /// The text.
+    pub data: DataConfig,
+    /// The architecture.
+    pub model: ModelSection,
+    /// The tokenizer, for `pretrain tokenizer`.
+    pub tokenizer: TokenizerConfig,
+    /// AdamW and its schedule.
+    pub optimizer: OptimizerConfig,
+    /// How much.
+    pub train: TrainConfig,
+    /// How often to log, evaluate and save.
+    pub run: Cadence,
+}
+
+/// `[data]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// Files to train on (.txt, .jsonl or .parquet, also .gz).
+    pub train: Vec<PathBuf>,
+    /// Files to evaluate on; empty to hold out the end of the training text instead.
+    pub val: Vec<PathBuf>,
+    /// The part of the training text that is held out where there are no `val` files.
+    pub val_fraction: f64,
+    /// What separates the documents of a `.txt`: `blank-line`, `line` or `none`.
+    pub separator: common::data::records::Separator,
+    /// Whether each document begins with `<|bos|>`; without, the text is one stream.
+    pub document_bos: bool,
+    /// Whether a token may attend to the documents before its own in the same window.
+    pub attend_across_documents: bool,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            train: Vec::new(),
+            val: Vec::new(),
+            val_fraction: 0.1,
+            separator: common::data::records::Separator::default(),
+            document_bos: true,
+            attend_across_documents: false,
+        }
+    }
+}
+
+/// `[train]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Windows in one optimiser step.
+    pub batch_size: usize,
+    /// Windows computed at a time; divides `batch_size`, which is also the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_size: Option<usize>,
+    /// Tokens in a window; `model.max_seq_len` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq_len: Option<usize>,
+    /// Windows of an evaluation along the way; 0 for all held-out text.
+    pub eval_windows: usize,
+    /// Beginnings that samples along the way continue.
+    pub sample_prompts: Vec<String>,
+    /// Tokens of each sample.
+    pub sample_tokens: usize,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            batch_size: 16,
+            micro_batch_size: None,
+            seq_len: None,
+            eval_windows: 64,
+            sample_prompts: vec![String::new()],
+            sample_tokens: 64,
+        }
+    }
+}
+
+impl PretrainConfig {
+    /// Checks what the types cannot.
+    ///
+    /// # Errors
+    /// Naming the key that is out of range.
+    pub fn validate(&self) -> anyhow::Result<()> {
+        self.optimizer.validate()?;
+        self.tokenizer.validate().context("invalid `[tokenizer]`")?;
+        ensure!(!self.data.train.is_empty(), "`data.train` names no file\nhint: list at least one .txt, .jsonl or .parquet");
+        ensure!(
+            self.data.val_fraction > 0.0 && self.data.val_fraction < 1.0,
+            "`data.val_fraction` must lie in (0, 1), found {}",
+            self.data.val_fraction
+        );
+        let TrainConfig { steps, batch_size, micro_batch_size, seq_len, .. } = self.train;
+        ensure!(steps > 0 && batch_size > 0, "`train.steps` and `train.batch_size` must be at least 1");
+        let micro = micro_batch_size.unwrap_or(batch_size);
+        ensure!(
+            micro > 0 && batch_size % micro == 0,
+            "`train.micro_batch_size` {micro} does not divide `train.batch_size` {batch_size}"
+        );
+        ensure!(seq_len != Some(0), "`train.seq_len` must be at least 1");
+        Ok(())
+    }
+}

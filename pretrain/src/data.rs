@@ -1,0 +1,254 @@
+//! Text to windows of tokens.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use common::config::{ConfigError, PathResolver};
+use common::data::order::Order;
+use common::data::shards::{ShardOptions, TokenShard};
+use common::model::Layout;
+use common::rng::Streams;
+use common::tokenizer::Tokenizer;
+
+use crate::config::DataConfig;
+
+/// Where tokenised text is kept between runs, if not in the user's cache directory.
+const CACHE_VARIABLE: &str = "KINDLING_CACHE";
+
+/// The training text and the held-out text.
+pub(crate) struct Corpus {
+    pub(crate) train: TokenSet,
+    pub(crate) val: TokenSet,
+    /// SHA-256 of each file.
+    pub(crate) sha256: BTreeMap<String, String>,
+}
+
+/// A stream of tokens, cut into windows.
+pub(crate) struct TokenSet {
+    shards: Vec<TokenShard>,
+    /// Which of the tokens of all shards, one after the other, belong to this set.
+    range: std::ops::Range<usize>,
+    bytes_per_token: f64,
+    seq_len: usize,
+    order: Option<Order>,
+    streams: Streams,
+    bos: Option<u32>,
+}
+
+/// Windows of `seq_len + 1` tokens: every token but the last is an input, every one but the first a target.
+pub(crate) struct Windows {
+    pub(crate) rows: Vec<Vec<u32>>,
+    pub(crate) seq_len: usize,
+    /// The token that begins a document where attention stops at documents' ends.
+    bos: Option<u32>,
+}
+
+impl DataConfig {
+    /// Makes every path absolute.
+    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
+        for path in self.train.iter_mut().chain(&mut self.val) {
+            *path = resolver.resolve(&*path)?;
+        }
+        Ok(())
+    }
+}
+
+impl Corpus {
+    /// Reads the configured files, or what an earlier run made of them with the same tokenizer.
+    pub(crate) fn open(
+        data: &DataConfig,
+        tokenizer: &Tokenizer,
+        seq_len: usize,
+        streams: &Streams,
+        quiet: bool,
+    ) -> anyhow::Result<Self> {
+        let cache = cache_dir();
+        let options = ShardOptions { separator: data.separator, document_bos: data.document_bos, quiet };
+        let open = |files: &[PathBuf]| {
+            files
+                .iter()
+                .map(|file| TokenShard::open(&cache, file, tokenizer, &options))
+                .collect::<Result<Vec<_>, _>>()
+                .context("failed to tokenise the text")
+        };
+        let (train, val) = (open(&data.train)?, open(&data.val)?);
+        let mut sha256 = BTreeMap::new();
+        for shard in train.iter().chain(&val) {
+            sha256.insert(shard.source().display().to_string(), shard.source_sha256().to_owned());
+        }
+        let n_train = train.iter().map(TokenShard::len).sum::<usize>();
+        let stops = data.document_bos && !data.attend_across_documents;
+        let set = |shards: Vec<TokenShard>, range: std::ops::Range<usize>, order| {
+            let n_tokens: usize = shards.iter().map(TokenShard::len).sum();
+            let n_bytes: u64 = shards.iter().map(TokenShard::n_bytes).sum();
+            TokenSet {
+                bytes_per_token: n_bytes as f64 / n_tokens.max(1) as f64,
+                shards,
+                range,
+                seq_len,
+                order,
+                streams: *streams,
+                bos: stops.then(|| tokenizer.specials().bos),
+            }
+        };
+        let split = if val.is_empty() { n_train - (n_train as f64 * data.val_fraction) as usize } else { n_train };
+        let val = if val.is_empty() {
+            set(open(&data.train)?, split..n_train, None)
+        } else {
+            let n_val = val.iter().map(TokenShard::len).sum();
+            set(val, 0..n_val, None)
+        };
+        let mut train = set(train, 0..split, None);
+        for (name, set) in [("training", &train), ("held-out", &val)] {
+            ensure!(
+                set.n_windows(0) > 0,
+                "the {name} text has {} tokens, fewer than one window of {seq_len} and its target\nhint: give more \
+                 text or lower `train.seq_len`",
+                set.n_tokens()
+            );
+        }
+        // One window fewer than fit, so that each epoch can begin at another offset.
+        train.order = Some(Order::new(train.n_windows(seq_len - 1), *streams, "order"));
+        Ok(Self { train, val, sha256 })
+    }
+}
+
+impl TokenSet {
+    /// Number of tokens in the set.
+    pub(crate) fn n_tokens(&self) -> usize {
+        self.range.len()
+    }
+
+    /// UTF-8 bytes of text that `n_tokens` tokens stand for, on average.
+    pub(crate) fn bytes_of(&self, n_tokens: usize) -> f64 {
+        self.bytes_per_token * n_tokens as f64
+    }
+
+    /// Windows that do not overlap but for the token between them, beginning at `offset`; at least one if any fits.
+    fn n_windows(&self, offset: usize) -> usize {
+        let whole = self.range.len().saturating_sub(1) / self.seq_len;
+        (self.range.len().saturating_sub(1 + offset) / self.seq_len).max(whole.min(1))
+    }
+
+    /// The windows `positions` of the endless sequence of shuffled epochs.
+    ///
+    /// Every epoch cuts the text at another offset, so that a token does not always stand at the same position.
+    pub(crate) fn batch(&self, positions: std::ops::Range<u64>) -> anyhow::Result<Windows> {
+        let order = self.order.as_ref().context("only the training text is shuffled")?;
+        let n = order.n_items() as u64;
+        let slack = self.range.len() - 1 - order.n_items() * self.seq_len;
+        let starts = positions.map(|position| {
+            let offset = self.streams.get("order/offset", position / n).below(slack.min(self.seq_len - 1) + 1);
+            offset + order.item(position) * self.seq_len
+        });
+        self.windows(starts)
+    }
+
+    /// `n` windows spread evenly over the text, or all with 0.
+    pub(crate) fn spread(&self, n: usize) -> Vec<usize> {
+        let all = self.n_windows(0);
+        let n = if n == 0 { all } else { n.min(all) };
+        (0..n).map(|i| i * all / n * self.seq_len).collect()
+    }
+
+    /// The windows that begin at `starts`, counted from the beginning of the set.
+    pub(crate) fn windows(&self, starts: impl IntoIterator<Item = usize>) -> anyhow::Result<Windows> {
+        let rows = starts.into_iter().map(|start| self.read(self.range.start + start, self.seq_len + 1));
+        Ok(Windows { rows: rows.collect::<anyhow::Result<_>>()?, seq_len: self.seq_len, bos: self.bos })
+    }
+
+    /// `len` tokens from `start` of all shards together.
+    fn read(&self, mut start: usize, len: usize) -> anyhow::Result<Vec<u32>> {
+        let mut tokens = Vec::with_capacity(len);
+        for shard in &self.shards {
+            if start >= shard.len() {
+                start -= shard.len();
+                continue;
+            }
+            let n = (shard.len() - start).min(len - tokens.len());
+            tokens.extend(shard.window(start, n)?);
+            start = 0;
+            if tokens.len() == len {
+                break;
+            }
+        }
+        ensure!(tokens.len() == len, "the tokenised text is shorter than its header says");
+        Ok(tokens)
+    }
+}
+
+impl Windows {
+    /// How many tokens are predicted.
+    pub(crate) fn n_targets(&self) -> usize {
+        self.rows.len() * self.seq_len
+    }
+
+    /// Attention over the whole window, or within each document.
+    pub(crate) fn layout(&self) -> Layout {
+        let Some(bos) = self.bos else {
+            return Layout::right_padded();
+        };
+        let mut first_key = Vec::with_capacity(self.n_targets());
+        for row in &self.rows {
+            let mut first = 0;
+            for (t, &id) in row[..self.seq_len].iter().enumerate() {
+                if id == bos {
+                    first = t as u32;
+                }
+                first_key.push(first);
+            }
+        }
+        Layout::packed(first_key, self.seq_len)
+    }
+}
+
+/// The directory of tokenised text: `KINDLING_CACHE`, else `kindling` in the user's cache directory.
+fn cache_dir() -> PathBuf {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable(CACHE_VARIABLE)
+        .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("kindling")))
+        .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".cache/kindling")))
+        .unwrap_or_else(|| std::env::temp_dir().join("kindling"))
+}
+
+/// Text of one file as a stream of its own, cut into windows without overlap: what `pretrain eval` measures.
+pub(crate) fn single_file(
+    file: &Path,
+    data: &DataConfig,
+    tokenizer: &Tokenizer,
+    seq_len: usize,
+    quiet: bool,
+) -> anyhow::Result<TokenSet> {
+    let options = ShardOptions { separator: data.separator, document_bos: data.document_bos, quiet };
+    let shard = TokenShard::open(&cache_dir(), file, tokenizer, &options).context("failed to tokenise the text")?;
+    let n_tokens = shard.len();
+    ensure!(n_tokens > 1, "`{}` has {n_tokens} tokens; at least 2 are needed", file.display());
+    Ok(TokenSet {
+        bytes_per_token: shard.n_bytes() as f64 / n_tokens as f64,
+        shards: vec![shard],
+        range: 0..n_tokens,
+        seq_len: seq_len.min(n_tokens - 1),
+        order: None,
+        streams: Streams::new(0),
+        bos: (data.document_bos && !data.attend_across_documents).then(|| tokenizer.bos()).flatten(),
+    })
+}
+
+impl TokenSet {
+    /// The last window of [`spread`](Self::spread) ends before the text does: what is left, as a shorter window.
+    pub(crate) fn remainder(&self) -> anyhow::Result<Option<Windows>> {
+        let done = self.n_windows(0) * self.seq_len;
+        let seq_len = self.range.len() - 1 - done;
+        if seq_len == 0 {
+            return Ok(None);
+        }
+        let row = self.read(self.range.start + done, seq_len + 1)?;
+        Ok(Some(Windows { rows: vec![row], seq_len, bos: self.bos }))
+    }
+
+    /// UTF-8 bytes of the whole text.
+    pub(crate) fn n_bytes(&self) -> f64 {
+        self.bytes_of(self.range.len())
+    }
+}
