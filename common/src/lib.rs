@@ -6,8 +6,8 @@
 //! does the same way).
 //!
 //! # Invariants
-//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng`;
-//!   `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
+//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng` and,
+//!   for the type of a message alone, on `conversation`; `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
@@ -27,6 +27,6 @@ pub mod rng;
 pub mod scoring;
 pub mod session;
 pub mod stage;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tokenizer;

@@ -184,7 +184,7 @@ impl Session {
             // A longer schedule than the saved one makes a finished run go on.
             progress.finished &= progress.step >= total_steps;
             if cadence.keep_best && progress.best.is_some() {
-                best_weights = Some(checkpoint.named()?);
+                best_weights = Some(checkpoint.named().clone());
             }
             tracing::info!("going on from step {} of {total_steps}", progress.step);
             let updates = progress.updates.clone();

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{ArgAction, Args, ValueEnum};
+use clap::{ArgAction, Args};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::kernels::Kernels;
 use crate::metrics::bars;
 
 /// The flags of every command that trains.
@@ -61,9 +62,9 @@ pub struct RuntimeArgs {
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
 
-    /// Fused kernels of our own, or plain tensor operations [default: fused where the backend has them]
-    #[arg(long, value_name = "KIND")]
-    pub kernels: Option<KernelChoice>,
+    /// Fused kernels of our own where the backend has them, or plain tensor operations
+    #[arg(long, value_name = "KIND", default_value = "fused")]
+    kernels: Kernels,
 
     /// Say more (-vv: still more)
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet")]
@@ -72,15 +73,6 @@ pub struct RuntimeArgs {
     /// Say nothing but warnings and errors
     #[arg(short, long)]
     pub quiet: bool,
-}
-
-/// Which implementation of the model's operations to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum KernelChoice {
-    /// Burn's tensor operations
-    Plain,
-    /// Our own kernels
-    Fused,
 }
 
 impl StageArgs {
@@ -94,6 +86,11 @@ impl StageArgs {
 }
 
 impl RuntimeArgs {
+    /// Which implementation of the model's operations to use.
+    pub const fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
     /// Starts logging and sets the number of threads: what `main` does first.
     ///
     /// # Errors
@@ -440,12 +437,12 @@ mod tests {
     fn flags_parse_with_their_defaults() {
         let args = parse(&[]).expect("valid");
         assert_eq!(args.runtime.backend, crate::backend::DEFAULT);
-        assert!(!args.resume && !args.overwrite && args.runtime.kernels.is_none());
+        assert!(!args.resume && !args.overwrite && args.runtime.kernels() == Kernels::Fused);
         let flags = ["--set", "a.b=1", "--set", "c=d", "--threads", "2", "--kernels", "plain", "-vv", "--backend", "wgpu:1"];
         let args = parse(&flags).expect("valid");
         assert_eq!(args.overrides, ["a.b=1", "c=d"]);
         assert_eq!(args.runtime.threads.map(NonZeroUsize::get), Some(2));
-        assert_eq!((args.runtime.kernels, args.runtime.verbose), (Some(KernelChoice::Plain), 2));
+        assert_eq!((args.runtime.kernels(), args.runtime.verbose), (Kernels::Plain, 2));
     }
 
     #[test]

@@ -1,18 +1,60 @@
-//! What the tests of several crates share (feature `testing`).
+//! What tests of several crates share (feature `testing`).
 
-/// Panics unless the slices are as long and each pair of numbers is at most `tolerance` apart.
+use std::path::{Path, PathBuf};
+
+/// The file or folder `relative` to the folder `shared` beside the workspace, which holds real data and recorded numbers.
 ///
-/// The tolerance is absolute. NaN is close to nothing.
+/// Says on stderr that the test is skipped, and returns `None`, where there is none.
+pub fn shared(relative: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../shared")
+        .join(relative);
+    if path.exists() {
+        return Some(path);
+    }
+    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+    {
+        eprintln!("skipped: there is no `{}`", path.display());
+    }
+    None
+}
+
+/// Checks that two slices have equal lengths and that no two numbers differ by more than `tolerance`.
 ///
 /// # Panics
-/// With the first pair that differs, its index and both numbers.
+/// If not, with the place and the numbers of the largest difference.
 #[track_caller]
 pub fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32) {
-    assert_eq!(actual.len(), expected.len(), "lengths of {actual:?} and {expected:?}");
-    for (idx, (a, e)) in actual.iter().zip(expected).enumerate() {
+    assert_eq!(actual.len(), expected.len(), "lengths differ");
+    // `total_cmp` puts NaN above every number, so it is found too.
+    let difference = |i: &usize| (actual[*i] - expected[*i]).abs();
+    let worst = (0..actual.len())
+        .filter(|&i| actual[i] != expected[i])
+        .max_by(|a, b| difference(a).total_cmp(&difference(b)));
+    if let Some(i) = worst {
         assert!(
-            (a - e).abs() <= tolerance,
-            "element {idx}: {a} is not within {tolerance} of {e}\n actual: {actual:?}\n expected: {expected:?}"
+            difference(&i) <= tolerance,
+            "at {i}: found {}, expected {}, difference {} > {tolerance}",
+            actual[i],
+            expected[i],
+            difference(&i)
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_slices_are_close() {
+        assert_close(&[1.0, f32::INFINITY], &[1.0, f32::INFINITY], 0.0);
+        assert_close(&[1.0], &[1.25], 0.25);
+    }
+
+    #[test]
+    #[should_panic(expected = "at 1")]
+    fn nan_is_close_to_nothing() {
+        assert_close(&[1.0, f32::NAN], &[1.0, 2.0], 1.0);
     }
 }

@@ -39,7 +39,7 @@ pub struct DataConfig {
     pub val: Vec<PathBuf>,
     /// The part of the training text that is held out where there are no `val` files.
     pub val_fraction: f64,
-    /// What separates the documents of a `.txt`: `blank-line`, `line` or `none`.
+    /// What separates the documents of a `.txt`: `blank-line`, `line`, `none` or a text of one's own.
     pub separator: common::data::records::Separator,
     /// Whether each document begins with `<|bos|>`; without, the text is one stream.
     pub document_bos: bool,

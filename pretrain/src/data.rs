@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use common::config::{ConfigError, PathResolver};
 use common::data::order::Order;
-use common::data::shards::{ShardOptions, TokenShard};
+use common::data::records::{self, OnBadRecord};
+use common::data::shards::{ShardSource, TokenShard};
 use common::model::Layout;
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
@@ -63,20 +64,20 @@ impl Corpus {
         streams: &Streams,
         quiet: bool,
     ) -> anyhow::Result<Self> {
-        let cache = cache_dir();
-        let options = ShardOptions { separator: data.separator, document_bos: data.document_bos, quiet };
-        let open = |files: &[PathBuf]| {
+        let mut sha256 = BTreeMap::new();
+        let mut open = |files: &[PathBuf]| {
             files
                 .iter()
-                .map(|file| TokenShard::open(&cache, file, tokenizer, &options))
-                .collect::<Result<Vec<_>, _>>()
+                .map(|file| {
+                    sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
+                    open_shard(file, data, tokenizer, quiet)
+                })
+                .collect::<anyhow::Result<Vec<_>>>()
                 .context("failed to tokenise the text")
         };
         let (train, val) = (open(&data.train)?, open(&data.val)?);
-        let mut sha256 = BTreeMap::new();
-        for shard in train.iter().chain(&val) {
-            sha256.insert(shard.source().display().to_string(), shard.source_sha256().to_owned());
-        }
+        // Where no file is held out, the end of the training text is: the same shards, opened twice.
+        let shared = if val.is_empty() { open(&data.train)? } else { Vec::new() };
         let n_train = train.iter().map(TokenShard::len).sum::<usize>();
         let stops = data.document_bos && !data.attend_across_documents;
         let set = |shards: Vec<TokenShard>, range: std::ops::Range<usize>, order| {
@@ -89,12 +90,12 @@ impl Corpus {
                 seq_len,
                 order,
                 streams: *streams,
-                bos: stops.then(|| tokenizer.specials().bos),
+                bos: if stops { tokenizer.bos() } else { None },
             }
         };
         let split = if val.is_empty() { n_train - (n_train as f64 * data.val_fraction) as usize } else { n_train };
         let val = if val.is_empty() {
-            set(open(&data.train)?, split..n_train, None)
+            set(shared, split..n_train, None)
         } else {
             let n_val = val.iter().map(TokenShard::len).sum();
             set(val, 0..n_val, None)
@@ -134,14 +135,18 @@ impl TokenSet {
     /// The windows `positions` of the endless sequence of shuffled epochs.
     ///
     /// Every epoch cuts the text at another offset, so that a token does not always stand at the same position.
-    pub(crate) fn batch(&self, positions: std::ops::Range<u64>) -> anyhow::Result<Windows> {
-        let order = self.order.as_ref().context("only the training text is shuffled")?;
-        let n = order.n_items() as u64;
+    ///
+    /// # Panics
+    /// If the set is the held-out one, which is not shuffled.
+    pub(crate) fn batch(&mut self, positions: std::ops::Range<u64>) -> anyhow::Result<Windows> {
+        let order = self.order.as_mut().expect("the training text is shuffled");
         let slack = self.range.len() - 1 - order.n_items() * self.seq_len;
-        let starts = positions.map(|position| {
-            let offset = self.streams.get("order/offset", position / n).below(slack.min(self.seq_len - 1) + 1);
-            offset + order.item(position) * self.seq_len
-        });
+        let starts: Vec<usize> = positions
+            .map(|position| {
+                let mut offsets = self.streams.get("order/offset", order.epoch(position));
+                offsets.below(slack.min(self.seq_len - 1) + 1) + order.item(position) * self.seq_len
+            })
+            .collect();
         self.windows(starts)
     }
 
@@ -203,6 +208,18 @@ impl Windows {
     }
 }
 
+/// The tokens of one file, from an earlier run where there are any.
+fn open_shard(file: &Path, data: &DataConfig, tokenizer: &Tokenizer, quiet: bool) -> anyhow::Result<TokenShard> {
+    let documents = records::read_texts(file, &data.separator, OnBadRecord::Fail)?;
+    let source = ShardSource {
+        documents: &documents,
+        begin: if data.document_bos { tokenizer.bos() } else { None },
+        tokenizer_sha256: &tokenizer.sha256(),
+        vocab_size: tokenizer.vocab_size(),
+    };
+    Ok(TokenShard::open_or_encode(&cache_dir(), &source, |texts| tokenizer.encode_batch(texts), quiet)?)
+}
+
 /// The directory of tokenised text: `KINDLING_CACHE`, else `kindling` in the user's cache directory.
 fn cache_dir() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -220,8 +237,7 @@ pub(crate) fn single_file(
     seq_len: usize,
     quiet: bool,
 ) -> anyhow::Result<TokenSet> {
-    let options = ShardOptions { separator: data.separator, document_bos: data.document_bos, quiet };
-    let shard = TokenShard::open(&cache_dir(), file, tokenizer, &options).context("failed to tokenise the text")?;
+    let shard = open_shard(file, data, tokenizer, quiet).context("failed to tokenise the text")?;
     let n_tokens = shard.len();
     ensure!(n_tokens > 1, "`{}` has {n_tokens} tokens; at least 2 are needed", file.display());
     Ok(TokenSet {
@@ -231,7 +247,7 @@ pub(crate) fn single_file(
         seq_len: seq_len.min(n_tokens - 1),
         order: None,
         streams: Streams::new(0),
-        bos: (data.document_bos && !data.attend_across_documents).then(|| tokenizer.bos()).flatten(),
+        bos: if data.document_bos && !data.attend_across_documents { tokenizer.bos() } else { None },
     })
 }
 

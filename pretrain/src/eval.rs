@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
-use common::data::collate;
+use common::data::{collate, ids};
 use common::model::{Gpt, Layout};
 use common::{backend, config, loss};
 use serde_json::json;
@@ -103,7 +103,7 @@ fn data_config(checkpoint: &Checkpoint) -> DataConfig {
 
 /// Loss, and logits if asked, of rows of token ids given as JSON.
 fn evaluate_ids(gpt: &Gpt, file: &std::path::Path, args: &EvalArgs) -> anyhow::Result<serde_json::Value> {
-    let rows = collate::read_ids(file, gpt.config().vocab_size, gpt.config().max_seq_len)?;
+    let rows = ids::read(file, gpt.config().vocab_size, gpt.config().max_seq_len)?;
     let mut nats = 0.0;
     let mut tokens = 0;
     let mut logits = Vec::new();

@@ -28,7 +28,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
     let read = |files: &[std::path::PathBuf]| {
         let mut texts = Vec::new();
         for file in files {
-            texts.extend(records::read_texts(file, config.data.separator, OnBadRecord::Fail)?);
+            texts.extend(records::read_texts(file, &config.data.separator, OnBadRecord::Fail)?);
         }
         anyhow::Ok(texts)
     };

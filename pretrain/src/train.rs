@@ -35,7 +35,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None => config.model.resolve(tokenizer.vocab_size())?,
     };
     let seq_len = config.train.seq_len.unwrap_or(model_config.max_seq_len).min(model_config.max_seq_len);
-    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
+    let mut corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
     let origin = Origin {
         stage: Stage::Pretrain,
         parents: init.iter().map(Checkpoint::as_parent).collect(),

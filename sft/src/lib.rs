@@ -1,1 +1,37 @@
-//! Stub.
+//! Supervised fine-tuning: a language model and conversations in, a chat model out.
+//!
+//! The objective is pretraining's cross-entropy, on the assistant's tokens alone. A checkpoint of stage `pretrain` (or
+//! `sft`, or a Hugging Face directory) goes in, one of stage `sft` comes out.
+//!
+//! # Source
+//! Ouyang et al., arXiv:2203.02155, section 3.5, "Supervised fine-tuning".
+
+mod cli;
+mod config;
+mod data;
+mod eval;
+mod train;
+
+pub use cli::{Cli, Command, EvalArgs, TrainArgs};
+pub use config::{DataConfig, SftConfig, TooLong, TrainConfig};
+pub use eval::Evaluation;
+pub use train::train;
+
+use common::stage::Interrupt;
+
+/// Carries out one command line.
+///
+/// # Errors
+/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Train(args) => {
+            args.stage.runtime.start()?;
+            train(&args, Interrupt::install()?).map(|_| ())
+        }
+        Command::Eval(args) => {
+            args.runtime.start()?;
+            eval::run(&args)
+        }
+    }
+}

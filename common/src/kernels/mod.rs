@@ -13,13 +13,37 @@
 //! - Fused operations are differentiable once; the backward itself is not tracked.
 //! - All `unsafe` of the project is in `kernels::flex`.
 
+// Without the flex backend there is nothing to choose.
+#![cfg_attr(not(feature = "flex"), allow(unused_variables))]
+
 mod plain;
+
+// `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
+#[cfg(feature = "flex")]
+#[allow(unsafe_code, clippy::inline_always)]
+mod flex;
+
+#[cfg(feature = "flex")]
+mod autodiff;
 
 use burn::tensor::{Int, Tensor};
 
+#[cfg(feature = "flex")]
+use autodiff::FusedOps as _;
+#[cfg(feature = "flex")]
+use burn::backend::Dispatch;
+
 /// Which version of the operations of this module runs.
 #[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Kernels {
@@ -40,7 +64,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// What one AdamW step needs besides the tensors.
+/// What one `AdamW` step needs besides the tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate of this step.
@@ -75,15 +99,27 @@ impl AdamWStep {
 /// # Panics
 /// If the shapes do not fit.
 pub fn linear<const D: usize>(
-    _kernels: Kernels,
+    kernels: Kernels,
     x: Tensor<D>,
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
 ) -> Tensor<D> {
     let [d_in, d_out] = weight.dims();
-    assert_eq!(x.dims()[D - 1], d_in, "the last axis of x is not the first of the weight");
+    assert_eq!(
+        x.dims()[D - 1],
+        d_in,
+        "the last axis of x is not the first of the weight"
+    );
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [d_out], "bias and weight disagree");
+    }
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        return Tensor::from_dispatch(match bias {
+            Some(bias) => Dispatch::fused_linear(x, weight, bias.into_dispatch()),
+            None => Dispatch::fused_linear_no_bias(x, weight),
+        });
     }
     plain::linear(x, weight, bias)
 }
@@ -97,12 +133,24 @@ pub fn linear<const D: usize>(
 /// # Panics
 /// If the shapes do not fit.
 pub fn bias_activation<const D: usize>(
-    _kernels: Kernels,
+    kernels: Kernels,
     x: Tensor<D>,
     bias: Tensor<1>,
     activation: Activation,
 ) -> Tensor<D> {
-    assert_eq!(x.dims()[D - 1..], bias.dims(), "bias and the last axis of x disagree");
+    assert_eq!(
+        x.dims()[D - 1..],
+        bias.dims(),
+        "bias and the last axis of x disagree"
+    );
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        return Tensor::from_dispatch(Dispatch::fused_bias_activation(
+            x.into_dispatch(),
+            bias.into_dispatch(),
+            activation,
+        ));
+    }
     plain::bias_activation(x, bias, activation)
 }
 
@@ -116,16 +164,33 @@ pub fn bias_activation<const D: usize>(
 /// If the shapes do not fit.
 ///
 /// # Source
-/// Ba et al., arXiv:1607.06450; the variance is the biased one (divided by `d`), as in PyTorch.
+/// Ba et al., arXiv:1607.06450; the variance is the biased one (divided by `d`), as in `PyTorch`.
 pub fn layer_norm<const D: usize>(
-    _kernels: Kernels,
+    kernels: Kernels,
     x: Tensor<D>,
     gamma: Tensor<1>,
     beta: Tensor<1>,
     eps: f64,
 ) -> Tensor<D> {
-    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
-    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    assert_eq!(
+        x.dims()[D - 1..],
+        gamma.dims(),
+        "gamma and the last axis of x disagree"
+    );
+    assert_eq!(
+        x.dims()[D - 1..],
+        beta.dims(),
+        "beta and the last axis of x disagree"
+    );
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        return Tensor::from_dispatch(Dispatch::fused_layer_norm(
+            x.into_dispatch(),
+            gamma.into_dispatch(),
+            beta.into_dispatch(),
+            eps,
+        ));
+    }
     plain::layer_norm(x, gamma, beta, eps)
 }
 
@@ -140,7 +205,7 @@ pub fn layer_norm<const D: usize>(
 /// # Panics
 /// If the shapes do not fit.
 pub fn add_layer_norm<const D: usize>(
-    _kernels: Kernels,
+    kernels: Kernels,
     x: Tensor<D>,
     residual: Tensor<D>,
     gamma: Tensor<1>,
@@ -148,8 +213,27 @@ pub fn add_layer_norm<const D: usize>(
     eps: f64,
 ) -> (Tensor<D>, Tensor<D>) {
     assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
-    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
-    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    assert_eq!(
+        x.dims()[D - 1..],
+        gamma.dims(),
+        "gamma and the last axis of x disagree"
+    );
+    assert_eq!(
+        x.dims()[D - 1..],
+        beta.dims(),
+        "beta and the last axis of x disagree"
+    );
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        let (normed, sum) = Dispatch::fused_add_layer_norm(
+            x.into_dispatch(),
+            residual.into_dispatch(),
+            gamma.into_dispatch(),
+            beta.into_dispatch(),
+            eps,
+        );
+        return (Tensor::from_dispatch(normed), Tensor::from_dispatch(sum));
+    }
     let sum = x + residual;
     (plain::layer_norm(sum.clone(), gamma, beta, eps), sum)
 }
@@ -172,16 +256,29 @@ pub fn add_layer_norm<const D: usize>(
 /// Vaswani et al., arXiv:1706.03762. The fused version keeps a tile of scores at a time and recomputes them in the
 /// backward from the saved log-sum-exp, as Dao et al., arXiv:2205.14135.
 pub fn attention(
-    _kernels: Kernels,
+    kernels: Kernels,
     qkv: Tensor<3>,
     first_key: Option<Tensor<2, Int>>,
     n_heads: usize,
     dropout: Option<Tensor<4>>,
 ) -> Tensor<3> {
     let [batch, seq, width] = qkv.dims();
-    assert_eq!(width % (3 * n_heads), 0, "{width} columns do not hold queries, keys and values of {n_heads} heads");
+    assert_eq!(
+        width % (3 * n_heads),
+        0,
+        "{width} columns do not hold queries, keys and values of {n_heads} heads"
+    );
     if let Some(first_key) = &first_key {
         assert_eq!(first_key.dims(), [batch, seq], "first_key does not fit qkv");
+    }
+    #[cfg(feature = "flex")]
+    if dropout.is_none() && is_fused(kernels, &qkv) {
+        let first_key = first_key.map_or_else(|| vec![0; batch * seq], first_keys);
+        return Tensor::from_dispatch(Dispatch::fused_attention(
+            qkv.into_dispatch(),
+            first_key,
+            n_heads,
+        ));
     }
     plain::attention(qkv, first_key, n_heads, dropout)
 }
@@ -201,7 +298,7 @@ pub fn attention(
 /// # Panics
 /// If the shapes do not fit or `cached + new > capacity`.
 pub fn attention_cached(
-    _kernels: Kernels,
+    kernels: Kernels,
     qkv: Tensor<3>,
     keys: Tensor<4>,
     values: Tensor<4>,
@@ -211,10 +308,36 @@ pub fn attention_cached(
     let [batch, new, width] = qkv.dims();
     let [_, n_heads, capacity, d_head] = keys.dims();
     assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
-    assert_eq!(keys.dims(), [batch, n_heads, capacity, d_head], "the cache has another batch");
-    assert_eq!(values.dims(), keys.dims(), "keys and values differ in shape");
+    assert_eq!(
+        keys.dims(),
+        [batch, n_heads, capacity, d_head],
+        "the cache has another batch"
+    );
+    assert_eq!(
+        values.dims(),
+        keys.dims(),
+        "keys and values differ in shape"
+    );
     assert_eq!(first_key.len(), batch, "one first key a row");
-    assert!(cached + new <= capacity, "{cached} + {new} positions do not fit a cache of {capacity}");
+    assert!(
+        cached + new <= capacity,
+        "{cached} + {new} positions do not fit a cache of {capacity}"
+    );
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &qkv) {
+        let (out, keys, values) = Dispatch::fused_attention_cached(
+            qkv.into_dispatch(),
+            keys.into_dispatch(),
+            values.into_dispatch(),
+            cached,
+            first_key,
+        );
+        return (
+            Tensor::from_dispatch(out),
+            Tensor::from_dispatch(keys),
+            Tensor::from_dispatch(values),
+        );
+    }
     plain::attention_cached(qkv, keys, values, cached, first_key)
 }
 
@@ -234,7 +357,7 @@ pub fn attention_cached(
 /// # Source
 /// The `+ 1e-7` is that of lm-human-preferences' and TRL's PPO (Huang et al., arXiv:2403.17031).
 pub fn token_log_probs(
-    _kernels: Kernels,
+    kernels: Kernels,
     hidden: Tensor<2>,
     head: Tensor<2>,
     targets: Tensor<1, Int>,
@@ -244,7 +367,24 @@ pub fn token_log_probs(
     let [_, d_head] = head.dims();
     assert_eq!(d_model, d_head, "hidden and head differ in d_model");
     assert_eq!(targets.dims(), [n], "one target a row");
-    let scale = if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) };
+    let scale = if temperature == 1.0 {
+        1.0
+    } else {
+        1.0 / (temperature + 1e-7)
+    };
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        let (log_probs, entropy) = Dispatch::fused_token_log_probs(
+            hidden.into_dispatch(),
+            head.into_dispatch(),
+            targets.into_dispatch(),
+            scale,
+        );
+        return (
+            Tensor::from_dispatch(log_probs),
+            Tensor::from_dispatch(entropy),
+        );
+    }
     plain::token_log_probs(hidden, head, targets, scale)
 }
 
@@ -260,7 +400,7 @@ pub fn embedding(_kernels: Kernels, weight: Tensor<2>, ids: Tensor<2, Int>) -> T
     burn::tensor::module::embedding(weight, ids)
 }
 
-/// One AdamW step on one flat parameter: returns the new `(param, m, v)`.
+/// One `AdamW` step on one flat parameter: returns the new `(param, m, v)`.
 ///
 /// With `g = grad_scale · grad`: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 /// `param ← (1 − lr · weight_decay) · param − lr · m̂ / (√v̂ + eps)`, with `m̂ = m / (1 − β₁^step)` and
@@ -273,9 +413,9 @@ pub fn embedding(_kernels: Kernels, weight: Tensor<2>, ids: Tensor<2, Int>) -> T
 /// If the lengths differ.
 ///
 /// # Source
-/// Loshchilov & Hutter, arXiv:1711.05101, with the decay scaled by `lr` as in PyTorch.
+/// Loshchilov & Hutter, arXiv:1711.05101, with the decay scaled by `lr` as in `PyTorch`.
 pub fn adamw_update(
-    _kernels: Kernels,
+    kernels: Kernels,
     param: Tensor<1>,
     grad: Tensor<1>,
     m: Tensor<1>,
@@ -285,10 +425,70 @@ pub fn adamw_update(
     assert_eq!(param.dims(), grad.dims(), "param and grad differ in length");
     assert_eq!(param.dims(), m.dims(), "param and m differ in length");
     assert_eq!(param.dims(), v.dims(), "param and v differ in length");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &param) {
+        let (param, m, v) = Dispatch::fused_adamw(
+            param.into_dispatch(),
+            grad.into_dispatch(),
+            m.into_dispatch(),
+            v.into_dispatch(),
+            step,
+        );
+        return (
+            Tensor::from_dispatch(param),
+            Tensor::from_dispatch(m),
+            Tensor::from_dispatch(v),
+        );
+    }
     plain::adamw_update(param, grad, m, v, step)
 }
 
 /// `Σ x²`, for the norm of all gradients: on the host, added in f64 in a fixed order where fused.
-pub fn sum_of_squares<const D: usize>(_kernels: Kernels, x: Tensor<D>) -> f64 {
+pub fn sum_of_squares<const D: usize>(kernels: Kernels, x: Tensor<D>) -> f64 {
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        return flex::adamw::sum_of_squares_of(x);
+    }
     plain::sum_of_squares(x)
 }
+
+/// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.
+#[cfg(feature = "flex")]
+fn is_fused<const D: usize>(kernels: Kernels, x: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+    if kernels == Kernels::Plain || x.dtype() != burn::tensor::DType::F32 {
+        return false;
+    }
+    match x.device().as_dispatch() {
+        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Autodiff(device) => matches!(**device, DispatchDevice::Flex(_)),
+        #[allow(unreachable_patterns, clippy::match_wildcard_for_single_variants)]
+        _ => false,
+    }
+}
+
+/// The first key of each position on the host.
+///
+/// # Panics
+/// If a query's first key comes after the query.
+#[cfg(feature = "flex")]
+fn first_keys(first_key: Tensor<2, Int>) -> Vec<usize> {
+    let [_, seq] = first_key.dims();
+    let check = |(i, first): (usize, i64)| {
+        let query = i % seq;
+        assert!(
+            (0..=query as i64).contains(&first),
+            "query {query} with first key {first} sees no key"
+        );
+        first as usize
+    };
+    first_key
+        .into_data()
+        .iter::<i64>()
+        .enumerate()
+        .map(check)
+        .collect()
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests;

@@ -1,0 +1,62 @@
+//! Starting from a directory that transformers wrote.
+
+use std::path::Path;
+
+use super::{Checkpoint, CheckpointError};
+use crate::model::NamedTensors;
+
+/// Opens the directory of `--init`: a checkpoint of ours, or one in Hugging Face layout.
+///
+/// Where its tokenizer lacks special tokens they are appended, and their rows of the embedding (and of an output
+/// layer of its own) start at the mean of the old ones: at the mean no new token is likely at first, and none is
+/// impossible.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn init_from(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+    let mut checkpoint = Checkpoint::open(dir)?;
+    let Some(tokenizer) = checkpoint.tokenizer.take() else { return Ok(checkpoint) };
+    let n_old = tokenizer.vocab_size();
+    let (tokenizer, n_added) = tokenizer.with_special_tokens_added()?;
+    if n_added > 0 {
+        let n_rows = checkpoint.model.config.vocab_size.max(tokenizer.vocab_size());
+        grow_vocab(&mut checkpoint.model.tensors, n_old, n_old + n_added, n_rows);
+        checkpoint.model.config.vocab_size = n_rows;
+        tracing::info!(
+            "`{}`: {n_added} special tokens were added to the tokenizer, their embeddings start at the mean",
+            dir.display()
+        );
+    }
+    checkpoint.tokenizer = Some(tokenizer);
+    Ok(checkpoint)
+}
+
+/// Gives the vocabulary `n_rows` rows, of which `n_old..n_new` are new tokens that start at the mean of rows
+/// `0..n_old`.
+///
+/// Rows from `n_old` on that are there already (some models round their vocabulary up) are used for the new tokens;
+/// further ones keep what they hold.
+///
+/// # Panics
+/// If `n_old` is 0, more than the rows there are, or `n_rows` less than `n_new`.
+pub fn grow_vocab(named: &mut NamedTensors, n_old: usize, n_new: usize, n_rows: usize) {
+    for (path, tensor) in named {
+        if !matches!(path.as_str(), "token_embedding" | "head" | "trunk.token_embedding") {
+            continue;
+        }
+        let [n_present, d_model] = tensor.shape[..] else { panic!("`{path}` has shape {:?}", tensor.shape) };
+        assert!(n_old > 0 && n_old <= n_present && n_new <= n_rows, "{n_old}, {n_new}, {n_rows} and {n_present} rows");
+        let mut mean = vec![0.0; d_model];
+        for row in tensor.data.chunks_exact(d_model).take(n_old) {
+            for (sum, &x) in mean.iter_mut().zip(row) {
+                *sum += f64::from(x) / n_old as f64;
+            }
+        }
+        let mean: Vec<f32> = mean.into_iter().map(|x| x as f32).collect();
+        tensor.data.resize(n_rows.max(n_present) * d_model, 0.0);
+        for row in tensor.data.chunks_exact_mut(d_model).take(n_new).skip(n_old) {
+            row.copy_from_slice(&mean);
+        }
+        tensor.shape[0] = n_rows.max(n_present);
+    }
+}

@@ -1,0 +1,127 @@
+//! `act(x + b)` and its gradients, the bias gradient in the same pass.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::linear::add_in_order;
+use super::simd::{sigmoid, vectorized};
+use super::{contiguous, floats, matrix_dims, tensor, unset};
+use crate::kernels::Activation;
+
+/// Rows handled by one task.
+const ROWS: usize = 64;
+
+/// `2 · √(2/π)`: GELU is `x · σ(SLOPE · (x + CUBIC · x³))`, as `(1 + tanh u) / 2 = σ(2u)`.
+const SLOPE: f32 = 1.595_769_1;
+/// The cubic coefficient of the tanh approximation.
+const CUBIC: f32 = 0.044_715;
+
+/// `act(x + b)`.
+pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> FlexTensor {
+    let shape = x.layout().shape().clone();
+    let (_, d) = matrix_dims(x);
+    let (x, bias) = (contiguous(x), contiguous(bias));
+    let (x, bias) = (floats(&x), floats(&bias));
+    let mut out = unset(x.len());
+    out.par_chunks_mut(d * ROWS)
+        .zip(x.par_chunks(d * ROWS))
+        .for_each(|(out, x)| {
+            vectorized(|| match activation {
+                Activation::Relu => {
+                    map_rows(
+                        out,
+                        x,
+                        bias,
+                        |x| if x > 0.0 || x.is_nan() { x } else { 0.0 },
+                    )
+                }
+                Activation::GeluTanh => map_rows(out, x, bias, gelu),
+            });
+        });
+    tensor(out, shape)
+}
+
+/// Gradients of `x` and of the bias.
+pub fn backward(
+    x: &FlexTensor,
+    bias: &FlexTensor,
+    activation: Activation,
+    grad: &FlexTensor,
+) -> (FlexTensor, FlexTensor) {
+    let shape = x.layout().shape().clone();
+    let (_, d) = matrix_dims(x);
+    let (x, bias, grad) = (contiguous(x), contiguous(bias), contiguous(grad));
+    let (x, bias, grad) = (floats(&x), floats(&bias), floats(&grad));
+    let mut x_grad = unset(x.len());
+    let parts: Vec<Vec<f32>> = x_grad
+        .par_chunks_mut(d * ROWS)
+        .zip(x.par_chunks(d * ROWS))
+        .zip(grad.par_chunks(d * ROWS))
+        .map(|((x_grad, x), grad)| {
+            let mut bias_grad = vec![0.0; d];
+            vectorized(|| match activation {
+                Activation::Relu => chain_rows(x_grad, &mut bias_grad, x, bias, grad, |x| {
+                    f32::from(u8::from(x > 0.0))
+                }),
+                Activation::GeluTanh => {
+                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, gelu_slope)
+                }
+            });
+            bias_grad
+        })
+        .collect();
+    (tensor(x_grad, shape), tensor(add_in_order(parts, d), [d]))
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    x * sigmoid(SLOPE * (x + CUBIC * x * x * x))
+}
+
+#[inline(always)]
+fn gelu_slope(x: f32) -> f32 {
+    // Beyond 30 the slope is 0 or 1 to the last bit, and the cube could overflow.
+    let x = x.clamp(-30.0, 30.0);
+    let square = x * x;
+    let s = sigmoid(SLOPE * (x + CUBIC * x * square));
+    s + x * s * (1.0 - s) * SLOPE * (1.0 + 3.0 * CUBIC * square)
+}
+
+#[inline(always)]
+fn map_rows(out: &mut [f32], x: &[f32], bias: &[f32], f: impl Fn(f32) -> f32) {
+    let d = bias.len();
+    for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+        for ((out, x), bias) in out.iter_mut().zip(x).zip(bias) {
+            *out = f(x + bias);
+        }
+    }
+}
+
+#[inline(always)]
+fn chain_rows(
+    x_grad: &mut [f32],
+    bias_grad: &mut [f32],
+    x: &[f32],
+    bias: &[f32],
+    grad: &[f32],
+    slope: impl Fn(f32) -> f32,
+) {
+    let d = bias.len();
+    for ((x_grad, x), grad) in x_grad
+        .chunks_exact_mut(d)
+        .zip(x.chunks_exact(d))
+        .zip(grad.chunks_exact(d))
+    {
+        for ((((x_grad, bias_grad), x), bias), grad) in x_grad
+            .iter_mut()
+            .zip(bias_grad.iter_mut())
+            .zip(x)
+            .zip(bias)
+            .zip(grad)
+        {
+            let chained = grad * slope(x + bias);
+            *x_grad = chained;
+            *bias_grad += chained;
+        }
+    }
+}

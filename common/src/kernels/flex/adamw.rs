@@ -1,0 +1,90 @@
+//! AdamW over one flat parameter in one pass, and the sum of squares of a gradient.
+
+use burn::backend::Flex;
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::simd::{LANES, vectorized};
+use super::{contiguous, floats};
+use crate::kernels::AdamWStep;
+
+/// Numbers handled by one task.
+const CHUNK: usize = 16_384;
+
+/// One step; tensors that nobody else holds are updated in place, others are copied first.
+pub fn update(
+    param: FlexTensor,
+    grad: &FlexTensor,
+    m: FlexTensor,
+    v: FlexTensor,
+    step: &AdamWStep,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let grad = contiguous(grad);
+    let [mut param, mut m, mut v] = [param, m, v].map(|tensor| {
+        // A view of a larger tensor is copied out of it.
+        let exact =
+            tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
+        if exact { tensor } else { contiguous(&tensor) }
+    });
+    let [correction_1, correction_2] = step.corrections();
+    let [beta_1, beta_2] = [step.beta_1 as f32, step.beta_2 as f32];
+    let [rest_1, rest_2] = [(1.0 - step.beta_1) as f32, (1.0 - step.beta_2) as f32];
+    let keep = (1.0 - step.lr * step.weight_decay) as f32;
+    let lr = (step.lr / correction_1) as f32;
+    let inv_root_2 = (1.0 / correction_2.sqrt()) as f32;
+    let (eps, grad_scale) = (step.eps as f32, step.grad_scale as f32);
+    param
+        .storage_mut::<f32>()
+        .par_chunks_mut(CHUNK)
+        .zip(m.storage_mut::<f32>().par_chunks_mut(CHUNK))
+        .zip(v.storage_mut::<f32>().par_chunks_mut(CHUNK))
+        .zip(floats(&grad).par_chunks(CHUNK))
+        .for_each(|(((param, m), v), grad)| {
+            vectorized(|| {
+                for (((param, m), v), grad) in param.iter_mut().zip(m).zip(v).zip(grad) {
+                    let grad = grad * grad_scale;
+                    *m = beta_1 * *m + rest_1 * grad;
+                    *v = beta_2 * *v + rest_2 * grad * grad;
+                    *param = keep * *param - lr * *m / (v.sqrt() * inv_root_2 + eps);
+                }
+            });
+        });
+    (param, m, v)
+}
+
+/// `Σ x²` of a tensor on the flex backend, added in f64.
+pub fn sum_of_squares_of<const D: usize>(x: Tensor<D>) -> f64 {
+    let x = if x.device().is_autodiff() {
+        x.inner()
+    } else {
+        x
+    };
+    let x = x
+        .try_into_primitive::<Flex>()
+        .expect("a tensor on the flex backend");
+    sum_of_squares(floats(&contiguous(&x)))
+}
+
+/// `Σ x²` added in f64: each chunk in lanes, then the chunks in order.
+fn sum_of_squares(x: &[f32]) -> f64 {
+    let parts: Vec<f64> = x
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            vectorized(|| {
+                let mut totals = [0.0f64; LANES];
+                let (chunks, rest) = chunk.as_chunks::<LANES>();
+                for chunk in chunks {
+                    for lane in 0..LANES {
+                        totals[lane] += f64::from(chunk[lane]) * f64::from(chunk[lane]);
+                    }
+                }
+                for (total, &x) in totals.iter_mut().zip(rest) {
+                    *total += f64::from(x) * f64::from(x);
+                }
+                totals.iter().sum::<f64>()
+            })
+        })
+        .collect();
+    parts.iter().sum()
+}

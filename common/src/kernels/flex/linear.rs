@@ -1,0 +1,108 @@
+//! `x W + b` and its gradients.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::gemm::{Mat, MatMut, Output, Threads, gemm};
+use super::simd::{add_assign, vectorized};
+use super::{contiguous, floats, matrix_dims, tensor, unset};
+
+/// Rows whose columns are summed by one task.
+const ROWS: usize = 256;
+
+/// The output starts as copies of the bias, and the product is added to it.
+pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
+    let (n, d_in) = matrix_dims(x);
+    let (_, d_out) = matrix_dims(weight);
+    let mut shape = x.layout().shape().clone();
+    let last = shape.num_dims() - 1;
+    shape.as_mut_slice()[last] = d_out;
+    let (x, weight) = (contiguous(x), contiguous(weight));
+    let mut out = unset(n * d_out);
+    let mut output = Output::Overwrite;
+    if let Some(bias) = bias {
+        let bias = contiguous(bias);
+        let bias = floats(&bias);
+        output = Output::Accumulate;
+        out.par_chunks_mut(d_out * ROWS).for_each(|rows| {
+            for row in rows.chunks_exact_mut(d_out) {
+                row.copy_from_slice(bias);
+            }
+        });
+    }
+    gemm(
+        MatMut::rows(&mut out, n, d_out, d_out),
+        output,
+        Mat::rows(floats(&x), n, d_in, d_in),
+        Mat::rows(floats(&weight), d_in, d_out, d_out),
+        1.0,
+        Threads::All,
+    );
+    tensor(out, shape)
+}
+
+/// Gradient of `x`: `grad Wᵀ`.
+pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
+    let (n, d_out) = matrix_dims(grad);
+    let (d_in, _) = matrix_dims(weight);
+    let mut shape = grad.layout().shape().clone();
+    let last = shape.num_dims() - 1;
+    shape.as_mut_slice()[last] = d_in;
+    let (weight, grad) = (contiguous(weight), contiguous(grad));
+    let mut out = unset(n * d_in);
+    gemm(
+        MatMut::rows(&mut out, n, d_in, d_in),
+        Output::Overwrite,
+        Mat::rows(floats(&grad), n, d_out, d_out),
+        Mat::rows(floats(&weight), d_in, d_out, d_out).t(),
+        1.0,
+        Threads::All,
+    );
+    tensor(out, shape)
+}
+
+/// Gradient of the weight: `xᵀ grad`, summed over all rows.
+pub fn backward_weight(x: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
+    let (n, d_in) = matrix_dims(x);
+    let (_, d_out) = matrix_dims(grad);
+    let (x, grad) = (contiguous(x), contiguous(grad));
+    let mut out = unset(d_in * d_out);
+    gemm(
+        MatMut::rows(&mut out, d_in, d_out, d_out),
+        Output::Overwrite,
+        Mat::rows(floats(&x), n, d_in, d_in).t(),
+        Mat::rows(floats(&grad), n, d_out, d_out),
+        1.0,
+        Threads::All,
+    );
+    tensor(out, [d_in, d_out])
+}
+
+/// Gradient of the bias: the sum of the rows of `grad`.
+pub fn backward_bias(grad: &FlexTensor) -> FlexTensor {
+    let (_, d) = matrix_dims(grad);
+    let grad = contiguous(grad);
+    let parts: Vec<Vec<f32>> = floats(&grad)
+        .par_chunks(d * ROWS)
+        .map(|rows| {
+            let mut total = vec![0.0; d];
+            vectorized(|| {
+                for row in rows.chunks_exact(d) {
+                    add_assign(&mut total, row);
+                }
+            });
+            total
+        })
+        .collect();
+    tensor(add_in_order(parts, d), [d])
+}
+
+/// The sum of `parts`, first to last.
+pub fn add_in_order(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
+    let mut parts = parts.into_iter();
+    let mut total = parts.next().unwrap_or_else(|| vec![0.0; n]);
+    for part in parts {
+        add_assign(&mut total, &part);
+    }
+    total
+}

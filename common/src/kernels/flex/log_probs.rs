@@ -1,0 +1,244 @@
+//! Log-probabilities of targets and entropies from hidden states, without the `[n, vocab_size]` logits.
+//!
+//! Logits live a tile at a time and transposed, one row a token of the vocabulary, so that the softmax runs down the
+//! columns, a vector register full of positions at a time.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::gemm::{Mat, MatMut, Output, Threads, gemm};
+use super::simd::{exp, vectorized};
+use super::{contiguous, floats, indices, matrix_dims, tensor, unset, with_scratch};
+
+/// Positions in a tile of the forward: two of the matrix kernel's 48.
+const POSITIONS: usize = 96;
+/// Tokens of the vocabulary in a tile.
+const TOKENS: usize = 256;
+/// Most positions that the backward takes at once.
+const BLOCK: usize = 512;
+/// Most logit gradients that the backward holds at once: 64 MiB of them.
+const HELD: usize = 1 << 24;
+
+/// What the forward gives, each `[n]`.
+pub struct LogProbs {
+    /// Log-probability of each target.
+    pub log_probs: FlexTensor,
+    /// Entropy of each distribution.
+    pub entropy: FlexTensor,
+    /// Log-sum-exp of each position's logits, for the backward.
+    pub lse: FlexTensor,
+}
+
+/// The softmax of one tile of positions, over the tokens seen so far.
+struct Running {
+    highest: [f32; POSITIONS],
+    /// `Σ exp(z − highest)`
+    total: [f32; POSITIONS],
+    /// `Σ exp(z − highest) · (z − highest)`
+    weighted: [f32; POSITIONS],
+}
+
+/// Log-probabilities and entropies of the softmax of `scale · hidden · headᵀ`.
+pub fn forward(
+    hidden: &FlexTensor,
+    head: &FlexTensor,
+    targets: &FlexTensor,
+    scale: f64,
+) -> LogProbs {
+    let (n, d_model) = matrix_dims(hidden);
+    let (vocab_size, _) = matrix_dims(head);
+    let targets = target_ids(targets, vocab_size);
+    let (hidden, head) = (contiguous(hidden), contiguous(head));
+    let (hidden, head) = (floats(&hidden), floats(&head));
+    let (mut log_probs, mut entropy, mut lse) = (unset(n), unset(n), unset(n));
+    log_probs
+        .par_chunks_mut(POSITIONS)
+        .zip(entropy.par_chunks_mut(POSITIONS))
+        .zip(lse.par_chunks_mut(POSITIONS))
+        .zip(
+            targets
+                .par_chunks(POSITIONS)
+                .zip(hidden.par_chunks(POSITIONS * d_model)),
+        )
+        .for_each(|(((log_probs, entropy), lse), (targets, hidden))| {
+            let n = targets.len();
+            let hidden = Mat::rows(hidden, n, d_model, d_model);
+            let mut running = Running {
+                highest: [f32::NEG_INFINITY; POSITIONS],
+                total: [0.0; POSITIONS],
+                weighted: [0.0; POSITIONS],
+            };
+            with_scratch(TOKENS * n, |logits| {
+                for (i, head) in head.chunks(TOKENS * d_model).enumerate() {
+                    let n_tokens = head.len() / d_model;
+                    let logits = &mut logits[..n_tokens * n]; // [n_tokens, n]
+                    gemm(
+                        MatMut::rows(logits, n_tokens, n, n),
+                        Output::Overwrite,
+                        Mat::rows(head, n_tokens, d_model, d_model),
+                        hidden.t(),
+                        scale as f32,
+                        Threads::One,
+                    );
+                    vectorized(|| add_tokens(&mut running, logits, n));
+                    for (position, target) in targets.iter().enumerate() {
+                        if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
+                            log_probs[position] = logits[(target - i * TOKENS) * n + position];
+                        }
+                    }
+                }
+            });
+            for position in 0..n {
+                let log_total = running.total[position].ln();
+                lse[position] = running.highest[position] + log_total;
+                // z_target − highest is exact where it matters; log-sum-exp itself would round at the size of z.
+                log_probs[position] = (log_probs[position] - running.highest[position]) - log_total;
+                entropy[position] =
+                    log_total - running.weighted[position] / running.total[position];
+            }
+        });
+    LogProbs {
+        log_probs: tensor(log_probs, [n]),
+        entropy: tensor(entropy, [n]),
+        lse: tensor(lse, [n]),
+    }
+}
+
+/// Takes a tile of logits `[n_tokens, n]` into the running softmax.
+#[inline(always)]
+fn add_tokens(running: &mut Running, logits: &[f32], n: usize) {
+    let before = running.highest;
+    let highest = &mut running.highest[..n];
+    for logits in logits.chunks_exact(n) {
+        for (highest, logit) in highest.iter_mut().zip(logits) {
+            *highest = if *logit > *highest { *logit } else { *highest };
+        }
+    }
+    let (total, weighted) = (&mut running.total[..n], &mut running.weighted[..n]);
+    for position in 0..n {
+        // Nothing to rescale before the first tile.
+        if before[position] > f32::NEG_INFINITY {
+            let rise = highest[position] - before[position];
+            let factor = exp(-rise);
+            weighted[position] = factor * (weighted[position] - rise * total[position]);
+            total[position] *= factor;
+        }
+    }
+    for logits in logits.chunks_exact(n) {
+        for (((total, weighted), highest), logit) in total
+            .iter_mut()
+            .zip(&mut *weighted)
+            .zip(&*highest)
+            .zip(logits)
+        {
+            let below = logit - highest;
+            let weight = exp(below);
+            *total += weight;
+            *weighted += weight * below;
+        }
+    }
+}
+
+/// Gradients of `hidden` and `head` for the gradient `grad` of the log-probabilities.
+///
+/// Logits are computed again, a block of positions at a time, from the log-sum-exp. A task has its own tokens of the
+/// vocabulary, so that nobody else adds to its rows of the head's gradient.
+pub fn backward(
+    hidden: &FlexTensor,
+    head: &FlexTensor,
+    targets: &FlexTensor,
+    scale: f64,
+    lse: &FlexTensor,
+    grad: &FlexTensor,
+) -> (FlexTensor, FlexTensor) {
+    let (n, d_model) = matrix_dims(hidden);
+    let (vocab_size, _) = matrix_dims(head);
+    let scale = scale as f32;
+    let targets = target_ids(targets, vocab_size);
+    let (hidden, head, lse, grad) = (
+        contiguous(hidden),
+        contiguous(head),
+        contiguous(lse),
+        contiguous(grad),
+    );
+    let (hidden, head, lse, grad) = (floats(&hidden), floats(&head), floats(&lse), floats(&grad));
+    let mut hidden_grad = unset(n * d_model);
+    let mut head_grad = vec![0.0; vocab_size * d_model];
+    let block = (HELD / vocab_size.max(1) / 64 * 64)
+        .clamp(64, BLOCK)
+        .min(n.max(1));
+    let mut slopes = unset(vocab_size * block);
+    for start in (0..n).step_by(block) {
+        let n = block.min(n - start);
+        let span = start..start + n;
+        let (targets, lse, grad) = (&targets[span.clone()], &lse[span.clone()], &grad[span]);
+        let hidden = Mat::rows(&hidden[start * d_model..], n, d_model, d_model);
+        let slopes = &mut slopes[..vocab_size * n]; // [vocab_size, n]
+        slopes
+            .par_chunks_mut(TOKENS * n)
+            .zip(head_grad.par_chunks_mut(TOKENS * d_model))
+            .zip(head.par_chunks(TOKENS * d_model))
+            .enumerate()
+            .for_each(|(i, ((slopes, head_grad), head))| {
+                let n_tokens = head.len() / d_model;
+                let head = Mat::rows(head, n_tokens, d_model, d_model);
+                let tile = MatMut::rows(slopes, n_tokens, n, n);
+                gemm(
+                    tile,
+                    Output::Overwrite,
+                    head,
+                    hidden.t(),
+                    scale,
+                    Threads::One,
+                );
+                vectorized(|| {
+                    for slopes in slopes.chunks_exact_mut(n) {
+                        for ((slope, lse), grad) in slopes.iter_mut().zip(lse).zip(grad) {
+                            *slope = -exp(*slope - lse) * grad * scale;
+                        }
+                    }
+                });
+                for (position, target) in targets.iter().enumerate() {
+                    if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
+                        slopes[(target - i * TOKENS) * n + position] += grad[position] * scale;
+                    }
+                }
+                let slopes = Mat::rows(slopes, n_tokens, n, n);
+                let head_grad = MatMut::rows(head_grad, n_tokens, d_model, d_model);
+                gemm(
+                    head_grad,
+                    Output::Accumulate,
+                    slopes,
+                    hidden,
+                    1.0,
+                    Threads::One,
+                );
+            });
+        gemm(
+            MatMut::rows(&mut hidden_grad[start * d_model..], n, d_model, d_model),
+            Output::Overwrite,
+            Mat::rows(slopes, vocab_size, n, n).t(),
+            Mat::rows(head, vocab_size, d_model, d_model),
+            1.0,
+            Threads::All,
+        );
+    }
+    (
+        tensor(hidden_grad, [n, d_model]),
+        tensor(head_grad, [vocab_size, d_model]),
+    )
+}
+
+/// The targets as indices.
+///
+/// # Panics
+/// If one is not below `vocab_size`.
+fn target_ids(targets: &FlexTensor, vocab_size: usize) -> Vec<usize> {
+    let targets = indices(targets);
+    let wrong = targets.iter().find(|&&target| target >= vocab_size);
+    assert!(
+        wrong.is_none(),
+        "target {wrong:?} in a vocabulary of {vocab_size}"
+    );
+    targets
+}

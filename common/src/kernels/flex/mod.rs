@@ -1,0 +1,180 @@
+//! The fused operations on the `flex` backend, over plain slices: one file an operation.
+//!
+//! Work is cut into pieces of fixed size, handed to the thread pool and put together in the order of the pieces, so
+//! that the number of threads never shows in a result.
+
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+pub mod decode;
+mod gemm;
+pub mod linear;
+pub mod log_probs;
+pub mod norm;
+mod simd;
+
+use std::cell::Cell;
+
+use burn::backend::Flex;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, Shape, TensorData};
+use burn_flex::FlexTensor;
+
+use super::autodiff::FusedOps;
+use super::{Activation, AdamWStep};
+
+impl FusedOps for Flex {
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::forward(&x, &weight, Some(&bias))
+    }
+
+    fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::forward(&x, &weight, None)
+    }
+
+    fn fused_bias_activation(
+        x: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        activation::forward(&x, &bias, activation)
+    }
+
+    fn fused_layer_norm(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
+        norm::forward(&x, &gamma, &beta, eps).normed
+    }
+
+    fn fused_add_layer_norm(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (out, sum) = norm::add_forward(&x, &residual, &gamma, &beta, eps);
+        (out.normed, sum)
+    }
+
+    fn fused_attention(
+        qkv: FloatTensor<Self>,
+        first_key: Vec<usize>,
+        n_heads: usize,
+    ) -> FloatTensor<Self> {
+        attention::forward(&qkv, &first_key, n_heads).0
+    }
+
+    fn fused_attention_cached(
+        qkv: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        cached: usize,
+        first_key: &[usize],
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        decode::attention_cached(&qkv, keys, values, cached, first_key)
+    }
+
+    fn fused_token_log_probs(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let out = log_probs::forward(&hidden, &head, &targets, scale);
+        (out.log_probs, out.entropy)
+    }
+
+    fn fused_adamw(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        adamw::update(param, &grad, m, v, &step)
+    }
+}
+
+/// The tensor's numbers in order, copied only if they do not lie so.
+pub fn contiguous(tensor: &FlexTensor) -> FlexTensor {
+    tensor.to_contiguous()
+}
+
+/// The numbers of a tensor that [`contiguous`] returned.
+fn floats(tensor: &FlexTensor) -> &[f32] {
+    tensor
+        .as_slice()
+        .expect("an f32 tensor that was made contiguous")
+}
+
+/// The numbers of an integer tensor.
+fn indices(tensor: &FlexTensor) -> Vec<usize> {
+    let tensor = tensor.to_contiguous();
+    let index = |value: i64| usize::try_from(value).expect("an index is not negative");
+    match tensor.dtype() {
+        DType::I64 => tensor
+            .as_slice::<i64>()
+            .into_iter()
+            .flatten()
+            .map(|&i| index(i))
+            .collect(),
+        DType::I32 => tensor
+            .as_slice::<i32>()
+            .into_iter()
+            .flatten()
+            .map(|&i| index(i64::from(i)))
+            .collect(),
+        other => panic!("indices of type {other:?}, expected I64 or I32"),
+    }
+}
+
+/// A tensor of `data`, without copying it.
+fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(data, shape.into()))
+}
+
+/// Rows and columns of a tensor seen as a matrix: the last axis, and all before it.
+fn matrix_dims(tensor: &FlexTensor) -> (usize, usize) {
+    let shape = tensor.layout().shape();
+    let cols = shape
+        .as_slice()
+        .last()
+        .copied()
+        .expect("a tensor with an axis");
+    (shape.num_elements().checked_div(cols).unwrap_or(0), cols)
+}
+
+/// `n` numbers that are not set to anything, for an output of which every element is written.
+///
+/// Clearing it first would cost a pass over memory, which for the large tensors here is a good part of the work.
+#[allow(clippy::uninit_vec)]
+fn unset(n: usize) -> Vec<f32> {
+    let mut data = Vec::with_capacity(n);
+    // SAFETY: the capacity is `n`; f32 has no invalid bit patterns and no drop, and each operation in this module
+    // writes every element of its output before anything reads it.
+    unsafe { data.set_len(n) };
+    data
+}
+
+/// Gives `body` a buffer of `n` numbers of any value, kept by the thread from one call to the next.
+fn with_scratch<R>(n: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    // Taken out, not borrowed: should the thread enter a second body meanwhile, that one gets a fresh buffer.
+    let mut buffer = SCRATCH.take();
+    if buffer.len() < n {
+        buffer.resize(n, 0.0);
+    }
+    let result = body(&mut buffer[..n]);
+    SCRATCH.set(buffer);
+    result
+}

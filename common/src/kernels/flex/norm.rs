@@ -1,0 +1,188 @@
+//! Layer normalisation, with or without the residual addition before it, and its gradients.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::linear::add_in_order;
+use super::simd::{dot, sum, vectorized};
+use super::{contiguous, floats, matrix_dims, tensor, unset};
+
+/// Rows handled by one task.
+const ROWS: usize = 64;
+
+/// A normalised tensor, and what its backward needs.
+pub struct Normed {
+    /// The normalised tensor.
+    pub normed: FlexTensor,
+    /// `[n, 2]`: mean and reciprocal standard deviation of each row.
+    pub statistics: FlexTensor,
+}
+
+/// Normalises the rows of `x`.
+pub fn forward(x: &FlexTensor, gamma: &FlexTensor, beta: &FlexTensor, eps: f64) -> Normed {
+    let shape = x.layout().shape().clone();
+    let (n, d) = matrix_dims(x);
+    let (x, gamma, beta) = (contiguous(x), contiguous(gamma), contiguous(beta));
+    let (x, gamma, beta) = (floats(&x), floats(&gamma), floats(&beta));
+    let (mut out, mut statistics) = (unset(x.len()), unset(n * 2));
+    out.par_chunks_mut(d * ROWS)
+        .zip(statistics.par_chunks_mut(2 * ROWS))
+        .zip(x.par_chunks(d * ROWS))
+        .for_each(|((out, statistics), x)| {
+            vectorized(|| {
+                let rows = out
+                    .chunks_exact_mut(d)
+                    .zip(statistics.chunks_exact_mut(2))
+                    .zip(x.chunks_exact(d));
+                for ((out, statistics), x) in rows {
+                    normalize(out, statistics, x, gamma, beta, eps as f32);
+                }
+            });
+        });
+    Normed {
+        normed: tensor(out, shape),
+        statistics: tensor(statistics, [n, 2]),
+    }
+}
+
+/// Adds `residual` to `x` and normalises the rows of the sum; returns the sum too.
+pub fn add_forward(
+    x: &FlexTensor,
+    residual: &FlexTensor,
+    gamma: &FlexTensor,
+    beta: &FlexTensor,
+    eps: f64,
+) -> (Normed, FlexTensor) {
+    let shape = x.layout().shape().clone();
+    let (n, d) = matrix_dims(x);
+    let (x, residual, gamma, beta) = (
+        contiguous(x),
+        contiguous(residual),
+        contiguous(gamma),
+        contiguous(beta),
+    );
+    let (x, residual, gamma, beta) = (floats(&x), floats(&residual), floats(&gamma), floats(&beta));
+    let (mut out, mut total, mut statistics) = (unset(x.len()), unset(x.len()), unset(n * 2));
+    out.par_chunks_mut(d * ROWS)
+        .zip(total.par_chunks_mut(d * ROWS))
+        .zip(statistics.par_chunks_mut(2 * ROWS))
+        .zip(x.par_chunks(d * ROWS).zip(residual.par_chunks(d * ROWS)))
+        .for_each(|(((out, total), statistics), (x, residual))| {
+            vectorized(|| {
+                for ((total, x), residual) in total.iter_mut().zip(x).zip(residual) {
+                    *total = x + residual;
+                }
+                let rows = out
+                    .chunks_exact_mut(d)
+                    .zip(statistics.chunks_exact_mut(2))
+                    .zip(total.chunks_exact(d));
+                for ((out, statistics), total) in rows {
+                    normalize(out, statistics, total, gamma, beta, eps as f32);
+                }
+            });
+        });
+    let normed = Normed {
+        normed: tensor(out, shape.clone()),
+        statistics: tensor(statistics, [n, 2]),
+    };
+    (normed, tensor(total, shape))
+}
+
+#[inline(always)]
+fn normalize(
+    out: &mut [f32],
+    statistics: &mut [f32],
+    x: &[f32],
+    gamma: &[f32],
+    beta: &[f32],
+    eps: f32,
+) {
+    let d = x.len() as f32;
+    let mean = sum(x, |x| x) / d;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / d;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for (((out, x), gamma), beta) in out.iter_mut().zip(x).zip(gamma).zip(beta) {
+        *out = (x - mean) * scale * gamma + beta;
+    }
+    statistics[0] = mean;
+    statistics[1] = scale;
+}
+
+/// Gradients of `x`, `gamma` and `beta`.
+///
+/// With `x̂ = (x − mean) · s` and `h = grad · γ`: `∂x = s · (h − mean(h) − x̂ · mean(h x̂))`.
+pub fn backward(
+    x: &FlexTensor,
+    gamma: &FlexTensor,
+    statistics: &FlexTensor,
+    grad: &FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let shape = x.layout().shape().clone();
+    let (_, d) = matrix_dims(x);
+    let (x, gamma, statistics, grad) = (
+        contiguous(x),
+        contiguous(gamma),
+        contiguous(statistics),
+        contiguous(grad),
+    );
+    let (x, gamma, statistics, grad) = (
+        floats(&x),
+        floats(&gamma),
+        floats(&statistics),
+        floats(&grad),
+    );
+    let mut x_grad = unset(x.len());
+    let parts: Vec<Vec<f32>> = x_grad
+        .par_chunks_mut(d * ROWS)
+        .zip(statistics.par_chunks(2 * ROWS))
+        .zip(x.par_chunks(d * ROWS).zip(grad.par_chunks(d * ROWS)))
+        .map(|((x_grad, statistics), (x, grad))| {
+            // The gradients of gamma and beta side by side, then room for one row of x̂ and of h.
+            let mut sums = vec![0.0; 4 * d];
+            vectorized(|| backward_rows(x_grad, &mut sums, x, gamma, statistics, grad));
+            sums.truncate(2 * d);
+            sums
+        })
+        .collect();
+    let mut gamma_grad = add_in_order(parts, 2 * d);
+    let beta_grad = gamma_grad.split_off(d);
+    (
+        tensor(x_grad, shape),
+        tensor(gamma_grad, [d]),
+        tensor(beta_grad, [d]),
+    )
+}
+
+#[inline(always)]
+fn backward_rows(
+    x_grad: &mut [f32],
+    sums: &mut [f32],
+    x: &[f32],
+    gamma: &[f32],
+    statistics: &[f32],
+    grad: &[f32],
+) {
+    let d = gamma.len();
+    let (gamma_grad, rest) = sums.split_at_mut(d);
+    let (beta_grad, rest) = rest.split_at_mut(d);
+    let (x_hat, h) = rest.split_at_mut(d);
+    let rows = x_grad
+        .chunks_exact_mut(d)
+        .zip(statistics.chunks_exact(2))
+        .zip(x.chunks_exact(d))
+        .zip(grad.chunks_exact(d));
+    for (((x_grad, statistics), x), grad) in rows {
+        let (mean, scale) = (statistics[0], statistics[1]);
+        for j in 0..d {
+            x_hat[j] = (x[j] - mean) * scale;
+            h[j] = grad[j] * gamma[j];
+            gamma_grad[j] += grad[j] * x_hat[j];
+            beta_grad[j] += grad[j];
+        }
+        let mean_h = sum(h, |h| h) / d as f32;
+        let mean_h_x_hat = dot(h, x_hat) / d as f32;
+        for ((x_grad, h), x_hat) in x_grad.iter_mut().zip(&*h).zip(&*x_hat) {
+            *x_grad = scale * (h - mean_h - x_hat * mean_h_x_hat);
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The `[tokenizer]` table.
+
+use serde::{Deserialize, Serialize};
+
+use super::{SPECIAL_TOKENS, TokenizerError};
+
+/// How text is cut into tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenizerKind {
+    /// Byte-level byte-pair encoding, as in GPT-2: every UTF-8 text round-trips.
+    Bpe,
+    /// Words and pieces of words, as in BERT: whitespace is not kept, rare characters become `[UNK]`.
+    Wordpiece,
+    /// One token a character of the training text; other characters are errors.
+    Char,
+    /// One token a byte; nothing to train.
+    Byte,
+}
+
+/// The `[tokenizer]` table of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TokenizerConfig {
+    /// How text is cut into tokens.
+    pub kind: TokenizerKind,
+    /// Number of tokens to learn, everything counted: bytes, merges and special tokens. A small text may give fewer.
+    /// `char` and `byte` do not read it: their size follows from the text and from what a byte is.
+    pub vocab_size: usize,
+    /// A pair that occurs less often is not merged; 0, as in the `tokenizers` library, merges any.
+    pub min_frequency: u64,
+}
+
+impl Default for TokenizerConfig {
+    fn default() -> Self {
+        Self {
+            kind: TokenizerKind::Bpe,
+            vocab_size: 4096,
+            min_frequency: 0,
+        }
+    }
+}
+
+impl TokenizerConfig {
+    /// Checks that a tokenizer can have this shape.
+    ///
+    /// # Errors
+    /// If `vocab_size` leaves no room for the special tokens and the alphabet.
+    pub fn validate(&self) -> Result<(), TokenizerError> {
+        let (least, what) = match self.kind {
+            TokenizerKind::Bpe => (256 + SPECIAL_TOKENS.len(), "256 bytes and 6 special tokens"),
+            TokenizerKind::Wordpiece => (
+                SPECIAL_TOKENS.len() + 2,
+                "`[UNK]`, 6 special tokens and one character",
+            ),
+            TokenizerKind::Char | TokenizerKind::Byte => return Ok(()),
+        };
+        if self.vocab_size < least {
+            return Err(TokenizerError::Config {
+                field: "vocab_size",
+                reason: format!(
+                    "expected at least {least} ({what}), found {}",
+                    self.vocab_size
+                ),
+            });
+        }
+        if u32::try_from(self.vocab_size).is_err() {
+            return Err(TokenizerError::Config {
+                field: "vocab_size",
+                reason: format!("token ids have 32 bits, found {}", self.vocab_size),
+            });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,101 @@
+//! What can go wrong with a tokenizer.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a tokenizer cannot be trained, loaded, saved or used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// There is no such directory.
+    #[error("no tokenizer directory at `{path}`\nhint: pass the directory that `pretrain tokenizer --out` wrote, or a checkpoint", path = .0.display())]
+    NoDirectory(PathBuf),
+    /// The directory has none of the files a tokenizer can be read from.
+    #[error(
+        "no tokenizer in `{path}`: expected `tokenizer.json`, `vocab.json` with `merges.txt`, or `encoder.json` with `vocab.bpe`\n\
+         hint: `pretrain tokenizer --config C --out DIR` writes one",
+        path = .0.display()
+    )]
+    NoFiles(PathBuf),
+    /// A file cannot be read.
+    #[error("cannot read `{path}`", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("cannot write `{path}`", path = path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("`{path}` is not a tokenizer: {reason}\nhint: the file is damaged or another kind of file; write or download it again", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A value of the `[tokenizer]` table makes no tokenizer.
+    #[error("invalid `tokenizer.{field}`: {reason}")]
+    Config {
+        /// The key.
+        field: &'static str,
+        /// What was found and what is expected.
+        reason: String,
+    },
+    /// There is nothing to train on.
+    #[error("cannot train a tokenizer: the text is empty")]
+    NoText,
+    /// A character tokenizer met a character that its training text did not have.
+    #[error(
+        "character {character:?} (number {index}, counted from 0) is not in this tokenizer's vocabulary\n\
+         hint: a `char` tokenizer knows the characters of its training text only; `bpe` and `byte` know every text"
+    )]
+    UnknownCharacter {
+        /// The character.
+        character: char,
+        /// Its place in the text, in characters.
+        index: usize,
+    },
+    /// The tokenizer lacks tokens that conversations need.
+    #[error(
+        "the tokenizer has no {} token, which conversations need\n\
+         hint: `sft train --init` appends the missing tokens and trains their embeddings",
+        .0.iter().map(|token| format!("`{token}`")).collect::<Vec<_>>().join(", ")
+    )]
+    MissingSpecials(Vec<&'static str>),
+    /// A text can only be written with a token that is reserved.
+    #[error("the text {0:?} is a special token to this tokenizer and cannot be encoded as text")]
+    Reserved(String),
+    /// The chat template does not render.
+    #[error(
+        "the tokenizer's chat template failed: {0}\nhint: only plain Jinja is supported; see `chat_template` in tokenizer_config.json"
+    )]
+    Template(String),
+    /// The `tokenizers` library failed.
+    #[error("failed to {doing}: {reason}")]
+    Library {
+        /// What was being done.
+        doing: &'static str,
+        /// What the library says.
+        reason: String,
+    },
+}
+
+impl TokenizerError {
+    /// An error of the `tokenizers` library while `doing` something.
+    pub(super) fn library(
+        doing: &'static str,
+        error: &(dyn std::error::Error + Send + Sync),
+    ) -> Self {
+        Self::Library {
+            doing,
+            reason: error.to_string(),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What the held-out prompts show: answers of every policy, their gold scores, and the reward model's opinion of them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::stats::Interval;
+use crate::steps::write_whole;
+
+/// A model that answers prompts, in the order in which the recipe makes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The pretrained model.
+    Base,
+    /// After supervised fine-tuning.
+    Sft,
+    /// After PPO.
+    Ppo,
+}
+
+impl Policy {
+    /// All of them, earliest first.
+    pub const ALL: [Self; 3] = [Self::Base, Self::Sft, Self::Ppo];
+
+    /// Key in the report files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Sft => "sft",
+            Self::Ppo => "ppo",
+        }
+    }
+}
+
+/// `<out>/evaluation.json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Gold score over the held-out prompts; empty where the recipe knows none.
+    pub gold: BTreeMap<Policy, Interval>,
+    /// The reward model's score of the same answers; empty without a reward model.
+    pub score: BTreeMap<Policy, Interval>,
+    /// Words of an answer.
+    pub words: BTreeMap<Policy, Interval>,
+    /// Share of answers that stopped by themselves.
+    pub ended: BTreeMap<Policy, Interval>,
+    /// Gold score of PPO minus SFT, prompt by prompt.
+    pub gain: Option<Interval>,
+    /// What `reward-model eval` prints for the test pairs, and the same against the noise-free gold order.
+    pub reward_model: Map<String, Value>,
+    /// What `ppo eval` prints for the held-out prompts.
+    pub ppo: Map<String, Value>,
+}
+
+/// One line of `<out>/answers.jsonl`: a held-out prompt and what each policy answered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AnswerRow {
+    /// The request.
+    pub prompt: String,
+    /// Answers by policy.
+    #[serde(flatten)]
+    pub answers: BTreeMap<Policy, Answer>,
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// What the model wrote, special tokens left out.
+    pub text: String,
+    /// Whether it stopped by itself, before the length limit.
+    pub ended: bool,
+    /// Sampled tokens, the stop token included.
+    pub tokens: usize,
+    /// Gold score, where known.
+    pub gold: Option<f64>,
+    /// The reward model's normalised score, where there is one.
+    pub score: Option<f64>,
+}
+
+impl Evaluation {
+    /// Averages over the rows of `answers.jsonl`; the maps of the stages' own evaluations start empty.
+    pub fn of_answers(rows: &[AnswerRow]) -> Self {
+        let over_rows = |value: &dyn Fn(&Answer) -> Option<f64>| -> BTreeMap<Policy, Interval> {
+            Policy::ALL
+                .into_iter()
+                .filter_map(|policy| {
+                    let values: Vec<f64> =
+                        rows.iter().filter_map(|row| row.answers.get(&policy)).filter_map(value).collect();
+                    Some((policy, Interval::of(&values)?))
+                })
+                .collect()
+        };
+        let gains: Vec<f64> = rows
+            .iter()
+            .filter_map(|row| Some(row.answers.get(&Policy::Ppo)?.gold? - row.answers.get(&Policy::Sft)?.gold?))
+            .collect();
+        Self {
+            gold: over_rows(&|answer| answer.gold),
+            score: over_rows(&|answer| answer.score),
+            words: over_rows(&|answer| Some(answer.text.split_whitespace().count() as f64)),
+            ended: over_rows(&|answer| Some(f64::from(u8::from(answer.ended)))),
+            gain: Interval::of(&gains),
+            reward_model: Map::new(),
+            ppo: Map::new(),
+        }
+    }
+
+    /// Reads `evaluation.json` in `out`; `None` if the last step has not run.
+    ///
+    /// # Errors
+    /// If the file is there but cannot be read.
+    pub fn read(out: &Path) -> Result<Option<Self>> {
+        let path = out.join("evaluation.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        serde_json::from_str(&text).map(Some).with_context(|| format!("failed to read `{}`", path.display()))
+    }
+
+    /// Writes `evaluation.json` into `out`.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, out: &Path) -> Result<()> {
+        write_whole(&out.join("evaluation.json"), &serde_json::to_string_pretty(self)?)
+    }
+}
+
+impl AnswerRow {
+    /// Reads `answers.jsonl` in `out`; empty if the last step has not run.
+    ///
+    /// # Errors
+    /// If a line is not such a row.
+    pub fn read_all(out: &Path) -> Result<Vec<Self>> {
+        let path = out.join("answers.jsonl");
+        if !path.exists() {
+            return Ok(Vec::new());
+        }
+        let text = fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        text.lines()
+            .enumerate()
+            .map(|(i, line)| {
+                serde_json::from_str(line).with_context(|| format!("failed to read `{}` line {}", path.display(), i + 1))
+            })
+            .collect()
+    }
+
+    /// Writes `answers.jsonl` into `out`.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_all(rows: &[Self], out: &Path) -> Result<()> {
+        let mut text = String::new();
+        for row in rows {
+            text.push_str(&serde_json::to_string(row)?);
+            text.push('\n');
+        }
+        write_whole(&out.join("answers.jsonl"), &text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(prompt: &str, sft: f64, ppo: f64) -> AnswerRow {
+        let answer = |gold| Answer { text: "a b".to_owned(), ended: true, tokens: 3, gold: Some(gold), score: None };
+        AnswerRow {
+            prompt: prompt.to_owned(),
+            answers: [(Policy::Sft, answer(sft)), (Policy::Ppo, answer(ppo))].into(),
+        }
+    }
+
+    #[test]
+    fn the_gain_is_paired_by_prompt() {
+        // Differences 0.1 and 0.3: mean 0.2, s = 0.1414, half width 1.96·0.1414/√2 = 0.196.
+        let evaluation = Evaluation::of_answers(&[row("a", 0.2, 0.3), row("b", 0.5, 0.8)]);
+        let gain = evaluation.gain.unwrap();
+        assert!((gain.mean - 0.2).abs() < 1e-12 && (gain.high - gain.mean - 0.196).abs() < 1e-4, "{gain:?}");
+        assert!((evaluation.gold[&Policy::Ppo].mean - 0.55).abs() < 1e-12);
+        assert!(!evaluation.gold.contains_key(&Policy::Base) && evaluation.score.is_empty());
+        assert_eq!(evaluation.words[&Policy::Sft].mean, 2.0);
+    }
+
+    #[test]
+    fn files_survive_the_round_trip() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = [row("a <b>", 0.2, 0.3), row("c", 0.1, 0.9)];
+        AnswerRow::write_all(&rows, dir.path()).unwrap();
+        assert_eq!(AnswerRow::read_all(dir.path()).unwrap(), rows);
+        let evaluation = Evaluation::of_answers(&rows);
+        evaluation.write(dir.path()).unwrap();
+        assert_eq!(Evaluation::read(dir.path()).unwrap(), Some(evaluation));
+    }
+}

@@ -1,0 +1,125 @@
+//! Gold scorers: what answers are really worth, where that is known.
+//!
+//! Training never sees a gold score. The recipe uses it to label pairs through the simulated labeller, and to tell
+//! whether a higher score of the reward model is a better answer. A recipe names its scorer in `recipe.toml`:
+//!
+//! ```toml
+//! [gold]
+//! kind = "lexicon"   # or "world", for the generated data of configs/tiny
+//! words = "$DATA/afinn/afinn-165.json"
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub mod grammar;
+pub mod lexicon;
+pub mod world;
+
+pub use lexicon::{Lexicon, LexiconError};
+
+/// The `[gold]` section of a recipe.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoldConfig {
+    /// Which scorer.
+    pub kind: GoldKind,
+    /// The word list of [`GoldKind::Lexicon`], a JSON object from words to valences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<String>,
+}
+
+/// The scorers there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GoldKind {
+    /// [`world::score`]: does a story do what its request asks?
+    World,
+    /// [`Lexicon::score`]: how pleasant are the words of a text?
+    Lexicon,
+}
+
+impl GoldConfig {
+    /// Checks that the fields fit together.
+    ///
+    /// # Errors
+    /// If a word list is missing, or given where none is used.
+    pub fn validate(&self) -> anyhow::Result<()> {
+        match (self.kind, &self.words) {
+            (GoldKind::Lexicon, None) => anyhow::bail!(
+                "`gold.kind` is `lexicon`, but `gold.words` is missing\nhint: name a JSON file of words and valences, \
+                 such as AFINN"
+            ),
+            (GoldKind::World, Some(_)) => anyhow::bail!(
+                "`gold.words` is given, but `gold.kind` is `world`, which has its own words\nhint: remove `gold.words`"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens the scorer; `resolve` makes a path of what the recipe wrote.
+    ///
+    /// # Errors
+    /// As [`Self::validate`]; if `resolve` fails; if the word list cannot be read.
+    pub fn open(&self, resolve: impl FnOnce(&str) -> anyhow::Result<PathBuf>) -> anyhow::Result<GoldScorer> {
+        self.validate()?;
+        match &self.words {
+            None => Ok(GoldScorer::World),
+            Some(words) => Ok(GoldScorer::Lexicon(Lexicon::load(&resolve(words)?)?)),
+        }
+    }
+}
+
+/// A judge of answers, from their text alone.
+#[derive(Debug, Clone)]
+pub enum GoldScorer {
+    /// See [`world::score`].
+    World,
+    /// See [`Lexicon::score`].
+    Lexicon(Lexicon),
+}
+
+impl GoldScorer {
+    /// What `response` is worth as an answer to `prompt`.
+    ///
+    /// `World` gives a number in `[0, 1]`, or `None` if `prompt` asks for no story. `Lexicon` looks at the response
+    /// only and always answers.
+    pub fn score(&self, prompt: &str, response: &str) -> Option<f64> {
+        match self {
+            Self::World => world::score(prompt, response),
+            Self::Lexicon(lexicon) => Some(lexicon.score(response)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scorer_is_named_in_the_recipe() {
+        let config: GoldConfig = serde_json::from_str(r#"{"kind": "world"}"#).unwrap();
+        let scorer = config.open(|_| unreachable!()).unwrap();
+        assert_eq!(scorer.score("Where was Mia?", "She was in the park."), None);
+        assert!(scorer.score("Tell me a story about Mia.", "Mia was very happy.").is_some());
+
+        for bad in [r#"{"kind": "lexicon"}"#, r#"{"kind": "world", "words": "x.json"}"#] {
+            let config: GoldConfig = serde_json::from_str(bad).unwrap();
+            let error = config.open(|path| Ok(path.into())).unwrap_err().to_string();
+            assert!(error.contains("\nhint: "), "{error}");
+        }
+        assert!(serde_json::from_str::<GoldConfig>(r#"{"kind": "world", "wrods": "x"}"#).is_err());
+        assert!(serde_json::from_str::<GoldConfig>(r#"{"kind": "wrold"}"#).is_err());
+    }
+
+    #[test]
+    fn a_lexicon_scores_any_answer() {
+        let config = GoldConfig { kind: GoldKind::Lexicon, words: Some("$DATA/words.json".to_owned()) };
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("words.json"), r#"{"good": 3}"#).unwrap();
+        let scorer =
+            config.open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/")))).unwrap();
+        assert_eq!(scorer.score("Hello?", "A good day."), Some(1.0));
+    }
+}

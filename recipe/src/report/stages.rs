@@ -1,0 +1,259 @@
+//! The report's section on each training stage: what it does, its curves, its key numbers, its samples.
+
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::log::{first_and_last, read_samples};
+use super::page::{duration, mean_of, percent, signed, title};
+use super::plot::{Curve, Hue, Plot, Weight, smooth, thousands};
+use super::{Source, StageSource};
+use crate::steps::Step;
+
+/// Samples shown of the first and of the last step that has any.
+const N_SAMPLES: usize = 3;
+/// Width in CSS pixels of a figure that stands alone, and of one of two side by side.
+const FULL_WIDTH: u32 = 720;
+const HALF_WIDTH: u32 = 440;
+
+/// One section of the page.
+#[derive(Serialize)]
+pub struct Section {
+    id: &'static str,
+    number: String,
+    title: &'static str,
+    lede: String,
+    figures: Vec<Figure>,
+    numbers: Vec<Number>,
+    samples: Vec<SampleText>,
+    config: String,
+}
+
+#[derive(Serialize)]
+struct Figure {
+    svg: String,
+    title: String,
+    caption: String,
+    keys: Vec<Key>,
+}
+
+#[derive(Serialize)]
+struct Key {
+    label: String,
+    class: String,
+}
+
+#[derive(Serialize)]
+struct Number {
+    label: &'static str,
+    value: String,
+    note: String,
+}
+
+#[derive(Serialize)]
+struct SampleText {
+    step: String,
+    /// Whether the text goes on from the prompt, with no break between.
+    goes_on: bool,
+    prompt: String,
+    text: String,
+}
+
+/// Everything the page says about one stage.
+pub fn section(source: &Source, stage: &StageSource) -> Result<Section> {
+    let position = source.stages.iter().position(|other| other.step == stage.step).map_or(0, |i| i + 1);
+    let samples = first_and_last(&read_samples(&stage.dir)?, N_SAMPLES);
+    Ok(Section {
+        id: stage.step.name(),
+        number: format!("Stage {position} of {}", source.stages.len()),
+        title: title(stage.step),
+        lede: lede(stage.step, source.record.gold.is_some()),
+        figures: figures(stage)?,
+        numbers: numbers(source, stage),
+        samples: samples
+            .into_iter()
+            .map(|sample| SampleText {
+                step: thousands(sample.step as f64),
+                goes_on: stage.step == Step::Pretrain,
+                prompt: sample.prompt,
+                text: sample.text,
+            })
+            .collect(),
+        config: stage.config()?,
+    })
+}
+
+/// The stage in one line of the overview.
+pub fn result(source: &Source, stage: &StageSource) -> String {
+    let log = &stage.log;
+    let evaluated = |name: &str| source.evaluation.as_ref().and_then(|e| e.reward_model.get(name)).and_then(mean_of);
+    match stage.step {
+        Step::RewardModel => match evaluated("accuracy").or_else(|| log.last("val/accuracy")) {
+            Some(accuracy) => format!("picks the preferred answer in {} of held-out pairs", percent(accuracy)),
+            None => String::new(),
+        },
+        Step::Ppo => match (log.last("objective/score"), log.last("objective/kl")) {
+            (Some(score), Some(kl)) => format!("reward model’s score {} at {kl:.1} nats of KL", signed(score)),
+            _ => String::new(),
+        },
+        _ => match (log.series("val/loss").first(), log.min("val/loss")) {
+            (Some(&(_, first)), Some(best)) => format!("held-out loss {first:.3} → {best:.3} nats per token"),
+            _ => log.last("train/loss").map_or(String::new(), |loss| format!("training loss {loss:.3} nats per token")),
+        },
+    }
+}
+
+fn lede(step: Step, knows_gold: bool) -> String {
+    let text = match step {
+        Step::Pretrain => {
+            "The model learns to predict the next token of plain text. Afterwards it can go on with a story, but nobody has told \
+             it what a request is."
+        }
+        Step::Sft => {
+            "Fine-tuning on conversations. The loss counts the assistant’s words and the end mark only, so the model learns to \
+             answer, not to ask. It imitates all the answers it is shown, the poor ones too."
+        }
+        Step::RewardModel => {
+            "The same network with one number for an output. It sees pairs of answers to one request and learns to score the \
+             preferred one higher, by the loss −log σ(chosen − rejected). An accuracy of 50\u{a0}% would be guessing; labels that \
+             contradict one another keep it below 100\u{a0}%."
+        }
+        Step::Ppo if knows_gold => {
+            "The fine-tuned model answers requests, the reward model scores the answers, and PPO makes the better ones likelier \
+             while it pays for every nat it moves away from where it began. PPO never sees the gold score, so that curve is the \
+             one to watch: a score that rises while the gold falls means that the policy exploits the reward model’s mistakes."
+        }
+        Step::Ppo => {
+            "The fine-tuned model answers requests, the reward model scores the answers, and PPO makes the better ones likelier \
+             while it pays for every nat it moves away from where it began."
+        }
+        _ => "",
+    };
+    text.to_owned()
+}
+
+fn figures(stage: &StageSource) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    match stage.step {
+        Step::Ppo => {
+            let gold = stage.log.names_with_prefix("gold/");
+            let mut wanted: Vec<(&str, &str, &str, &str)> = vec![(
+                "objective/score",
+                "score",
+                "Reward model’s score.",
+                "Mean over the rollout; 0 is the fine-tuned model. This is what PPO maximises.",
+            )];
+            wanted.extend(gold.first().map(|name| {
+                (name.as_str(), "gold score", "Gold score.", "Mean over the same answers. PPO does not see it.")
+            }));
+            wanted.extend([
+                (
+                    "objective/kl",
+                    "nats",
+                    "KL from the fine-tuned model.",
+                    "Summed over an answer, averaged over answers; on sampled tokens (k1).",
+                ),
+                ("policy/entropy", "nats", "Entropy.", "Of the next-token distribution, mean over answer tokens."),
+                ("rollout/response_length", "tokens", "Length of an answer.", "Mean, the end mark included."),
+                ("rollout/eos_rate", "share", "Answers that end.", "Share that stop by themselves before the limit."),
+            ]);
+            for (name, unit, title, caption) in wanted {
+                let hue = if name.starts_with("gold/") || name == "objective/score" { Hue::Ember } else { Hue::Slate };
+                figures.extend(trend(stage, name, unit, title, caption, hue)?);
+            }
+        }
+        Step::RewardModel => {
+            figures.extend(train_and_val(stage, "loss", "nats per pair", "Loss.", HALF_WIDTH)?);
+            figures.extend(train_and_val(stage, "accuracy", "share of pairs", "Accuracy.", HALF_WIDTH)?);
+        }
+        _ => figures.extend(train_and_val(stage, "loss", "nats per token", "Loss.", FULL_WIDTH)?),
+    }
+    Ok(figures)
+}
+
+/// `train/<name>` faint, `val/<name>` strong.
+fn train_and_val(stage: &StageSource, name: &str, unit: &str, title: &str, width: u32) -> Result<Option<Figure>> {
+    let train = stage.log.series(&format!("train/{name}"));
+    let val = stage.log.series(&format!("val/{name}"));
+    let mut curves = Vec::new();
+    if !train.is_empty() {
+        curves.push(Curve { label: "training".to_owned(), points: train, hue: Hue::Slate, weight: Weight::Faint });
+    }
+    if let Some(&(_, last)) = val.last() {
+        let label = format!("held out, {last:.3} at the end");
+        curves.push(Curve { label, points: val, hue: Hue::Ember, weight: Weight::Strong });
+    }
+    figure(&curves, unit, title, "", width)
+}
+
+/// One value of PPO over its iterations: every value faint, the running mean strong.
+fn trend(stage: &StageSource, name: &str, unit: &str, title: &str, caption: &str, hue: Hue) -> Result<Option<Figure>> {
+    let points = stage.log.series(name);
+    let Some(&(_, last)) = points.last() else { return Ok(None) };
+    let trend = smooth(&points, 20);
+    let curves = [
+        Curve { label: format!("each rollout, {last:.3} at the end"), points, hue, weight: Weight::Faint },
+        Curve { label: "running mean".to_owned(), points: trend, hue, weight: Weight::Strong },
+    ];
+    figure(&curves, unit, title, caption, HALF_WIDTH)
+}
+
+fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, width: u32) -> Result<Option<Figure>> {
+    let plot = Plot { x_label: "step", y_label: unit, curves, width, height: width * 9 / 20 + 20 };
+    let Some(svg) = plot.to_svg()? else { return Ok(None) };
+    let keys = curves
+        .iter()
+        .map(|curve| Key {
+            label: curve.label.clone(),
+            class: format!("{}{}", curve.hue.class(), if curve.weight == Weight::Faint { " faint" } else { "" }),
+        })
+        .collect();
+    Ok(Some(Figure { svg, title: title.to_owned(), caption: caption.to_owned(), keys }))
+}
+
+fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
+    let log = &stage.log;
+    let mut numbers = Vec::new();
+    let mut push = |label: &'static str, value: Option<String>, note: &str| {
+        numbers.extend(value.map(|value| Number { label, value, note: note.to_owned() }));
+    };
+    match stage.step {
+        Step::RewardModel => {
+            let evaluated = |name: &str| source.evaluation.as_ref()?.reward_model.get(name).and_then(Value::as_f64);
+            push("Accuracy on the test labels", evaluated("accuracy").map(percent), "pairs never trained on");
+            push("Accuracy against the gold order", evaluated("gold_accuracy").map(percent), "the labels’ noise taken out");
+            push("Always the longer answer", evaluated("longer_wins_accuracy").map(percent), "the baseline to beat, on labels");
+            push("Labels that follow the gold", evaluated("label_agreement").map(percent), "the labeller errs like people");
+            push("Test pairs", evaluated("pairs").map(thousands), "");
+            push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "guessing costs ln 2 = 0.693");
+        }
+        Step::Ppo => {
+            let change = |name: &str, digits: usize| {
+                let series = log.series(name);
+                let ((_, first), (_, last)) = (*series.first()?, *series.last()?);
+                Some(format!("{first:.digits$} → {last:.digits$}"))
+            };
+            push("Reward model’s score", change("objective/score", 2), "first rollout → last");
+            let gold = log.names_with_prefix("gold/");
+            push("Gold score", gold.first().and_then(|name| change(name, 3)), "first rollout → last");
+            push("KL from SFT", log.last("objective/kl").map(|kl| format!("{kl:.2} nats")), "summed over an answer");
+            let win_rate = source.evaluation.as_ref().and_then(|e| e.ppo.get("win_rate")).and_then(mean_of);
+            push("Wins against SFT", win_rate.map(percent), "by the reward model, held-out prompts");
+            push("Answers that end", log.last("rollout/eos_rate").map(percent), "last rollout");
+            push("Ratios clipped", log.last("policy/clip_frac").map(percent), "of the last update’s tokens");
+            push(
+                "Returns explained by the critic",
+                log.last("value/explained_variance").map(percent),
+                "share of their variance",
+            );
+        }
+        _ => {
+            push("Best held-out loss", log.min("val/loss").map(|loss| format!("{loss:.3}")), "nats per token");
+            push("Perplexity", log.min("val/loss").map(|loss| format!("{:.2}", loss.exp())), "exp of that loss");
+            push("Bits per byte", log.min("val/bits_per_byte").map(|bits| format!("{bits:.3}")), "held out");
+        }
+    }
+    let speed = log.last("train/tokens_per_second").map(|speed| format!("{} tokens/s", thousands(speed.round())));
+    push("Time", Some(duration(stage.seconds)), speed.as_deref().unwrap_or(""));
+    numbers
+}

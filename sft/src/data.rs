@@ -1,0 +1,123 @@
+//! Conversations to batches.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::config::{ConfigError, PathResolver};
+use common::conversation::{self, EncodedConversation, Message};
+use common::data::collate::{self, Example, TrainingRows};
+use common::data::records::{self, OnBadRecord};
+use common::model::Layout;
+use common::tokenizer::Tokenizer;
+
+use crate::config::{DataConfig, TooLong};
+
+/// Tokenised conversations.
+pub(crate) struct Conversations {
+    pub(crate) encoded: Vec<EncodedConversation>,
+    /// The same conversations as text, for samples.
+    pub(crate) messages: Vec<Vec<Message>>,
+    /// SHA-256 of each file.
+    pub(crate) sha256: BTreeMap<String, String>,
+}
+
+/// A batch of conversations, several in a row, none seeing another.
+pub(crate) struct Batch {
+    rows: TrainingRows,
+    /// Indices into `[batch · seq]` of the positions whose next token is trained on.
+    positions: Vec<i64>,
+}
+
+impl DataConfig {
+    /// Makes every path absolute.
+    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
+        for path in self.train.iter_mut().chain(&mut self.val) {
+            *path = resolver.resolve(&*path)?;
+        }
+        Ok(())
+    }
+}
+
+impl Conversations {
+    /// Reads and tokenises `files`; conversations without a trained token are left out.
+    pub(crate) fn read(
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        max_seq_len: usize,
+        on_bad_record: OnBadRecord,
+        on_too_long: TooLong,
+    ) -> anyhow::Result<Self> {
+        let mut all = Self { encoded: Vec::new(), messages: Vec::new(), sha256: BTreeMap::new() };
+        let mut n_too_long = 0;
+        for file in files {
+            all.sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
+            for conversation in records::read_conversations(file, on_bad_record)? {
+                let mut encoded = conversation::encode(tokenizer, &conversation.messages)
+                    .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
+                if encoded.ids.len() > max_seq_len {
+                    n_too_long += 1;
+                    match on_too_long {
+                        TooLong::Truncate => {
+                            encoded.ids.truncate(max_seq_len);
+                            encoded.trained.truncate(max_seq_len);
+                        }
+                        TooLong::Skip => continue,
+                        TooLong::Fail => bail!(
+                            "a conversation of `{}` has {} tokens, the context {max_seq_len}\nhint: set \
+                             `data.on_too_long` to \"truncate\" or \"skip\"",
+                            file.display(),
+                            encoded.ids.len()
+                        ),
+                    }
+                }
+                if encoded.trained.iter().skip(1).any(|&trained| trained) {
+                    all.encoded.push(encoded);
+                    all.messages.push(conversation.messages);
+                }
+            }
+        }
+        if n_too_long > 0 {
+            tracing::warn!("{n_too_long} conversations exceed the context of {max_seq_len} tokens: {on_too_long:?}");
+        }
+        ensure!(!all.encoded.is_empty(), "no conversation has a token to train on");
+        Ok(all)
+    }
+}
+
+impl Batch {
+    /// Packs `conversations` into rows of at most `seq_len` tokens.
+    pub(crate) fn new(conversations: &[&EncodedConversation], seq_len: usize, pad: u32) -> Self {
+        let examples: Vec<Example<'_>> =
+            conversations.iter().map(|c| Example { ids: &c.ids, trained: &c.trained }).collect();
+        let rows = collate::pack(&examples, seq_len, pad);
+        let positions = (0..).zip(&rows.trained).filter_map(|(i, &trained)| trained.then_some(i)).collect();
+        Self { rows, positions }
+    }
+
+    /// How many tokens are trained on.
+    pub(crate) fn n_targets(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// `[batch, seq]`
+    pub(crate) fn inputs(&self, device: &Device) -> Tensor<2, Int> {
+        Tensor::from_data(TensorData::new(self.rows.ids.clone(), [self.rows.batch, self.rows.seq]), device)
+    }
+
+    /// Which tokens see which.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout::packed(self.rows.first_key.clone(), self.rows.seq)
+    }
+
+    /// Indices of the predicting positions and the tokens they predict, both `[n_targets]`.
+    pub(crate) fn targets(&self, device: &Device) -> (Tensor<1, Int>, Tensor<1, Int>) {
+        let n = self.n_targets();
+        let targets: Vec<i32> = self.positions.iter().map(|&i| self.rows.targets[i as usize]).collect();
+        (
+            Tensor::from_data(TensorData::new(self.positions.clone(), [n]), device),
+            Tensor::from_data(TensorData::new(targets, [n]), device),
+        )
+    }
+}
