@@ -60,10 +60,7 @@ pub struct Message {
 impl Message {
     /// A turn of `role`.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self {
-            role,
-            content: content.into(),
-        }
+        Self { role, content: content.into() }
     }
 }
 
@@ -113,11 +110,7 @@ pub fn validate(messages: &[Message]) -> Result<(), ConversationError> {
     if messages.is_empty() {
         return Err(ConversationError::Empty);
     }
-    match messages
-        .iter()
-        .skip(1)
-        .position(|message| message.role == Role::System)
-    {
+    match messages.iter().skip(1).position(|message| message.role == Role::System) {
         Some(i) => Err(ConversationError::LateSystem { index: i + 2 }),
         None => Ok(()),
     }
@@ -127,24 +120,16 @@ pub fn validate(messages: &[Message]) -> Result<(), ConversationError> {
 ///
 /// # Errors
 /// If the messages are none, or a text cannot be encoded.
-pub fn encode(
-    tokenizer: &Tokenizer,
-    messages: &[Message],
-) -> Result<EncodedConversation, ConversationError> {
+pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<EncodedConversation, ConversationError> {
     validate(messages)?;
     let specials = tokenizer.try_specials()?;
-    let mut encoded = EncodedConversation {
-        ids: vec![specials.bos],
-        trained: vec![false],
-    };
+    let mut encoded = EncodedConversation { ids: vec![specials.bos], trained: vec![false] };
     for message in messages {
         encoded.ids.push(message.role.token(&specials));
         encoded.trained.push(false);
         encoded.ids.extend(tokenizer.encode(&message.content)?);
         encoded.ids.push(specials.end);
-        encoded
-            .trained
-            .resize(encoded.ids.len(), message.role == Role::Assistant);
+        encoded.trained.resize(encoded.ids.len(), message.role == Role::Assistant);
     }
     Ok(encoded)
 }
@@ -155,10 +140,7 @@ pub fn encode(
 ///
 /// # Errors
 /// If the messages are none or end with the assistant's, or a text cannot be encoded.
-pub fn encode_prompt(
-    tokenizer: &Tokenizer,
-    messages: &[Message],
-) -> Result<Vec<u32>, ConversationError> {
+pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ConversationError> {
     validate(messages)?;
     if let Some(last) = messages.last().filter(|last| last.role == Role::Assistant) {
         return Err(ConversationError::NothingToAnswer { found: last.role });
@@ -170,10 +152,7 @@ pub fn encode_prompt(
             Ok(ids)
         }
         Err(_) if !tokenizer.chat_template().is_empty() => {
-            let messages: Vec<_> = messages
-                .iter()
-                .map(|m| (m.role.name(), m.content.as_str()))
-                .collect();
+            let messages: Vec<_> = messages.iter().map(|m| (m.role.name(), m.content.as_str())).collect();
             Ok(tokenizer.encode_chat_template(&messages)?)
         }
         Err(missing) => Err(missing.into()),
@@ -199,10 +178,7 @@ mod tests {
     use crate::tokenizer::{TokenizerConfig, TokenizerKind};
 
     fn bytes() -> Tokenizer {
-        let config = TokenizerConfig {
-            kind: TokenizerKind::Byte,
-            ..TokenizerConfig::default()
-        };
+        let config = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
         Tokenizer::train(&config, std::iter::empty::<&str>(), true).unwrap()
     }
 
@@ -219,20 +195,10 @@ mod tests {
     #[test]
     fn a_conversation_is_marks_and_texts_and_trains_on_the_assistant_and_its_end() {
         let tokenizer = bytes();
-        let Specials {
-            bos,
-            system,
-            user,
-            assistant,
-            end,
-            ..
-        } = tokenizer.specials();
+        let Specials { bos, system, user, assistant, end, .. } = tokenizer.specials();
         let encoded = encode(&tokenizer, &chat()).unwrap();
         let [s, h, i, y, o, q] = [b's', b'h', b'i', b'y', b'o', b'?'].map(u32::from);
-        let ids = [
-            bos, system, s, end, user, h, i, end, assistant, y, o, end, user, q, end, assistant,
-            end,
-        ];
+        let ids = [bos, system, s, end, user, h, i, end, assistant, y, o, end, user, q, end, assistant, end];
         assert_eq!(encoded.ids, ids);
         let trained: Vec<_> = (0..ids.len()).filter(|&t| encoded.trained[t]).collect();
         assert_eq!(trained, [9, 10, 11, 16]);
@@ -262,32 +228,17 @@ mod tests {
     #[test]
     fn messages_that_are_no_conversation_are_errors() {
         let tokenizer = bytes();
-        assert!(matches!(
-            encode(&tokenizer, &[]),
-            Err(ConversationError::Empty)
-        ));
-        let late = [
-            Message::new(Role::User, "a"),
-            Message::new(Role::System, "b"),
-        ];
-        assert!(matches!(
-            encode(&tokenizer, &late),
-            Err(ConversationError::LateSystem { index: 2 })
-        ));
-        assert!(matches!(
-            encode_prompt(&tokenizer, &chat()),
-            Err(ConversationError::NothingToAnswer { .. })
-        ));
+        assert!(matches!(encode(&tokenizer, &[]), Err(ConversationError::Empty)));
+        let late = [Message::new(Role::User, "a"), Message::new(Role::System, "b")];
+        assert!(matches!(encode(&tokenizer, &late), Err(ConversationError::LateSystem { index: 2 })));
+        assert!(matches!(encode_prompt(&tokenizer, &chat()), Err(ConversationError::NothingToAnswer { .. })));
     }
 
     #[test]
     fn the_chat_template_renders_what_is_encoded() {
         let tokenizer = bytes();
         let chat = chat();
-        let pairs: Vec<_> = chat
-            .iter()
-            .map(|m| (m.role.name(), m.content.as_str()))
-            .collect();
+        let pairs: Vec<_> = chat.iter().map(|m| (m.role.name(), m.content.as_str())).collect();
         let encoded = encode(&tokenizer, &chat).unwrap();
         let rendered = tokenizer.render_chat_template(&pairs, false).unwrap();
         assert_eq!(rendered, tokenizer.decode_with_specials(&encoded.ids));
@@ -296,10 +247,6 @@ mod tests {
         let rendered = tokenizer.render_chat_template(&pairs[..4], true).unwrap();
         assert_eq!(rendered, tokenizer.decode_with_specials(&prompt));
         assert_eq!(tokenizer.encode_chat_template(&pairs[..4]).unwrap(), prompt);
-        assert!(
-            tokenizer
-                .render_chat_template(&[("tool", "x")], false)
-                .is_err()
-        );
+        assert!(tokenizer.render_chat_template(&[("tool", "x")], false).is_err());
     }
 }

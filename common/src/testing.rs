@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 ///
 /// Says on stderr that the test is skipped, and returns `None`, where there is none.
 pub fn shared(relative: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../shared")
-        .join(relative);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(relative);
     if path.exists() {
         return Some(path);
     }
@@ -28,9 +26,8 @@ pub fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(actual.len(), expected.len(), "lengths differ");
     // `total_cmp` puts NaN above every number, so it is found too.
     let difference = |i: &usize| (actual[*i] - expected[*i]).abs();
-    let worst = (0..actual.len())
-        .filter(|&i| actual[i] != expected[i])
-        .max_by(|a, b| difference(a).total_cmp(&difference(b)));
+    let worst =
+        (0..actual.len()).filter(|&i| actual[i] != expected[i]).max_by(|a, b| difference(a).total_cmp(&difference(b)));
     if let Some(i) = worst {
         assert!(
             difference(&i) <= tolerance,

@@ -16,10 +16,7 @@ pub struct Padded {
 impl Padded {
     /// How many ids of each row are padding, `[batch]`.
     pub fn n_pads(&self) -> Vec<usize> {
-        self.lengths
-            .iter()
-            .map(|length| self.seq - length)
-            .collect()
+        self.lengths.iter().map(|length| self.seq - length).collect()
     }
 }
 
@@ -28,12 +25,7 @@ impl Padded {
 /// # Panics
 /// If there is no row, or none has an id.
 pub fn right_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
-    padded(rows, |row, n_pads| {
-        row.iter()
-            .copied()
-            .chain(std::iter::repeat_n(pad, n_pads))
-            .collect()
-    })
+    padded(rows, |row, n_pads| row.iter().copied().chain(std::iter::repeat_n(pad, n_pads)).collect())
 }
 
 /// Rows that end together, padded in front: for generation, which appends to all at once.
@@ -41,28 +33,15 @@ pub fn right_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
 /// # Panics
 /// If there is no row, or none has an id.
 pub fn left_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
-    padded(rows, |row, n_pads| {
-        std::iter::repeat_n(pad, n_pads)
-            .chain(row.iter().copied())
-            .collect()
-    })
+    padded(rows, |row, n_pads| std::iter::repeat_n(pad, n_pads).chain(row.iter().copied()).collect())
 }
 
 fn padded(rows: &[Vec<u32>], fill: impl Fn(&[u32], usize) -> Vec<u32>) -> Padded {
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let seq = lengths.iter().copied().max().unwrap_or(0);
     assert!(seq > 0, "{} rows without an id make no batch", rows.len());
-    let ids = rows
-        .iter()
-        .flat_map(|row| fill(row, seq - row.len()))
-        .map(|id| id as i32)
-        .collect();
-    Padded {
-        ids,
-        batch: rows.len(),
-        seq,
-        lengths,
-    }
+    let ids = rows.iter().flat_map(|row| fill(row, seq - row.len())).map(|id| id as i32).collect();
+    Padded { ids, batch: rows.len(), seq, lengths }
 }
 
 /// Token ids to learn from, and which of them are trained on.
@@ -125,10 +104,7 @@ pub fn pack(examples: &[Example<'_>], max_seq: usize, pad: u32) -> TrainingRows 
     let mut lengths: Vec<usize> = Vec::new();
     for (i, example) in examples.iter().enumerate() {
         let n = example.n_positions();
-        assert!(
-            n <= max_seq,
-            "an example of {n} positions does not fit into {max_seq}"
-        );
+        assert!(n <= max_seq, "an example of {n} positions does not fit into {max_seq}");
         if let Some(row) = lengths.iter().position(|length| length + n <= max_seq) {
             rows[row].push(i);
             lengths[row] += n;
@@ -147,17 +123,8 @@ impl Example<'_> {
     }
 }
 
-fn training_rows(
-    examples: &[Example<'_>],
-    rows: &[Vec<usize>],
-    seq: usize,
-    pad: u32,
-) -> TrainingRows {
-    assert!(
-        seq > 0,
-        "{} examples of fewer than two ids make no batch",
-        examples.len()
-    );
+fn training_rows(examples: &[Example<'_>], rows: &[Vec<usize>], seq: usize, pad: u32) -> TrainingRows {
+    assert!(seq > 0, "{} examples of fewer than two ids make no batch", examples.len());
     let n = rows.len() * seq;
     let mut out = TrainingRows {
         ids: vec![pad as i32; n],
@@ -193,33 +160,18 @@ mod tests {
     fn padding_stands_behind_or_in_front() {
         let rows = [vec![1, 2, 3], vec![4]];
         let right = right_pad(&rows, 9);
-        assert_eq!(
-            (right.ids.as_slice(), right.batch, right.seq),
-            ([1, 2, 3, 4, 9, 9].as_slice(), 2, 3)
-        );
+        assert_eq!((right.ids.as_slice(), right.batch, right.seq), ([1, 2, 3, 4, 9, 9].as_slice(), 2, 3));
         let left = left_pad(&rows, 9);
         assert_eq!(left.ids, [1, 2, 3, 9, 9, 4]);
-        assert_eq!(
-            (left.lengths.as_slice(), left.n_pads()),
-            ([3, 1].as_slice(), vec![0, 2])
-        );
+        assert_eq!((left.lengths.as_slice(), left.n_pads()), ([3, 1].as_slice(), vec![0, 2]));
     }
 
     #[test]
     fn packing_by_hand() {
         let examples = [
-            Example {
-                ids: &[1, 2, 3],
-                trained: &[false, false, true],
-            },
-            Example {
-                ids: &[4, 5, 6, 7],
-                trained: &[false, true, false, true],
-            },
-            Example {
-                ids: &[8, 9],
-                trained: &[false, true],
-            },
+            Example { ids: &[1, 2, 3], trained: &[false, false, true] },
+            Example { ids: &[4, 5, 6, 7], trained: &[false, true, false, true] },
+            Example { ids: &[8, 9], trained: &[false, true] },
         ];
         let rows = pack(&examples, 4, 0);
         // The first row has two positions of four left, too few for the second example and enough for the third.

@@ -13,17 +13,31 @@ pub mod shards;
 
 pub use error::DataError;
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+
+use sha2::{Digest, Sha256};
 
 /// SHA-256 of a file's bytes, in hexadecimal.
 ///
 /// # Errors
 /// If the file cannot be read.
 pub fn file_sha256(path: &Path) -> Result<String, DataError> {
-    use sha2::{Digest, Sha256};
     let read = |source| DataError::Read { path: path.to_owned(), source };
-    let mut file = std::fs::File::open(path).map_err(read)?;
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(read)?);
     let mut hash = Sha256::new();
-    std::io::copy(&mut file, &mut hash).map_err(read)?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    loop {
+        let bytes = file.fill_buf().map_err(read)?;
+        if bytes.is_empty() {
+            return Ok(hex(&hash.finalize()));
+        }
+        hash.update(bytes);
+        let n_read = bytes.len();
+        file.consume(n_read);
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

@@ -21,28 +21,15 @@ impl Order {
     /// If there is no item.
     pub fn new(n_items: usize, streams: Streams, name: &str) -> Self {
         assert!(n_items > 0, "there is no item to order");
-        Self {
-            n_items,
-            streams,
-            name: name.to_owned(),
-            current: None,
-        }
+        Self { n_items, streams, name: name.to_owned(), current: None }
     }
 
     /// The item at `position`, counted from 0 over all epochs.
     pub fn item(&mut self, position: u64) -> usize {
-        let (epoch, i) = (
-            self.epoch(position),
-            (position % self.n_items as u64) as usize,
-        );
+        let (epoch, i) = (self.epoch(position), (position % self.n_items as u64) as usize);
         let (_, permutation) = match self.current.take() {
             Some(current) if current.0 == epoch => self.current.insert(current),
-            _ => self.current.insert((
-                epoch,
-                self.streams
-                    .get(&self.name, epoch)
-                    .permutation(self.n_items),
-            )),
+            _ => self.current.insert((epoch, self.streams.get(&self.name, epoch).permutation(self.n_items))),
         };
         permutation[i]
     }
@@ -65,11 +52,7 @@ mod tests {
     #[test]
     fn an_epoch_has_each_item_once_and_the_next_another_order() {
         let mut order = Order::new(50, Streams::new(1), "order");
-        let mut epochs = [0, 1].map(|epoch| {
-            (epoch * 50..epoch * 50 + 50)
-                .map(|p| order.item(p))
-                .collect::<Vec<_>>()
-        });
+        let mut epochs = [0, 1].map(|epoch| (epoch * 50..epoch * 50 + 50).map(|p| order.item(p)).collect::<Vec<_>>());
         assert_ne!(epochs[0], epochs[1]);
         for epoch in &mut epochs {
             epoch.sort_unstable();

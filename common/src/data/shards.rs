@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 
-use super::DataError;
+use super::{DataError, hex};
 
 const MAGIC: [u8; 8] = *b"KNDLTOKS";
 const VERSION: u32 = 1;
@@ -74,25 +74,16 @@ impl TokenShard {
         match Self::open(&path) {
             Ok(shard) if shard.header.key == key => return Ok(shard),
             Err(DataError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-            Ok(_) => tracing::warn!(
-                "`{}` is of another text and is written again",
-                path.display()
-            ),
+            Ok(_) => tracing::warn!("`{}` is of another text and is written again", path.display()),
             Err(error @ DataError::Shard { .. }) => tracing::warn!("{error}"),
             Err(error) => return Err(error),
         }
-        fs::create_dir_all(cache).map_err(|error| DataError::Write {
-            path: cache.to_owned(),
-            source: error,
-        })?;
+        fs::create_dir_all(cache).map_err(|error| DataError::Write { path: cache.to_owned(), source: error })?;
         // The process's number keeps two runs that need the same shard apart; the later rename wins, with equal bytes.
         let beside = path.with_extension(format!("{}.tmp", std::process::id()));
         let written = write(&beside, source, key, encode, quiet);
         let renamed = written.and_then(|()| {
-            fs::rename(&beside, &path).map_err(|error| DataError::Write {
-                path: path.clone(),
-                source: error,
-            })
+            fs::rename(&beside, &path).map_err(|error| DataError::Write { path: path.clone(), source: error })
         });
         if renamed.is_err() {
             // The error that matters is the first one.
@@ -107,35 +98,21 @@ impl TokenShard {
     /// # Errors
     /// If it cannot be read, is cut short or is no shard.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let read = |source| DataError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let read = |source| DataError::Read { path: path.to_owned(), source };
         let file = File::open(path).map_err(read)?;
         let length = file.metadata().map_err(read)?.len();
-        let broken = |reason: String| DataError::Shard {
-            path: path.to_owned(),
-            reason,
-        };
+        let broken = |reason: String| DataError::Shard { path: path.to_owned(), reason };
         if length < HEADER_LEN as u64 {
-            return Err(broken(format!(
-                "it has {length} bytes, its header alone {HEADER_LEN}"
-            )));
+            return Err(broken(format!("it has {length} bytes, its header alone {HEADER_LEN}")));
         }
         let mut bytes = [0; HEADER_LEN];
         read_exact_at(&file, &mut bytes, 0).map_err(read)?;
         let header = Header::from_bytes(&bytes).map_err(|reason| broken(reason.to_owned()))?;
         let expected = HEADER_LEN as u64 + header.n_tokens * u64::from(header.id_width);
         if length != expected {
-            return Err(broken(format!(
-                "it has {length} bytes, expected {expected}"
-            )));
+            return Err(broken(format!("it has {length} bytes, expected {expected}")));
         }
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-            header,
-        })
+        Ok(Self { file, path: path.to_owned(), header })
     }
 
     /// Number of token ids.
@@ -176,34 +153,15 @@ impl TokenShard {
     /// # Panics
     /// If the window reaches beyond the end.
     pub fn window(&self, start: usize, len: usize) -> Result<Vec<u32>, DataError> {
-        assert!(
-            start + len <= self.len(),
-            "window {start}..{} of {} tokens",
-            start + len,
-            self.len()
-        );
+        assert!(start + len <= self.len(), "window {start}..{} of {} tokens", start + len, self.len());
         let width = self.header.id_width as usize;
         let mut bytes = vec![0; len * width];
-        read_exact_at(&self.file, &mut bytes, (HEADER_LEN + start * width) as u64).map_err(
-            |source| DataError::Read {
-                path: self.path.clone(),
-                source,
-            },
-        )?;
+        read_exact_at(&self.file, &mut bytes, (HEADER_LEN + start * width) as u64)
+            .map_err(|source| DataError::Read { path: self.path.clone(), source })?;
         Ok(if width == 2 {
-            bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|id| u32::from(u16::from_le_bytes(*id)))
-                .collect()
+            bytes.as_chunks().0.iter().map(|id| u32::from(u16::from_le_bytes(*id))).collect()
         } else {
-            bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|id| u32::from_le_bytes(*id))
-                .collect()
+            bytes.as_chunks().0.iter().map(|id| u32::from_le_bytes(*id)).collect()
         })
     }
 }
@@ -236,19 +194,12 @@ fn write<E>(
 where
     E: std::error::Error + Send + Sync + 'static,
 {
-    let failed = |error| DataError::Write {
-        path: path.to_owned(),
-        source: error,
-    };
+    let failed = |error| DataError::Write { path: path.to_owned(), source: error };
     let mut header = Header {
         id_width: if source.vocab_size <= 1 << 16 { 2 } else { 4 },
         n_tokens: 0,
         n_documents: source.documents.len() as u64,
-        n_bytes: source
-            .documents
-            .iter()
-            .map(|document| document.len() as u64)
-            .sum(),
+        n_bytes: source.documents.iter().map(|document| document.len() as u64).sum(),
         key,
     };
     let progress = progress(header.n_bytes, quiet);
@@ -259,15 +210,8 @@ where
         let encoded = encode(chunk).map_err(|error| DataError::Encode(Box::new(error)))?;
         assert_eq!(encoded.len(), chunk.len(), "one list of ids a document");
         let mut bytes = Vec::new();
-        for id in encoded
-            .into_iter()
-            .flat_map(|ids| source.begin.into_iter().chain(ids))
-        {
-            assert!(
-                (id as usize) < source.vocab_size,
-                "id {id} of a vocabulary of {}",
-                source.vocab_size
-            );
+        for id in encoded.into_iter().flat_map(|ids| source.begin.into_iter().chain(ids)) {
+            assert!((id as usize) < source.vocab_size, "id {id} of a vocabulary of {}", source.vocab_size);
             bytes.extend_from_slice(&id.to_le_bytes()[..header.id_width as usize]);
         }
         header.n_tokens += bytes.len() as u64 / u64::from(header.id_width);
@@ -275,9 +219,7 @@ where
         progress.inc(chunk.iter().map(|document| document.len() as u64).sum());
     }
     progress.finish_and_clear();
-    let mut file = file
-        .into_inner()
-        .map_err(|error| failed(error.into_error()))?;
+    let mut file = file.into_inner().map_err(|error| failed(error.into_error()))?;
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
     file.write_all(&header.to_bytes()).map_err(failed)?;
     file.sync_all().map_err(failed)
@@ -323,27 +265,14 @@ impl Header {
             return Err("it is of another version");
         }
         let id_width = u32::from_le_bytes(take(&mut rest));
-        let [n_tokens, n_documents, n_bytes] =
-            std::array::from_fn(|_| u64::from_le_bytes(take(&mut rest)));
-        let header = Self {
-            id_width,
-            n_tokens,
-            n_documents,
-            n_bytes,
-            key: take(&mut rest),
-        };
-        if matches!(id_width, 2 | 4) {
-            Ok(header)
-        } else {
-            Err("its ids have neither two bytes nor four")
-        }
+        let [n_tokens, n_documents, n_bytes] = std::array::from_fn(|_| u64::from_le_bytes(take(&mut rest)));
+        let header = Self { id_width, n_tokens, n_documents, n_bytes, key: take(&mut rest) };
+        if matches!(id_width, 2 | 4) { Ok(header) } else { Err("its ids have neither two bytes nor four") }
     }
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> [u8; N] {
-    let (first, rest) = bytes
-        .split_first_chunk()
-        .expect("a header's fields are no longer than the header");
+    let (first, rest) = bytes.split_first_chunk().expect("a header's fields are no longer than the header");
     *bytes = rest;
     *first
 }
@@ -366,10 +295,6 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
     Ok(())
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -382,19 +307,12 @@ mod tests {
     }
 
     fn source(documents: &[String]) -> ShardSource<'_> {
-        ShardSource {
-            documents,
-            begin: Some(256),
-            tokenizer_sha256: "t",
-            vocab_size: 300,
-        }
+        ShardSource { documents, begin: Some(256), tokenizer_sha256: "t", vocab_size: 300 }
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "the shape that `open_or_encode` takes")]
     fn bytes(documents: &[String]) -> Result<Vec<Vec<u32>>, Infallible> {
-        Ok(documents
-            .iter()
-            .map(|document| document.bytes().map(u32::from).collect())
-            .collect())
+        Ok(documents.iter().map(|document| document.bytes().map(u32::from).collect()).collect())
     }
 
     fn all(shard: &TokenShard) -> Vec<u32> {
@@ -405,28 +323,16 @@ mod tests {
     fn a_shard_holds_each_document_behind_its_mark() {
         let dir = tempfile::tempdir().unwrap();
         let documents = documents();
-        let shard =
-            TokenShard::open_or_encode(dir.path(), &source(&documents), bytes, true).unwrap();
+        let shard = TokenShard::open_or_encode(dir.path(), &source(&documents), bytes, true).unwrap();
         assert_eq!(all(&shard), [256, 97, 98, 99, 256, 256, 0xc3, 0xa9]);
         assert_eq!(shard.window(2, 3).unwrap(), [98, 99, 256]);
-        assert_eq!(
-            (shard.n_bytes(), shard.n_documents(), shard.header.id_width),
-            (5, 3, 2)
-        );
+        assert_eq!((shard.n_bytes(), shard.n_documents(), shard.header.id_width), (5, 3, 2));
 
-        let joined = ShardSource {
-            begin: None,
-            vocab_size: 70_000,
-            ..source(&documents)
-        };
+        let joined = ShardSource { begin: None, vocab_size: 70_000, ..source(&documents) };
         let shard = TokenShard::open_or_encode(dir.path(), &joined, bytes, true).unwrap();
         assert_eq!(all(&shard), [97, 98, 99, 0xc3, 0xa9]);
         assert_eq!(shard.header.id_width, 4);
-        assert_eq!(
-            fs::read_dir(dir.path()).unwrap().count(),
-            2,
-            "nothing is left beside"
-        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside");
     }
 
     #[test]
@@ -438,20 +344,12 @@ mod tests {
                 n_calls.set(n_calls.get() + 1);
                 bytes(documents)
             };
-            TokenShard::open_or_encode(dir.path(), source, counted, true)
-                .unwrap()
-                .sha256()
+            TokenShard::open_or_encode(dir.path(), source, counted, true).unwrap().sha256()
         };
         let texts = documents();
         let first = open(&source(&texts));
         assert_eq!((open(&source(&texts)), n_calls.get()), (first.clone(), 1));
-        assert_ne!(
-            open(&ShardSource {
-                tokenizer_sha256: "u",
-                ..source(&texts)
-            }),
-            first
-        );
+        assert_ne!(open(&ShardSource { tokenizer_sha256: "u", ..source(&texts) }), first);
         let joined = ["abcé".to_owned()];
         assert_ne!(open(&source(&joined)), first);
         assert_eq!(n_calls.get(), 3);
@@ -461,19 +359,13 @@ mod tests {
     fn damaged_shards_are_noticed_and_written_again() {
         let dir = tempfile::tempdir().unwrap();
         let documents = documents();
-        let open =
-            || TokenShard::open_or_encode(dir.path(), &source(&documents), bytes, true).unwrap();
+        let open = || TokenShard::open_or_encode(dir.path(), &source(&documents), bytes, true).unwrap();
         let path = open().path().to_owned();
         let whole = fs::read(&path).unwrap();
         let mut flipped = whole.clone();
         flipped[17] ^= 1;
-        for damaged in [
-            &whole[..whole.len() - 1],
-            &whole[..50],
-            &[],
-            b"something else".repeat(20).as_slice(),
-            &flipped,
-        ] {
+        for damaged in [&whole[..whole.len() - 1], &whole[..50], &[], b"something else".repeat(20).as_slice(), &flipped]
+        {
             fs::write(&path, damaged).unwrap();
             let error = TokenShard::open(&path).unwrap_err();
             assert!(matches!(error, DataError::Shard { .. }), "{error}");
@@ -487,8 +379,7 @@ mod tests {
     fn a_failed_encoding_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let fails = |_: &[String]| Err(io::Error::other("no"));
-        let error =
-            TokenShard::open_or_encode(dir.path(), &source(&documents()), fails, true).unwrap_err();
+        let error = TokenShard::open_or_encode(dir.path(), &source(&documents()), fails, true).unwrap_err();
         assert!(matches!(error, DataError::Encode(_)));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -33,11 +33,7 @@ pub struct TokenizerConfig {
 
 impl Default for TokenizerConfig {
     fn default() -> Self {
-        Self {
-            kind: TokenizerKind::Bpe,
-            vocab_size: 4096,
-            min_frequency: 0,
-        }
+        Self { kind: TokenizerKind::Bpe, vocab_size: 4096, min_frequency: 0 }
     }
 }
 
@@ -49,19 +45,13 @@ impl TokenizerConfig {
     pub fn validate(&self) -> Result<(), TokenizerError> {
         let (least, what) = match self.kind {
             TokenizerKind::Bpe => (256 + SPECIAL_TOKENS.len(), "256 bytes and 6 special tokens"),
-            TokenizerKind::Wordpiece => (
-                SPECIAL_TOKENS.len() + 2,
-                "`[UNK]`, 6 special tokens and one character",
-            ),
+            TokenizerKind::Wordpiece => (SPECIAL_TOKENS.len() + 2, "`[UNK]`, 6 special tokens and one character"),
             TokenizerKind::Char | TokenizerKind::Byte => return Ok(()),
         };
         if self.vocab_size < least {
             return Err(TokenizerError::Config {
                 field: "vocab_size",
-                reason: format!(
-                    "expected at least {least} ({what}), found {}",
-                    self.vocab_size
-                ),
+                reason: format!("expected at least {least} ({what}), found {}", self.vocab_size),
             });
         }
         if u32::try_from(self.vocab_size).is_err() {

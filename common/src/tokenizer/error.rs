@@ -89,13 +89,7 @@ pub enum TokenizerError {
 
 impl TokenizerError {
     /// An error of the `tokenizers` library while `doing` something.
-    pub(super) fn library(
-        doing: &'static str,
-        error: &(dyn std::error::Error + Send + Sync),
-    ) -> Self {
-        Self::Library {
-            doing,
-            reason: error.to_string(),
-        }
+    pub(super) fn library(doing: &'static str, error: &(dyn std::error::Error + Send + Sync)) -> Self {
+        Self::Library { doing, reason: error.to_string() }
     }
 }

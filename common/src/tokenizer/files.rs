@@ -62,9 +62,7 @@ impl Tokenizer {
         let text = text.map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
         fs::write(&path, text).map_err(failed(&path))?;
         let path = dir.join("tokenizer_config.json");
-        let text = serde_json::to_string_pretty(&self.settings)
-            .map_err(io::Error::from)
-            .map_err(failed(&path))?;
+        let text = serde_json::to_string_pretty(&self.settings).map_err(io::Error::from).map_err(failed(&path))?;
         fs::write(&path, text + "\n").map_err(failed(&path))
     }
 }
@@ -72,32 +70,23 @@ impl Tokenizer {
 fn settings(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
     let path = dir.join("tokenizer_config.json");
     let mut settings = match read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| TokenizerError::Invalid {
-            path,
-            reason: error.to_string(),
-        })?,
-        Err(TokenizerError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            Map::new()
-        }
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map_err(|error| TokenizerError::Invalid { path, reason: error.to_string() })?,
+        Err(TokenizerError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Map::new(),
         Err(error) => return Err(error),
     };
     // Newer transformers write the template beside.
     let path = dir.join("chat_template.jinja");
     if path.is_file() && !settings.contains_key("chat_template") {
-        let template =
-            fs::read_to_string(&path).map_err(|source| TokenizerError::Read { path, source })?;
+        let template = fs::read_to_string(&path).map_err(|source| TokenizerError::Read { path, source })?;
         settings.insert("chat_template".to_owned(), Value::String(template));
     }
     Ok(settings)
 }
 
 fn library(path: &Path) -> Result<Library, TokenizerError> {
-    let invalid = |reason: String| TokenizerError::Invalid {
-        path: path.to_owned(),
-        reason,
-    };
-    let mut value: Value =
-        serde_json::from_slice(&read(path)?).map_err(|error| invalid(error.to_string()))?;
+    let invalid = |reason: String| TokenizerError::Invalid { path: path.to_owned(), reason };
+    let mut value: Value = serde_json::from_slice(&read(path)?).map_err(|error| invalid(error.to_string()))?;
     if value.get("model").is_none_or(|model| !model.is_object()) {
         return Err(invalid("it has no `model`".to_owned()));
     }
@@ -112,13 +101,10 @@ fn library(path: &Path) -> Result<Library, TokenizerError> {
 
 /// The library panics on a merge whose result is longer than every token of the vocabulary.
 fn check_merges(model: &Value) -> Result<(), String> {
-    let (Some(merges), Some(vocab)) = (model["merges"].as_array(), model["vocab"].as_object())
-    else {
+    let (Some(merges), Some(vocab)) = (model["merges"].as_array(), model["vocab"].as_object()) else {
         return Ok(());
     };
-    let prefix = model["continuing_subword_prefix"]
-        .as_str()
-        .unwrap_or_default();
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
     for merge in merges {
         let pair = match merge {
             Value::String(pair) => pair.split_once(' '),
@@ -141,23 +127,15 @@ fn check_merges(model: &Value) -> Result<(), String> {
 
 /// GPT-2's byte-level BPE from its two files.
 fn gpt2(vocab: &Path, merges: &Path) -> Result<Library, TokenizerError> {
-    let invalid = |path: &Path, reason: &str| TokenizerError::Invalid {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
-    };
-    let entries: Map<String, Value> = serde_json::from_slice(&read(vocab)?)
-        .map_err(|error| invalid(vocab, &error.to_string()))?;
+    let invalid =
+        |path: &Path, reason: &str| TokenizerError::Invalid { path: path.to_owned(), reason: reason.to_owned() };
+    let entries: Map<String, Value> =
+        serde_json::from_slice(&read(vocab)?).map_err(|error| invalid(vocab, &error.to_string()))?;
     let text = String::from_utf8(read(merges)?).map_err(|_| invalid(merges, "it is not UTF-8"))?;
     if entries.keys().any(|token| token.ends_with("</w>")) {
-        return Err(invalid(
-            vocab,
-            "this is not a byte-level vocabulary: its words end in `</w>`",
-        ));
+        return Err(invalid(vocab, "this is not a byte-level vocabulary: its words end in `</w>`"));
     }
-    let pairs: Vec<&str> = text
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with("#version"))
-        .collect();
+    let pairs: Vec<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with("#version")).collect();
     let ends_a_text = entries.contains_key(END_OF_TEXT);
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -165,8 +143,7 @@ fn gpt2(vocab: &Path, merges: &Path) -> Result<Library, TokenizerError> {
     });
     check_merges(&model).map_err(|reason| invalid(merges, &reason))?;
     // Through text: the library's model reads borrowed strings only.
-    let model: BPE = serde_json::from_str(&model.to_string())
-        .map_err(|error| invalid(vocab, &error.to_string()))?;
+    let model: BPE = serde_json::from_str(&model.to_string()).map_err(|error| invalid(vocab, &error.to_string()))?;
     let byte_level = ByteLevel::new(false, false, true);
     let mut library = Library::new(model);
     library.with_pre_tokenizer(Some(byte_level));
@@ -180,19 +157,13 @@ fn gpt2(vocab: &Path, merges: &Path) -> Result<Library, TokenizerError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
-    fs::read(path).map_err(|source| TokenizerError::Read {
-        path: path.to_owned(),
-        source,
-    })
+    fs::read(path).map_err(|source| TokenizerError::Read { path: path.to_owned(), source })
 }
 
 /// Names the file in an error about its content.
 fn invalid(path: &Path, error: TokenizerError) -> TokenizerError {
     match error {
-        TokenizerError::Library { reason, .. } => TokenizerError::Invalid {
-            path: PathBuf::from(path),
-            reason,
-        },
+        TokenizerError::Library { reason, .. } => TokenizerError::Invalid { path: PathBuf::from(path), reason },
         other => other,
     }
 }

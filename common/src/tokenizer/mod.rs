@@ -28,14 +28,7 @@ pub use stream::StreamDecoder;
 pub use template::CHAT_TEMPLATE;
 
 /// The special tokens, in the order of their ids in a tokenizer trained here.
-pub const SPECIAL_TOKENS: [&str; 6] = [
-    "<|bos|>",
-    "<|pad|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-];
+pub const SPECIAL_TOKENS: [&str; 6] = ["<|bos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"];
 
 /// Ids of the special tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,13 +51,14 @@ pub struct Specials {
 #[derive(Clone)]
 pub struct Tokenizer {
     library: Library,
-    /// tokenizer_config.json, with whatever a foreign one holds.
+    /// `tokenizer_config.json`, with whatever a foreign one holds.
     settings: Map<String, Value>,
     codec: Codec,
     specials: Result<Specials, Vec<&'static str>>,
     /// Ids that text must not yield.
     reserved: BTreeSet<u32>,
     vocab_size: usize,
+    sha256: String,
 }
 
 /// How text becomes ids.
@@ -83,52 +77,24 @@ impl Tokenizer {
     fn new(mut library: Library, settings: Map<String, Value>) -> Result<Self, TokenizerError> {
         // Text that spells a special token is text. The switch is not part of tokenizer.json.
         library.set_encode_special_tokens(true);
-        let parts = serde_json::to_value(&library).map_err(|e| TokenizerError::Library {
-            doing: "read the tokenizer",
-            reason: e.to_string(),
-        })?;
+        let parts = serde_json::to_value(&library)
+            .map_err(|e| TokenizerError::Library { doing: "read the tokenizer", reason: e.to_string() })?;
         let id_of = |token: &str| library.token_to_id(token);
-        let missing: Vec<_> = SPECIAL_TOKENS
-            .into_iter()
-            .filter(|token| id_of(token).is_none())
-            .collect();
+        let missing: Vec<_> = SPECIAL_TOKENS.into_iter().filter(|token| id_of(token).is_none()).collect();
         let specials = match SPECIAL_TOKENS.map(id_of) {
-            [
-                Some(bos),
-                Some(pad),
-                Some(system),
-                Some(user),
-                Some(assistant),
-                Some(end),
-            ] => Ok(Specials {
-                bos,
-                pad,
-                system,
-                user,
-                assistant,
-                end,
-            }),
+            [Some(bos), Some(pad), Some(system), Some(user), Some(assistant), Some(end)] => {
+                Ok(Specials { bos, pad, system, user, assistant, end })
+            }
             _ => Err(missing),
         };
         let unknown = parts["model"]["unk_token"].as_str().and_then(id_of);
         let added = library.get_added_tokens_decoder();
-        let reserved = added
-            .iter()
-            .filter(|(id, token)| token.special && Some(**id) != unknown)
-            .map(|(id, _)| *id);
-        let vocab_size = library
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .map_or(0, |id| id as usize + 1);
-        Ok(Self {
-            reserved: reserved.collect(),
-            codec: codec(&parts),
-            settings,
-            specials,
-            vocab_size,
-            library,
-        })
+        let reserved = added.iter().filter(|(id, token)| token.special && Some(**id) != unknown).map(|(id, _)| *id);
+        let vocab_size = library.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let reserved = reserved.collect();
+        let json = library.to_string(false).map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
+        let sha256 = hex(&Sha256::digest(json));
+        Ok(Self { reserved, codec: codec(&parts), settings, specials, vocab_size, sha256, library })
     }
 
     /// Token ids of `text`.
@@ -141,12 +107,8 @@ impl Tokenizer {
         match &self.codec {
             Codec::Bytes(id_of) => Ok(text.bytes().map(|byte| id_of[usize::from(byte)]).collect()),
             Codec::Chars(id_of) => {
-                let unknown =
-                    |(index, character)| TokenizerError::UnknownCharacter { character, index };
-                let ids = text
-                    .chars()
-                    .enumerate()
-                    .map(|at| id_of.get(&at.1).copied().ok_or_else(|| unknown(at)));
+                let unknown = |(index, character)| TokenizerError::UnknownCharacter { character, index };
+                let ids = text.chars().enumerate().map(|at| id_of.get(&at.1).copied().ok_or_else(|| unknown(at)));
                 ids.collect()
             }
             Codec::Library => self.encode_by_library(text),
@@ -157,14 +119,8 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
-    pub fn encode_batch<S: AsRef<str> + Sync>(
-        &self,
-        texts: &[S],
-    ) -> Result<Vec<Vec<u32>>, TokenizerError> {
-        texts
-            .par_iter()
-            .map(|text| self.encode(text.as_ref()))
-            .collect()
+    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S]) -> Result<Vec<Vec<u32>>, TokenizerError> {
+        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
     /// A foreign vocabulary can hold a special token as a word. Text that is one is halved until it is none.
@@ -223,12 +179,7 @@ impl Tokenizer {
     /// Whether `id` is a special token, which decoding leaves out.
     pub fn is_special(&self, id: u32) -> bool {
         self.reserved.contains(&id)
-            || self
-                .library
-                .get_added_vocabulary()
-                .get_added_tokens_decoder()
-                .get(&id)
-                .is_some_and(|t| t.special)
+            || self.library.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
     }
 
     /// Ids of the special tokens.
@@ -238,9 +189,7 @@ impl Tokenizer {
     pub fn specials(&self) -> Specials {
         match &self.specials {
             Ok(specials) => *specials,
-            Err(missing) => panic!(
-                "the tokenizer lacks {missing:?}; `with_special_tokens_added` was not called"
-            ),
+            Err(missing) => panic!("the tokenizer lacks {missing:?}; `with_special_tokens_added` was not called"),
         }
     }
 
@@ -249,21 +198,17 @@ impl Tokenizer {
     /// # Errors
     /// If a tokenizer from elsewhere lacks one, naming it.
     pub fn try_specials(&self) -> Result<Specials, TokenizerError> {
-        self.specials
-            .clone()
-            .map_err(TokenizerError::MissingSpecials)
+        self.specials.clone().map_err(TokenizerError::MissingSpecials)
     }
 
-    /// The token that begins a document: `<|bos|>`, or what a foreign tokenizer_config.json names.
+    /// The token that begins a document: `<|bos|>`, or what a foreign `tokenizer_config.json` names.
     pub fn bos(&self) -> Option<u32> {
-        self.token_id(SPECIAL_TOKENS[0])
-            .or_else(|| self.token_id(&self.configured("bos_token")?))
+        self.token_id(SPECIAL_TOKENS[0]).or_else(|| self.token_id(&self.configured("bos_token")?))
     }
 
-    /// The token that ends an answer: `<|end|>`, or what a foreign tokenizer_config.json names.
+    /// The token that ends an answer: `<|end|>`, or what a foreign `tokenizer_config.json` names.
     pub fn eos(&self) -> Option<u32> {
-        self.token_id(SPECIAL_TOKENS[5])
-            .or_else(|| self.token_id(&self.configured("eos_token")?))
+        self.token_id(SPECIAL_TOKENS[5]).or_else(|| self.token_id(&self.configured("eos_token")?))
     }
 
     /// The tokenizer with those of the special tokens that it lacked, and by how many ids its vocabulary grew.
@@ -289,15 +234,10 @@ impl Tokenizer {
         let added = self.library.add_special_tokens(tokens);
         added.map_err(|e| TokenizerError::library("add the special tokens", &*e))?;
         if self.specials.is_err() {
-            for (name, token) in [
-                ("bos_token", "<|bos|>"),
-                ("eos_token", "<|end|>"),
-                ("pad_token", "<|pad|>"),
-            ] {
+            for (name, token) in [("bos_token", "<|bos|>"), ("eos_token", "<|end|>"), ("pad_token", "<|pad|>")] {
                 self.settings.insert(name.to_owned(), json!(token));
             }
-            self.settings
-                .insert("chat_template".to_owned(), json!(CHAT_TEMPLATE));
+            self.settings.insert("chat_template".to_owned(), json!(CHAT_TEMPLATE));
         }
         let grown = Self::new(self.library, self.settings)?;
         let n_added = grown.vocab_size - before;
@@ -310,25 +250,16 @@ impl Tokenizer {
             Some(Value::String(template)) => template,
             // Several, by name: the first is the one for conversations if none is called default.
             Some(Value::Array(templates)) => {
-                let named = templates
-                    .iter()
-                    .find(|template| template["name"] == "default");
-                named
-                    .or(templates.first())
-                    .and_then(|template| template["template"].as_str())
-                    .unwrap_or_default()
+                let named = templates.iter().find(|template| template["name"] == "default");
+                named.or(templates.first()).and_then(|template| template["template"].as_str()).unwrap_or_default()
             }
             _ => "",
         }
     }
 
-    /// SHA-256 of the vocabulary and its rules, in hexadecimal: of tokenizer.json in its shortest form.
+    /// SHA-256 of the vocabulary and its rules, in hexadecimal: of `tokenizer.json` in its shortest form.
     pub fn sha256(&self) -> String {
-        let json = self
-            .library
-            .to_string(false)
-            .expect("the tokenizer was made from what is written here");
-        hex(&Sha256::digest(json))
+        self.sha256.clone()
     }
 
     /// SHA-256 of [`chat_template`](Self::chat_template), in hexadecimal.
@@ -336,35 +267,24 @@ impl Tokenizer {
         hex(&Sha256::digest(self.chat_template()))
     }
 
-    /// A token that tokenizer_config.json names: a string, or an object with its `content`.
+    /// A token that `tokenizer_config.json` names: a string, or an object with its `content`.
     fn configured(&self, name: &str) -> Option<String> {
         let token = self.settings.get(name)?;
-        token
-            .as_str()
-            .or_else(|| token["content"].as_str())
-            .map(str::to_owned)
+        token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
     }
 }
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer")
-            .field("vocab_size", &self.vocab_size)
-            .field("specials", &self.specials)
-            .finish()
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size).finish_non_exhaustive()
     }
 }
 
 /// Finds the tokenizers that need no library to encode.
 fn codec(parts: &Value) -> Codec {
     let (model, pre_tokenizer) = (&parts["model"], &parts["pre_tokenizer"]);
-    let plain_words = parts["added_tokens"]
-        .as_array()
-        .is_some_and(|t| t.iter().any(|t| t["special"] != true));
-    let Some(vocab) = model["vocab"]
-        .as_object()
-        .filter(|_| parts["normalizer"].is_null() && !plain_words)
-    else {
+    let plain_words = parts["added_tokens"].as_array().is_some_and(|t| t.iter().any(|t| t["special"] != true));
+    let Some(vocab) = model["vocab"].as_object().filter(|_| parts["normalizer"].is_null() && !plain_words) else {
         return Codec::Library;
     };
     let id_of = |token: &str| vocab.get(token)?.as_u64().map(|id| id as u32);
@@ -383,23 +303,13 @@ fn codec(parts: &Value) -> Codec {
         }
         return Codec::Bytes(Box::new(ids));
     }
-    let knows_unknown = model["unk_token"]
-        .as_str()
-        .is_some_and(|token| vocab.contains_key(token));
-    if model["type"] == "WordLevel"
-        && !knows_unknown
-        && *pre_tokenizer == one_character_pre_tokenizer()
-    {
+    let knows_unknown = model["unk_token"].as_str().is_some_and(|token| vocab.contains_key(token));
+    if model["type"] == "WordLevel" && !knows_unknown && *pre_tokenizer == one_character_pre_tokenizer() {
         let one_character = |token: &str| {
             let mut chars = token.chars();
             chars.next().filter(|_| chars.next().is_none())
         };
-        return Codec::Chars(
-            vocab
-                .keys()
-                .filter_map(|t| Some((one_character(t)?, id_of(t)?)))
-                .collect(),
-        );
+        return Codec::Chars(vocab.keys().filter_map(|t| Some((one_character(t)?, id_of(t)?))).collect());
     }
     Codec::Library
 }
@@ -423,5 +333,5 @@ fn char_of_byte(byte: u8) -> char {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

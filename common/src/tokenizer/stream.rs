@@ -18,11 +18,7 @@ pub struct StreamDecoder<'a> {
 impl<'a> StreamDecoder<'a> {
     /// A decoder at the beginning of a text.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
-            window: Vec::new(),
-            n_out: 0,
-        }
+        Self { tokenizer, window: Vec::new(), n_out: 0 }
     }
 
     /// Takes the next token and returns the text that is now certain; special tokens have none.

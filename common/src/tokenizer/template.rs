@@ -5,7 +5,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::{Tokenizer, TokenizerError};
 
-/// The Jinja template of our conversations, as written to tokenizer_config.json.
+/// The Jinja template of our conversations, as written to `tokenizer_config.json`.
 ///
 /// It renders what `conversation::encode` encodes. It has no `{% generation %}` marks:
 /// plain Jinja does not know them.
@@ -38,24 +38,13 @@ impl Tokenizer {
         }
         let mut environment = Environment::new();
         // As transformers sets it.
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| failed(&e))?);
-        environment.add_function(
-            "raise_exception",
-            |reason: String| -> Result<String, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, reason))
-            },
-        );
-        environment
-            .add_template("chat", template)
-            .map_err(|e| failed(&e))?;
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|&(role, content)| context! { role, content })
-            .collect();
+        environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, reason))
+        });
+        environment.add_template("chat", template).map_err(|e| failed(&e))?;
+        let messages: Vec<Value> = messages.iter().map(|&(role, content)| context! { role, content }).collect();
         let chat = environment.get_template("chat").map_err(|e| failed(&e))?;
         chat.render(context! {
             messages,
@@ -74,18 +63,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`render_chat_template`](Self::render_chat_template) and [`encode`](Self::encode).
-    pub fn encode_chat_template(
-        &self,
-        messages: &[(&str, &str)],
-    ) -> Result<Vec<u32>, TokenizerError> {
-        let marks: Vec<String> = (0..messages.len())
-            .map(|i| format!("{}{i}{}", MARK[0], MARK[1]))
-            .collect();
-        let marked: Vec<(&str, &str)> = messages
-            .iter()
-            .zip(&marks)
-            .map(|((role, _), mark)| (*role, mark.as_str()))
-            .collect();
+    pub fn encode_chat_template(&self, messages: &[(&str, &str)]) -> Result<Vec<u32>, TokenizerError> {
+        let marks: Vec<String> = (0..messages.len()).map(|i| format!("{}{i}{}", MARK[0], MARK[1])).collect();
+        let marked: Vec<(&str, &str)> =
+            messages.iter().zip(&marks).map(|((role, _), mark)| (*role, mark.as_str())).collect();
         let rendered = self.render_chat_template(&marked, true)?;
 
         let mut with_specials = self.library.clone();
@@ -95,14 +76,12 @@ impl Tokenizer {
             // Odd parts are numbers of messages.
             if i % 2 == 1 {
                 let message = part.parse().ok().and_then(|n: usize| messages.get(n));
-                let (_, content) = message.ok_or_else(|| {
-                    TokenizerError::Template("it changes the text of a message".to_owned())
-                })?;
+                let (_, content) =
+                    message.ok_or_else(|| TokenizerError::Template("it changes the text of a message".to_owned()))?;
                 ids.extend(self.encode(content)?);
             } else if !part.is_empty() {
                 let encoding = with_specials.encode_fast(part, false);
-                let encoding = encoding
-                    .map_err(|e| TokenizerError::library("encode the chat template", &*e))?;
+                let encoding = encoding.map_err(|e| TokenizerError::library("encode the chat template", &*e))?;
                 ids.extend_from_slice(encoding.get_ids());
             }
         }

@@ -11,13 +11,10 @@ use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
-    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-    Tokenizer as Library, Trainer,
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer as Library, Trainer,
 };
 
-use super::{
-    CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, TokenizerConfig, TokenizerError, TokenizerKind,
-};
+use super::{CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, TokenizerConfig, TokenizerError, TokenizerKind};
 
 /// What `WordPiece` writes for a word with a character it does not know.
 const UNKNOWN: &str = "[UNK]";
@@ -31,11 +28,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If the configuration is invalid or there is no text (`byte` needs none).
-    pub fn train<I, S>(
-        config: &TokenizerConfig,
-        texts: I,
-        quiet: bool,
-    ) -> Result<Self, TokenizerError>
+    pub fn train<I, S>(config: &TokenizerConfig, texts: I, quiet: bool) -> Result<Self, TokenizerError>
     where
         I: Iterator<Item = S> + Send,
         S: AsRef<str> + Send,
@@ -47,9 +40,7 @@ impl Tokenizer {
             TokenizerKind::Char => chars(texts)?,
             TokenizerKind::Byte => bytes()?,
         };
-        let tokenizer = Self::new(library, settings(config.kind))?
-            .with_special_tokens_added()?
-            .0;
+        let tokenizer = Self::new(library, settings(config.kind))?.with_special_tokens_added()?.0;
         let expects_size = matches!(config.kind, TokenizerKind::Bpe | TokenizerKind::Wordpiece);
         if expects_size && tokenizer.vocab_size() != config.vocab_size {
             tracing::warn!(
@@ -77,9 +68,7 @@ where
         .build();
     feed(&mut trainer, &byte_level, texts, quiet)?;
     let mut model = BPE::default();
-    trainer
-        .train(&mut model)
-        .map_err(|e| TokenizerError::library("learn merges", &*e))?;
+    trainer.train(&mut model).map_err(|e| TokenizerError::library("learn merges", &*e))?;
     let mut library = Library::new(model);
     library.with_pre_tokenizer(Some(byte_level));
     library.with_decoder(Some(byte_level));
@@ -87,11 +76,7 @@ where
     Ok(library)
 }
 
-fn wordpiece<I, S>(
-    config: &TokenizerConfig,
-    texts: I,
-    quiet: bool,
-) -> Result<Library, TokenizerError>
+fn wordpiece<I, S>(config: &TokenizerConfig, texts: I, quiet: bool) -> Result<Library, TokenizerError>
 where
     I: Iterator<Item = S> + Send,
     S: AsRef<str> + Send,
@@ -106,51 +91,30 @@ where
     // The library numbers the characters inside words in the order of a randomly seeded hash map, and breaks ties
     // between pairs by these numbers: every run would learn another vocabulary. Tokens that are named beforehand are
     // numbered in the order given.
-    let inner_chars = inner_chars
-        .into_iter()
-        .map(|c| AddedToken::from(format!("##{c}"), false));
-    trainer.set_special_tokens(
-        std::iter::once(unknown.clone())
-            .chain(inner_chars)
-            .collect(),
-    );
+    let inner_chars = inner_chars.into_iter().map(|c| AddedToken::from(format!("##{c}"), false));
+    trainer.set_special_tokens(std::iter::once(unknown.clone()).chain(inner_chars).collect());
     let model = WordPiece::builder().unk_token(UNKNOWN.to_owned()).build();
     let mut model = model.map_err(|e| TokenizerError::library("set up WordPiece", &*e))?;
-    trainer
-        .train(&mut model)
-        .map_err(|e| TokenizerError::library("learn words", &*e))?;
+    trainer.train(&mut model).map_err(|e| TokenizerError::library("learn words", &*e))?;
     let mut library = Library::new(model);
     library.with_pre_tokenizer(Some(BertPreTokenizer));
     library.with_decoder(Some(WordPieceDecoder::default()));
-    library
-        .add_special_tokens([unknown])
-        .map_err(|e| TokenizerError::library("add `[UNK]`", &*e))?;
+    library.add_special_tokens([unknown]).map_err(|e| TokenizerError::library("add `[UNK]`", &*e))?;
     Ok(library)
 }
 
 /// Counts the words of `texts` for `trainer`, and returns the characters that stand inside words, not first.
 ///
 /// The progress bar is our own: the library's prints to stdout.
-fn feed<T, P, I, S>(
-    trainer: &mut T,
-    pre_tokenizer: &P,
-    texts: I,
-    quiet: bool,
-) -> Result<BTreeSet<char>, TokenizerError>
+fn feed<T, P, I, S>(trainer: &mut T, pre_tokenizer: &P, texts: I, quiet: bool) -> Result<BTreeSet<char>, TokenizerError>
 where
     T: Trainer,
     P: PreTokenizer + Sync,
     I: Iterator<Item = S> + Send,
     S: AsRef<str> + Send,
 {
-    let progress = if quiet {
-        ProgressBar::hidden()
-    } else {
-        ProgressBar::new_spinner()
-    };
-    if let Ok(style) =
-        ProgressStyle::with_template("{spinner} tokenizer: {pos} documents read in {elapsed}")
-    {
+    let progress = if quiet { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+    if let Ok(style) = ProgressStyle::with_template("{spinner} tokenizer: {pos} documents read in {elapsed}") {
         progress.set_style(style);
     }
     let inner_chars = Mutex::new(BTreeSet::new());
@@ -163,15 +127,9 @@ where
         let mut cut = PreTokenizedString::from(text);
         pre_tokenizer.pre_tokenize(&mut cut)?;
         let words = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
-        let words: Vec<String> = words
-            .into_iter()
-            .map(|(word, ..)| word.to_owned())
-            .collect();
+        let words: Vec<String> = words.into_iter().map(|(word, ..)| word.to_owned()).collect();
         let inner: BTreeSet<char> = words.iter().flat_map(|word| word.chars().skip(1)).collect();
-        inner_chars
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(inner);
+        inner_chars.lock().unwrap_or_else(PoisonError::into_inner).extend(inner);
         Ok(words)
     });
     progress.finish_and_clear();
@@ -179,9 +137,7 @@ where
     if !has_text {
         return Err(TokenizerError::NoText);
     }
-    Ok(inner_chars
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner))
+    Ok(inner_chars.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// One token a character, in the order of their code points, as in nanoGPT.
@@ -197,11 +153,7 @@ where
     if alphabet.is_empty() {
         return Err(TokenizerError::NoText);
     }
-    let vocab: Map<String, Value> = alphabet
-        .iter()
-        .enumerate()
-        .map(|(id, c)| (c.to_string(), json!(id)))
-        .collect();
+    let vocab: Map<String, Value> = alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), json!(id))).collect();
     from_json(&json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": super::one_character_pre_tokenizer(),
@@ -213,10 +165,9 @@ where
 
 /// One token a byte, whose id is the byte.
 fn bytes() -> Result<Library, TokenizerError> {
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false });
-    let vocab: Map<String, Value> = (0..=255u8)
-        .map(|b| (super::char_of_byte(b).to_string(), json!(b)))
-        .collect();
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false });
+    let vocab: Map<String, Value> = (0..=255u8).map(|b| (super::char_of_byte(b).to_string(), json!(b))).collect();
     from_json(&json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
@@ -228,17 +179,13 @@ fn bytes() -> Result<Library, TokenizerError> {
 }
 
 fn from_json(value: &Value) -> Result<Library, TokenizerError> {
-    Library::from_bytes(value.to_string())
-        .map_err(|e| TokenizerError::library("set up the tokenizer", &*e))
+    Library::from_bytes(value.to_string()).map_err(|e| TokenizerError::library("set up the tokenizer", &*e))
 }
 
-/// What tokenizer_config.json says of a tokenizer trained here; the special tokens are filled in when they are added.
+/// What `tokenizer_config.json` says of a tokenizer trained here; the special tokens come in when they are added.
 fn settings(kind: TokenizerKind) -> Map<String, Value> {
     let mut settings = Map::new();
-    settings.insert(
-        "tokenizer_class".to_owned(),
-        json!("PreTrainedTokenizerFast"),
-    );
+    settings.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
     settings.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
     if kind == TokenizerKind::Wordpiece {
         settings.insert("unk_token".to_owned(), json!(UNKNOWN));

@@ -102,11 +102,7 @@ impl From<Separator> for String {
 ///
 /// # Errors
 /// If the file cannot be read or is empty, or, unless they are skipped, at the first bad record.
-pub fn read_texts(
-    path: &Path,
-    separator: &Separator,
-    on_bad: OnBadRecord,
-) -> Result<Vec<String>, DataError> {
+pub fn read_texts(path: &Path, separator: &Separator, on_bad: OnBadRecord) -> Result<Vec<String>, DataError> {
     const ENDINGS: &[&str] = &[".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"];
     match lines::ending(path, ENDINGS)? {
         ".txt" | ".txt.gz" => read_plain(path, separator),
@@ -120,20 +116,13 @@ pub fn read_texts(
 ///
 /// # Errors
 /// As [`read_texts`]; a record is bad if it is no such object or a user's or assistant's text is empty.
-pub fn read_conversations(
-    path: &Path,
-    on_bad: OnBadRecord,
-) -> Result<Vec<Conversation>, DataError> {
+pub fn read_conversations(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Conversation>, DataError> {
     lines::read(path, on_bad, |record| {
         let messages = if record.contains_key("messages") {
             messages_of(record, "messages")?
         } else {
             let mut messages = prompt_of(record)?;
-            let key = if record.contains_key("completion") {
-                "completion"
-            } else {
-                "response"
-            };
+            let key = if record.contains_key("completion") { "completion" } else { "response" };
             match record.get(key) {
                 None => return Err("expected `messages`, or `prompt` and `completion`".to_owned()),
                 Some(Value::Array(_)) => messages.extend(messages_of(record, key)?),
@@ -142,10 +131,7 @@ pub fn read_conversations(
             check_turns(&messages, "the record")?;
             messages
         };
-        if !messages
-            .iter()
-            .any(|message| message.role == Role::Assistant)
-        {
+        if !messages.iter().any(|message| message.role == Role::Assistant) {
             return Err("no message is the assistant's, so there is nothing to learn".to_owned());
         }
         Ok(Conversation { messages })
@@ -172,13 +158,7 @@ pub fn read_prompts(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Prompt>, Dat
     lines::read(path, on_bad, |record| {
         let messages = prompt_of(record)?;
         match messages.last() {
-            Some(Message {
-                role: Role::User,
-                content,
-            }) => Ok(Prompt {
-                text: content.clone(),
-                messages,
-            }),
+            Some(Message { role: Role::User, content }) => Ok(Prompt { text: content.clone(), messages }),
             _ => Err("`prompt` does not end with the user's message".to_owned()),
         }
     })
@@ -188,24 +168,12 @@ fn read_plain(path: &Path, separator: &Separator) -> Result<Vec<String>, DataErr
     let bytes = lines::read_bytes(path)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        let number = 1 + error.as_bytes()[..at]
-            .iter()
-            .filter(|&&byte| byte == b'\n')
-            .count();
-        DataError::BadRecord {
-            path: path.to_owned(),
-            unit: "line",
-            number,
-            reason: lines::NOT_UTF8.to_owned(),
-        }
+        let number = error.as_bytes()[..at].split(|&byte| byte == b'\n').count();
+        DataError::BadRecord { path: path.to_owned(), unit: "line", number, reason: lines::NOT_UTF8.to_owned() }
     })?;
     let text = text.strip_prefix(lines::BYTE_ORDER_MARK).unwrap_or(&text);
     let documents = documents(text, separator);
-    if documents.is_empty() {
-        Err(DataError::Empty(path.to_owned()))
-    } else {
-        Ok(documents)
-    }
+    if documents.is_empty() { Err(DataError::Empty(path.to_owned())) } else { Ok(documents) }
 }
 
 /// The documents of `text`: those that are not only white space.
@@ -213,52 +181,31 @@ fn documents(text: &str, separator: &Separator) -> Vec<String> {
     let parts: Vec<String> = match separator {
         Separator::None => vec![text.to_owned()],
         Separator::Line => text.lines().map(str::to_owned).collect(),
-        Separator::Text(mark) => text
-            .split(mark.as_str())
-            .map(|part| part.trim_matches(['\r', '\n']).to_owned())
-            .collect(),
+        Separator::Text(mark) => {
+            text.split(mark.as_str()).map(|part| part.trim_matches(['\r', '\n']).to_owned()).collect()
+        }
         Separator::BlankLine => {
             let lines: Vec<&str> = text.lines().collect();
-            lines
-                .split(|line| line.trim().is_empty())
-                .map(|lines| lines.join("\n"))
-                .collect()
+            lines.split(|line| line.trim().is_empty()).map(|lines| lines.join("\n")).collect()
         }
     };
-    parts
-        .into_iter()
-        .filter(|part| !part.trim().is_empty())
-        .collect()
+    parts.into_iter().filter(|part| !part.trim().is_empty()).collect()
 }
 
 fn read_parquet(path: &Path, on_bad: OnBadRecord) -> Result<Vec<String>, DataError> {
-    let parquet = |reason: String| DataError::Parquet {
-        path: path.to_owned(),
-        reason,
-    };
-    let file = File::open(path).map_err(|source| DataError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
+    let parquet = |reason: String| DataError::Parquet { path: path.to_owned(), reason };
+    let file = File::open(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
     if file.metadata().is_ok_and(|data| data.len() == 0) {
         return Err(DataError::Empty(path.to_owned()));
     }
     let reader = SerializedFileReader::new(file).map_err(|error| parquet(error.to_string()))?;
     let schema = reader.metadata().file_metadata().schema();
-    let column = schema
-        .get_fields()
-        .iter()
-        .find(|field| field.name() == "text")
-        .cloned();
+    let column = schema.get_fields().iter().find(|field| field.name() == "text").cloned();
     let column = column.ok_or_else(|| parquet("it has no column `text`".to_owned()))?;
     // Only the column that is needed is read and unpacked.
-    let projection = parquet::schema::types::Type::group_type_builder(schema.name())
-        .with_fields(vec![column])
-        .build();
+    let projection = parquet::schema::types::Type::group_type_builder(schema.name()).with_fields(vec![column]).build();
     let projection = projection.map_err(|error| parquet(error.to_string()))?;
-    let rows = reader
-        .get_row_iter(Some(projection))
-        .map_err(|error| parquet(error.to_string()))?;
+    let rows = reader.get_row_iter(Some(projection)).map_err(|error| parquet(error.to_string()))?;
     let mut texts = Vec::new();
     let mut bad = BadRecords::new(path, "row", on_bad);
     for (i, row) in rows.enumerate() {
@@ -275,11 +222,7 @@ fn read_parquet(path: &Path, on_bad: OnBadRecord) -> Result<Vec<String>, DataErr
 /// The string under `key`, which is not empty.
 fn text_of(record: &Record, key: &str) -> Result<String, String> {
     let text = string_of(record, key)?;
-    if text.trim().is_empty() {
-        Err(format!("`{key}` is empty"))
-    } else {
-        Ok(text)
-    }
+    if text.trim().is_empty() { Err(format!("`{key}` is empty")) } else { Ok(text) }
 }
 
 fn string_of(record: &Record, key: &str) -> Result<String, String> {
@@ -295,10 +238,7 @@ fn prompt_of(record: &Record) -> Result<Vec<Message>, String> {
     match record.get("prompt") {
         Some(Value::Array(_)) => messages_of(record, "prompt"),
         Some(Value::String(_)) => Ok(vec![Message::new(Role::User, text_of(record, "prompt")?)]),
-        Some(other) => Err(format!(
-            "`prompt` is {}, expected a string or a list of messages",
-            kind(other)
-        )),
+        Some(other) => Err(format!("`prompt` is {}, expected a string or a list of messages", kind(other))),
         None => Err("`prompt` is missing".to_owned()),
     }
 }
@@ -312,31 +252,22 @@ fn messages_of(record: &Record, key: &str) -> Result<Vec<Message>, String> {
 
 fn any_messages_of(record: &Record, key: &str) -> Result<Vec<Message>, String> {
     let Some(Value::Array(items)) = record.get(key) else {
-        return Err(format!(
-            "`{key}` is {}, expected a list of messages",
-            record.get(key).map_or("missing", kind)
-        ));
+        return Err(format!("`{key}` is {}, expected a list of messages", record.get(key).map_or("missing", kind)));
     };
     let message = |(i, item): (usize, &Value)| {
         let at = |reason: String| format!("message {} of `{key}`: {reason}", i + 1);
-        let item: &Map<_, _> = item
-            .as_object()
-            .ok_or_else(|| at(format!("it is {}, expected an object", kind(item))))?;
+        let item: &Map<_, _> =
+            item.as_object().ok_or_else(|| at(format!("it is {}, expected an object", kind(item))))?;
         let role = string_of(item, "role").map_err(at)?;
         let role = match role.as_str() {
             "system" => Role::System,
             "user" => Role::User,
             "assistant" => Role::Assistant,
             _ => {
-                return Err(at(format!(
-                    "unknown role `{role}`, expected `system`, `user` or `assistant`"
-                )));
+                return Err(at(format!("unknown role `{role}`, expected `system`, `user` or `assistant`")));
             }
         };
-        Ok(Message {
-            role,
-            content: string_of(item, "content").map_err(at)?,
-        })
+        Ok(Message { role, content: string_of(item, "content").map_err(at)? })
     };
     items.iter().enumerate().map(message).collect()
 }
@@ -346,15 +277,8 @@ fn check_turns(messages: &[Message], what: &str) -> Result<(), String> {
         let text = error.to_string();
         format!("{what}: {}", text.lines().next().unwrap_or_default())
     })?;
-    match messages
-        .iter()
-        .position(|m| m.role != Role::System && m.content.trim().is_empty())
-    {
-        Some(i) => Err(format!(
-            "{what}: message {} (of role `{}`) is empty",
-            i + 1,
-            messages[i].role
-        )),
+    match messages.iter().position(|m| m.role != Role::System && m.content.trim().is_empty()) {
+        Some(i) => Err(format!("{what}: message {} (of role `{}`) is empty", i + 1, messages[i].role)),
         None => Ok(()),
     }
 }
