@@ -19,11 +19,7 @@ const WHITEN_EPS: f64 = 1e-8;
 /// Schulman et al., arXiv:1506.02438, section 3. γ = 1, λ = 0.95 as in lm-human-preferences.
 /// That code gives all responses one fixed length; here each keeps its own.
 pub fn gae(rewards: &[f32], values: &[f32], gamma: f32, lambda: f32) -> Vec<f32> {
-    assert_eq!(
-        rewards.len(),
-        values.len(),
-        "one reward and one value per response token"
-    );
+    assert_eq!(rewards.len(), values.len(), "one reward and one value per response token");
     let mut advantages = vec![0.0; rewards.len()];
     let (mut next_value, mut next_advantage) = (0.0, 0.0);
     for t in (0..rewards.len()).rev() {
@@ -52,10 +48,7 @@ pub fn whiten(values: &[f32], shift_mean: bool) -> Vec<f32> {
     let (mean, variance) = mean_and_variance(values.iter().map(|&value| f64::from(value)));
     let inverse_deviation = 1.0 / (variance + WHITEN_EPS).sqrt();
     let added_back = if shift_mean { 0.0 } else { mean };
-    values
-        .iter()
-        .map(|&value| ((f64::from(value) - mean) * inverse_deviation + added_back) as f32)
-        .collect()
+    values.iter().map(|&value| ((f64::from(value) - mean) * inverse_deviation + added_back) as f32).collect()
 }
 
 /// The share of the returns' variance that the values predict.
@@ -76,11 +69,7 @@ pub fn explained_variance(values: &[f32], returns: &[f32]) -> f32 {
     let errors = returns.iter().zip(values).map(|(&r, &v)| f64::from(r) - f64::from(v));
     let (_, unexplained) = mean_and_variance(errors);
     let (_, total) = mean_and_variance(returns.iter().map(|&r| f64::from(r)));
-    if total > 0.0 {
-        (1.0 - unexplained / total) as f32
-    } else {
-        0.0
-    }
+    if total > 0.0 { (1.0 - unexplained / total) as f32 } else { 0.0 }
 }
 
 /// Mean and population variance, in two passes; zero and zero for no values.

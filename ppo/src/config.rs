@@ -193,7 +193,12 @@ impl PpoConfig {
             ("temperature", "a positive number", self.ppo.temperature, positive(self.ppo.temperature)),
             ("missing_eos_score", "a number", self.ppo.missing_eos_score, self.ppo.missing_eos_score.is_finite()),
             ("kl_coef", "0 or more", self.ppo.kl_coef, self.ppo.kl_coef >= 0.0 && self.ppo.kl_coef.is_finite()),
-            ("kl_target", "a positive number", self.ppo.kl_target.unwrap_or(1.0), self.ppo.kl_target.is_none_or(positive)),
+            (
+                "kl_target",
+                "a positive number",
+                self.ppo.kl_target.unwrap_or(1.0),
+                self.ppo.kl_target.is_none_or(positive),
+            ),
             ("kl_horizon", "a positive number", self.ppo.kl_horizon, positive(self.ppo.kl_horizon)),
             ("gamma", "between 0 and 1", self.ppo.gamma, unit(self.ppo.gamma)),
             ("lambda", "between 0 and 1", self.ppo.lambda, unit(self.ppo.lambda)),

@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::config::{ConfigError, PathResolver};
 use common::conversation;
-use common::data::collate;
 use common::data::records::{self, OnBadRecord};
+use common::data::{collate, file_sha256};
 use common::tokenizer::Tokenizer;
 
 use crate::config::{DataConfig, TooLong};
@@ -66,7 +66,7 @@ impl Prompts {
         let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
         let (mut n_too_long, mut longest) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), records::sha256(file)?);
+            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
             for prompt in records::read_prompts(file, on_bad_record)? {
                 let ids = conversation::encode_prompt(tokenizer, &prompt.messages)
                     .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;
@@ -85,7 +85,9 @@ impl Prompts {
                 n_too_long + all.encoded.len()
             );
             match on_too_long {
-                TooLong::Fail => bail!("{what}\nhint: lower `ppo.response_length` or set `data.on_too_long` to \"skip\""),
+                TooLong::Fail => {
+                    bail!("{what}\nhint: lower `ppo.response_length` or set `data.on_too_long` to \"skip\"")
+                }
                 TooLong::Skip => tracing::warn!("{what}; they are left out"),
             }
         }
@@ -98,10 +100,8 @@ impl ResponseBatch {
     /// Collates prompts and the responses to them.
     pub(crate) fn new<'a>(responses: impl IntoIterator<Item = (&'a [u32], &'a [u32])>) -> Self {
         let responses: Vec<_> = responses.into_iter().collect();
-        let rows: Vec<Vec<u32>> = responses
-            .iter()
-            .map(|(prompt, response)| [prompt, &response[..response.len() - 1]].concat())
-            .collect();
+        let rows: Vec<Vec<u32>> =
+            responses.iter().map(|(prompt, response)| [prompt, &response[..response.len() - 1]].concat()).collect();
         // Any token will do for padding: it stands behind all that is looked at.
         let padded = collate::right_pad(&rows, 0);
         let mut positions = Vec::new();

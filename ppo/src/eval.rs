@@ -164,9 +164,11 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy);
     let temperature = args.temperature.or(trained.as_ref().map(|ppo| ppo.temperature)).unwrap_or(1.0);
-    ensure!(temperature > 0.0 && temperature.is_finite(), "`--temperature` must be a positive number, found {temperature}");
-    let max_tokens =
-        args.max_tokens.or(trained.as_ref().map(|ppo| ppo.response_length)).unwrap_or(DEFAULT_MAX_TOKENS);
+    ensure!(
+        temperature > 0.0 && temperature.is_finite(),
+        "`--temperature` must be a positive number, found {temperature}"
+    );
+    let max_tokens = args.max_tokens.or(trained.as_ref().map(|ppo| ppo.response_length)).unwrap_or(DEFAULT_MAX_TOKENS);
     let max_seq_len = [&policy, &reference, &reward_model].map(|model| model.model_config().max_seq_len);
     let max_seq_len = max_seq_len.into_iter().min().unwrap_or(0);
     let files = std::slice::from_ref(&args.data);
@@ -208,7 +210,10 @@ pub(crate) fn open_reward_model(dir: &std::path::Path, policy: &Checkpoint) -> a
 /// How a checkpoint of this stage was trained.
 fn ppo_section(checkpoint: &Checkpoint) -> Option<PpoSection> {
     let path = checkpoint.dir().join(checkpoint::CONFIG_FILE);
-    (checkpoint.stage() == Some(Stage::Ppo)).then(|| config::load::<PpoConfig>(&path, &[]).ok()).flatten().map(|config| config.ppo)
+    (checkpoint.stage() == Some(Stage::Ppo))
+        .then(|| config::load::<PpoConfig>(&path, &[]).ok())
+        .flatten()
+        .map(|config| config.ppo)
 }
 
 #[cfg(test)]

@@ -36,11 +36,7 @@ pub fn k3(log_probs: &[f32], ref_log_probs: &[f32]) -> Vec<f32> {
 
 /// Applies `estimate` to `log π_ref − log π` of each token, in f64.
 fn per_token(log_probs: &[f32], ref_log_probs: &[f32], estimate: fn(f64) -> f64) -> Vec<f32> {
-    assert_eq!(
-        log_probs.len(),
-        ref_log_probs.len(),
-        "one log-probability of each model per response token"
-    );
+    assert_eq!(log_probs.len(), ref_log_probs.len(), "one log-probability of each model per response token");
     log_probs
         .iter()
         .zip(ref_log_probs)
@@ -73,15 +69,8 @@ impl AdaptiveController {
     /// # Panics
     /// If `target` or `horizon` is not positive.
     pub fn new(init: f32, target: f32, horizon: f32) -> Self {
-        assert!(
-            target > 0.0 && horizon > 0.0,
-            "target {target} and horizon {horizon} must be positive"
-        );
-        Self {
-            value: init,
-            target,
-            horizon,
-        }
+        assert!(target > 0.0 && horizon > 0.0, "target {target} and horizon {horizon} must be positive");
+        Self { value: init, target, horizon }
     }
 
     /// Moves the coefficient after `n_episodes` responses of mean divergence `kl`, and returns it.
@@ -171,7 +160,8 @@ mod tests {
         fn controller_moves_against_the_error(kl in 0.0_f32..50.0, n_episodes in 1..2_000_usize) {
             let mut controller = AdaptiveController::new(0.1, 6.0, 10_000.0);
             let after = controller.update(kl, n_episodes);
-            prop_assert!(if kl > 6.0 { after >= 0.1 } else { after <= 0.1 });
+            let against = if kl > 6.0 { after >= 0.1 } else { after <= 0.1 };
+            prop_assert!(against, "{kl} {after}");
         }
     }
 }

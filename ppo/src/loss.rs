@@ -99,17 +99,12 @@ pub fn value_loss(
 ) -> ValueLoss {
     let mean = |x: Tensor<1>| x.sum().div_scalar(minibatch_tokens as f32);
     // Bounds rather than `V_old + clip(V − V_old)`, whose rounding would move values that are not clipped.
-    let clipped_values = values
-        .clone()
-        .max_pair(old_values.clone().sub_scalar(clip_range))
-        .min_pair(old_values.add_scalar(clip_range)); // [n_tokens]
+    let clipped_values =
+        values.clone().max_pair(old_values.clone().sub_scalar(clip_range)).min_pair(old_values.add_scalar(clip_range)); // [n_tokens]
     let unclipped = (values - returns.clone()).square();
     let clipped = (clipped_values - returns).square();
     let clip_raised = clipped.clone().inner().greater(unclipped.clone().inner());
-    ValueLoss {
-        loss: mean(unclipped.max_pair(clipped)).mul_scalar(0.5),
-        clip_frac: mean(clip_raised.float()),
-    }
+    ValueLoss { loss: mean(unclipped.max_pair(clipped)).mul_scalar(0.5), clip_frac: mean(clip_raised.float()) }
 }
 
 #[cfg(test)]

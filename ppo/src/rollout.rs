@@ -77,7 +77,11 @@ impl<'a> Sampling<'a> {
     /// The policy's own distribution at a temperature, up to `<|end|>` or `max_tokens`.
     pub(crate) fn new(temperature: f64, max_tokens: usize, streams: Streams, tokenizer: &'a Tokenizer) -> Self {
         let stop = vec![tokenizer.specials().end];
-        Self { config: SamplingConfig { temperature, max_tokens, stop, ..SamplingConfig::default() }, streams, tokenizer }
+        Self {
+            config: SamplingConfig { temperature, max_tokens, stop, ..SamplingConfig::default() },
+            streams,
+            tokenizer,
+        }
     }
 
     /// Answers `prompts`; row `i` draws from stream `first_row + i`. The policy is on a plain device.
@@ -156,7 +160,12 @@ impl Experience {
     /// Turns a batch of rollouts into experience: KL-shaped rewards, advantages, returns, then whitening.
     ///
     /// `values` holds the old values of each response's tokens.
-    pub(crate) fn of_batch(rollouts: Vec<Rollout>, values: Vec<Vec<f32>>, kl_coef: f32, config: &PpoSection) -> Vec<Self> {
+    pub(crate) fn of_batch(
+        rollouts: Vec<Rollout>,
+        values: Vec<Vec<f32>>,
+        kl_coef: f32,
+        config: &PpoSection,
+    ) -> Vec<Self> {
         let (gamma, lambda) = (config.gamma as f32, config.lambda as f32);
         let mut batch: Vec<Self> = rollouts
             .into_iter()

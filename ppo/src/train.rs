@@ -8,13 +8,13 @@ use burn::module::Module;
 use burn::tensor::Device;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
+use common::kernels::Kernels;
 use common::metrics::{self, names};
 use common::model::Gpt;
 use common::optim::AdamW;
 use common::rng::Streams;
 use common::session::{Exported, Extras, Origin, Outcome, Restored, Session};
 use common::stage::Interrupt;
-use common::kernels::Kernels;
 use common::{backend, config};
 use serde_json::json;
 
@@ -98,7 +98,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         held_out.evaluate(&mut session, &learner.policy)?;
     }
 
-    let order = Order::new(training.encoded.len(), streams, "order");
+    let mut order = Order::new(training.encoded.len(), streams, "order");
     let batch_size = config.train.batch_size as u64;
     while session.goes_on() {
         let step = session.progress().step;
@@ -132,7 +132,12 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         let measured = Measured::of(&batch);
         if session.logs() {
             let timing = [rollout_seconds, score_seconds, update_seconds];
-            session.log(&measured.metrics(kl_coef, &update, timing, config.optimizer.lr_at(step, config.train.steps)))?;
+            session.log(&measured.metrics(
+                kl_coef,
+                &update,
+                timing,
+                config.optimizer.lr_at(step, config.train.steps),
+            ))?;
         }
         if let Some(controller) = &mut controller {
             kl_coef = controller.update(measured.kl as f32, batch.len());
@@ -168,12 +173,16 @@ impl Learner {
     ) -> anyhow::Result<Self> {
         let plain_device = device.clone().inner();
         let learner = match restored {
-            Some(mut restored) => Self {
-                policy: Gpt::from_named(restored.checkpoint.model_config(), restored.tensors("weights")?, device)?,
-                value: restored.checkpoint.load_value(device)?,
-                policy_optimizer: restored.optimizer("optimizer", &config.optimizer, kernels, &plain_device)?,
-                value_optimizer: restored.optimizer("value_optimizer", &config.value_optimizer, kernels, &plain_device)?,
-            },
+            Some(mut restored) => {
+                let weights = restored.tensors("weights")?;
+                let value_config = &config.value_optimizer;
+                Self {
+                    policy: Gpt::from_named(restored.checkpoint.model_config(), weights, device)?,
+                    value: restored.checkpoint.load_value(device)?,
+                    policy_optimizer: restored.optimizer("optimizer", &config.optimizer, kernels, &plain_device)?,
+                    value_optimizer: restored.optimizer("value_optimizer", value_config, kernels, &plain_device)?,
+                }
+            }
             None => Self {
                 policy: initial.load_gpt(device)?,
                 value: match config.ppo.value_init {
@@ -286,7 +295,8 @@ impl HeldOut<'_> {
     fn evaluate(&self, session: &mut Session, policy: &Gpt) -> anyhow::Result<()> {
         let step = session.progress().step;
         let all = &self.prompts.encoded;
-        let n = if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
+        let n =
+            if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
         let generated = self.sampling.answer(&policy.valid(), &all[..n], HELD_OUT_ROW)?;
         let rollouts = self.judge.judge(&all[..n], generated, self.sampling)?;
         let rollouts: Vec<&Rollout> = rollouts.iter().collect();

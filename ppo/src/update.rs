@@ -58,7 +58,8 @@ impl Learner {
         step: u64,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
         let n_steps = config.train.steps;
-        let (policy_lr, value_lr) = (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
+        let (policy_lr, value_lr) =
+            (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
         let mut means: Option<Tensor<1>> = None;
         let mut ratio_max: Option<Tensor<1>> = None;
         let (mut policy_norms, mut value_norms, mut n_updates) = (0.0, 0.0, 0.0);
@@ -190,7 +191,12 @@ impl<'a> Part<'a> {
     fn check_ratio(&self, log_probs: Tensor<1>, tolerance: f64) -> anyhow::Result<()> {
         let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the device")?;
         let sampled = self.experiences.iter().flat_map(|experience| {
-            experience.rollout.log_probs.iter().enumerate().map(move |(t, log_prob)| (&experience.rollout, t, *log_prob))
+            experience
+                .rollout
+                .log_probs
+                .iter()
+                .enumerate()
+                .map(move |(t, log_prob)| (&experience.rollout, t, *log_prob))
         });
         for ((rollout, t, old), new) in sampled.zip(log_probs) {
             let ratio = f64::from(new - old).exp();

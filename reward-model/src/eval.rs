@@ -59,8 +59,7 @@ pub(crate) fn evaluate_pairs(
     batch_size: usize,
 ) -> anyhow::Result<Evaluation> {
     let used = &pairs.encoded[..n.min(pairs.encoded.len())];
-    let rows: Vec<&[u32]> =
-        used.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
+    let rows: Vec<&[u32]> = used.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
     let scores = scoring::score_rows(model, &rows, batch_size)?;
     ensure!(scores.iter().all(|score| score.is_finite()), "a score is not finite: the weights have diverged");
     let (mut accuracy, mut loss, mut margin_mean) = (0.0, 0.0, 0.0);

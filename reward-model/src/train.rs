@@ -69,7 +69,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
 
-    let order = Order::new(training.encoded.len(), streams, "order");
+    let mut order = Order::new(training.encoded.len(), streams, "order");
     let batch_size = config.train.batch_size;
     let micro = config.train.micro_batch_size.unwrap_or(batch_size);
     while session.goes_on() {
@@ -129,7 +129,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None
     } else {
         let best = match session.best_weights() {
-            Some(best) => ScalarGpt::from_named(model.config(), best.clone(), 0.0, &plain_device)?.with_kernels(kernels),
+            Some(best) => {
+                ScalarGpt::from_named(model.config(), best.clone(), 0.0, &plain_device)?.with_kernels(kernels)
+            }
             None => model.valid(),
         };
         let initial = init.load_gpt(&plain_device)?.with_kernels(kernels);
