@@ -61,7 +61,10 @@ fn language_models_of_transformers_have_the_same_logits_loss_and_gradients() {
                 let [sum, norm] = floats(statistics)[..] else { panic!("a sum and a norm") };
                 let our_sum: f64 = grad.data.iter().map(|&x| f64::from(x)).sum();
                 let our_norm = grad.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-                assert!((our_norm - norm).abs() <= RELATIVE * norm, "{name}: {tensor}: norm {our_norm}, expected {norm}");
+                assert!(
+                    (our_norm - norm).abs() <= RELATIVE * norm,
+                    "{name}: {tensor}: norm {our_norm}, expected {norm}"
+                );
                 // A sum of n numbers of both signs may cancel to nothing: the scale is that of its terms.
                 let scale = norm * (grad.data.len() as f64).sqrt();
                 assert!((our_sum - sum).abs() <= RELATIVE * scale, "{name}: {tensor}: sum {our_sum}, expected {sum}");
@@ -103,11 +106,17 @@ fn what_transformers_computes_from_our_checkpoints_is_what_we_compute() {
             let at = format!("{name} on {place}");
             match model.head {
                 Head::Lm => {
-                    let gpt = Gpt::from_named(&model.config, model.tensors.clone(), &device.clone().autodiff()).unwrap();
+                    let gpt =
+                        Gpt::from_named(&model.config, model.tensors.clone(), &device.clone().autodiff()).unwrap();
                     let run = run(&gpt.with_kernels(kernels), &model.ids());
                     assert_close(&at, &run.logits, &floats(&expected["logits"]));
                     assert_close(&at, &[run.loss], &[expected["loss"].as_f64().unwrap()]);
-                    check_gradients(&at, &run.grads, &fixtures().join(format!("hf_roundtrip-{name}.safetensors")), &model.config);
+                    check_gradients(
+                        &at,
+                        &run.grads,
+                        &fixtures().join(format!("hf_roundtrip-{name}.safetensors")),
+                        &model.config,
+                    );
                 }
                 Head::Score { bias } => {
                     let scalar = ScalarGpt::from_named(&model.config, model.tensors.clone(), bias, &device).unwrap();
@@ -153,10 +162,21 @@ fn models() -> Vec<(&'static str, Model)> {
     let score = Head::Score { bias: 0.625 };
     vec![
         ("gpt2", Model::new(gpt2(|_| {}), Head::Lm)),
-        ("gpt2-untied-wide-relu", Model::new(gpt2(|c| (c.tie_embeddings, c.d_ff, c.activation) = (false, 40, Activation::Relu)), Head::Lm)),
+        (
+            "gpt2-untied-wide-relu",
+            Model::new(gpt2(|c| (c.tie_embeddings, c.d_ff, c.activation) = (false, 40, Activation::Relu)), Head::Lm),
+        ),
         ("gpt2-sinusoidal", Model::new(gpt2(|c| c.positions = Positions::Sinusoidal), Head::Lm)),
         ("openai-gpt", Model::new(openai(|_| {}), Head::Lm)),
-        ("openai-gpt-untied-learned-gelu", Model::new(openai(|c| (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh)), Head::Lm)),
+        (
+            "openai-gpt-untied-learned-gelu",
+            Model::new(
+                openai(|c| {
+                    (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh)
+                }),
+                Head::Lm,
+            ),
+        ),
         ("gpt2-reward", Model::new(gpt2(|_| {}), score)),
         ("openai-gpt-reward", Model::new(openai(|c| c.tie_embeddings = false), score)),
     ]
@@ -180,12 +200,14 @@ impl Model {
             .into_iter()
             .map(|(path, shape)| {
                 let mut rng = Streams::new(5).get(&path, 0);
-                let (mean, deviation) = match path.rsplit('.').next() {
-                    Some("gamma") => (1.0, 0.3),
-                    Some("beta" | "bias") => (0.0, 0.2),
-                    _ => (0.0, 0.15),
+                let (mean, half_width) = match path.rsplit('.').next() {
+                    Some("gamma") => (1.0, 0.5),
+                    Some("beta" | "bias") => (0.0, 0.35),
+                    _ => (0.0, 0.25),
                 };
-                let data = (0..shape.iter().product()).map(|_| (mean + deviation * rng.normal()) as f32).collect();
+                // Uniform, because the last bit of a normal number depends on the system's logarithm.
+                let number = |_| (mean + half_width * (2.0 * rng.uniform() - 1.0)) as f32;
+                let data = (0..shape.iter().product()).map(number).collect();
                 (path, HostTensor { shape, data })
             })
             .collect();
@@ -259,7 +281,8 @@ fn check_gradients(at: &str, ours: &NamedTensors, path: &Path, config: &GptConfi
     let (theirs, _) = hf::read_file(path, |_| true).unwrap();
     for (name, expected) in theirs.iter().filter(|(name, _)| !is_fixed(name, config)) {
         let norm = expected.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-        let difference = expected.data.iter().zip(&ours[name].data).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let difference =
+            expected.data.iter().zip(&ours[name].data).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>();
         assert!(difference.sqrt() <= RELATIVE * norm, "{at}: {name}: off by {} of {norm}", difference.sqrt());
     }
     assert_eq!(theirs.len(), ours.len(), "{at}");

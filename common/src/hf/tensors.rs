@@ -60,9 +60,8 @@ pub(super) fn read_weights(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<
         let (mut found, hash) = read_file(&path, &wanted)?;
         hashes.update(hash);
         for name in names.into_iter().filter(|name| wanted(name)) {
-            let tensor = found
-                .remove(name)
-                .ok_or_else(|| HfError::Missing { path: path.clone(), name: name.to_owned() })?;
+            let tensor =
+                found.remove(name).ok_or_else(|| HfError::Missing { path: path.clone(), name: name.to_owned() })?;
             tensors.insert(name.to_owned(), tensor);
         }
         if let Some(name) = found.into_keys().next() {
@@ -76,12 +75,8 @@ pub(super) fn read_weights(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<
 ///
 /// # Errors
 /// If a number is not finite or the file cannot be written.
-pub fn write_file<'a>(
-    path: &Path,
-    tensors: impl IntoIterator<Item = (String, &'a HostTensor)>,
-) -> Result<(), HfError> {
-    let tensors: Vec<(String, Bytes<'a>)> =
-        tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
+pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'a HostTensor)>) -> Result<(), HfError> {
+    let tensors: Vec<(String, Bytes<'a>)> = tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
     for (name, Bytes(tensor)) in &tensors {
         check_finite(path, name, &tensor.data)?;
     }
