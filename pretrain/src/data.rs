@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use common::config::{ConfigError, PathResolver};
+use common::data::file_sha256;
 use common::data::order::Order;
 use common::data::records::{self, OnBadRecord};
 use common::data::shards::{ShardSource, TokenShard};
@@ -69,7 +70,7 @@ impl Corpus {
             files
                 .iter()
                 .map(|file| {
-                    sha256.insert(file.display().to_string(), common::checkpoint::sha256_of_file(file)?);
+                    sha256.insert(file.display().to_string(), file_sha256(file)?);
                     open_shard(file, data, tokenizer, quiet)
                 })
                 .collect::<anyhow::Result<Vec<_>>>()

@@ -195,8 +195,8 @@ impl<'a> Run<'a> {
                         reward_model: self.dir(Step::RewardModel),
                         stage: self.stage_args(step, goes_on)?,
                     },
-                    gold.as_ref().map(|gold| gold as &dyn Fn(&str, &str) -> f64),
                     self.interrupt,
+                    gold.as_ref().map(|gold| gold as &dyn Fn(&str, &str) -> f64),
                 )
             }
             Step::Evaluate => Evaluator {

@@ -91,9 +91,8 @@ fn followed(request: &Request, words: &[String], sentences: &[&str]) -> f64 {
     }
     if let Some((object, colour)) = request.object {
         let object = OBJECTS[object].word;
-        let is_right = colour.is_none_or(|colour| {
-            words.windows(2).any(|pair| pair[0] == COLOURS[colour] && pair[1] == object)
-        });
+        let is_right =
+            colour.is_none_or(|colour| words.windows(2).any(|pair| pair[0] == COLOURS[colour] && pair[1] == object));
         sum += if is_right { f64::from(has(object)) } else { 0.5 * f64::from(has(object)) };
     }
     if let Some(place) = request.place {
@@ -122,8 +121,7 @@ fn mood_of_ending(mood: Mood, sentences: &[&str]) -> f64 {
 fn ends(last: &str) -> f64 {
     let said = words(last).join(" ");
     let closes = |closing: &&str| said.ends_with(*closing);
-    let is_closing =
-        Mood::ALL.into_iter().flat_map(endings).any(|ending| ending.closings.iter().any(|c| closes(c)));
+    let is_closing = Mood::ALL.into_iter().flat_map(endings).any(|ending| ending.closings.iter().any(&closes));
     if is_closing && last.ends_with('.') {
         1.0
     } else if last.trim_end_matches('"').ends_with(['.', '!', '?']) {

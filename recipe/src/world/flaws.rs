@@ -173,7 +173,8 @@ fn cut(story: &mut Story, rng: &mut Rng) {
     if let Some(last) = story.sentences.last_mut() {
         let words: Vec<&str> = last.split(' ').collect();
         let n_kept = 1 + rng.below(words.len().saturating_sub(2).max(1));
-        *last = words[..n_kept].join(" ").trim_end_matches(['.', '!', '?', ',', '"']).to_owned();
+        let kept = words[..n_kept].join(" ");
+        kept.trim_end_matches(['.', '!', '?', ',', '"']).clone_into(last);
     }
 }
 

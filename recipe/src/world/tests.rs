@@ -259,7 +259,8 @@ fn correlation(points: &[(f64, f64)]) -> f64 {
 
 #[test]
 fn the_words_of_the_tables_and_of_moods_stand_only_where_they_should() {
-    let events = PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
+    let events =
+        PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
     let openings = OPENINGS.iter().map(|opening| opening.template);
     let spots = PLACES.iter().flat_map(|place| place.spots);
     for template in openings.chain(TRAITS.iter().copied()).chain(events.copied()).chain(spots) {
@@ -316,10 +317,7 @@ fn a_bad_size_is_an_error() {
     let message = |config: WorldConfig| config.validate().unwrap_err().to_string();
     assert_eq!(message(WorldConfig { stories: 0, ..small() }), "`stories` is 0, expected 1 to 1000000");
     let flaws = FlawRates { no_ending: 1.5, ..FlawRates::default() };
-    assert_eq!(
-        message(WorldConfig { flaws, ..small() }),
-        "`flaws.no_ending` is 1.5, expected a probability, 0 to 1"
-    );
+    assert_eq!(message(WorldConfig { flaws, ..small() }), "`flaws.no_ending` is 1.5, expected a probability, 0 to 1");
     let flaws = FlawRates { too_short: 0.6, too_long: 0.6, ..FlawRates::default() };
     assert!(message(WorldConfig { flaws, ..small() }).contains("add up to 1.2"));
     assert!(message(WorldConfig { label_temperature: 0.0, ..small() }).contains("more than 0"));

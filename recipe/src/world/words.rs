@@ -89,6 +89,7 @@ impl Mood {
     }
 
     /// The other mood.
+    #[must_use]
     pub const fn opposite(self) -> Self {
         match self {
             Self::Happy => Self::Sad,
@@ -160,11 +161,7 @@ pub const OBJECTS: [Object; 14] = [
 /// Six colours.
 pub const COLOURS: [&str; 6] = ["red", "blue", "green", "yellow", "orange", "purple"];
 
-const fn place(
-    word: &'static str,
-    preposition: &'static str,
-    spots: [&'static str; 3],
-) -> Place {
+const fn place(word: &'static str, preposition: &'static str, spots: [&'static str; 3]) -> Place {
     Place { word, preposition, spots }
 }
 
