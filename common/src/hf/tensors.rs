@@ -81,8 +81,11 @@ pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'
         check_finite(path, name, &tensor.data)?;
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    serialize_to_file(tensors, Some(metadata), path)
-        .map_err(|error| HfError::Write { path: path.to_owned(), source: std::io::Error::other(error) })
+    let write_error = |source| HfError::Write { path: path.to_owned(), source };
+    // The library writes a temporary file that only its owner may read; others may read what `File::create` allows.
+    let permissions = std::fs::File::create(path).and_then(|file| file.metadata()).map_err(write_error)?.permissions();
+    serialize_to_file(tensors, Some(metadata), path).map_err(|error| write_error(std::io::Error::other(error)))?;
+    std::fs::set_permissions(path, permissions).map_err(write_error)
 }
 
 /// SHA-256 of the file at `path`, in hexadecimal.
