@@ -1,1 +1,28 @@
-//! Stub.
+//! Talking to any checkpoint of a language model.
+//!
+//! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers once. What is written for the
+//! user goes through the chat template of the checkpoint's tokenizer; `chat generate --raw` continues plain text.
+
+mod answer;
+mod cli;
+mod generate;
+mod history;
+mod repl;
+mod stop_text;
+
+pub use answer::{Answer, Answerer, FinishReason, OnText};
+pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, SamplingArgs};
+pub use history::History;
+pub use stop_text::StopText;
+
+/// Carries out one command line.
+///
+/// # Errors
+/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+pub fn run(cli: &Cli) -> anyhow::Result<()> {
+    match (&cli.command, &cli.conversation) {
+        (Some(Command::Generate(args)), _) => generate::run(args),
+        (None, Some(args)) => repl::run(args),
+        (None, None) => unreachable!("clap requires --checkpoint without a command"),
+    }
+}

@@ -7,7 +7,7 @@
 //!
 //! # Invariants
 //! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng` and,
-//!   for the type of a message alone, on `conversation`; `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
+//!   for messages, on `conversation`; `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 

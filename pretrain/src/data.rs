@@ -69,7 +69,7 @@ impl Corpus {
             files
                 .iter()
                 .map(|file| {
-                    sha256.insert(file.display().to_string(), common::data::file_sha256(file)?);
+                    sha256.insert(file.display().to_string(), file_hash(file)?);
                     open_shard(file, data, tokenizer, quiet)
                 })
                 .collect::<anyhow::Result<Vec<_>>>()
@@ -267,4 +267,8 @@ impl TokenSet {
     pub(crate) fn n_bytes(&self) -> f64 {
         self.bytes_of(self.range.len())
     }
+}
+
+fn file_hash(file: &std::path::Path) -> anyhow::Result<String> {
+    common::hf::sha256_of_file(file).with_context(|| format!("cannot read `{}`", file.display()))
 }

@@ -15,7 +15,7 @@ mod train;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
 pub use config::{DataConfig, PretrainConfig, TrainConfig};
-pub use eval::{Evaluation, evaluate_texts};
+pub use eval::Evaluation;
 pub use tokenizer::train_tokenizer;
 pub use train::train;
 

@@ -4,7 +4,7 @@ use anyhow::Context;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::checkpoint::{self, Checkpoint, Stage};
-use common::generate::{SamplingConfig, generate};
+use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::metrics::names;
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
@@ -47,7 +47,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let (mut gpt, mut optimizer) = match (restored, init) {
         (Some(mut restored), _) => {
-            let gpt = Gpt::from_named(restored.checkpoint.model_config(), restored.tensors("weights")?, &device)?;
+            let weights = restored.tensors("weights")?;
+            let gpt = Gpt::from_named(restored.checkpoint.model_config(), weights, &device)?;
             (gpt, restored.optimizer("optimizer", &config.optimizer, kernels, &device.clone().inner())?)
         }
         (None, Some(init)) => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
@@ -172,7 +173,7 @@ fn sample(session: &Session, gpt: &Gpt, config: &PretrainConfig, streams: &Strea
             continue;
         }
         let first_row = step << 16 | i as u64;
-        let continued = generate(gpt, &[ids], &sampling, streams, first_row)?;
+        let continued = generate(gpt, &[ids], &sampling, streams, first_row, GenerateOptions::default())?;
         let text = tokenizer.decode(&continued[0].ids);
         tracing::info!("sample: {prompt}{}", text.replace('\n', "⏎"));
         session.recorder.sample(step, &json!({ "prompt": prompt, "text": text }))?;

@@ -1,5 +1,66 @@
-//! The stages in turn, from plain text to an aligned model, and the report on them.
+//! The stages in turn, from plain text to an aligned chat model, and the report on them.
+//!
+//! A recipe is a folder with one TOML file a stage and `recipe.toml` ([`RecipeConfig`]). [`run`] works through its steps:
+//! generate the data, learn a tokenizer, pretrain, fine-tune, collect and label preference pairs, train the reward model,
+//! PPO, and the evaluation on held-out prompts. What is finished and unchanged is skipped, what was interrupted goes on.
+//!
+//! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
+//! reading order: [`steps`], `config`, `run`, `keys` (when a step has to run again), `collect`, `evaluate`, [`report`],
+//! [`gold`] (what an answer is really worth) and [`world`] (the generated data of `configs/tiny`).
+
+mod answers;
+mod cli;
+mod collect;
+mod config;
+mod evaluate;
 pub mod evaluation;
+pub mod gold;
+mod keys;
 pub mod report;
+mod run;
 pub mod stats;
 pub mod steps;
+pub mod world;
+
+pub use cli::{Cli, Command, RunArgs, WorldArgs};
+pub use config::{BasePrompt, CollectConfig, EvaluateConfig, Recipe, RecipeConfig};
+pub use run::run;
+
+use std::io::Write as _;
+
+use anyhow::{Context, Result, bail};
+use common::stage::{self, Interrupt};
+
+use crate::world::WorldConfig;
+
+/// Carries out one command line.
+///
+/// # Errors
+/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+pub fn execute(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Run(args) => {
+            args.runtime.start()?;
+            run(&args, Interrupt::install()?)
+        }
+        Command::World(args) => {
+            stage::init_logging(args.verbose, args.quiet);
+            generate_world(&args)
+        }
+    }
+}
+
+/// Carries out `recipe world`: the files, and one JSON object on stdout.
+fn generate_world(args: &WorldArgs) -> Result<()> {
+    let out = &args.out;
+    let is_filled = out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
+    if is_filled && !args.overwrite {
+        bail!(
+            "output directory `{}` is not empty\nhint: pass `--overwrite` to replace an earlier world, or another `--out`",
+            out.display()
+        );
+    }
+    let stories = args.stories.unwrap_or(WorldConfig::default().stories);
+    let summary = world::write(out, &WorldConfig::with_stories(args.seed, stories))?;
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(&summary)?).context("failed to write the result")
+}

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use common::checkpoint::{self, Stage};
 use common::conversation::{self, Role};
 use common::data::order::Order;
-use common::generate::{SamplingConfig, generate};
+use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::metrics::names;
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
@@ -55,7 +55,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
     let (mut gpt, mut optimizer) = match restored {
         Some(mut restored) => {
-            let gpt = Gpt::from_named(restored.checkpoint.model_config(), restored.tensors("weights")?, &device)?;
+            let weights = restored.tensors("weights")?;
+            let gpt = Gpt::from_named(restored.checkpoint.model_config(), weights, &device)?;
             (gpt, restored.optimizer("optimizer", &config.optimizer, kernels, &device.clone().inner())?)
         }
         None => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
@@ -173,7 +174,8 @@ fn sample(
             continue;
         }
         let sampling = SamplingConfig { max_tokens: sampling.max_tokens.min(room), ..sampling.clone() };
-        let answer = generate(gpt, &[prompt], &sampling, streams, step << 16 | i as u64)?;
+        let first_row = step << 16 | i as u64;
+        let answer = generate(gpt, &[prompt], &sampling, streams, first_row, GenerateOptions::default())?;
         let text = tokenizer.decode(&answer[0].ids);
         tracing::info!("sample: {} → {}", question.content, text.replace('\n', "⏎"));
         session.recorder.sample(step, &json!({ "prompt": question.content, "text": text }))?;

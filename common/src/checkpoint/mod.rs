@@ -307,14 +307,6 @@ pub fn ensure_same_tokenizer(a: &Checkpoint, b: &Checkpoint) -> Result<(), Check
     Err(CheckpointError::Partners { what, a: a.dir.clone(), b: b.dir.clone() })
 }
 
-/// SHA-256 of the file at `path`, for [`Manifest::data`].
-///
-/// # Errors
-/// If it cannot be read.
-pub fn sha256_of_file(path: &Path) -> Result<String, CheckpointError> {
-    hf::sha256_of_file(path).map_err(|source| CheckpointError::Read { path: path.to_owned(), source })
-}
-
 /// Why a checkpoint cannot be read, used or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {

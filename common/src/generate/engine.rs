@@ -88,12 +88,9 @@ pub fn generate(
     // Longest first: neighbours need little padding, and what needs most memory runs (or fails) first.
     rows.sort_by_key(|row| std::cmp::Reverse(row.prompt.len()));
     let mut on_token = options.on_token;
-    let max_batch = if options.max_batch == 0 { usize::MAX } else { options.max_batch };
-    let mut rest = rows.as_mut_slice();
-    while !rest.is_empty() {
-        let (group, others) = rest.split_at_mut(group_len(rest, max_batch, max_seq_len));
+    let max_batch = if options.max_batch == 0 { rows.len().max(1) } else { options.max_batch };
+    for group in rows.chunks_mut(max_batch) {
         run_group(model, group, config, &mut on_token)?;
-        rest = others;
     }
 
     rows.sort_by_key(|row| row.prompt_idx);
@@ -116,15 +113,6 @@ struct Row<'p> {
     finish: Option<Finish>,
 }
 
-/// How many of `rows` (longest prompt first) are decoded together.
-///
-/// At most `max_batch`, and only as many as fit the window side by side: rows share the cache's columns, so a short
-/// prompt with a long answer ahead cannot stand beside a prompt that nearly fills the window.
-fn group_len(rows: &[Row<'_>], max_batch: usize, max_seq_len: usize) -> usize {
-    let longest = rows[0].prompt.len();
-    rows.iter().take(max_batch).take_while(|row| longest + row.max_tokens <= max_seq_len).count()
-}
-
 /// Runs rows of one batch to their ends.
 fn run_group(
     model: &Gpt,
@@ -133,6 +121,7 @@ fn run_group(
     on_token: &mut Option<OnToken<'_>>,
 ) -> Result<(), GenerateError> {
     let device = model.device();
+    let max_seq_len = model.config().max_seq_len;
     let longest = rows.iter().map(|row| row.prompt.len()).max().unwrap_or(0);
     let max_tokens = rows.iter().map(|row| row.max_tokens).max().unwrap_or(0);
     let n_pads: Vec<usize> = rows.iter().map(|row| longest - row.prompt.len()).collect();
@@ -163,7 +152,9 @@ fn run_group(
         if live.is_empty() {
             break;
         }
-        if live.len() * 4 <= batch.len() * 3 {
+        // A finished row must leave where its context window ends, though others go on.
+        let at_end = |row: &Row<'_>| row.prompt.len() + n_steps > max_seq_len;
+        if live.len() * 4 <= batch.len() * 3 || batch.iter().any(|row| at_end(row)) {
             cache.keep_rows(&live);
             batch.retain(|row| row.finish.is_none());
         }
@@ -409,7 +400,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
-        fn groups_cover_all_rows_and_fit_the_window(
+        fn every_answer_fills_its_window_or_its_length(
             lengths in prop::collection::vec(1usize..48, 1..12),
             max_tokens in 1usize..60,
             max_batch in 0usize..5,

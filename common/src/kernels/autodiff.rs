@@ -18,11 +18,7 @@ use super::{Activation, AdamWStep};
 #[backend_extension(Flex, Autodiff)]
 pub trait FusedOps: Backend {
     /// See [`super::linear`].
-    fn fused_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
+    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`super::linear`], without a bias: a backend extension takes no optional tensors.
     fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -52,11 +48,7 @@ pub trait FusedOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// See [`super::attention`]; `first_key` has `batch · seq` entries.
-    fn fused_attention(
-        qkv: FloatTensor<Self>,
-        first_key: Vec<usize>,
-        n_heads: usize,
-    ) -> FloatTensor<Self>;
+    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self>;
 
     /// See [`super::attention_cached`].
     fn fused_attention_cached(
@@ -192,19 +184,9 @@ impl Backward<Flex, 1> for AttentionBackward {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [node] = ops.parents;
-        let AttentionState {
-            qkv,
-            first_key,
-            n_heads,
-            out,
-            lse,
-        } = ops.state;
+        let AttentionState { qkv, first_key, n_heads, out, lse } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        register!(
-            grads,
-            node,
-            attention::backward(&qkv, &first_key, n_heads, &out, &lse, &grad)
-        );
+        register!(grads, node, attention::backward(&qkv, &first_key, n_heads, &out, &lse, &grad));
     }
 }
 
@@ -226,16 +208,9 @@ impl Backward<Flex, 2> for LogProbsBackward {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [hidden_node, head_node] = ops.parents;
-        let LogProbsState {
-            hidden,
-            head,
-            targets,
-            scale,
-            lse,
-        } = ops.state;
+        let LogProbsState { hidden, head, targets, scale, lse } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (hidden_grad, head_grad) =
-            log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
+        let (hidden_grad, head_grad) = log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
         register!(grads, hidden_node, hidden_grad);
         register!(grads, head_node, head_grad);
     }
@@ -262,11 +237,7 @@ macro_rules! finish {
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
-    fn fused_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
+    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
         let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
         let state = (x.primitive().clone(), weight.primitive().clone());
         finish!(LinearBackward, [x, weight, bias], state, out)
@@ -295,11 +266,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         eps: f64,
     ) -> FloatTensor<Self> {
         let out = norm::forward(x.primitive(), gamma.primitive(), beta.primitive(), eps);
-        let state = (
-            x.primitive().clone(),
-            gamma.primitive().clone(),
-            out.statistics,
-        );
+        let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics);
         finish!(LayerNormBackward, [x, gamma, beta], state, out.normed)
     }
 
@@ -310,36 +277,17 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         beta: FloatTensor<Self>,
         eps: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (out, sum) = norm::add_forward(
-            x.primitive(),
-            residual.primitive(),
-            gamma.primitive(),
-            beta.primitive(),
-            eps,
-        );
+        let (out, sum) =
+            norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), beta.primitive(), eps);
         let sum = finish!(AddBackward, [x, residual], (), sum);
-        let state = (
-            sum.primitive().clone(),
-            gamma.primitive().clone(),
-            out.statistics,
-        );
+        let state = (sum.primitive().clone(), gamma.primitive().clone(), out.statistics);
         let normed = finish!(LayerNormBackward, [sum, gamma, beta], state, out.normed);
         (normed, sum)
     }
 
-    fn fused_attention(
-        qkv: FloatTensor<Self>,
-        first_key: Vec<usize>,
-        n_heads: usize,
-    ) -> FloatTensor<Self> {
+    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self> {
         let (out, lse) = attention::forward(qkv.primitive(), &first_key, n_heads);
-        let state = AttentionState {
-            qkv: qkv.primitive().clone(),
-            first_key,
-            n_heads,
-            out: out.clone(),
-            lse,
-        };
+        let state = AttentionState { qkv: qkv.primitive().clone(), first_key, n_heads, out: out.clone(), lse };
         finish!(AttentionBackward, [qkv], state, out)
     }
 
@@ -351,13 +299,8 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         first_key: &[usize],
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (keys, values) = (keys.into_primitive(), values.into_primitive());
-        let (out, keys, values) =
-            decode::attention_cached(qkv.primitive(), keys, values, cached, first_key);
-        (
-            untracked::<C>(out),
-            untracked::<C>(keys),
-            untracked::<C>(values),
-        )
+        let (out, keys, values) = decode::attention_cached(qkv.primitive(), keys, values, cached, first_key);
+        (untracked::<C>(out), untracked::<C>(keys), untracked::<C>(values))
     }
 
     fn fused_token_log_probs(
@@ -374,7 +317,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             scale,
             lse: out.lse,
         };
-        let log_probs = finish!(LogProbsBackward, [hidden, head], state, out.log_probs);
+        let log_probs = finish!(LogProbsBackward, [hidden, head], state, out.of_targets);
         (log_probs, untracked::<C>(out.entropy))
     }
 
@@ -385,13 +328,8 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         v: FloatTensor<Self>,
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let (param, m, v) = adamw::update(
-            param.into_primitive(),
-            grad.primitive(),
-            m.into_primitive(),
-            v.into_primitive(),
-            &step,
-        );
+        let (param, m, v) =
+            adamw::update(param.into_primitive(), grad.primitive(), m.into_primitive(), v.into_primitive(), &step);
         (untracked::<C>(param), untracked::<C>(m), untracked::<C>(v))
     }
 }

@@ -20,7 +20,7 @@ mod plain;
 
 // `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
 #[cfg(feature = "flex")]
-#[allow(unsafe_code, clippy::inline_always)]
+#[allow(unsafe_code, clippy::inline_always, clippy::needless_pass_by_value)]
 mod flex;
 
 #[cfg(feature = "flex")]
@@ -34,17 +34,7 @@ use autodiff::FusedOps as _;
 use burn::backend::Dispatch;
 
 /// Which version of the operations of this module runs.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Default,
-    serde::Serialize,
-    serde::Deserialize,
-    clap::ValueEnum,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kernels {
     /// Ordinary tensor operations of the backend.
@@ -98,18 +88,9 @@ impl AdamWStep {
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn linear<const D: usize>(
-    kernels: Kernels,
-    x: Tensor<D>,
-    weight: Tensor<2>,
-    bias: Option<Tensor<1>>,
-) -> Tensor<D> {
+pub fn linear<const D: usize>(kernels: Kernels, x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     let [d_in, d_out] = weight.dims();
-    assert_eq!(
-        x.dims()[D - 1],
-        d_in,
-        "the last axis of x is not the first of the weight"
-    );
+    assert_eq!(x.dims()[D - 1], d_in, "the last axis of x is not the first of the weight");
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [d_out], "bias and weight disagree");
     }
@@ -138,11 +119,7 @@ pub fn bias_activation<const D: usize>(
     bias: Tensor<1>,
     activation: Activation,
 ) -> Tensor<D> {
-    assert_eq!(
-        x.dims()[D - 1..],
-        bias.dims(),
-        "bias and the last axis of x disagree"
-    );
+    assert_eq!(x.dims()[D - 1..], bias.dims(), "bias and the last axis of x disagree");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         return Tensor::from_dispatch(Dispatch::fused_bias_activation(
@@ -172,16 +149,8 @@ pub fn layer_norm<const D: usize>(
     beta: Tensor<1>,
     eps: f64,
 ) -> Tensor<D> {
-    assert_eq!(
-        x.dims()[D - 1..],
-        gamma.dims(),
-        "gamma and the last axis of x disagree"
-    );
-    assert_eq!(
-        x.dims()[D - 1..],
-        beta.dims(),
-        "beta and the last axis of x disagree"
-    );
+    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
+    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         return Tensor::from_dispatch(Dispatch::fused_layer_norm(
@@ -213,16 +182,8 @@ pub fn add_layer_norm<const D: usize>(
     eps: f64,
 ) -> (Tensor<D>, Tensor<D>) {
     assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
-    assert_eq!(
-        x.dims()[D - 1..],
-        gamma.dims(),
-        "gamma and the last axis of x disagree"
-    );
-    assert_eq!(
-        x.dims()[D - 1..],
-        beta.dims(),
-        "beta and the last axis of x disagree"
-    );
+    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
+    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         let (normed, sum) = Dispatch::fused_add_layer_norm(
@@ -250,7 +211,7 @@ pub fn add_layer_norm<const D: usize>(
 /// - returns `[batch, seq, d_model]`
 ///
 /// # Panics
-/// If the shapes do not fit, or `first_key[b][t] > t`.
+/// If the shapes do not fit; fused, also if `first_key[b][t] > t`, where plain gives NaN rather than wait for the device.
 ///
 /// # Source
 /// Vaswani et al., arXiv:1706.03762. The fused version keeps a tile of scores at a time and recomputes them in the
@@ -263,24 +224,16 @@ pub fn attention(
     dropout: Option<Tensor<4>>,
 ) -> Tensor<3> {
     let [batch, seq, width] = qkv.dims();
-    assert_eq!(
-        width % (3 * n_heads),
-        0,
-        "{width} columns do not hold queries, keys and values of {n_heads} heads"
-    );
+    assert_eq!(width % (3 * n_heads), 0, "{width} columns do not hold queries, keys and values of {n_heads} heads");
     if let Some(first_key) = &first_key {
         assert_eq!(first_key.dims(), [batch, seq], "first_key does not fit qkv");
     }
     #[cfg(feature = "flex")]
     if dropout.is_none() && is_fused(kernels, &qkv) {
         let first_key = first_key.map_or_else(|| vec![0; batch * seq], first_keys);
-        return Tensor::from_dispatch(Dispatch::fused_attention(
-            qkv.into_dispatch(),
-            first_key,
-            n_heads,
-        ));
+        return Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), first_key, n_heads));
     }
-    plain::attention(qkv, first_key, n_heads, dropout)
+    plain::attention(&qkv, first_key, n_heads, dropout)
 }
 
 /// Attention of new positions over a cache of keys and values, for decoding; not differentiable.
@@ -308,21 +261,10 @@ pub fn attention_cached(
     let [batch, new, width] = qkv.dims();
     let [_, n_heads, capacity, d_head] = keys.dims();
     assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
-    assert_eq!(
-        keys.dims(),
-        [batch, n_heads, capacity, d_head],
-        "the cache has another batch"
-    );
-    assert_eq!(
-        values.dims(),
-        keys.dims(),
-        "keys and values differ in shape"
-    );
+    assert_eq!(keys.dims(), [batch, n_heads, capacity, d_head], "the cache has another batch");
+    assert_eq!(values.dims(), keys.dims(), "keys and values differ in shape");
     assert_eq!(first_key.len(), batch, "one first key a row");
-    assert!(
-        cached + new <= capacity,
-        "{cached} + {new} positions do not fit a cache of {capacity}"
-    );
+    assert!(cached + new <= capacity, "{cached} + {new} positions do not fit a cache of {capacity}");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &qkv) {
         let (out, keys, values) = Dispatch::fused_attention_cached(
@@ -332,13 +274,9 @@ pub fn attention_cached(
             cached,
             first_key,
         );
-        return (
-            Tensor::from_dispatch(out),
-            Tensor::from_dispatch(keys),
-            Tensor::from_dispatch(values),
-        );
+        return (Tensor::from_dispatch(out), Tensor::from_dispatch(keys), Tensor::from_dispatch(values));
     }
-    plain::attention_cached(qkv, keys, values, cached, first_key)
+    plain::attention_cached(&qkv, keys, values, cached, first_key)
 }
 
 /// Log-probability of each target, and the entropy of the distribution it was drawn from, in nats.
@@ -367,11 +305,7 @@ pub fn token_log_probs(
     let [_, d_head] = head.dims();
     assert_eq!(d_model, d_head, "hidden and head differ in d_model");
     assert_eq!(targets.dims(), [n], "one target a row");
-    let scale = if temperature == 1.0 {
-        1.0
-    } else {
-        1.0 / (temperature + 1e-7)
-    };
+    let scale = if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) };
     #[cfg(feature = "flex")]
     if is_fused(kernels, &hidden) {
         let (log_probs, entropy) = Dispatch::fused_token_log_probs(
@@ -380,10 +314,7 @@ pub fn token_log_probs(
             targets.into_dispatch(),
             scale,
         );
-        return (
-            Tensor::from_dispatch(log_probs),
-            Tensor::from_dispatch(entropy),
-        );
+        return (Tensor::from_dispatch(log_probs), Tensor::from_dispatch(entropy));
     }
     plain::token_log_probs(hidden, head, targets, scale)
 }
@@ -434,11 +365,7 @@ pub fn adamw_update(
             v.into_dispatch(),
             step,
         );
-        return (
-            Tensor::from_dispatch(param),
-            Tensor::from_dispatch(m),
-            Tensor::from_dispatch(v),
-        );
+        return (Tensor::from_dispatch(param), Tensor::from_dispatch(m), Tensor::from_dispatch(v));
     }
     plain::adamw_update(param, grad, m, v, step)
 }
@@ -460,10 +387,8 @@ fn is_fused<const D: usize>(kernels: Kernels, x: &Tensor<D>) -> bool {
         return false;
     }
     match x.device().as_dispatch() {
-        DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(device) => matches!(**device, DispatchDevice::Flex(_)),
-        #[allow(unreachable_patterns, clippy::match_wildcard_for_single_variants)]
-        _ => false,
+        device => matches!(device, DispatchDevice::Flex(_)),
     }
 }
 
@@ -476,18 +401,10 @@ fn first_keys(first_key: Tensor<2, Int>) -> Vec<usize> {
     let [_, seq] = first_key.dims();
     let check = |(i, first): (usize, i64)| {
         let query = i % seq;
-        assert!(
-            (0..=query as i64).contains(&first),
-            "query {query} with first key {first} sees no key"
-        );
+        assert!((0..=query as i64).contains(&first), "query {query} with first key {first} sees no key");
         first as usize
     };
-    first_key
-        .into_data()
-        .iter::<i64>()
-        .enumerate()
-        .map(check)
-        .collect()
+    first_key.into_data().iter::<i64>().enumerate().map(check).collect()
 }
 
 #[cfg(all(test, feature = "flex"))]

@@ -4,19 +4,11 @@ use burn::tensor::{Bool, Int, Tensor, TensorData, activation, s};
 
 use super::{Activation, AdamWStep};
 
-pub(super) fn linear<const D: usize>(
-    x: Tensor<D>,
-    weight: Tensor<2>,
-    bias: Option<Tensor<1>>,
-) -> Tensor<D> {
+pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     burn::tensor::module::linear(x, weight, bias)
 }
 
-pub(super) fn bias_activation<const D: usize>(
-    x: Tensor<D>,
-    bias: Tensor<1>,
-    activation: Activation,
-) -> Tensor<D> {
+pub(super) fn bias_activation<const D: usize>(x: Tensor<D>, bias: Tensor<1>, activation: Activation) -> Tensor<D> {
     let x = x + bias.unsqueeze();
     match activation {
         Activation::Relu => activation::relu(x),
@@ -29,19 +21,14 @@ pub(super) fn bias_activation<const D: usize>(
     }
 }
 
-pub(super) fn layer_norm<const D: usize>(
-    x: Tensor<D>,
-    gamma: Tensor<1>,
-    beta: Tensor<1>,
-    eps: f64,
-) -> Tensor<D> {
+pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: Tensor<1>, eps: f64) -> Tensor<D> {
     let centred = x.clone() - x.mean_dim(D - 1);
     let variance = centred.clone().square().mean_dim(D - 1); // [.., 1]
     centred / (variance + eps).sqrt() * gamma.unsqueeze() + beta.unsqueeze()
 }
 
 pub(super) fn attention(
-    qkv: Tensor<3>,
+    qkv: &Tensor<3>,
     first_key: Option<Tensor<2, Int>>,
     n_heads: usize,
     dropout: Option<Tensor<4>>,
@@ -53,20 +40,17 @@ pub(super) fn attention(
     let rows = columns.clone().reshape([1, seq, 1]);
     let mut hidden = columns.clone().greater(rows.expand([1, seq, seq])); // [1, seq, seq]
     if let Some(first_key) = first_key {
-        let before = columns
-            .expand([batch, seq, seq])
-            .lower(first_key.reshape([batch, seq, 1]).expand([batch, seq, seq]));
+        let before =
+            columns.expand([batch, seq, seq]).lower(first_key.reshape([batch, seq, 1]).expand([batch, seq, seq]));
         hidden = hidden.expand([batch, seq, seq]).bool_or(before);
     }
     let [n_masks, _, _] = hidden.dims();
-    let hidden = hidden
-        .reshape([n_masks, 1, seq, seq])
-        .expand([batch, n_heads, seq, seq]);
+    let hidden = hidden.reshape([n_masks, 1, seq, seq]).expand([batch, n_heads, seq, seq]);
     weigh(queries, keys, values, hidden, dropout)
 }
 
 pub(super) fn attention_cached(
-    qkv: Tensor<3>,
+    qkv: &Tensor<3>,
     keys: Tensor<4>,
     values: Tensor<4>,
     cached: usize,
@@ -82,26 +66,19 @@ pub(super) fn attention_cached(
     let hidden: Vec<bool> = first_key
         .iter()
         .flat_map(|&first| {
-            (cached..n_keys).flat_map(move |query| {
-                (0..n_keys).map(move |key| key > query || key < first.min(query))
-            })
+            (cached..n_keys).flat_map(move |query| (0..n_keys).map(move |key| key > query || key < first.min(query)))
         })
         .collect();
-    let hidden =
-        Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
-            .reshape([batch, 1, new, n_keys])
-            .expand([batch, n_heads, new, n_keys]);
+    let hidden = Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
+        .reshape([batch, 1, new, n_keys])
+        .expand([batch, n_heads, new, n_keys]);
     let seen_keys = keys.clone().slice(s![.., .., 0..n_keys, ..]);
     let seen_values = values.clone().slice(s![.., .., 0..n_keys, ..]);
-    (
-        weigh(queries, seen_keys, seen_values, hidden, None),
-        keys,
-        values,
-    )
+    (weigh(queries, seen_keys, seen_values, hidden, None), keys, values)
 }
 
 /// `[batch, seq, 3 · d_model]` to queries, keys and values, each `[batch, n_heads, seq, d_head]`.
-fn split_heads(qkv: Tensor<3>, n_heads: usize) -> [Tensor<4>; 3] {
+fn split_heads(qkv: &Tensor<3>, n_heads: usize) -> [Tensor<4>; 3] {
     let [batch, seq, width] = qkv.dims();
     let d_model = width / 3;
     [0, 1, 2].map(|part| {
@@ -126,10 +103,7 @@ fn weigh(
     if let Some(dropout) = dropout {
         weights = weights * dropout;
     }
-    weights
-        .matmul(values)
-        .swap_dims(1, 2)
-        .reshape([batch, n_queries, n_heads * d_head])
+    weights.matmul(values).swap_dims(1, 2).reshape([batch, n_queries, n_heads * d_head])
 }
 
 pub(super) fn token_log_probs(
@@ -146,14 +120,9 @@ pub(super) fn token_log_probs(
     let log_probs = activation::log_softmax(logits, 1);
     let entropy = {
         let log_probs = log_probs.clone().detach();
-        -(log_probs.clone().exp() * log_probs)
-            .sum_dim(1)
-            .reshape([n])
+        -(log_probs.clone().exp() * log_probs).sum_dim(1).reshape([n])
     };
-    (
-        log_probs.gather(1, targets.reshape([n, 1])).reshape([n]),
-        entropy,
-    )
+    (log_probs.gather(1, targets.reshape([n, 1])).reshape([n]), entropy)
 }
 
 pub(super) fn adamw_update(
@@ -168,11 +137,7 @@ pub(super) fn adamw_update(
     let v = v * step.beta_2 + grad.square() * (1.0 - step.beta_2);
     let [correction_1, correction_2] = step.corrections();
     let direction = (m.clone() / correction_1) / ((v.clone() / correction_2).sqrt() + step.eps);
-    (
-        param * (1.0 - step.lr * step.weight_decay) - direction * step.lr,
-        m,
-        v,
-    )
+    (param * (1.0 - step.lr * step.weight_decay) - direction * step.lr, m, v)
 }
 
 pub(super) fn sum_of_squares<const D: usize>(x: Tensor<D>) -> f64 {

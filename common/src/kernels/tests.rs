@@ -5,8 +5,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::{
-    Activation, AdamWStep, Kernels, adamw_update, add_layer_norm, attention, attention_cached,
-    bias_activation, is_fused, layer_norm, linear, sum_of_squares, token_log_probs,
+    Activation, AdamWStep, Kernels, adamw_update, add_layer_norm, attention, attention_cached, bias_activation,
+    is_fused, layer_norm, linear, sum_of_squares, token_log_probs,
 };
 use crate::rng::Streams;
 
@@ -30,11 +30,7 @@ fn integers(seed: u64, n: usize, below: usize) -> Vec<usize> {
     (0..n).map(|_| rng.below(below)).collect()
 }
 
-fn int_tensor<const D: usize>(
-    values: &[usize],
-    shape: [usize; D],
-    device: &Device,
-) -> Tensor<D, Int> {
+fn int_tensor<const D: usize>(values: &[usize], shape: [usize; D], device: &Device) -> Tensor<D, Int> {
     let values: Vec<i64> = values.iter().map(|&value| value as i64).collect();
     Tensor::from_data(TensorData::new(values, shape), device)
 }
@@ -53,18 +49,12 @@ type Op<'a> = dyn Fn(Kernels, &[Tensor<1>]) -> Tensor<1> + Sync + 'a;
 /// The output and the gradients of `Σ cotangent · output`.
 fn run(op: &Op<'_>, kernels: Kernels, leaves: &[Vec<f32>]) -> (Vec<f32>, Vec<Vec<f32>>) {
     let device = Device::flex().autodiff();
-    let leaves: Vec<Tensor<1>> = leaves
-        .iter()
-        .map(|values| leaf(values, &device).require_grad())
-        .collect();
+    let leaves: Vec<Tensor<1>> = leaves.iter().map(|values| leaf(values, &device).require_grad()).collect();
     let out = op(kernels, &leaves);
     let n = out.dims()[0];
     let loss = (out.clone() * leaf(&normals(99, n), &device)).sum();
     let grads = loss.backward();
-    let grads = leaves
-        .iter()
-        .map(|leaf| host(leaf.grad(&grads).expect("each leaf has a gradient")))
-        .collect();
+    let grads = leaves.iter().map(|leaf| host(leaf.grad(&grads).expect("each leaf has a gradient"))).collect();
     (host(out), grads)
 }
 
@@ -73,20 +63,14 @@ fn fused_loss(op: &Op<'_>, leaves: &[Vec<f32>]) -> f64 {
     let device = Device::flex();
     let leaves: Vec<Tensor<1>> = leaves.iter().map(|values| leaf(values, &device)).collect();
     let out = host(op(Kernels::Fused, &leaves));
-    out.iter()
-        .zip(normals(99, out.len()))
-        .map(|(out, cotangent)| f64::from(*out) * f64::from(cotangent))
-        .sum()
+    out.iter().zip(normals(99, out.len())).map(|(out, cotangent)| f64::from(*out) * f64::from(cotangent)).sum()
 }
 
 fn assert_near(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         let close = (found - expected).abs() <= tolerance;
-        assert!(
-            close,
-            "{what}[{i}]: {found}, expected {expected}, tolerance {tolerance}"
-        );
+        assert!(close, "{what}[{i}]: {found}, expected {expected}, tolerance {tolerance}");
     }
 }
 
@@ -100,12 +84,7 @@ fn assert_agrees(op: &Op<'_>, leaves: &[Vec<f32>]) {
     let (fused, fused_grads) = run(op, Kernels::Fused, leaves);
     assert_near("value", &fused, &plain, VALUE * largest(&plain).max(1.0));
     for (i, (fused, plain)) in fused_grads.iter().zip(&plain_grads).enumerate() {
-        assert_near(
-            &format!("gradient {i}"),
-            fused,
-            plain,
-            GRADIENT * largest(plain).max(0.1),
-        );
+        assert_near(&format!("gradient {i}"), fused, plain, GRADIENT * largest(plain).max(0.1));
     }
     for (i, grad) in fused_grads.iter().enumerate() {
         let step = 1e-2;
@@ -118,16 +97,8 @@ fn assert_agrees(op: &Op<'_>, leaves: &[Vec<f32>]) {
             fused_loss(op, &leaves)
         };
         let difference = (moved(1.0) - moved(-1.0)) / (2.0 * f64::from(step));
-        let slope: f64 = grad
-            .iter()
-            .zip(&direction)
-            .map(|(g, d)| f64::from(*g) * f64::from(*d))
-            .sum();
-        let size: f64 = grad
-            .iter()
-            .map(|g| f64::from(*g).powi(2))
-            .sum::<f64>()
-            .sqrt();
+        let slope: f64 = grad.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+        let size: f64 = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         assert!(
             (difference - slope).abs() <= DIFFERENCE * size.max(1.0),
             "leaf {i}: {slope}, by difference {difference}"
@@ -138,10 +109,7 @@ fn assert_agrees(op: &Op<'_>, leaves: &[Vec<f32>]) {
 /// The same bits on pools of 1, 2 and 3 threads.
 fn assert_independent_of_threads(op: &Op<'_>, leaves: &[Vec<f32>]) {
     let bits = |n_threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(n_threads)
-            .build()
-            .expect("a thread pool");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("a thread pool");
         let (out, grads) = pool.install(|| run(op, Kernels::Fused, leaves));
         let all = out.into_iter().chain(grads.into_iter().flatten());
         all.map(f32::to_bits).collect::<Vec<_>>()
@@ -153,18 +121,7 @@ fn assert_independent_of_threads(op: &Op<'_>, leaves: &[Vec<f32>]) {
 
 /// Sizes at and around the edges of tiles.
 fn edge() -> impl Strategy<Value = usize> {
-    prop_oneof![
-        Just(1),
-        Just(2),
-        Just(7),
-        Just(16),
-        Just(33),
-        Just(63),
-        Just(64),
-        Just(65),
-        Just(97),
-        Just(130)
-    ]
+    prop_oneof![Just(1), Just(2), Just(7), Just(16), Just(33), Just(63), Just(64), Just(65), Just(97), Just(130)]
 }
 
 /// Patterns of first keys for `[batch, seq]`.
@@ -179,20 +136,12 @@ fn first_keys(rows: Rows, seed: u64, batch: usize, seq: usize) -> Option<Vec<usi
     let draws = integers(seed, batch * seq, seq.max(1));
     match rows {
         Rows::RightPadded => None,
-        Rows::LeftPadded => Some(
-            (0..batch * seq)
-                .map(|i| draws[i / seq * seq].min(i % seq))
-                .collect(),
-        ),
+        Rows::LeftPadded => Some((0..batch * seq).map(|i| draws[i / seq * seq].min(i % seq)).collect()),
         Rows::Packed => {
             let mut first = Vec::new();
-            for i in 0..batch * seq {
-                let starts = i % seq == 0 || draws[i] < 1 + seq / 20;
-                first.push(if starts {
-                    i % seq
-                } else {
-                    *first.last().expect("a row starts with a document")
-                });
+            for (i, draw) in draws.into_iter().enumerate() {
+                let starts = i % seq == 0 || draw < 1 + seq / 20;
+                first.push(if starts { i % seq } else { *first.last().expect("a row starts with a document") });
             }
             Some(first)
         }
@@ -200,11 +149,7 @@ fn first_keys(rows: Rows, seed: u64, batch: usize, seq: usize) -> Option<Vec<usi
 }
 
 fn rows() -> impl Strategy<Value = Rows> {
-    prop_oneof![
-        Just(Rows::RightPadded),
-        Just(Rows::LeftPadded),
-        Just(Rows::Packed)
-    ]
+    prop_oneof![Just(Rows::RightPadded), Just(Rows::LeftPadded), Just(Rows::Packed)]
 }
 
 fn attention_op(
@@ -217,15 +162,10 @@ fn attention_op(
 ) -> impl Fn(Kernels, &[Tensor<1>]) -> Tensor<1> + Sync {
     move |kernels, leaves| {
         let device = leaves[0].device();
-        let first = first
-            .as_ref()
-            .map(|first| int_tensor(first, [batch, seq], &device));
+        let first = first.as_ref().map(|first| int_tensor(first, [batch, seq], &device));
         let width = 3 * n_heads * d_head;
         let qkv = if transposed {
-            leaves[0]
-                .clone()
-                .reshape([seq, batch, width])
-                .swap_dims(0, 1)
+            leaves[0].clone().reshape([seq, batch, width]).swap_dims(0, 1)
         } else {
             leaves[0].clone().reshape([batch, seq, width])
         };
@@ -382,46 +322,23 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let (n, d, vocab_size) = (700, 96, 1000);
     let targets = integers(1, n, vocab_size);
     let log_probs = |kernels, leaves: &[Tensor<1>]| {
-        let (hidden, head) = (
-            leaves[0].clone().reshape([n, d]),
-            leaves[1].clone().reshape([vocab_size, d]),
-        );
+        let (hidden, head) = (leaves[0].clone().reshape([n, d]), leaves[1].clone().reshape([vocab_size, d]));
         let targets = int_tensor(&targets, [n], &hidden.device());
         token_log_probs(kernels, hidden, head, targets, 1.0).0
     };
     assert_independent_of_threads(&log_probs, &[normals(1, n * d), normals(2, vocab_size * d)]);
     let mlp = |kernels, leaves: &[Tensor<1>]| {
         let x = leaves[0].clone().reshape([n, d]);
-        let (x, sum) = add_layer_norm(
-            kernels,
-            x.clone(),
-            x,
-            leaves[2].clone(),
-            leaves[2].clone(),
-            1e-5,
-        );
-        let x = linear(
-            kernels,
-            x,
-            leaves[1].clone().reshape([d, 4 * d]),
-            Some(leaves[3].clone()),
-        );
+        let (x, sum) = add_layer_norm(kernels, x.clone(), x, leaves[2].clone(), leaves[2].clone(), 1e-5);
+        let x = linear(kernels, x, leaves[1].clone().reshape([d, 4 * d]), Some(leaves[3].clone()));
         let x = bias_activation(kernels, x, leaves[3].clone(), Activation::GeluTanh);
         let x = linear(kernels, x, leaves[1].clone().reshape([4 * d, d]), None);
         (x + sum).reshape([n * d])
     };
-    let leaves = [
-        normals(1, n * d),
-        normals(2, 4 * d * d),
-        normals(3, d),
-        normals(4, 4 * d),
-    ];
+    let leaves = [normals(1, n * d), normals(2, 4 * d * d), normals(3, d), normals(4, 4 * d)];
     assert_independent_of_threads(&mlp, &leaves);
     let first = first_keys(Rows::Packed, 5, 3, 200);
-    assert_independent_of_threads(
-        &attention_op(3, 200, 4, 24, first, false),
-        &[normals(5, 3 * 200 * 3 * 96)],
-    );
+    assert_independent_of_threads(&attention_op(3, 200, 4, 24, first, false), &[normals(5, 3 * 200 * 3 * 96)]);
 }
 
 #[test]
@@ -431,23 +348,11 @@ fn extreme_logits_stay_finite() {
         for kernels in [Kernels::Plain, Kernels::Fused] {
             let hidden = leaf(&[size, 0.0, -size, size], &device).reshape([2, 2]);
             let head = leaf(&[size, 0.0, -size, 0.0, 0.0, size, 1.0, 1.0], &device).reshape([4, 2]);
-            let (log_probs, entropy) = token_log_probs(
-                kernels,
-                hidden,
-                head,
-                int_tensor(&[0, 2], [2], &device),
-                1.0,
-            );
-            assert!(
-                host(log_probs).iter().all(|x| x.is_finite() && *x <= 0.0),
-                "{kernels:?} {size}"
-            );
+            let (log_probs, entropy) = token_log_probs(kernels, hidden, head, int_tensor(&[0, 2], [2], &device), 1.0);
+            assert!(host(log_probs).iter().all(|x| x.is_finite() && *x <= 0.0), "{kernels:?} {size}");
             if kernels == Kernels::Fused {
                 // The plain version has 0 · −∞ only where log-softmax itself is infinite; it is not asked about here.
-                assert!(
-                    host(entropy).iter().all(|x| x.is_finite() && *x >= 0.0),
-                    "{kernels:?} {size}"
-                );
+                assert!(host(entropy).iter().all(|x| x.is_finite() && *x >= 0.0), "{kernels:?} {size}");
             }
         }
         let qkv = leaf(&normals(3, 70 * 12), &device).reshape([1, 70, 12]) * size;
@@ -469,19 +374,10 @@ fn the_flex_backend_is_fused_with_and_without_autodiff() {
 #[test]
 fn the_slope_of_gelu_is_finite_everywhere() {
     let op = |kernels, leaves: &[Tensor<1>]| {
-        bias_activation(
-            kernels,
-            leaves[0].clone().reshape([1, 4]),
-            leaves[1].clone(),
-            Activation::GeluTanh,
-        )
-        .reshape([4])
+        bias_activation(kernels, leaves[0].clone().reshape([1, 4]), leaves[1].clone(), Activation::GeluTanh)
+            .reshape([4])
     };
-    let (_, grads) = run(
-        &op,
-        Kernels::Fused,
-        &[vec![1e20, -1e20, 40.0, -40.0], vec![0.0; 4]],
-    );
+    let (_, grads) = run(&op, Kernels::Fused, &[vec![1e20, -1e20, 40.0, -40.0], vec![0.0; 4]]);
     let cotangent = normals(99, 4);
     assert_eq!(grads[0], [cotangent[0], 0.0, cotangent[2], 0.0]);
 }
@@ -490,34 +386,9 @@ fn the_slope_of_gelu_is_finite_everywhere() {
 fn a_nan_is_not_hidden() {
     let device = Device::flex();
     let nan = |n: usize| leaf(&vec![f32::NAN; n], &device);
-    assert!(
-        host(bias_activation(
-            Kernels::Fused,
-            nan(40).reshape([2, 20]),
-            nan(20),
-            Activation::Relu
-        ))[0]
-            .is_nan()
-    );
-    assert!(
-        host(bias_activation(
-            Kernels::Fused,
-            nan(40).reshape([2, 20]),
-            nan(20),
-            Activation::GeluTanh
-        ))[0]
-            .is_nan()
-    );
-    assert!(
-        host(attention(
-            Kernels::Fused,
-            nan(60).reshape([1, 5, 12]),
-            None,
-            2,
-            None
-        ))[0]
-            .is_nan()
-    );
+    assert!(host(bias_activation(Kernels::Fused, nan(40).reshape([2, 20]), nan(20), Activation::Relu))[0].is_nan());
+    assert!(host(bias_activation(Kernels::Fused, nan(40).reshape([2, 20]), nan(20), Activation::GeluTanh))[0].is_nan());
+    assert!(host(attention(Kernels::Fused, nan(60).reshape([1, 5, 12]), None, 2, None))[0].is_nan());
     let (log_probs, _) = token_log_probs(
         Kernels::Fused,
         nan(4).reshape([1, 4]),
@@ -531,25 +402,10 @@ fn a_nan_is_not_hidden() {
 #[test]
 fn a_sliced_tensor_is_read_where_it_lies() {
     let device = Device::flex();
-    let x = leaf(&normals(1, 400), &device)
-        .reshape([10, 40])
-        .slice([2..9, 5..30]);
-    let gamma = leaf(&normals(2, 60), &device).slice([10..35]);
-    let run = |kernels| {
-        host(layer_norm(
-            kernels,
-            x.clone(),
-            gamma.clone(),
-            gamma.clone(),
-            1e-5,
-        ))
-    };
-    assert_near(
-        "sliced",
-        &run(Kernels::Fused),
-        &run(Kernels::Plain),
-        VALUE * 10.0,
-    );
+    let x = leaf(&normals(1, 400), &device).reshape([10, 40]).slice([2..9, 5..30]);
+    let gamma = leaf(&normals(2, 60), &device).slice(10..35);
+    let run = |kernels| host(layer_norm(kernels, x.clone(), gamma.clone(), gamma.clone(), 1e-5));
+    assert_near("sliced", &run(Kernels::Fused), &run(Kernels::Plain), VALUE * 10.0);
 }
 
 #[test]
@@ -557,11 +413,5 @@ fn a_sliced_tensor_is_read_where_it_lies() {
 fn a_first_key_after_its_query_is_refused() {
     let device = Device::flex();
     let qkv = leaf(&normals(1, 24), &device).reshape([1, 2, 12]);
-    let _ = attention(
-        Kernels::Fused,
-        qkv,
-        Some(int_tensor(&[1, 0], [1, 2], &device)),
-        2,
-        None,
-    );
+    let _ = attention(Kernels::Fused, qkv, Some(int_tensor(&[1, 0], [1, 2], &device)), 2, None);
 }

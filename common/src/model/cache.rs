@@ -26,15 +26,18 @@ pub(super) struct LayerCache {
 impl Cache {
     /// An empty cache for rows that begin with `n_pads[b]` tokens of padding, with room for `capacity` positions.
     ///
+    /// A row may leave (see [`keep_rows`](Self::keep_rows)) before the end, so the capacity may go beyond where the
+    /// least padded rows meet the end of the model's context.
+    ///
     /// # Panics
-    /// If a row without its padding would not fit into the model's context.
+    /// If even the row with the most padding would not fit into the model's context.
     pub fn new(gpt: &Gpt, n_pads: &[usize], capacity: usize) -> Self {
         let config = gpt.config();
-        let least_padding = n_pads.iter().min().copied().unwrap_or(0);
+        let most_padding = n_pads.iter().max().copied().unwrap_or(0);
         assert!(
-            capacity - least_padding <= config.max_seq_len,
+            capacity <= config.max_seq_len + most_padding,
             "{} positions exceed the context of {}",
-            capacity - least_padding,
+            capacity - most_padding,
             config.max_seq_len
         );
         let shape = [n_pads.len(), config.n_heads, capacity, config.d_head()];

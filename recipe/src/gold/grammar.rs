@@ -62,9 +62,7 @@ impl Grammar {
         for part in parts {
             states = match part {
                 Part::Text(text) => self.step(text, states),
-                Part::Choice(ways) => {
-                    ways.iter().flat_map(|way| self.walk(way, states.clone())).collect()
-                }
+                Part::Choice(ways) => ways.iter().flat_map(|way| self.walk(way, states.clone())).collect(),
                 Part::Slot(slot) => self
                     .fillings
                     .entry((*slot).to_owned())
@@ -100,7 +98,8 @@ impl Grammar {
 
 fn templates() -> impl Iterator<Item = &'static str> {
     let openings = OPENINGS.iter().map(|opening| opening.template);
-    let events = PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
+    let events =
+        PLOTS.iter().flat_map(|plot| plot.beats.iter().chain(plot.happy).chain(plot.sad)).flat_map(|beat| *beat);
     let last = Mood::ALL.into_iter().flat_map(endings).map(|ending| ending.template);
     openings.chain(TRAITS.iter().copied()).chain(events.copied()).chain(last)
 }

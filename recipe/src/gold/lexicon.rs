@@ -1,7 +1,9 @@
 //! Gold from a word list: how pleasant the words of a text are.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use anyhow::{Context as _, ensure};
 
 /// Words, and phrases of several words, with a valence each.
 ///
@@ -13,65 +15,31 @@ pub struct Lexicon {
     n_longest: usize,
 }
 
-/// Why a word list cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum LexiconError {
-    /// The file cannot be read.
-    #[error("failed to read the word list `{path}`")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not a JSON object of numbers.
-    #[error(
-        "`{path}` is not a word list\nhint: write one JSON object of words and valences, {{\"good\": 3, \"bad\": -3}}"
-    )]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// There is nothing in it.
-    #[error("the word list `{path}` is empty")]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A valence outside the scale.
-    #[error("`{word}` has the valence {valence} in `{path}`, expected -5 to 5")]
-    Valence {
-        /// The file.
-        path: PathBuf,
-        /// The word.
-        word: String,
-        /// What it says.
-        valence: f64,
-    },
-}
-
 impl Lexicon {
     /// Reads a JSON object from words to valences.
     ///
     /// # Errors
-    /// If the file cannot be read, is not such an object, is empty, or leaves the scale of −5 to 5.
-    pub fn load(path: &Path) -> Result<Self, LexiconError> {
-        let owned = || path.to_owned();
-        let text = std::fs::read_to_string(path).map_err(|source| LexiconError::Read { path: owned(), source })?;
-        let listed: HashMap<String, f64> =
-            serde_json::from_str(&text).map_err(|source| LexiconError::Parse { path: owned(), source })?;
-        if listed.is_empty() {
-            return Err(LexiconError::Empty { path: owned() });
-        }
+    /// If the file cannot be read, is not such an object, is empty, lists what is no word, or leaves the scale of −5 to
+    /// 5.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| format!("failed to read the word list `{shown}`"))?;
+        let listed: HashMap<String, f64> = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "`{shown}` is not a word list\nhint: write one JSON object of words and valences, {{\"good\": 3, \
+                 \"bad\": -3}}"
+            )
+        })?;
+        ensure!(!listed.is_empty(), "the word list `{shown}` is empty");
         let mut valences = HashMap::new();
         let mut n_longest = 1;
         for (word, valence) in listed {
-            if !(-5.0..=5.0).contains(&valence) {
-                return Err(LexiconError::Valence { path: owned(), word, valence });
-            }
+            ensure!(
+                (-5.0..=5.0).contains(&valence),
+                "`{word}` has the valence {valence} in `{shown}`, expected -5 to 5"
+            );
             let words = words(&word);
+            ensure!(!words.is_empty(), "`{word}` in `{shown}` is no word");
             n_longest = n_longest.max(words.len());
             valences.insert(words.join(" "), valence);
         }
@@ -92,9 +60,9 @@ impl Lexicon {
         let mut at = 0;
         while at < words.len() {
             let longest = self.n_longest.min(words.len() - at);
-            let found = (1..=longest).rev().find_map(|n| {
-                self.valences.get(&words[at..at + n].join(" ")).map(|valence| (n, valence))
-            });
+            let found = (1..=longest)
+                .rev()
+                .find_map(|n| self.valences.get(&words[at..at + n].join(" ")).map(|valence| (n, valence)));
             let (n, valence) = found.unwrap_or((1, &0.0));
             sum += valence;
             at += n;
@@ -111,7 +79,7 @@ fn words(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn lexicon(json: &str) -> Result<Lexicon, LexiconError> {
+    fn lexicon(json: &str) -> anyhow::Result<Lexicon> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("words.json");
         std::fs::write(&path, json).unwrap();
@@ -131,18 +99,28 @@ mod tests {
 
     #[test]
     fn a_bad_list_is_an_error() {
-        assert!(matches!(lexicon("good 3"), Err(LexiconError::Parse { .. })));
-        assert!(matches!(lexicon(r#"{"good": "3"}"#), Err(LexiconError::Parse { .. })));
-        assert!(matches!(lexicon("{}"), Err(LexiconError::Empty { .. })));
-        assert!(matches!(lexicon(r#"{"good": 7}"#), Err(LexiconError::Valence { .. })));
-        assert!(matches!(Lexicon::load(Path::new("no/such.json")), Err(LexiconError::Read { .. })));
+        for (json, expected) in [
+            ("good 3", "is not a word list\nhint: "),
+            (r#"{"good": "3"}"#, "is not a word list\nhint: "),
+            ("{}", "is empty"),
+            (r#"{"good": 7}"#, "`good` has the valence 7"),
+            (r#"{"!": 1}"#, "`!` in "),
+        ] {
+            let error = lexicon(json).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let error = Lexicon::load(Path::new("no/such.json")).unwrap_err().to_string();
+        assert_eq!(error, "failed to read the word list `no/such.json`");
     }
 
     #[test]
     fn afinn_tells_a_pleasant_text_from_a_sad_one() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/afinn/afinn-165.json");
         if !path.exists() {
-            eprintln!("skipped: `{}` is absent", path.display());
+            #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+            {
+                eprintln!("skipped: there is no `{}`", path.display());
+            }
             return;
         }
         let afinn = Lexicon::load(&path).unwrap();

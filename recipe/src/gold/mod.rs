@@ -17,7 +17,7 @@ pub mod grammar;
 pub mod lexicon;
 pub mod world;
 
-pub use lexicon::{Lexicon, LexiconError};
+pub use lexicon::Lexicon;
 
 /// The `[gold]` section of a recipe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,8 +118,7 @@ mod tests {
         let config = GoldConfig { kind: GoldKind::Lexicon, words: Some("$DATA/words.json".to_owned()) };
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("words.json"), r#"{"good": 3}"#).unwrap();
-        let scorer =
-            config.open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/")))).unwrap();
+        let scorer = config.open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/")))).unwrap();
         assert_eq!(scorer.score("Hello?", "A good day."), Some(1.0));
     }
 }

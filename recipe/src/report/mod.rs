@@ -18,6 +18,8 @@ use crate::evaluation::{AnswerRow, Evaluation};
 use crate::steps::{RunRecord, Step, write_whole};
 use log::MetricsLog;
 
+pub use page::duration;
+
 /// All that the two reports are made from.
 struct Source {
     record: RunRecord,

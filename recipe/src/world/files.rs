@@ -89,22 +89,13 @@ impl WorldConfig {
             ("held_out", self.held_out, MOST_HELD_OUT),
         ];
         for (name, count, most) in counts {
-            anyhow::ensure!(
-                (1..=most).contains(&count),
-                "`{name}` is {count}, expected 1 to {most}"
-            );
+            anyhow::ensure!((1..=most).contains(&count), "`{name}` is {count}, expected 1 to {most}");
         }
         for (name, rate) in self.flaws.named() {
-            anyhow::ensure!(
-                (0.0..=1.0).contains(&rate),
-                "`flaws.{name}` is {rate}, expected a probability, 0 to 1"
-            );
+            anyhow::ensure!((0.0..=1.0).contains(&rate), "`flaws.{name}` is {rate}, expected a probability, 0 to 1");
         }
         let both = self.flaws.too_short + self.flaws.too_long;
-        anyhow::ensure!(
-            both <= 1.0,
-            "`flaws.too_short` and `flaws.too_long` add up to {both}, expected at most 1"
-        );
+        anyhow::ensure!(both <= 1.0, "`flaws.too_short` and `flaws.too_long` add up to {both}, expected at most 1");
         anyhow::ensure!(
             self.label_temperature > 0.0,
             "`label_temperature` is {}, expected more than 0",
@@ -116,8 +107,8 @@ impl WorldConfig {
 
 /// More would make the search for different ones long.
 const MOST_STORIES: usize = 1_000_000;
-const MOST_PROMPTS: usize = 20_000;
-const MOST_HELD_OUT: usize = 1_000;
+const MOST_PROMPTS: usize = 100_000;
+const MOST_HELD_OUT: usize = 10_000;
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -183,9 +174,7 @@ fn save(path: &Path, records: &[String], separator: &str) -> anyhow::Result<()> 
     let mut file = BufWriter::new(File::create(path).with_context(failed)?);
     for (i, record) in records.iter().enumerate() {
         let separator = if i + 1 == records.len() { "\n" } else { separator };
-        file.write_all(record.as_bytes())
-            .and_then(|()| file.write_all(separator.as_bytes()))
-            .with_context(failed)?;
+        file.write_all(record.as_bytes()).and_then(|()| file.write_all(separator.as_bytes())).with_context(failed)?;
     }
     file.flush().with_context(failed)
 }
@@ -226,7 +215,7 @@ impl World<'_> {
             if rng.uniform() < QUESTIONED
                 && let Some((question, answer)) = questions::ask(&story, &mut rng)
             {
-                document.push_str(&format!("\n{question}\n{answer}"));
+                document = format!("{document}\n{question}\n{answer}");
             }
             documents.push(document);
         }
@@ -268,11 +257,8 @@ impl World<'_> {
             while (a.1 - b.1).abs() < LEAST_DIFFERENCE {
                 (a, b) = (b, draw());
             }
-            let (chosen, rejected) = if label_pair(a.1, b.1, self.config.label_temperature, &mut rng) {
-                (a, b)
-            } else {
-                (b, a)
-            };
+            let (chosen, rejected) =
+                if label_pair(a.1, b.1, self.config.label_temperature, &mut rng) { (a, b) } else { (b, a) };
             json!({
                 "prompt": prompt,
                 "chosen": chosen.0,
@@ -284,21 +270,23 @@ impl World<'_> {
         self.prompts(group, n).into_iter().enumerate().map(pair).collect()
     }
 
-    /// Requests, no two with the same words.
+    /// Requests, with different words as far as there are different ways to ask.
     fn prompts(&self, group: Group, n: usize) -> Vec<(Request, String)> {
         let mut seen = HashSet::new();
-        let mut prompts = Vec::with_capacity(n);
-        let mut index = 0;
-        while prompts.len() < n {
+        let prompt = |index| {
             let mut rng = self.rng("prompts", group, index);
-            index += 1;
             let request = self.splits.draw(group, &mut rng);
-            let text = request.phrase(&mut rng);
-            if seen.insert(text.clone()) {
-                prompts.push((request, text));
+            let mut text = request.phrase(&mut rng);
+            for _ in 0..PHRASINGS_TRIED {
+                if !seen.contains(&text) {
+                    break;
+                }
+                text = request.phrase(&mut rng);
             }
-        }
-        prompts
+            seen.insert(text.clone());
+            (request, text)
+        };
+        (0..n).map(prompt).collect()
     }
 }
 
@@ -308,6 +296,8 @@ fn judged(prompt: &str, response: &str) -> f64 {
 
 /// Gold scores nearer than this count as the same.
 const LEAST_DIFFERENCE: f64 = 0.02;
+/// How often a request is put in other words before it is asked twice in the same.
+const PHRASINGS_TRIED: usize = 20;
 /// The share of documents that are a story and nothing else.
 const BARE: f64 = 0.1;
 /// The share of documents that begin with a title; the others begin with a request.

@@ -4,7 +4,7 @@ use common::rng::Rng;
 
 /// The labeller's temperature, in units of the gold score.
 ///
-/// Two answers 0.1 apart are put in the wrong order by three labellers in ten, 0.3 apart by one in fourteen; over the
+/// Two answers 0.1 apart are put in the wrong order three times in ten, 0.3 apart once in thirteen; over the
 /// pairs of this world about one label in eight is wrong, as with people.
 pub const TEMPERATURE: f64 = 0.12;
 

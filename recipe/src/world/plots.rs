@@ -118,12 +118,13 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "lost",
         beats: &[
-            &[
-                "{When}, {h} was playing with {his} [new |little |]{co}{here}.",
-                "{When}, {h} {used_his} {co}{here}.",
-            ],
+            &["{When}, {h} was playing with {his} [new |little |]{co}{here}.", "{When}, {h} {used_his} {co}{here}."],
             &["[A moment later|After lunch|Suddenly], the {o} was gone."],
-            &["\"Where is my {o}?\" [called|asked] {h}.", "{He} looked {spot}, but [there was nothing|found nothing].", ""],
+            &[
+                "\"Where is my {o}?\" [called|asked] {h}.",
+                "{He} looked {spot}, but [there was nothing|found nothing].",
+                "",
+            ],
         ],
         happy: &[
             &[
@@ -145,7 +146,7 @@ pub const PLOTS: &[Plot] = &[
         name: "broken",
         beats: &[
             &["{When}, {h} {used_his} [fine|pretty|lovely|new] {co}{here}."],
-            &["[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} went too fast.] The {o} {harm}."],
+            &["[\"Oh no!\" said {h}.|But {he} was not careful.|But {he} was in a hurry.] The {o} {harm}."],
         ],
         happy: &[
             &["{A_f} [saw it|heard the noise] and came to help.", "\"[Let me help you|We can mend it],\" said {a_f}."],
@@ -166,7 +167,10 @@ pub const PLOTS: &[Plot] = &[
             &["\"[May I play too|May I try the {o}|Can I have a turn]?\" asked {f}."],
         ],
         happy: &[
-            &["\"[Yes, of course|Yes, let us share|Yes, come here]!\" said {h}.", "{H} [nodded|thought for a moment] and gave {fhim} the {o}."],
+            &[
+                "\"[Yes, of course|Yes, let us share|Yes, come here]!\" said {h}.",
+                "{H} [nodded|thought for a moment] and gave {fhim} the {o}.",
+            ],
             &["They took turns with the {o} [all day|until lunch|all afternoon].", "First {f} {used}, then {h}."],
         ],
         sad: &[
@@ -179,7 +183,7 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "rain",
         beats: &[
-            &["{When}, {h} [took|carried] {his} {co} {spot}{here}.", "{When}, {h} {used_his} {co}{here}."],
+            &["{When}, {h} [put|laid] {his} {co} {spot}{here}.", "{When}, {h} {used_his} {co}{here}."],
             &["[Suddenly|Then], [it began to rain|a storm came up]. {H} ran [home|for cover] and forgot the {o}."],
         ],
         happy: &[
@@ -188,7 +192,10 @@ pub const PLOTS: &[Plot] = &[
         ],
         sad: &[
             &["{A_f} tried to save the {o}, but [the wind was too strong|it was too late]."],
-            &["The next [day|morning], the {o} was [gone|ruined].", "In the morning, only a piece of the {o} was left."],
+            &[
+                "The next [day|morning], the {o} was [gone|ruined].",
+                "In the morning, only a piece of the {o} was left.",
+            ],
         ],
         needs_skill: false,
     },
@@ -196,16 +203,26 @@ pub const PLOTS: &[Plot] = &[
         name: "gift",
         beats: &[
             &["{When}, {h} [made|bought] a {co} for {a_f}.", "{When}, {h} wanted to give a {co} to {a_f}."],
-            &["It was a birthday gift.", "{He} [worked|thought] about it all week.", ""],
+            &["It was a birthday gift.", "{He} had [worked on|thought about] it all week.", ""],
             &["{H} [hid the {o}|waited with the {o}] {spot}{here}."],
         ],
         happy: &[
             &["[At last|Soon], {f} came. \"[Surprise|This is for you]!\" [called|said] {h}."],
-            &["\"[What a lovely {o}|I always wanted a {o}|I love this {o}]!\" said {f}.", "{F} [clapped|jumped up and down] and {used}."],
+            &[
+                "\"[What a lovely {o}|I always wanted a {o}|I love this {o}]!\" said {f}.",
+                "{F} [clapped|jumped up and down] and {used}.",
+            ],
         ],
         sad: &[
-            &["But {f} [did not come|forgot to come|never came].", "[At last|Soon], {f} came. \"I do not want a {o},\" said {f}."],
-            &["{H} waited [until dark|and waited|all day].", "{H} [took|carried] the {o} home again.", "Nobody wanted the {o} now."],
+            &[
+                "But {f} [did not come|forgot to come|never came].",
+                "[At last|Soon], {f} came. \"I do not want a {o},\" said {f}.",
+            ],
+            &[
+                "{H} waited [until dark|and waited|all day].",
+                "{H} [took|carried] the {o} home again.",
+                "Nobody wanted the {o} now.",
+            ],
         ],
         needs_skill: false,
     },
@@ -214,11 +231,22 @@ pub const PLOTS: &[Plot] = &[
         beats: &[
             &["{When}, there was a [big |great |]race{here}. The prize was a [new |shiny |]{co}."],
             &["{H} ran against {a_f}."],
-            &["\"[Ready, steady, go|One, two, three, go]!\" someone called.", "{H} wanted that {o} more than anything.", ""],
+            &[
+                "\"[Ready, steady, go|One, two, three, go]!\" someone called.",
+                "{H} wanted that {o} more than anything.",
+                "",
+            ],
         ],
         happy: &[
-            &["{H} [ran like the wind|did not stop once] and won the {o}.", "They came in side by side, so both won the {o}."],
-            &["\"[Well done|Good race]!\" said {f}.", "\"Let us share the {o},\" said {h}.", "{F} [clapped|cheered] and shook {his} hand."],
+            &[
+                "{H} [ran like the wind|did not stop once] and won the {o}.",
+                "They came in side by side, so both won the {o}.",
+            ],
+            &[
+                "\"[Well done|Good race]!\" said {f}.",
+                "\"Let us share the {o},\" said {h}.",
+                "{F} [clapped|cheered] and shook {his} hand.",
+            ],
         ],
         sad: &[
             &["But {h} [fell|slipped] {spot} and hurt {his} foot."],
@@ -236,7 +264,10 @@ pub const PLOTS: &[Plot] = &[
         ],
         happy: &[
             &["\"[Yes, come and play|Yes, please|Of course]!\" said {f}."],
-            &["They {used} and [talked|told jokes|ran around] {in_p}.", "{F} [gave {him} the {o}|let {him} hold the {o}], and they played all day."],
+            &[
+                "They {used} and [talked|told jokes|ran around] {in_p}.",
+                "{F} [gave {him} the {o}|let {him} hold the {o}], and they played all day.",
+            ],
         ],
         sad: &[
             &["\"[No, go away|No, not today|I do not like you]!\" said {f}."],
@@ -248,15 +279,27 @@ pub const PLOTS: &[Plot] = &[
     Plot {
         name: "map",
         beats: &[
-            &["{When}, {h} found an old map{here}. It showed [the way to|where to find] a {co}.", "{When}, {h} heard of a {co} hidden {spot}{here}."],
-            &["{H} and {a_f} [walked for hours|looked high and low].", "{A_f} wanted to see the {o} too. They dug {spot}."],
+            &[
+                "{When}, {h} found an old map{here}. It showed [the way to|where to find] a {co}.",
+                "{When}, {h} heard of a {co} hidden {in_p}.",
+            ],
+            &[
+                "{H} and {a_f} [walked for hours|looked high and low].",
+                "{A_f} wanted to see the {o} too. They dug {spot}.",
+            ],
         ],
         happy: &[
-            &["[There|At last, there] was the {o}! \"We [found|did] it!\" they [shouted|called].", "[Deep down|Under some leaves], they found the {o}."],
+            &[
+                "[There|At last, there] was the {o}! \"We [found|did] it!\" they [shouted|called].",
+                "[Deep down|Under some leaves], they found the {o}.",
+            ],
             &["They took it home and {used} [every day|all evening].", ""],
         ],
         sad: &[
-            &["But the {o} was [not there|gone]. [Someone|A thief] had been faster.", "They found the {o}, but it {harm}."],
+            &[
+                "But the {o} was [not there|gone]. [Someone|A thief] had been faster.",
+                "They found the {o}, but it {harm}.",
+            ],
             &["\"It was your fault!\" said {f}.", "{F} was angry and went home.", ""],
         ],
         needs_skill: false,
@@ -266,10 +309,17 @@ pub const PLOTS: &[Plot] = &[
         beats: &[
             &["{When}, {h} put {his} {co} {spot}{here} and took a nap."],
             &["{A_f} [came by|came along] and took the {o}.", "{A_f} saw the {o} and took it."],
-            &["\"[Where is my {o}|Who took my {o}]?\" [shouted|called] {h}.", "When {h} woke up, the {o} was gone.", ""],
+            &[
+                "\"[Where is my {o}|Who took my {o}]?\" [shouted|called] {h}.",
+                "When {h} woke up, the {o} was gone.",
+                "",
+            ],
         ],
         happy: &[
-            &["[Soon|Later], {f} came back. \"[I am sorry|I only wanted to play],\" said {f}.", "But {f} [felt bad|was sorry] and brought the {o} back."],
+            &[
+                "[Soon|Later], {f} came back. \"[I am sorry|I only wanted to play],\" said {f}.",
+                "But {f} [felt bad|was sorry] and brought the {o} back.",
+            ],
             &["\"[That is all right|Do not worry],\" said {h}.", "{H} forgave {fhim}, and they {used} {in_p}."],
         ],
         sad: &[
@@ -286,7 +336,10 @@ pub const PLOTS: &[Plot] = &[
         ],
         happy: &[
             &["{F} [showed {him} how|was a good teacher].", "\"Yes, please!\" said {h}."],
-            &["[Soon|At last|In the end], {h} {used} [all day|like a master].", "Then they took turns with the {o} {in_p}."],
+            &[
+                "[Soon|At last|In the end], {h} {used} [with ease|like a master].",
+                "Then they took turns with the {o} {in_p}.",
+            ],
         ],
         sad: &[
             &["\"No, leave me [in peace|be]!\" said {h}. {F} [left|went home].", "But {f} only made fun of {him}."],
@@ -303,7 +356,10 @@ pub const PLOTS: &[Plot] = &[
         ],
         happy: &[
             &["{H} took [good |]care of the {o} [all year|every day]."],
-            &["In [spring|summer], {f} came back [and saw the {o}|to the {p}].", "One day, {f} came back, and they {used} together."],
+            &[
+                "In [spring|summer], {f} came back [and saw the {o}|to the {p}].",
+                "One day, {f} came back, and they {used} together.",
+            ],
         ],
         sad: &[
             &["{H} looked at the {o} every [day|night] and missed {f}.", "{H} waited and waited with the {o}."],
@@ -333,15 +389,9 @@ const HAPPY_ENDINGS: &[Ending] = &[
         closings: &["happiest day of his life", "happiest day of her life"],
     },
     Ending { template: "That night, {h} fell asleep with a happy heart.", closings: &["happy heart"] },
-    Ending {
-        template: "{H} and {f} laughed until the sun went down.",
-        closings: &["laughed until the sun went down"],
-    },
+    Ending { template: "{H} and {f} laughed until the sun went down.", closings: &["laughed until the sun went down"] },
     Ending { template: "From that day on, {h} and {f} were happy friends.", closings: &["happy friends"] },
-    Ending {
-        template: "{H} was happy for the rest of the day.",
-        closings: &["happy for the rest of the day"],
-    },
+    Ending { template: "{H} was happy for the rest of the day.", closings: &["happy for the rest of the day"] },
     Ending { template: "{H} left the {p} with a happy song.", closings: &["happy song"] },
 ];
 
@@ -362,10 +412,7 @@ const SAD_ENDINGS: &[Ending] = &[
         closings: &["cried until the sun went down"],
     },
     Ending { template: "From that day on, {h} was sad and lonely.", closings: &["sad and lonely"] },
-    Ending {
-        template: "{H} was sad for the rest of the day.",
-        closings: &["sad for the rest of the day"],
-    },
+    Ending { template: "{H} was sad for the rest of the day.", closings: &["sad for the rest of the day"] },
     Ending { template: "{H} left the {p} with a sad song.", closings: &["sad song"] },
 ];
 

@@ -41,7 +41,7 @@ fn candidates(story: &Story) -> Vec<(String, String)> {
             }
         }
         let thing = content.thing();
-        add("What thing was in the story?".to_owned(), format!("There was {} in it.", with_an(&format!("a {thing}"))));
+        add("What was the story about?".to_owned(), format!("It was about {}.", with_an(&format!("a {thing}"))));
     }
     if says(friend.word) {
         let other = introduced(friend, "");

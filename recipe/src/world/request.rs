@@ -76,7 +76,7 @@ impl Request {
         text.push_str(mark);
         if let (true, Some(place)) = (place_sentence, self.place) {
             let place = &PLACES[place];
-            text.push_str(&format!(" It should happen {} the {}.", place.preposition, place.word));
+            text = format!("{text} It should happen {} the {}.", place.preposition, place.word);
         }
         if let (MoodStyle::Sentence, Some(mood)) = (mood_style, self.mood) {
             let template = ["The ending should be {mood}.", "Please make the ending {mood}."];
@@ -102,7 +102,7 @@ impl Request {
             if title.is_empty() {
                 title = format!("the {}", place.word);
             } else {
-                title.push_str(&format!(" {} the {}", place.preposition, place.word));
+                title = format!("{title} {} the {}", place.preposition, place.word);
             }
         }
         match self.mood {
@@ -213,7 +213,8 @@ mod tests {
 
     #[test]
     fn titles_read_like_titles() {
-        let request = Request { character: Some(10), object: Some((1, Some(0))), place: Some(0), mood: Some(Mood::Sad) };
+        let request =
+            Request { character: Some(10), object: Some((1, Some(0))), place: Some(0), mood: Some(Mood::Sad) };
         assert_eq!(request.title(), "The fox and the red boat in the park, a sad story");
     }
 }

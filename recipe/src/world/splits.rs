@@ -41,7 +41,7 @@ const SHARES: [(Group, usize); 8] = [
 ];
 
 /// How often a request has one, two or three constraints, in per cent.
-const N_CONSTRAINTS: [usize; 3] = [20, 40, 40];
+const N_CONSTRAINTS: [usize; 3] = [15, 45, 40];
 
 /// What kind of request it is: which constraints it names, and whether there is a colour among them.
 type Kind = [bool; 5];

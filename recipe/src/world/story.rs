@@ -213,11 +213,7 @@ impl Teller<'_> {
 
 /// `Mia`, `the fox`.
 pub fn definite(character: &Character) -> String {
-    if character.is_person {
-        capitalised(character.word)
-    } else {
-        format!("the {}", character.word)
-    }
+    if character.is_person { capitalised(character.word) } else { format!("the {}", character.word) }
 }
 
 /// `a girl named Mia`, `a fox`, with `looks` (a template that ends in a space) before the noun.
@@ -230,8 +226,7 @@ pub fn introduced(character: &Character, looks: &str) -> String {
 }
 
 /// The form of `he`, `him` or `his` for `gender`.
-pub fn pronoun(he: &str, gender: Gender) -> &str
-{
+pub fn pronoun(he: &str, gender: Gender) -> &str {
     match (gender, he) {
         (Gender::He, _) => he,
         (Gender::She, "he") => "she",

@@ -30,8 +30,7 @@ pub fn parse(template: &str) -> Vec<Part<'_>> {
             parts.push(Part::Text(&rest[..at]));
         }
         let close = if rest[at..].starts_with('[') { ']' } else { '}' };
-        let end = at
-            + rest[at..].find(close).unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
+        let end = at + rest[at..].find(close).unwrap_or_else(|| panic!("no `{close}` in `{template}`"));
         let inside = &rest[at + 1..end];
         parts.push(match close {
             ']' => Part::Choice(inside.split('|').map(parse).collect()),
@@ -52,12 +51,7 @@ pub fn realise(template: &str, fill: &mut impl FnMut(&str, &mut Rng) -> String, 
     with_articles(&text)
 }
 
-fn append(
-    parts: &[Part<'_>],
-    fill: &mut impl FnMut(&str, &mut Rng) -> String,
-    rng: &mut Rng,
-    text: &mut String,
-) {
+fn append(parts: &[Part<'_>], fill: &mut impl FnMut(&str, &mut Rng) -> String, rng: &mut Rng, text: &mut String) {
     for part in parts {
         match part {
             Part::Text(words) => text.push_str(words),
@@ -95,10 +89,7 @@ mod tests {
             parse("A [b|{c} d] e{f}"),
             [
                 Part::Text("A "),
-                Part::Choice(vec![
-                    vec![Part::Text("b")],
-                    vec![Part::Slot("c"), Part::Text(" d")]
-                ]),
+                Part::Choice(vec![vec![Part::Text("b")], vec![Part::Slot("c"), Part::Text(" d")]]),
                 Part::Text(" e"),
                 Part::Slot("f"),
             ]

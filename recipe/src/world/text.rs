@@ -78,13 +78,7 @@ mod tests {
         let text = "Tom ran. \"Is it mine?\" asked Tom. \"Yes!\" said the fox. \"No!\" Then it";
         assert_eq!(
             sentences(text),
-            [
-                "Tom ran.",
-                "\"Is it mine?\" asked Tom.",
-                "\"Yes!\" said the fox.",
-                "\"No!\"",
-                "Then it"
-            ]
+            ["Tom ran.", "\"Is it mine?\" asked Tom.", "\"Yes!\" said the fox.", "\"No!\"", "Then it"]
         );
         assert!(sentences("  ").is_empty());
     }

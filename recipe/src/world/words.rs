@@ -89,6 +89,7 @@ impl Mood {
     }
 
     /// The other mood.
+    #[must_use]
     pub const fn opposite(self) -> Self {
         match self {
             Self::Happy => Self::Sad,
@@ -160,11 +161,7 @@ pub const OBJECTS: [Object; 14] = [
 /// Six colours.
 pub const COLOURS: [&str; 6] = ["red", "blue", "green", "yellow", "orange", "purple"];
 
-const fn place(
-    word: &'static str,
-    preposition: &'static str,
-    spots: [&'static str; 3],
-) -> Place {
+const fn place(word: &'static str, preposition: &'static str, spots: [&'static str; 3]) -> Place {
     Place { word, preposition, spots }
 }
 
@@ -175,7 +172,7 @@ pub const PLACES: [Place; 10] = [
     place("garden", "in", ["among the roses", "behind the gate", "under the apple tree"]),
     place("beach", "at", ["on the warm sand", "between two rocks", "near the waves"]),
     place("farm", "on", ["behind the barn", "in the hay", "beside the well"]),
-    place("hill", "on", ["beside a flat stone", "in the tall grass", "under a lonely pine"]),
+    place("hill", "on", ["beside a flat stone", "in the tall grass", "under a tall pine"]),
     place("river", "by", ["under the bridge", "among the reeds", "on the muddy bank"]),
     place("market", "at", ["beside a fruit stand", "under a table", "behind a cart"]),
     place("school", "at", ["on the steps", "beside the door", "under a desk"]),

@@ -12,7 +12,7 @@ use crate::kernels::Activation;
 const ROWS: usize = 64;
 
 /// `2 · √(2/π)`: GELU is `x · σ(SLOPE · (x + CUBIC · x³))`, as `(1 + tanh u) / 2 = σ(2u)`.
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 /// The cubic coefficient of the tanh approximation.
 const CUBIC: f32 = 0.044_715;
 
@@ -23,21 +23,12 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
     let (x, bias) = (contiguous(x), contiguous(bias));
     let (x, bias) = (floats(&x), floats(&bias));
     let mut out = unset(x.len());
-    out.par_chunks_mut(d * ROWS)
-        .zip(x.par_chunks(d * ROWS))
-        .for_each(|(out, x)| {
-            vectorized(|| match activation {
-                Activation::Relu => {
-                    map_rows(
-                        out,
-                        x,
-                        bias,
-                        |x| if x > 0.0 || x.is_nan() { x } else { 0.0 },
-                    )
-                }
-                Activation::GeluTanh => map_rows(out, x, bias, gelu),
-            });
+    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
+        vectorized(|| match activation {
+            Activation::Relu => map_rows(out, x, bias, relu),
+            Activation::GeluTanh => map_rows(out, x, bias, gelu),
         });
+    });
     tensor(out, shape)
 }
 
@@ -60,17 +51,28 @@ pub fn backward(
         .map(|((x_grad, x), grad)| {
             let mut bias_grad = vec![0.0; d];
             vectorized(|| match activation {
-                Activation::Relu => chain_rows(x_grad, &mut bias_grad, x, bias, grad, |x| {
-                    f32::from(u8::from(x > 0.0))
-                }),
+                Activation::Relu => {
+                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, relu_slope);
+                }
                 Activation::GeluTanh => {
-                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, gelu_slope)
+                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, gelu_slope);
                 }
             });
             bias_grad
         })
         .collect();
     (tensor(x_grad, shape), tensor(add_in_order(parts, d), [d]))
+}
+
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    // Not `max`, which would turn a NaN into 0.
+    if x < 0.0 { 0.0 } else { x }
+}
+
+#[inline(always)]
+fn relu_slope(x: f32) -> f32 {
+    if x > 0.0 { 1.0 } else { 0.0 }
 }
 
 #[inline(always)]
@@ -107,17 +109,9 @@ fn chain_rows(
     slope: impl Fn(f32) -> f32,
 ) {
     let d = bias.len();
-    for ((x_grad, x), grad) in x_grad
-        .chunks_exact_mut(d)
-        .zip(x.chunks_exact(d))
-        .zip(grad.chunks_exact(d))
-    {
-        for ((((x_grad, bias_grad), x), bias), grad) in x_grad
-            .iter_mut()
-            .zip(bias_grad.iter_mut())
-            .zip(x)
-            .zip(bias)
-            .zip(grad)
+    for ((x_grad, x), grad) in x_grad.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d)) {
+        for ((((x_grad, bias_grad), x), bias), grad) in
+            x_grad.iter_mut().zip(bias_grad.iter_mut()).zip(x).zip(bias).zip(grad)
         {
             let chained = grad * slope(x + bias);
             *x_grad = chained;

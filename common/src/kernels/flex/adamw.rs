@@ -1,4 +1,4 @@
-//! AdamW over one flat parameter in one pass, and the sum of squares of a gradient.
+//! `AdamW` over one flat parameter in one pass, and the sum of squares of a gradient.
 
 use burn::backend::Flex;
 use burn::tensor::Tensor;
@@ -23,8 +23,7 @@ pub fn update(
     let grad = contiguous(grad);
     let [mut param, mut m, mut v] = [param, m, v].map(|tensor| {
         // A view of a larger tensor is copied out of it.
-        let exact =
-            tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
+        let exact = tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
         if exact { tensor } else { contiguous(&tensor) }
     });
     let [correction_1, correction_2] = step.corrections();
@@ -55,14 +54,8 @@ pub fn update(
 
 /// `Σ x²` of a tensor on the flex backend, added in f64.
 pub fn sum_of_squares_of<const D: usize>(x: Tensor<D>) -> f64 {
-    let x = if x.device().is_autodiff() {
-        x.inner()
-    } else {
-        x
-    };
-    let x = x
-        .try_into_primitive::<Flex>()
-        .expect("a tensor on the flex backend");
+    let x = if x.device().is_autodiff() { x.inner() } else { x };
+    let x = x.try_into_primitive::<Flex>().expect("a tensor on the flex backend");
     sum_of_squares(floats(&contiguous(&x)))
 }
 

@@ -26,12 +26,7 @@ struct Dims {
 impl Dims {
     fn new(qkv: &FlexTensor, n_heads: usize) -> Self {
         let [batch, seq, width] = qkv.layout().shape().dims();
-        Self {
-            batch,
-            seq,
-            n_heads,
-            d_head: width / 3 / n_heads,
-        }
+        Self { batch, seq, n_heads, d_head: width / 3 / n_heads }
     }
 
     fn d_model(self) -> usize {
@@ -92,27 +87,18 @@ impl Tile<'_> {
 /// Attention of all positions; returns the output and the log-sum-exp of the scores, `[batch, seq, n_heads]`.
 pub fn forward(qkv: &FlexTensor, first_key: &[usize], n_heads: usize) -> (FlexTensor, FlexTensor) {
     let dims = Dims::new(qkv, n_heads);
-    let Dims {
-        batch, seq, d_head, ..
-    } = dims;
+    let Dims { batch, seq, d_head, .. } = dims;
     let d_model = dims.d_model();
     let qkv = contiguous(qkv);
     let qkv = floats(&qkv);
     let (mut out, mut lse) = (unset(batch * seq * d_model), unset(batch * seq * n_heads));
-    let rows = out
-        .par_chunks_mut((seq * d_model).max(1))
-        .zip(lse.par_chunks_mut((seq * n_heads).max(1)));
+    let rows = out.par_chunks_mut((seq * d_model).max(1)).zip(lse.par_chunks_mut((seq * n_heads).max(1)));
     rows.enumerate().for_each(|(row, (out, lse))| {
-        let tiles = out
-            .par_chunks_mut(QUERIES * d_model)
-            .zip(lse.par_chunks_mut(QUERIES * n_heads));
+        let tiles = out.par_chunks_mut(QUERIES * d_model).zip(lse.par_chunks_mut(QUERIES * n_heads));
         tiles.enumerate().for_each(|(i, (out, lse))| {
             let first_query = i * QUERIES;
             let n_queries = out.len() / d_model;
-            let tile = Tile {
-                first_query,
-                first: &first_key[row * seq + first_query..][..n_queries],
-            };
+            let tile = Tile { first_query, first: &first_key[row * seq + first_query..][..n_queries] };
             let mut tile_lse = [0.0; QUERIES];
             with_scratch(tile.n_keys() * n_queries, |scores| {
                 for head in 0..n_heads {
@@ -133,10 +119,7 @@ pub fn forward(qkv: &FlexTensor, first_key: &[usize], n_heads: usize) -> (FlexTe
             });
         });
     });
-    (
-        tensor(out, [batch, seq, d_model]),
-        tensor(lse, [batch, seq, n_heads]),
-    )
+    (tensor(out, [batch, seq, d_model]), tensor(lse, [batch, seq, n_heads]))
 }
 
 /// One tile of queries of one head.
@@ -159,25 +142,11 @@ pub fn attend(
     let scale = 1.0 / (d_head as f32).sqrt();
     // [n_keys, n_queries]
     let out_scores = MatMut::rows(scores, n_keys, n_queries, n_queries);
-    gemm(
-        out_scores,
-        Output::Overwrite,
-        keys,
-        queries.t(),
-        scale,
-        Threads::One,
-    );
+    gemm(out_scores, Output::Overwrite, keys, queries.t(), scale, Threads::One);
     let mut sums = [0.0; QUERIES];
     vectorized(|| softmax_columns(tile, scores, lse, &mut sums));
     let weights = Mat::rows(scores, n_keys, n_queries, n_queries).t();
-    gemm(
-        out.reborrow(),
-        Output::Overwrite,
-        weights,
-        values,
-        1.0,
-        Threads::One,
-    );
+    gemm(out.reborrow(), Output::Overwrite, weights, values, 1.0, Threads::One);
     vectorized(|| {
         for (query, sum) in sums[..n_queries].iter().enumerate() {
             let inverse = 1.0 / sum;
@@ -190,12 +159,7 @@ pub fn attend(
 
 /// Turns scores into `exp(score − max)`, 0 where unseen; gives each query's log-sum-exp and sum.
 #[inline(always)]
-fn softmax_columns(
-    tile: &Tile<'_>,
-    scores: &mut [f32],
-    lse: &mut [f32; QUERIES],
-    sums: &mut [f32; QUERIES],
-) {
+fn softmax_columns(tile: &Tile<'_>, scores: &mut [f32], lse: &mut [f32; QUERIES], sums: &mut [f32; QUERIES]) {
     let (n, start) = (tile.n_queries(), tile.start());
     let seen_by_all = tile.seen_by_all();
     let mut highest = [f32::NEG_INFINITY; QUERIES];
@@ -204,11 +168,7 @@ fn softmax_columns(
     for (key, scores) in (start..).zip(scores.chunks_exact_mut(n)) {
         if !seen_by_all.contains(&key) {
             for (query, score) in scores.iter_mut().enumerate() {
-                *score = if tile.sees(key, query) {
-                    *score
-                } else {
-                    f32::NEG_INFINITY
-                };
+                *score = if tile.sees(key, query) { *score } else { f32::NEG_INFINITY };
             }
         }
         for (highest, score) in highest.iter_mut().zip(scores) {
@@ -241,33 +201,16 @@ pub fn backward(
     let dims = Dims::new(qkv, n_heads);
     let Dims { batch, seq, .. } = dims;
     let d_model = dims.d_model();
-    let (qkv, out, lse, grad) = (
-        contiguous(qkv),
-        contiguous(out),
-        contiguous(lse),
-        contiguous(grad),
-    );
-    let saved = Saved {
-        qkv: floats(&qkv),
-        out: floats(&out),
-        lse: floats(&lse),
-        grad: floats(&grad),
-    };
+    let (qkv, out, lse, grad) = (contiguous(qkv), contiguous(out), contiguous(lse), contiguous(grad));
+    let saved = Saved { qkv: floats(&qkv), out: floats(&out), lse: floats(&lse), grad: floats(&grad) };
     let mut qkv_grad = unset(batch * seq * 3 * d_model);
     let shared = SharedMut::new(&mut qkv_grad);
     (0..batch * n_heads).into_par_iter().for_each(|i| {
         let (row, head) = (i / n_heads, i % n_heads);
         // SAFETY: each task has its own row and head, and writes only the columns of that head in that row.
         unsafe {
-            backward_head(
-                dims,
-                &saved,
-                &first_key[row * seq..(row + 1) * seq],
-                row,
-                head,
-                shared,
-            )
-        };
+            backward_head(dims, &saved, &first_key[row * seq..(row + 1) * seq], row, head, shared);
+        }
     });
     tensor(qkv_grad, [batch, seq, 3 * d_model])
 }
@@ -292,12 +235,7 @@ unsafe fn backward_head(
     head: usize,
     qkv_grad: SharedMut<'_>,
 ) {
-    let Dims {
-        seq,
-        n_heads,
-        d_head,
-        ..
-    } = dims;
+    let Dims { seq, n_heads, d_head, .. } = dims;
     let d_model = dims.d_model();
     let stride = 3 * d_model;
     let [queries, keys, values] = dims.head(saved.qkv, row, head);
@@ -312,10 +250,7 @@ unsafe fn backward_head(
     }
     for first_query in (0..seq).step_by(QUERIES) {
         let n_queries = QUERIES.min(seq - first_query);
-        let tile = Tile {
-            first_query,
-            first: &first_key[first_query..first_query + n_queries],
-        };
+        let tile = Tile { first_query, first: &first_key[first_query..first_query + n_queries] };
         let (start, n_keys) = (tile.start(), tile.n_keys());
         let position = row * seq + first_query;
         let grad = &saved.grad[position * d_model + head * d_head..];
@@ -324,10 +259,7 @@ unsafe fn backward_head(
         vectorized(|| {
             for query in 0..n_queries {
                 lse[query] = saved.lse[(position + query) * n_heads + head];
-                delta[query] = dot(
-                    &grad[query * d_model..][..d_head],
-                    &out[query * d_model..][..d_head],
-                );
+                delta[query] = dot(&grad[query * d_model..][..d_head], &out[query * d_model..][..d_head]);
             }
         });
         let grad = Mat::rows(grad, n_queries, d_head, d_model);
@@ -337,49 +269,14 @@ unsafe fn backward_head(
         with_scratch(2 * n_keys * n_queries, |scratch| {
             let (weights, slopes) = scratch.split_at_mut(n_keys * n_queries); // both [n_keys, n_queries]
             let tile_mat = |data| MatMut::rows(data, n_keys, n_queries, n_queries);
-            gemm(
-                tile_mat(weights),
-                Output::Overwrite,
-                keys,
-                queries.t(),
-                dims.scale(),
-                Threads::One,
-            );
-            gemm(
-                tile_mat(slopes),
-                Output::Overwrite,
-                values,
-                grad.t(),
-                1.0,
-                Threads::One,
-            );
+            gemm(tile_mat(weights), Output::Overwrite, keys, queries.t(), dims.scale(), Threads::One);
+            gemm(tile_mat(slopes), Output::Overwrite, values, grad.t(), 1.0, Threads::One);
             vectorized(|| score_gradients(&tile, weights, slopes, &lse, &delta, dims.scale()));
             let weights = Mat::rows(weights, n_keys, n_queries, n_queries);
             let slopes = Mat::rows(slopes, n_keys, n_queries, n_queries);
-            gemm(
-                part(0, first_query, n_queries),
-                Output::Overwrite,
-                slopes.t(),
-                keys,
-                1.0,
-                Threads::One,
-            );
-            gemm(
-                part(1, start, n_keys),
-                Output::Accumulate,
-                slopes,
-                queries,
-                1.0,
-                Threads::One,
-            );
-            gemm(
-                part(2, start, n_keys),
-                Output::Accumulate,
-                weights,
-                grad,
-                1.0,
-                Threads::One,
-            );
+            gemm(part(0, first_query, n_queries), Output::Overwrite, slopes.t(), keys, 1.0, Threads::One);
+            gemm(part(1, start, n_keys), Output::Accumulate, slopes, queries, 1.0, Threads::One);
+            gemm(part(2, start, n_keys), Output::Accumulate, weights, grad, 1.0, Threads::One);
         });
     }
 }
@@ -397,16 +294,10 @@ fn score_gradients(
     let n = tile.n_queries();
     let seen_by_all = tile.seen_by_all();
     let (lse, delta) = (&lse[..n], &delta[..n]);
-    for (key, (weights, slopes)) in
-        (tile.start()..).zip(weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n)))
-    {
+    for (key, (weights, slopes)) in (tile.start()..).zip(weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n))) {
         if !seen_by_all.contains(&key) {
             for (query, weight) in weights.iter_mut().enumerate() {
-                *weight = if tile.sees(key, query) {
-                    *weight
-                } else {
-                    f32::NEG_INFINITY
-                };
+                *weight = if tile.sees(key, query) { *weight } else { f32::NEG_INFINITY };
             }
         }
         for (((weight, slope), lse), delta) in weights.iter_mut().zip(slopes).zip(lse).zip(delta) {

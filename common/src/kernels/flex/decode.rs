@@ -28,19 +28,14 @@ pub fn attention_cached(
     let qkv_tensor = contiguous(qkv);
     let qkv = floats(&qkv_tensor);
     let mut caches = [keys, values].map(|cache| {
-        let exact =
-            cache.is_contiguous() && cache.bytes().len() == 4 * cache.layout().num_elements();
+        let exact = cache.is_contiguous() && cache.bytes().len() == 4 * cache.layout().num_elements();
         if exact { cache } else { contiguous(&cache) }
     });
     for (part, cache) in caches.iter_mut().enumerate() {
         let cache = cache.storage_mut::<f32>();
         for (i, cache) in cache.chunks_exact_mut(capacity * d_head).enumerate() {
             let (row, head) = (i / n_heads, i % n_heads);
-            for (position, cache) in cache[cached * d_head..]
-                .chunks_exact_mut(d_head)
-                .take(new)
-                .enumerate()
-            {
+            for (position, cache) in cache[cached * d_head..].chunks_exact_mut(d_head).take(new).enumerate() {
                 let start = (row * new + position) * width + (part + 1) * d_model + head * d_head;
                 cache.copy_from_slice(&qkv[start..start + d_head]);
             }
@@ -50,55 +45,35 @@ pub fn attention_cached(
     let mut out = unset(batch * new * d_model);
     let shared = SharedMut::new(&mut out);
     let work = (2 * new * (cached + new) * d_head).max(1);
-    (0..batch * n_heads)
-        .into_par_iter()
-        .with_min_len((TASK / work).max(1))
-        .for_each(|i| {
-            let (row, head) = (i / n_heads, i % n_heads);
-            let span = i * capacity * d_head..(i + 1) * capacity * d_head;
-            let (keys, values) = (&floats(&keys)[span.clone()], &floats(&values)[span]);
-            let queries = &qkv[row * new * width + head * d_head..];
-            let start = row * new * d_model + head * d_head;
-            if new == 1 {
-                // SAFETY: each task has its own row and head, and writes only that head's numbers of that row.
-                let out = unsafe { shared.slice(start, d_head) };
-                let first = first_key[row].min(cached) * d_head;
-                let end = (cached + 1) * d_head;
-                attend_one(
-                    &queries[..d_head],
-                    &keys[first..end],
-                    &values[first..end],
-                    out,
-                );
-                return;
+    (0..batch * n_heads).into_par_iter().with_min_len((TASK / work).max(1)).for_each(|i| {
+        let (row, head) = (i / n_heads, i % n_heads);
+        let span = i * capacity * d_head..(i + 1) * capacity * d_head;
+        let (keys, values) = (&floats(&keys)[span.clone()], &floats(&values)[span]);
+        let queries = &qkv[row * new * width + head * d_head..];
+        let start = row * new * d_model + head * d_head;
+        if new == 1 {
+            // SAFETY: each task has its own row and head, and writes only that head's numbers of that row.
+            let out = unsafe { shared.slice(start, d_head) };
+            let first = first_key[row].min(cached) * d_head;
+            let end = (cached + 1) * d_head;
+            attend_one(&queries[..d_head], &keys[first..end], &values[first..end], out);
+            return;
+        }
+        for first_query in (0..new).step_by(QUERIES) {
+            let n_queries = QUERIES.min(new - first_query);
+            let mut first = [0; QUERIES];
+            for (query, first) in first[..n_queries].iter_mut().enumerate() {
+                *first = first_key[row].min(cached + first_query + query);
             }
-            for first_query in (0..new).step_by(QUERIES) {
-                let n_queries = QUERIES.min(new - first_query);
-                let mut first = [0; QUERIES];
-                for (query, first) in first[..n_queries].iter_mut().enumerate() {
-                    *first = first_key[row].min(cached + first_query + query);
-                }
-                let tile = Tile {
-                    first_query: cached + first_query,
-                    first: &first[..n_queries],
-                };
-                let queries = Mat::rows(&queries[first_query * width..], n_queries, d_head, width);
-                // SAFETY: as above.
-                let out = unsafe {
-                    shared.mat(start + first_query * d_model, n_queries, d_head, d_model)
-                };
-                with_scratch((cached + new) * n_queries, |scores| {
-                    attend(
-                        &tile,
-                        queries,
-                        (keys, values, d_head),
-                        scores,
-                        out,
-                        &mut [0.0; QUERIES],
-                    );
-                });
-            }
-        });
+            let tile = Tile { first_query: cached + first_query, first: &first[..n_queries] };
+            let queries = Mat::rows(&queries[first_query * width..], n_queries, d_head, width);
+            // SAFETY: as above.
+            let out = unsafe { shared.mat(start + first_query * d_model, n_queries, d_head, d_model) };
+            with_scratch((cached + new) * n_queries, |scores| {
+                attend(&tile, queries, (keys, values, d_head), scores, out, &mut [0.0; QUERIES]);
+            });
+        }
+    });
     (tensor(out, [batch, new, d_model]), keys, values)
 }
 
@@ -106,18 +81,12 @@ pub fn attention_cached(
 fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
     let n_keys = keys.len() / query.len();
     with_scratch(n_keys, |weights| {
-        vectorized(|| attend_one_body(query, keys, values, weights, out))
+        vectorized(|| attend_one_body(query, keys, values, weights, out));
     });
 }
 
 #[inline(always)]
-fn attend_one_body(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    weights: &mut [f32],
-    out: &mut [f32],
-) {
+fn attend_one_body(query: &[f32], keys: &[f32], values: &[f32], weights: &mut [f32], out: &mut [f32]) {
     let d_head = query.len();
     let scale = 1.0 / (d_head as f32).sqrt();
     let mut highest = f32::NEG_INFINITY;

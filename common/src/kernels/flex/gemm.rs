@@ -18,18 +18,8 @@ impl<'a> Mat<'a> {
     /// # Panics
     /// If it does not lie within `data`.
     pub fn rows(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(
-            fits(data.len(), rows, cols, row_stride),
-            "[{rows}, {cols}] by {row_stride} in {}",
-            data.len()
-        );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
+        assert!(fits(data.len(), rows, cols, row_stride), "[{rows}, {cols}] by {row_stride} in {}", data.len());
+        Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
     /// Numbers of rows and columns.
@@ -39,13 +29,7 @@ impl<'a> Mat<'a> {
 
     /// The same numbers, transposed.
     pub fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 }
 
@@ -64,26 +48,13 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// If it does not lie within `data`.
     pub fn rows(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(
-            fits(data.len(), rows, cols, row_stride),
-            "[{rows}, {cols}] by {row_stride} in {}",
-            data.len()
-        );
-        Self {
-            data: data.as_mut_ptr(),
-            rows,
-            cols,
-            row_stride,
-            lifetime: PhantomData,
-        }
+        assert!(fits(data.len(), rows, cols, row_stride), "[{rows}, {cols}] by {row_stride} in {}", data.len());
+        Self { data: data.as_mut_ptr(), rows, cols, row_stride, lifetime: PhantomData }
     }
 
     /// The same matrix for a shorter time.
     pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut {
-            lifetime: PhantomData,
-            ..*self
-        }
+        MatMut { lifetime: PhantomData, ..*self }
     }
 
     /// Row `row`.
@@ -114,36 +85,17 @@ unsafe impl Sync for SharedMut<'_> {}
 impl<'a> SharedMut<'a> {
     /// Shares `data` for the rest of its borrow.
     pub fn new(data: &'a mut [f32]) -> Self {
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-            lifetime: PhantomData,
-        }
+        Self { data: data.as_mut_ptr(), len: data.len(), lifetime: PhantomData }
     }
 
     /// The matrix that starts at `offset`, its rows `row_stride` apart.
     ///
     /// # Safety
     /// While the result lives, nobody else reads or writes its elements.
-    pub unsafe fn mat(
-        self,
-        offset: usize,
-        rows: usize,
-        cols: usize,
-        row_stride: usize,
-    ) -> MatMut<'a> {
-        assert!(
-            offset <= self.len && fits(self.len - offset, rows, cols, row_stride),
-            "matrix out of bounds"
-        );
+    pub unsafe fn mat(self, offset: usize, rows: usize, cols: usize, row_stride: usize) -> MatMut<'a> {
+        assert!(offset <= self.len && fits(self.len - offset, rows, cols, row_stride), "matrix out of bounds");
         // SAFETY: `offset` is within the slice, just checked.
-        MatMut {
-            data: unsafe { self.data.add(offset) },
-            rows,
-            cols,
-            row_stride,
-            lifetime: PhantomData,
-        }
+        MatMut { data: unsafe { self.data.add(offset) }, rows, cols, row_stride, lifetime: PhantomData }
     }
 
     /// The elements `offset..offset + n`.
@@ -181,11 +133,7 @@ pub enum Threads {
 /// # Panics
 /// If the shapes do not fit.
 pub fn gemm(out: MatMut<'_>, output: Output, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
-    assert_eq!(
-        (a.rows, b.cols, a.cols),
-        (out.rows, out.cols, b.rows),
-        "product of matrices that do not fit"
-    );
+    assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
         Threads::All => gemm::Parallelism::Rayon(0),
@@ -219,9 +167,7 @@ pub fn gemm(out: MatMut<'_>, output: Output, a: Mat<'_>, b: Mat<'_>, scale: f32,
 
 /// Whether `rows` rows of `cols` elements, `row_stride` apart, lie within `len` elements without overlapping.
 fn fits(len: usize, rows: usize, cols: usize, row_stride: usize) -> bool {
-    rows == 0
-        || cols == 0
-        || ((rows == 1 || row_stride >= cols) && (rows - 1) * row_stride + cols <= len)
+    rows == 0 || cols == 0 || ((rows == 1 || row_stride >= cols) && (rows - 1) * row_stride + cols <= len)
 }
 
 #[cfg(test)]
@@ -229,41 +175,24 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize) -> Vec<f32> {
-        (0..n)
-            .map(|i| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0)
-            .collect()
+        (0..n).map(|i| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0).collect()
     }
 
     #[test]
     fn the_number_of_threads_does_not_change_a_product() {
-        for (m, k, n) in [
-            (513, 300, 257),
-            (64, 4096, 128),
-            (2000, 65, 511),
-            (127, 1000, 1000),
-        ] {
+        for (m, k, n) in [(513, 300, 257), (64, 4096, 128), (2000, 65, 511), (127, 1000, 1000)] {
             let (a, b) = (numbers(m * k), numbers(k * n));
             for transposed in [false, true] {
                 let product = |threads: usize| {
                     let mut out = vec![f32::NAN; m * n];
-                    let pool = rayon::ThreadPoolBuilder::new()
-                        .num_threads(threads)
-                        .build()
-                        .expect("a thread pool");
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
                     pool.install(|| {
                         let (a, b) = if transposed {
                             (Mat::rows(&a, k, m, m).t(), Mat::rows(&b, n, k, k).t())
                         } else {
                             (Mat::rows(&a, m, k, k), Mat::rows(&b, k, n, n))
                         };
-                        gemm(
-                            MatMut::rows(&mut out, m, n, n),
-                            Output::Overwrite,
-                            a,
-                            b,
-                            1.0,
-                            Threads::All,
-                        );
+                        gemm(MatMut::rows(&mut out, m, n, n), Output::Overwrite, a, b, 1.0, Threads::All);
                     });
                     out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
                 };

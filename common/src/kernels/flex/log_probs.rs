@@ -22,7 +22,7 @@ const HELD: usize = 1 << 24;
 /// What the forward gives, each `[n]`.
 pub struct LogProbs {
     /// Log-probability of each target.
-    pub log_probs: FlexTensor,
+    pub of_targets: FlexTensor,
     /// Entropy of each distribution.
     pub entropy: FlexTensor,
     /// Log-sum-exp of each position's logits, for the backward.
@@ -39,12 +39,7 @@ struct Running {
 }
 
 /// Log-probabilities and entropies of the softmax of `scale · hidden · headᵀ`.
-pub fn forward(
-    hidden: &FlexTensor,
-    head: &FlexTensor,
-    targets: &FlexTensor,
-    scale: f64,
-) -> LogProbs {
+pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, scale: f64) -> LogProbs {
     let (n, d_model) = matrix_dims(hidden);
     let (vocab_size, _) = matrix_dims(head);
     let targets = target_ids(targets, vocab_size);
@@ -55,11 +50,7 @@ pub fn forward(
         .par_chunks_mut(POSITIONS)
         .zip(entropy.par_chunks_mut(POSITIONS))
         .zip(lse.par_chunks_mut(POSITIONS))
-        .zip(
-            targets
-                .par_chunks(POSITIONS)
-                .zip(hidden.par_chunks(POSITIONS * d_model)),
-        )
+        .zip(targets.par_chunks(POSITIONS).zip(hidden.par_chunks(POSITIONS * d_model)))
         .for_each(|(((log_probs, entropy), lse), (targets, hidden))| {
             let n = targets.len();
             let hidden = Mat::rows(hidden, n, d_model, d_model);
@@ -93,15 +84,10 @@ pub fn forward(
                 lse[position] = running.highest[position] + log_total;
                 // z_target − highest is exact where it matters; log-sum-exp itself would round at the size of z.
                 log_probs[position] = (log_probs[position] - running.highest[position]) - log_total;
-                entropy[position] =
-                    log_total - running.weighted[position] / running.total[position];
+                entropy[position] = log_total - running.weighted[position] / running.total[position];
             }
         });
-    LogProbs {
-        log_probs: tensor(log_probs, [n]),
-        entropy: tensor(entropy, [n]),
-        lse: tensor(lse, [n]),
-    }
+    LogProbs { of_targets: tensor(log_probs, [n]), entropy: tensor(entropy, [n]), lse: tensor(lse, [n]) }
 }
 
 /// Takes a tile of logits `[n_tokens, n]` into the running softmax.
@@ -125,12 +111,7 @@ fn add_tokens(running: &mut Running, logits: &[f32], n: usize) {
         }
     }
     for logits in logits.chunks_exact(n) {
-        for (((total, weighted), highest), logit) in total
-            .iter_mut()
-            .zip(&mut *weighted)
-            .zip(&*highest)
-            .zip(logits)
-        {
+        for (((total, weighted), highest), logit) in total.iter_mut().zip(&mut *weighted).zip(&*highest).zip(logits) {
             let below = logit - highest;
             let weight = exp(below);
             *total += weight;
@@ -155,18 +136,11 @@ pub fn backward(
     let (vocab_size, _) = matrix_dims(head);
     let scale = scale as f32;
     let targets = target_ids(targets, vocab_size);
-    let (hidden, head, lse, grad) = (
-        contiguous(hidden),
-        contiguous(head),
-        contiguous(lse),
-        contiguous(grad),
-    );
+    let (hidden, head, lse, grad) = (contiguous(hidden), contiguous(head), contiguous(lse), contiguous(grad));
     let (hidden, head, lse, grad) = (floats(&hidden), floats(&head), floats(&lse), floats(&grad));
     let mut hidden_grad = unset(n * d_model);
     let mut head_grad = vec![0.0; vocab_size * d_model];
-    let block = (HELD / vocab_size.max(1) / 64 * 64)
-        .clamp(64, BLOCK)
-        .min(n.max(1));
+    let block = (HELD / vocab_size.max(1) / 64 * 64).clamp(64, BLOCK).min(n.max(1));
     let mut slopes = unset(vocab_size * block);
     for start in (0..n).step_by(block) {
         let n = block.min(n - start);
@@ -183,14 +157,7 @@ pub fn backward(
                 let n_tokens = head.len() / d_model;
                 let head = Mat::rows(head, n_tokens, d_model, d_model);
                 let tile = MatMut::rows(slopes, n_tokens, n, n);
-                gemm(
-                    tile,
-                    Output::Overwrite,
-                    head,
-                    hidden.t(),
-                    scale,
-                    Threads::One,
-                );
+                gemm(tile, Output::Overwrite, head, hidden.t(), scale, Threads::One);
                 vectorized(|| {
                     for slopes in slopes.chunks_exact_mut(n) {
                         for ((slope, lse), grad) in slopes.iter_mut().zip(lse).zip(grad) {
@@ -205,14 +172,7 @@ pub fn backward(
                 }
                 let slopes = Mat::rows(slopes, n_tokens, n, n);
                 let head_grad = MatMut::rows(head_grad, n_tokens, d_model, d_model);
-                gemm(
-                    head_grad,
-                    Output::Accumulate,
-                    slopes,
-                    hidden,
-                    1.0,
-                    Threads::One,
-                );
+                gemm(head_grad, Output::Accumulate, slopes, hidden, 1.0, Threads::One);
             });
         gemm(
             MatMut::rows(&mut hidden_grad[start * d_model..], n, d_model, d_model),
@@ -223,10 +183,7 @@ pub fn backward(
             Threads::All,
         );
     }
-    (
-        tensor(hidden_grad, [n, d_model]),
-        tensor(head_grad, [vocab_size, d_model]),
-    )
+    (tensor(hidden_grad, [n, d_model]), tensor(head_grad, [vocab_size, d_model]))
 }
 
 /// The targets as indices.
@@ -236,9 +193,6 @@ pub fn backward(
 fn target_ids(targets: &FlexTensor, vocab_size: usize) -> Vec<usize> {
     let targets = indices(targets);
     let wrong = targets.iter().find(|&&target| target >= vocab_size);
-    assert!(
-        wrong.is_none(),
-        "target {wrong:?} in a vocabulary of {vocab_size}"
-    );
+    assert!(wrong.is_none(), "target {wrong:?} in a vocabulary of {vocab_size}");
     targets
 }

@@ -24,11 +24,7 @@ use super::autodiff::FusedOps;
 use super::{Activation, AdamWStep};
 
 impl FusedOps for Flex {
-    fn fused_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
+    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
         linear::forward(&x, &weight, Some(&bias))
     }
 
@@ -64,11 +60,7 @@ impl FusedOps for Flex {
         (out.normed, sum)
     }
 
-    fn fused_attention(
-        qkv: FloatTensor<Self>,
-        first_key: Vec<usize>,
-        n_heads: usize,
-    ) -> FloatTensor<Self> {
+    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self> {
         attention::forward(&qkv, &first_key, n_heads).0
     }
 
@@ -89,7 +81,7 @@ impl FusedOps for Flex {
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let out = log_probs::forward(&hidden, &head, &targets, scale);
-        (out.log_probs, out.entropy)
+        (out.of_targets, out.entropy)
     }
 
     fn fused_adamw(
@@ -110,9 +102,7 @@ pub fn contiguous(tensor: &FlexTensor) -> FlexTensor {
 
 /// The numbers of a tensor that [`contiguous`] returned.
 fn floats(tensor: &FlexTensor) -> &[f32] {
-    tensor
-        .as_slice()
-        .expect("an f32 tensor that was made contiguous")
+    tensor.as_slice().expect("an f32 tensor that was made contiguous")
 }
 
 /// The numbers of an integer tensor.
@@ -120,18 +110,8 @@ fn indices(tensor: &FlexTensor) -> Vec<usize> {
     let tensor = tensor.to_contiguous();
     let index = |value: i64| usize::try_from(value).expect("an index is not negative");
     match tensor.dtype() {
-        DType::I64 => tensor
-            .as_slice::<i64>()
-            .into_iter()
-            .flatten()
-            .map(|&i| index(i))
-            .collect(),
-        DType::I32 => tensor
-            .as_slice::<i32>()
-            .into_iter()
-            .flatten()
-            .map(|&i| index(i64::from(i)))
-            .collect(),
+        DType::I64 => tensor.as_slice::<i64>().into_iter().flatten().map(|&i| index(i)).collect(),
+        DType::I32 => tensor.as_slice::<i32>().into_iter().flatten().map(|&i| index(i64::from(i))).collect(),
         other => panic!("indices of type {other:?}, expected I64 or I32"),
     }
 }
@@ -144,11 +124,7 @@ fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
 /// Rows and columns of a tensor seen as a matrix: the last axis, and all before it.
 fn matrix_dims(tensor: &FlexTensor) -> (usize, usize) {
     let shape = tensor.layout().shape();
-    let cols = shape
-        .as_slice()
-        .last()
-        .copied()
-        .expect("a tensor with an axis");
+    let cols = shape.as_slice().last().copied().expect("a tensor with an axis");
     (shape.num_elements().checked_div(cols).unwrap_or(0), cols)
 }
 

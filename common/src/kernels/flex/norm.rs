@@ -25,24 +25,17 @@ pub fn forward(x: &FlexTensor, gamma: &FlexTensor, beta: &FlexTensor, eps: f64) 
     let (x, gamma, beta) = (contiguous(x), contiguous(gamma), contiguous(beta));
     let (x, gamma, beta) = (floats(&x), floats(&gamma), floats(&beta));
     let (mut out, mut statistics) = (unset(x.len()), unset(n * 2));
-    out.par_chunks_mut(d * ROWS)
-        .zip(statistics.par_chunks_mut(2 * ROWS))
-        .zip(x.par_chunks(d * ROWS))
-        .for_each(|((out, statistics), x)| {
+    out.par_chunks_mut(d * ROWS).zip(statistics.par_chunks_mut(2 * ROWS)).zip(x.par_chunks(d * ROWS)).for_each(
+        |((out, statistics), x)| {
             vectorized(|| {
-                let rows = out
-                    .chunks_exact_mut(d)
-                    .zip(statistics.chunks_exact_mut(2))
-                    .zip(x.chunks_exact(d));
+                let rows = out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(x.chunks_exact(d));
                 for ((out, statistics), x) in rows {
                     normalize(out, statistics, x, gamma, beta, eps as f32);
                 }
             });
-        });
-    Normed {
-        normed: tensor(out, shape),
-        statistics: tensor(statistics, [n, 2]),
-    }
+        },
+    );
+    Normed { normed: tensor(out, shape), statistics: tensor(statistics, [n, 2]) }
 }
 
 /// Adds `residual` to `x` and normalises the rows of the sum; returns the sum too.
@@ -55,12 +48,7 @@ pub fn add_forward(
 ) -> (Normed, FlexTensor) {
     let shape = x.layout().shape().clone();
     let (n, d) = matrix_dims(x);
-    let (x, residual, gamma, beta) = (
-        contiguous(x),
-        contiguous(residual),
-        contiguous(gamma),
-        contiguous(beta),
-    );
+    let (x, residual, gamma, beta) = (contiguous(x), contiguous(residual), contiguous(gamma), contiguous(beta));
     let (x, residual, gamma, beta) = (floats(&x), floats(&residual), floats(&gamma), floats(&beta));
     let (mut out, mut total, mut statistics) = (unset(x.len()), unset(x.len()), unset(n * 2));
     out.par_chunks_mut(d * ROWS)
@@ -72,31 +60,18 @@ pub fn add_forward(
                 for ((total, x), residual) in total.iter_mut().zip(x).zip(residual) {
                     *total = x + residual;
                 }
-                let rows = out
-                    .chunks_exact_mut(d)
-                    .zip(statistics.chunks_exact_mut(2))
-                    .zip(total.chunks_exact(d));
+                let rows = out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(total.chunks_exact(d));
                 for ((out, statistics), total) in rows {
                     normalize(out, statistics, total, gamma, beta, eps as f32);
                 }
             });
         });
-    let normed = Normed {
-        normed: tensor(out, shape.clone()),
-        statistics: tensor(statistics, [n, 2]),
-    };
+    let normed = Normed { normed: tensor(out, shape.clone()), statistics: tensor(statistics, [n, 2]) };
     (normed, tensor(total, shape))
 }
 
 #[inline(always)]
-fn normalize(
-    out: &mut [f32],
-    statistics: &mut [f32],
-    x: &[f32],
-    gamma: &[f32],
-    beta: &[f32],
-    eps: f32,
-) {
+fn normalize(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
     let d = x.len() as f32;
     let mean = sum(x, |x| x) / d;
     let variance = sum(x, |x| (x - mean) * (x - mean)) / d;
@@ -119,18 +94,8 @@ pub fn backward(
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let shape = x.layout().shape().clone();
     let (_, d) = matrix_dims(x);
-    let (x, gamma, statistics, grad) = (
-        contiguous(x),
-        contiguous(gamma),
-        contiguous(statistics),
-        contiguous(grad),
-    );
-    let (x, gamma, statistics, grad) = (
-        floats(&x),
-        floats(&gamma),
-        floats(&statistics),
-        floats(&grad),
-    );
+    let (x, gamma, statistics, grad) = (contiguous(x), contiguous(gamma), contiguous(statistics), contiguous(grad));
+    let (x, gamma, statistics, grad) = (floats(&x), floats(&gamma), floats(&statistics), floats(&grad));
     let mut x_grad = unset(x.len());
     let parts: Vec<Vec<f32>> = x_grad
         .par_chunks_mut(d * ROWS)
@@ -146,31 +111,17 @@ pub fn backward(
         .collect();
     let mut gamma_grad = add_in_order(parts, 2 * d);
     let beta_grad = gamma_grad.split_off(d);
-    (
-        tensor(x_grad, shape),
-        tensor(gamma_grad, [d]),
-        tensor(beta_grad, [d]),
-    )
+    (tensor(x_grad, shape), tensor(gamma_grad, [d]), tensor(beta_grad, [d]))
 }
 
 #[inline(always)]
-fn backward_rows(
-    x_grad: &mut [f32],
-    sums: &mut [f32],
-    x: &[f32],
-    gamma: &[f32],
-    statistics: &[f32],
-    grad: &[f32],
-) {
+fn backward_rows(x_grad: &mut [f32], sums: &mut [f32], x: &[f32], gamma: &[f32], statistics: &[f32], grad: &[f32]) {
     let d = gamma.len();
     let (gamma_grad, rest) = sums.split_at_mut(d);
     let (beta_grad, rest) = rest.split_at_mut(d);
     let (x_hat, h) = rest.split_at_mut(d);
-    let rows = x_grad
-        .chunks_exact_mut(d)
-        .zip(statistics.chunks_exact(2))
-        .zip(x.chunks_exact(d))
-        .zip(grad.chunks_exact(d));
+    let rows =
+        x_grad.chunks_exact_mut(d).zip(statistics.chunks_exact(2)).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d));
     for (((x_grad, statistics), x), grad) in rows {
         let (mean, scale) = (statistics[0], statistics[1]);
         for j in 0..d {

@@ -27,7 +27,7 @@ pub fn exp(x: f32) -> f32 {
     /// `1.5 · 2²³`: adding it leaves the nearest integer in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts, the first with so few bits that n · LN2_HIGH is exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Comparisons, not `min` and `max`: those would lose a NaN.
     let clamped = if x > EXP_MAX { EXP_MAX } else { x };
@@ -43,11 +43,7 @@ pub fn exp(x: f32) -> f32 {
     p = p * r + 0.5;
     let p = p * (r * r) + r + 1.0;
     // 2^(n − 1), so that n = 128 does not overflow; doubled in the end.
-    let bits = (shifted
-        .to_bits()
-        .wrapping_sub(ROUND.to_bits())
-        .wrapping_add(126))
-        << 23;
+    let bits = (shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(126)) << 23;
     let y = p * f32::from_bits(bits) * 2.0;
     let y = if x < EXP_MIN { 0.0 } else { y };
     if x > EXP_MAX { f32::INFINITY } else { y }
@@ -120,8 +116,7 @@ mod tests {
     /// Units in the last place between `x` and the correctly rounded value.
     fn ulps(x: f32, exact: f64) -> f64 {
         let rounded = exact as f32;
-        let unit =
-            f64::from(f32::from_bits(rounded.abs().to_bits() + 1)) - f64::from(rounded.abs());
+        let unit = f64::from(f32::from_bits(rounded.abs().to_bits() + 1)) - f64::from(rounded.abs());
         ((f64::from(x) - exact) / unit).abs()
     }
 

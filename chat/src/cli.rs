@@ -1,0 +1,261 @@
+//! Flags only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use common::generate::{BeamConfig, SamplingConfig};
+use common::stage::{RuntimeArgs, UsageError};
+
+/// Talk to a model
+///
+/// Without a command: a conversation. In a terminal /help lists what else can be typed; from a pipe every line is one
+/// message, and the answers are all that is printed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "chat",
+    version,
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Example:\n  \
+        chat --checkpoint runs/tiny/ppo\n  \
+        chat generate --checkpoint runs/tiny/ppo --prompt 'Tell me a story about a fox.' --temperature 0"
+)]
+pub struct Cli {
+    /// What to do instead of a conversation
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// Flags of a conversation
+    #[command(flatten)]
+    pub conversation: Option<ConversationArgs>,
+}
+
+/// The commands of `chat`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt
+    Generate(GenerateArgs),
+}
+
+/// Flags of a conversation.
+#[derive(Debug, Args)]
+pub struct ConversationArgs {
+    /// Checkpoint of a language model
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+
+    /// System message that the conversation begins with
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    /// How answers are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    /// On what to run
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `chat generate`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  chat generate --checkpoint runs/tiny/pretrain --raw --prompt 'Once upon a time' --seed 7"
+)]
+pub struct GenerateArgs {
+    /// Checkpoint of a language model
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+
+    /// What to answer; `-` reads it from standard input
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: String,
+
+    /// Continue the prompt as plain text after <|bos|>, instead of answering it as a user's message
+    #[arg(long)]
+    pub raw: bool,
+
+    /// System message before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+
+    /// Print one JSON object: the text, its token ids and their log-probabilities, why it ended
+    #[arg(long)]
+    pub json: bool,
+
+    /// How the answer is chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    /// On what to run
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// How answers are chosen.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Most tokens of one answer
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_tokens: usize,
+
+    /// Divides the logits; 0 always takes the likeliest token [default: 0.8]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
+
+    /// Choose among the K likeliest tokens; 0 for all [default: 0]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+
+    /// Choose among the likeliest tokens that together have probability P [default: 0.95]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+
+    /// Divides the logits of tokens already seen, or multiplies them where negative; 1 is off
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f64,
+
+    /// Search for the likeliest answer with N beams instead of sampling; 1 is off
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub beams: usize,
+
+    /// With --beams: divide an answer's log-probability by its length to this power [default: 1]
+    #[arg(long, value_name = "L", allow_negative_numbers = true)]
+    pub length_penalty: Option<f64>,
+
+    /// Seed of the random numbers: the same seed gives the same answers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// End the answer before this text [repeatable]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+}
+
+/// How to look for an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Strategy {
+    /// Token by token.
+    Sample(SamplingConfig),
+    /// The best of several.
+    Search(BeamConfig),
+}
+
+impl SamplingArgs {
+    /// The strategy that the flags ask for; answers end at the tokens `stop`.
+    ///
+    /// # Errors
+    /// [`UsageError`] for a value outside its range and for flags that exclude each other.
+    pub(crate) fn strategy(&self, stop: Vec<u32>) -> Result<Strategy, UsageError> {
+        let wrong = |flag: &str, expected: &str, found: &dyn std::fmt::Display| {
+            Err(UsageError(format!("invalid `--{flag}`: expected {expected}, found `{found}`")))
+        };
+        let temperature = self.temperature.unwrap_or(0.8);
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            return wrong("temperature", "a number of at least 0", &temperature);
+        }
+        let top_p = self.top_p.unwrap_or(0.95);
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return wrong("top-p", "a number above 0 and up to 1", &top_p);
+        }
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            return wrong("repetition-penalty", "a number above 0", &self.repetition_penalty);
+        }
+        if self.max_tokens == 0 {
+            return wrong("max-tokens", "at least 1", &self.max_tokens);
+        }
+        if self.beams == 0 {
+            return wrong("beams", "at least 1", &self.beams);
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return wrong("stop", "a text", &"");
+        }
+        let length_penalty = self.length_penalty.unwrap_or(1.0);
+        if !length_penalty.is_finite() {
+            return wrong("length-penalty", "a finite number", &length_penalty);
+        }
+        let (max_tokens, repetition_penalty) = (self.max_tokens, self.repetition_penalty);
+        if self.beams == 1 {
+            if self.length_penalty.is_some() {
+                return Err(UsageError("`--length-penalty` needs `--beams` of at least 2".to_owned()));
+            }
+            let top_k = self.top_k.unwrap_or(0);
+            return Ok(Strategy::Sample(SamplingConfig { temperature, top_k, top_p, repetition_penalty, max_tokens, stop }));
+        }
+        let sampling = [
+            ("temperature", self.temperature.is_some_and(|temperature| temperature != 0.0)),
+            ("top-k", self.top_k.is_some()),
+            ("top-p", self.top_p.is_some()),
+        ];
+        if let Some((flag, _)) = sampling.iter().find(|(_, given)| *given) {
+            return Err(UsageError(format!(
+                "`--beams {}` cannot be used with `--{flag}`: beam search does not sample",
+                self.beams
+            )));
+        }
+        Ok(Strategy::Search(BeamConfig { n_beams: self.beams, length_penalty, repetition_penalty, max_tokens, stop }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn sampling(flags: &[&str]) -> SamplingArgs {
+        let base = ["chat", "--checkpoint", "c"];
+        Cli::try_parse_from(base.iter().chain(flags)).unwrap().conversation.unwrap().sampling
+    }
+
+    fn usage(flags: &[&str]) -> String {
+        sampling(flags).strategy(vec![]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_conversation_is_what_happens_without_a_command() {
+        let cli = Cli::try_parse_from(["chat", "--checkpoint", "c", "--seed", "3"]).unwrap();
+        assert!(cli.command.is_none());
+        assert_eq!(cli.conversation.unwrap().sampling.seed, 3);
+        let cli = Cli::try_parse_from(["chat", "generate", "--checkpoint", "c", "--prompt", "-x"]).unwrap();
+        assert!(cli.conversation.is_none());
+        assert!(matches!(cli.command, Some(Command::Generate(args)) if args.prompt == "-x"));
+    }
+
+    #[test]
+    fn flags_become_a_strategy() {
+        let expected = SamplingConfig { temperature: 0.8, top_p: 0.95, max_tokens: 256, stop: vec![5], ..SamplingConfig::default() };
+        assert_eq!(sampling(&[]).strategy(vec![5]).unwrap(), Strategy::Sample(expected));
+        let expected = BeamConfig { n_beams: 3, length_penalty: 0.5, max_tokens: 9, ..BeamConfig::default() };
+        let args = sampling(&["--beams", "3", "--length-penalty", "0.5", "--max-tokens", "9", "--temperature", "0"]);
+        assert_eq!(args.strategy(vec![]).unwrap(), Strategy::Search(expected));
+    }
+
+    #[test]
+    fn values_out_of_range_are_wrong_usage() {
+        for (flag, value) in [
+            ("--temperature", "-0.5"),
+            ("--temperature", "inf"),
+            ("--temperature", "NaN"),
+            ("--top-p", "0"),
+            ("--top-p", "1.5"),
+            ("--repetition-penalty", "0"),
+            ("--max-tokens", "0"),
+            ("--beams", "0"),
+            ("--stop", ""),
+        ] {
+            let message = usage(&[flag, value]);
+            assert!(message.starts_with(&format!("invalid `{flag}`: expected ")), "{message}");
+        }
+        assert!(usage(&["--beams", "2", "--temperature", "0.5"]).contains("`--temperature`"));
+        assert!(usage(&["--beams", "2", "--top-k", "5"]).contains("`--top-k`"));
+        assert!(usage(&["--length-penalty", "2"]).contains("`--beams`"));
+    }
+}

@@ -1,0 +1,136 @@
+//! Answers of a model to prompts, many at a time.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Context, Result};
+use common::conversation::{self, Message};
+use common::generate::{Finish, GenerateOptions, SamplingConfig, generate};
+use common::metrics::bars;
+use common::model::{Gpt, ScalarGpt};
+use common::rng::Streams;
+use common::scoring::score_rows;
+use common::stage::Interrupt;
+use common::tokenizer::Tokenizer;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::config::BasePrompt;
+
+/// One sampled answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// The tokens, with the stop token where there is one.
+    pub ids: Vec<u32>,
+    /// The text, special tokens left out.
+    pub text: String,
+    /// Whether it stopped by itself.
+    pub ended: bool,
+}
+
+/// A model that answers, with how it is asked.
+pub struct Answerer<'a> {
+    /// The model, on a plain device.
+    pub gpt: &'a Gpt,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// The form of the prompt.
+    pub form: BasePrompt,
+    /// How to sample; the stop tokens are filled in.
+    pub sampling: SamplingConfig,
+    /// Answers decoded together.
+    pub batch_size: usize,
+}
+
+impl Answerer<'_> {
+    /// Answers each of `prompts`; `None` if the user asked to stop.
+    ///
+    /// The answer to prompt `i` draws from sampling stream `first_row + i`, whatever the batch size.
+    ///
+    /// # Errors
+    /// If a prompt cannot be encoded or does not fit the model's window.
+    pub fn answer(
+        &self,
+        prompts: &[Vec<Message>],
+        streams: &Streams,
+        first_row: u64,
+        what: &str,
+        interrupt: Interrupt,
+    ) -> Result<Option<Vec<Sampled>>> {
+        let specials = self.tokenizer.specials();
+        let sampling = SamplingConfig { stop: vec![specials.end, specials.bos], ..self.sampling.clone() };
+        let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
+        let bar = progress_bar(ids.len(), what);
+        let mut answers = Vec::with_capacity(ids.len());
+        // A few batches at a time, so that those of like length still meet and the bar moves.
+        let n_at_a_time = self.batch_size.max(1) * 8;
+        for (chunk_idx, chunk) in ids.chunks(n_at_a_time).enumerate() {
+            let row = first_row + (chunk_idx * n_at_a_time) as u64;
+            let mut stop_if_asked =
+                |_, _| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let options = GenerateOptions { max_batch: self.batch_size, on_token: Some(&mut stop_if_asked) };
+            let generated = generate(self.gpt, chunk, &sampling, streams, row, options)
+                .with_context(|| format!("failed to sample answers from prompt {} on", answers.len() + 1))?;
+            if interrupt.requested() {
+                return Ok(None);
+            }
+            answers.extend(generated.into_iter().map(|answer| Sampled {
+                text: self.tokenizer.decode(&answer.ids),
+                ended: answer.finish == Finish::Stop,
+                ids: answer.ids,
+            }));
+            bar.inc(chunk.len() as u64);
+        }
+        bar.finish_and_clear();
+        bars().remove(&bar);
+        Ok(Some(answers))
+    }
+
+    fn encode(&self, prompt: &[Message]) -> Result<Vec<u32>> {
+        match self.form {
+            BasePrompt::Chat => Ok(conversation::encode_prompt(self.tokenizer, prompt)?),
+            BasePrompt::Raw => {
+                let mut ids = vec![self.tokenizer.specials().bos];
+                let text: Vec<&str> = prompt.iter().map(|message| message.content.as_str()).collect();
+                ids.extend(self.tokenizer.encode(&format!("{}\n", text.join("\n")))?);
+                Ok(ids)
+            }
+        }
+    }
+}
+
+/// The reward model's score of each answer; `None` for one that does not fit its window.
+///
+/// # Errors
+/// If a text cannot be encoded or the device not be read.
+pub fn scores(
+    model: &ScalarGpt,
+    tokenizer: &Tokenizer,
+    prompts: &[Vec<Message>],
+    answers: &[Sampled],
+    form: BasePrompt,
+    batch_size: usize,
+) -> Result<Vec<Option<f64>>> {
+    let rows = prompts
+        .iter()
+        .zip(answers)
+        .map(|(prompt, answer)| {
+            let mut row = conversation::encode_prompt(tokenizer, prompt)?;
+            match form {
+                // As PPO scores it: the very tokens that were sampled.
+                BasePrompt::Chat => row.extend(&answer.ids),
+                BasePrompt::Raw => row.extend(conversation::encode_response(tokenizer, &answer.text)?),
+            }
+            Ok(row)
+        })
+        .collect::<Result<Vec<Vec<u32>>>>()?;
+    let fits = |row: &[u32]| row.len() <= model.config().max_seq_len;
+    let fitting: Vec<&[u32]> = rows.iter().map(Vec::as_slice).filter(|row| fits(row)).collect();
+    let mut scored =
+        score_rows(model, &fitting, batch_size).context("failed to read the scores from the device")?.into_iter();
+    Ok(rows.iter().map(|row| if fits(row) { scored.next().map(f64::from) } else { None }).collect())
+}
+
+fn progress_bar(n: usize, what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} answers, {eta} left")
+        .expect("the template is part of the program");
+    bars().add(ProgressBar::new(n as u64).with_style(style).with_message(what.to_owned()))
+}

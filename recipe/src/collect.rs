@@ -1,0 +1,240 @@
+//! Preference pairs of the SFT model's own answers.
+//!
+//! Two answers to the same prompt are shown to the simulated labeller, who prefers the first with probability
+//! `σ((gold_a − gold_b) / temperature)` ([`crate::world::label_pair`]). A reward model that is to judge this model's
+//! answers learns most from pairs of exactly such answers.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use common::backend;
+use common::checkpoint::{Checkpoint, Stage};
+use common::data::records::{OnBadRecord, Prompt, read_prompts};
+use common::generate::SamplingConfig;
+use common::rng::Streams;
+use common::session::Outcome;
+use common::stage::{Interrupt, RuntimeArgs};
+use serde_json::json;
+
+use crate::answers::{Answerer, Sampled};
+use crate::config::{BasePrompt, CollectConfig};
+use crate::gold::GoldScorer;
+use crate::steps::write_whole;
+use crate::world::label_pair;
+
+/// Sampling streams from here on belong to this step; those of the stages begin at 0.
+const FIRST_ROW: u64 = 1 << 48;
+/// And from here on to the test prompts.
+const FIRST_TEST_ROW: u64 = FIRST_ROW + (1 << 40);
+
+/// The files that this step writes into the data directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairFiles {
+    /// To train the reward model on.
+    pub train: PathBuf,
+    /// For its early stopping.
+    pub val: PathBuf,
+    /// For the report alone.
+    pub test: PathBuf,
+}
+
+impl PairFiles {
+    /// Their places in a recipe's output directory.
+    pub fn in_out(out: &Path) -> Self {
+        let file = |part: &str| out.join("data").join(format!("pairs.{part}.jsonl"));
+        Self { train: file("train"), val: file("val"), test: file("test") }
+    }
+}
+
+/// Samples, labels and writes the pairs.
+///
+/// # Errors
+/// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
+pub fn collect(
+    config: &CollectConfig,
+    seed: u64,
+    sft: &Path,
+    gold: &GoldScorer,
+    out: &Path,
+    runtime: &RuntimeArgs,
+    interrupt: Interrupt,
+) -> Result<Outcome> {
+    let checkpoint = Checkpoint::open(sft).context("failed to load the model to sample from")?;
+    checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
+    let device = backend::open(&runtime.backend)?;
+    let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels());
+    let answerer = Answerer {
+        gpt: &gpt,
+        tokenizer: checkpoint.require_tokenizer()?,
+        form: BasePrompt::Chat,
+        sampling: SamplingConfig {
+            temperature: config.temperature,
+            max_tokens: config.max_tokens,
+            ..SamplingConfig::default()
+        },
+        batch_size: config.batch_size,
+    };
+    let streams = Streams::new(seed);
+    let labeller = Labeller { config, gold, streams };
+
+    let mut prompts = read_prompts(&config.prompts, OnBadRecord::Fail)?;
+    if config.n_prompts > 0 {
+        prompts.truncate(config.n_prompts);
+    }
+    ensure!(
+        prompts.len() > config.n_val_prompts,
+        "`{}` has {} prompts, and `collect.n_val_prompts` keeps {} of them for validation",
+        config.prompts.display(),
+        prompts.len(),
+        config.n_val_prompts
+    );
+    let n_train = prompts.len() - config.n_val_prompts;
+    let Some(answers) = sample(&answerer, &prompts, config, &streams, FIRST_ROW, interrupt)? else {
+        return Ok(Outcome::Interrupted);
+    };
+    let k = config.samples_per_prompt;
+    let files = PairFiles::in_out(out);
+    let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
+    ensure!(
+        train.n > 0,
+        "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference`",
+        config.prompts.display()
+    );
+    let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
+    let mut all = vec![(&files.train, train), (&files.val, val)];
+    if !config.test_prompts.as_os_str().is_empty() {
+        let prompts = read_prompts(&config.test_prompts, OnBadRecord::Fail)?;
+        let Some(answers) = sample(&answerer, &prompts, config, &streams, FIRST_TEST_ROW, interrupt)? else {
+            return Ok(Outcome::Interrupted);
+        };
+        all.push((&files.test, labeller.pairs(&prompts, &answers, "test")?));
+    }
+    for (path, pairs) in all {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+        }
+        write_whole(path, &pairs.jsonl)?;
+        tracing::info!(
+            "{} pairs in `{}`: mean gold score of the answers {:.3}, {:.1} % of the labels wrong",
+            pairs.n,
+            path.display(),
+            pairs.gold_sum / (2 * pairs.n.max(1)) as f64,
+            100.0 * pairs.n_wrong as f64 / pairs.n.max(1) as f64,
+        );
+    }
+    Ok(Outcome::Finished)
+}
+
+/// `samples_per_prompt` answers to each prompt, those to one prompt side by side.
+fn sample(
+    answerer: &Answerer<'_>,
+    prompts: &[Prompt],
+    config: &CollectConfig,
+    streams: &Streams,
+    first_row: u64,
+    interrupt: Interrupt,
+) -> Result<Option<Vec<Sampled>>> {
+    let repeated: Vec<_> = prompts
+        .iter()
+        .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), config.samples_per_prompt))
+        .collect();
+    answerer.answer(&repeated, streams, first_row, "sampling pairs", interrupt)
+}
+
+struct Labeller<'a> {
+    config: &'a CollectConfig,
+    gold: &'a GoldScorer,
+    streams: Streams,
+}
+
+/// Labelled pairs as a file's text, with what there is to say of them.
+#[derive(Debug, Default)]
+struct Pairs {
+    jsonl: String,
+    n: usize,
+    n_wrong: usize,
+    gold_sum: f64,
+}
+
+impl Labeller<'_> {
+    /// Labels every two answers to the same prompt; those of the same worth are left out.
+    fn pairs(&self, prompts: &[Prompt], answers: &[Sampled], part: &str) -> Result<Pairs> {
+        let k = self.config.samples_per_prompt;
+        let mut pairs = Pairs::default();
+        let mut index = 0;
+        for (prompt, answers) in prompts.iter().zip(answers.chunks(k)) {
+            let golds = answers
+                .iter()
+                .map(|answer| {
+                    self.gold.score(&prompt.text, &answer.text).with_context(|| {
+                        format!("the gold scorer cannot judge answers to `{}`\nhint: leave such prompts out", prompt.text)
+                    })
+                })
+                .collect::<Result<Vec<f64>>>()?;
+            for a in 0..k {
+                for b in a + 1..k {
+                    index += 1;
+                    if (golds[a] - golds[b]).abs() < self.config.least_difference || answers[a].text == answers[b].text {
+                        continue;
+                    }
+                    let mut rng = self.streams.get(&format!("labels/{part}"), index);
+                    let first_wins = label_pair(golds[a], golds[b], self.config.label_temperature, &mut rng);
+                    let (chosen, rejected) = if first_wins { (a, b) } else { (b, a) };
+                    let record = json!({
+                        "prompt": prompt.messages,
+                        "chosen": answers[chosen].text,
+                        "rejected": answers[rejected].text,
+                        "gold_chosen": golds[chosen],
+                        "gold_rejected": golds[rejected],
+                    });
+                    writeln!(pairs.jsonl, "{record}")?;
+                    pairs.n += 1;
+                    pairs.n_wrong += usize::from(golds[chosen] < golds[rejected]);
+                    pairs.gold_sum += golds[a] + golds[b];
+                }
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::conversation::{Message, Role};
+
+    fn labelled(least_difference: f64, label_temperature: f64) -> Pairs {
+        let config =
+            CollectConfig { samples_per_prompt: 3, least_difference, label_temperature, ..CollectConfig::default() };
+        let labeller = Labeller { config: &config, gold: &GoldScorer::World, streams: Streams::new(1) };
+        let text = "Tell me a story about Mia.";
+        let prompt = Prompt { messages: vec![Message::new(Role::User, text)], text: text.to_owned() };
+        let good = "On a warm day, Mia went to the park. Soon, Mia found an orange kite under a bench. Mia was very happy. \
+                    On a warm day, a gentle owl went to the park. Soon, the owl found an orange kite under a bench.";
+        let answers = [good, "boat boat boat", good].map(|text| Sampled {
+            ids: Vec::new(),
+            text: text.to_owned(),
+            ended: true,
+        });
+        labeller.pairs(&[prompt], &answers, "train").unwrap()
+    }
+
+    #[test]
+    fn every_two_answers_of_different_worth_make_a_pair() {
+        let pairs = labelled(0.02, 1e-6); // so cold a labeller does not err
+        assert_eq!((pairs.n, pairs.n_wrong), (2, 0)); // the two good answers are the same
+        for line in pairs.jsonl.lines() {
+            let record: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(record["rejected"], "boat boat boat");
+            assert_eq!(record["prompt"][0]["role"], "user");
+            assert!(record["gold_chosen"].as_f64() > record["gold_rejected"].as_f64());
+        }
+        assert_eq!(labelled(1.1, 0.1).n, 0);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_labels() {
+        assert_eq!(labelled(0.02, 5.0).jsonl, labelled(0.02, 5.0).jsonl);
+    }
+}
