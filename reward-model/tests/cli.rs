@@ -273,7 +273,8 @@ fn errors_name_what_is_wrong_and_what_to_do() {
         ),
         (
             vec!["score", "--checkpoint", "rm", "--ids", "ids.json"],
-            "error: `ids.json`: row 1 holds the id 400, the vocabulary ends at 261\n",
+            "error: `ids.json` is not a JSON array of arrays of token ids: row 1 holds the id 400, the vocabulary ends at \
+             261\n",
         ),
     ];
     for (args, expected) in cases {
