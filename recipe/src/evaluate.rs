@@ -129,7 +129,7 @@ impl Evaluator<'_> {
             reward_model::evaluate(&reward_model::EvalArgs {
                 checkpoint: self.out.join(Step::RewardModel.name()),
                 data: data.to_owned(),
-                batch_size: NonZeroUsize::new(self.config.batch_size).unwrap_or(NonZeroUsize::MIN),
+                batch_size: self.batch_size(),
                 runtime: self.runtime.clone(),
             })
             .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
@@ -155,7 +155,23 @@ impl Evaluator<'_> {
         if !self.stages.contains(&Step::Ppo) {
             return Ok(Map::new());
         }
-        Ok(Map::new())
+        let evaluation = ppo::evaluate(&ppo::EvalArgs {
+            checkpoint: self.out.join(Step::Ppo.name()),
+            reference: self.out.join(Step::Sft.name()),
+            reward_model: self.out.join(Step::RewardModel.name()),
+            data: self.config.prompts.clone(),
+            temperature: Some(self.config.temperature),
+            max_tokens: Some(self.config.max_tokens),
+            seed: self.seed,
+            batch_size: self.batch_size(),
+            runtime: self.runtime.clone(),
+        })
+        .context("failed to compare the policy with its reference")?;
+        fields(&evaluation)
+    }
+
+    fn batch_size(&self) -> NonZeroUsize {
+        NonZeroUsize::new(self.config.batch_size).unwrap_or(NonZeroUsize::MIN)
     }
 }
 

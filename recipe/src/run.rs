@@ -153,7 +153,7 @@ impl<'a> Run<'a> {
                 Ok(Outcome::Finished)
             }
             Step::Tokenizer => {
-                pretrain::train_tokenizer(&pretrain::TokenizerArgs {
+                let learned = pretrain::train_tokenizer(&pretrain::TokenizerArgs {
                     config: self.recipe.stage_config(step),
                     out: self.dir(step),
                     overwrite: true,
@@ -161,6 +161,11 @@ impl<'a> Run<'a> {
                     data: self.recipe.data.clone(),
                     runtime: runtime.clone(),
                 })?;
+                tracing::info!(
+                    "{} tokens, {:.2} bytes of held-out text each",
+                    learned["vocab_size"],
+                    learned["bytes_per_token"].as_f64().unwrap_or(f64::NAN)
+                );
                 Ok(Outcome::Finished)
             }
             Step::Pretrain => pretrain::train(

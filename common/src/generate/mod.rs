@@ -34,7 +34,9 @@ pub enum GenerateError {
         found: String,
     },
     /// A prompt without a token.
-    #[error("prompt {prompt_idx} is empty\nhint: start it with `<|bos|>`, there is nothing to predict the first token from")]
+    #[error(
+        "prompt {prompt_idx} is empty\nhint: start it with `<|bos|>`, there is nothing to predict the first token from"
+    )]
     EmptyPrompt {
         /// Index among the prompts.
         prompt_idx: usize,
