@@ -1,6 +1,9 @@
 //! The command line from outside: help, errors, what is printed where. Set `UPDATE_SNAPSHOTS` to rewrite the expected
 //! texts in `snapshots/`.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
+
+use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -91,7 +94,7 @@ fn errors_say_what_was_found_and_what_to_do() {
         let ran = recipe(dir.path(), args);
         assert_eq!((ran.code, ran.stdout.as_str()), (code, ""), "{args:?}: {}", ran.stderr);
         assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
-        text.push_str(&format!("$ recipe {}\n{}\n", args.join(" "), ran.stderr));
+        writeln!(text, "$ recipe {}\n{}", args.join(" "), ran.stderr).unwrap();
     }
     assert_snapshot("errors.txt", &text);
     assert_eq!(fs::read_to_string(dir.path().join("filled/notes.txt")).unwrap(), "mine");

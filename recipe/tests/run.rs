@@ -1,5 +1,7 @@
 //! `recipe run` with models so small that every step takes moments: what is done, skipped, done anew and gone on with.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -208,7 +210,7 @@ fn an_interrupted_recipe_saves_and_goes_on_to_the_same_weights() {
 fn wait_for_lines(path: &Path, n: usize) {
     let started = Instant::now();
     while fs::read_to_string(path).map_or(0, |text| text.lines().count()) < n {
-        assert!(started.elapsed() < Duration::from_secs(120), "`{}` has no {n} lines", path.display());
+        assert!(started.elapsed() < Duration::from_mins(2), "`{}` has no {n} lines", path.display());
         std::thread::sleep(Duration::from_millis(2));
     }
 }
