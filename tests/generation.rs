@@ -1,6 +1,8 @@
 //! Generation against transformers: `fixtures/generation.json` from `oracles/generation.py`, and a checkpoint that
 //! transformers wrote with what it generated from it.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::path::Path;
 
 use burn::tensor::Device;

@@ -357,8 +357,7 @@ mod tests {
                 weights[id] = ((logits[id] as f64 - max) / config.temperature).exp();
             }
             let total: f64 = weights.iter().sum();
-            weights.iter_mut().for_each(|weight| *weight /= total);
-            weights
+            weights.iter().map(|weight| weight / total).collect()
         };
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));
