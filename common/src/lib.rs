@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod rng;
+pub mod scoring;
 pub mod session;
 pub mod stage;
 #[cfg(any(test, feature = "testing"))]

@@ -42,6 +42,16 @@ pub mod names {
     pub const VAL_ACCURACY: &str = "val/accuracy";
     /// [`TRAIN_MARGIN`] on held-out pairs.
     pub const VAL_MARGIN: &str = "val/margin";
+    /// Fraction of held-out pairs whose chosen response is the longer one: what [`VAL_ACCURACY`] has to beat.
+    pub const VAL_LONGER_WINS_ACCURACY: &str = "val/longer_wins_accuracy";
+    /// Mean score of answers to held-out prompts.
+    pub const VAL_SCORE: &str = "val/score";
+    /// [`OBJECTIVE_KL`] of answers to held-out prompts.
+    pub const VAL_KL: &str = "val/kl";
+    /// [`ROLLOUT_RESPONSE_LENGTH`] of answers to held-out prompts.
+    pub const VAL_RESPONSE_LENGTH: &str = "val/response_length";
+    /// [`ROLLOUT_EOS_RATE`] of answers to held-out prompts.
+    pub const VAL_EOS_RATE: &str = "val/eos_rate";
     /// KL from the reference policy, summed over a response (estimator k1), averaged over responses.
     pub const OBJECTIVE_KL: &str = "objective/kl";
     /// Reward lost per nat of KL.
@@ -72,6 +82,8 @@ pub mod names {
     pub const VALUE_CLIP_FRAC: &str = "value/clip_frac";
     /// `1 − Var(returns − values) / Var(returns)`; 1 is a perfect value function, 0 a constant one.
     pub const VALUE_EXPLAINED_VARIANCE: &str = "value/explained_variance";
+    /// [`TRAIN_GRAD_NORM`] of the value model; that name is the policy's.
+    pub const VALUE_GRAD_NORM: &str = "value/grad_norm";
     /// Mean number of sampled tokens, the end token counted.
     pub const ROLLOUT_RESPONSE_LENGTH: &str = "rollout/response_length";
     /// Fraction of responses that end by the end token.

@@ -63,6 +63,39 @@ impl Default for OptimizerConfig {
     }
 }
 
+impl OptimizerConfig {
+    /// The defaults of reward models and PPO: `lr` 1e-5 falling in a straight line to 0, no weight decay, `eps` 1e-5.
+    ///
+    /// # Source
+    /// lm-human-preferences, `launch.py`; "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031. The
+    /// `betas` are PyTorch's, as there.
+    pub fn rlhf() -> Self {
+        Self {
+            lr: 1e-5,
+            schedule: Schedule::Linear,
+            weight_decay: 0.0,
+            betas: [0.9, 0.999],
+            eps: 1e-5,
+            ..Self::default()
+        }
+    }
+}
+
+/// Reads an [`OptimizerConfig`] whose missing keys take the values of [`OptimizerConfig::rlhf`]:
+/// `#[serde(with = "RlhfDefaults")]`.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "OptimizerConfig", deny_unknown_fields, default = "OptimizerConfig::rlhf")]
+pub struct RlhfDefaults {
+    lr: f64,
+    min_lr: f64,
+    schedule: Schedule,
+    warmup_steps: u64,
+    weight_decay: f64,
+    betas: [f64; 2],
+    eps: f64,
+    grad_clip: f64,
+}
+
 /// A value of [`OptimizerConfig`] that makes no sense.
 #[derive(Debug, Clone, PartialEq, Error)]
 #[error("optimizer: `{name}` must be {expected}, found {found}")]

@@ -97,6 +97,8 @@ pub struct Extras<'a> {
     pub value: Option<&'a ScalarGpt>,
     /// What the stage itself has to remember.
     pub stage: Value,
+    /// What to export in place of the trained weights, such as a reward model whose scores were normalised.
+    pub exported: Option<Exported<'a>>,
 }
 
 /// What a resumed run goes on with.
@@ -233,6 +235,11 @@ impl Session {
         !self.progress.finished && self.progress.step < self.total_steps && !stale && !self.interrupt.requested()
     }
 
+    /// Whether the loop ended because the user asked for it, before all steps were made.
+    pub fn was_interrupted(&self) -> bool {
+        self.interrupt.requested() && self.progress.step < self.total_steps
+    }
+
     /// Counts a step that was made.
     ///
     /// # Errors
@@ -327,10 +334,13 @@ impl Session {
             optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
         let current = weights.to_named();
         tensors.insert("weights".into(), current.clone());
-        let exported = if self.cadence.keep_best { self.best_weights.clone().unwrap_or(current) } else { current };
+        let exported = match extras.exported {
+            Some(exported) => exported.with(exported.to_named()),
+            None => weights.with(if self.cadence.keep_best { self.best_weights.clone().unwrap_or(current) } else { current }),
+        };
         let manifest = self.manifest();
         let snapshot = Snapshot {
-            weights: weights.with(exported),
+            weights: exported,
             manifest,
             tokenizer: Some(&self.origin.tokenizer),
             config_toml: &self.origin.config_toml,
@@ -353,7 +363,7 @@ impl Session {
         optimizers: &[(&str, &AdamW)],
         extras: Extras<'_>,
     ) -> anyhow::Result<Outcome> {
-        let interrupted = self.interrupt.requested() && self.progress.step < self.total_steps;
+        let interrupted = self.was_interrupted();
         self.progress.finished = !interrupted;
         self.save(weights, optimizers, extras)?;
         let (step, out) = (self.progress.step, self.out.display());

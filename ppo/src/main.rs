@@ -1,1 +1,12 @@
-fn main() {}
+//! The command `ppo`; see the library for what it does.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    common::stage::report(ppo::run(ppo::Cli::parse()))
+}

@@ -1,1 +1,46 @@
-//! Stub.
+//! Reward modelling: preference pairs in, a model that scores answers out.
+//!
+//! The transformer of a language model gets a head with one output, and learns to give the preferred one of two
+//! answers the higher score. A checkpoint of stage `sft` (or `pretrain`) goes in, one of stage `reward-model` comes
+//! out, its scores normalised so that the initial model's own answers have mean 0 and deviation 1.
+//!
+//! # Source
+//! Stiennon et al., arXiv:2009.01325, section 3.4; Ziegler et al., arXiv:1909.08593, section 2.1, for the
+//! normalisation.
+
+mod cli;
+mod config;
+mod data;
+mod eval;
+pub mod loss;
+mod normalisation;
+mod score;
+mod train;
+
+pub use cli::{Cli, Command, EvalArgs, ScoreArgs, TrainArgs};
+pub use config::{BestBy, DataConfig, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
+pub use eval::{Evaluation, evaluate};
+pub use train::train;
+
+use common::stage::Interrupt;
+
+/// Carries out one command line.
+///
+/// # Errors
+/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Train(args) => {
+            args.stage.runtime.start()?;
+            train(&args, Interrupt::install()?).map(|_| ())
+        }
+        Command::Eval(args) => {
+            args.runtime.start()?;
+            eval::run(&args)
+        }
+        Command::Score(args) => {
+            args.runtime.start()?;
+            score::run(&args)
+        }
+    }
+}

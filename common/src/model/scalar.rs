@@ -55,6 +55,24 @@ impl ScalarGpt {
         self.score_rows(hidden.reshape([batch * seq, d_model])).reshape([batch, seq])
     }
 
+    /// [`forward_with_dropout`](Self::forward_with_dropout) at chosen positions only.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, seq]`
+    /// - `positions`: `[n]`, indices into `[batch · seq]`
+    /// - returns `[n]`
+    pub fn forward_at(
+        &self,
+        ids: Tensor<2, Int>,
+        layout: &Layout,
+        positions: Tensor<1, Int>,
+        rng: Option<&mut Rng>,
+    ) -> Tensor<1> {
+        let hidden = self.trunk.hidden_with_dropout(ids, layout, rng);
+        let [batch, seq, d_model] = hidden.dims();
+        self.score_rows(hidden.reshape([batch * seq, d_model]).select(0, positions))
+    }
+
     /// The numbers of chosen hidden states, for callers that need few positions.
     ///
     /// # Shapes

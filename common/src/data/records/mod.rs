@@ -2,6 +2,7 @@
 //!
 //! Keys that a record does not need are allowed and ignored. Texts are taken as they stand, white space included.
 
+mod answers;
 mod lines;
 mod pairs;
 
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::DataError;
+pub use answers::{Answers, read_answers};
 use crate::conversation::{Message, Role};
 use lines::{BadRecords, Record};
 

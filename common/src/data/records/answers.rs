@@ -1,0 +1,73 @@
+//! Answers to be scored, with all that their records say.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{OnBadRecord, Pair, check_turns, lines, pairs, prompt_of, string_of};
+use crate::conversation::Message;
+use crate::data::DataError;
+
+/// What a record asks a reward model to score.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answers {
+    /// One answer.
+    One {
+        /// The turns up to the answer.
+        prompt: Vec<Message>,
+        /// The answer.
+        response: String,
+    },
+    /// Two answers to one prompt.
+    Two(Pair),
+}
+
+/// Reads answers: `{"prompt", "response"}`, or preference pairs as [`read_pairs`](super::read_pairs) does.
+///
+/// Returns each record as it stands, with what it asks for.
+///
+/// # Errors
+/// If the file cannot be read or is empty, or, unless they are skipped, at the first bad record.
+pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<(Map<String, Value>, Answers)>, DataError> {
+    lines::read(path, on_bad, |record| {
+        let answers = if record.contains_key("response") {
+            let prompt = prompt_of(record)?;
+            check_turns(&prompt, "`prompt`")?;
+            Answers::One { prompt, response: string_of(record, "response")? }
+        } else if record.contains_key("chosen") || record.contains_key("rejected") {
+            Answers::Two(pairs::pair(record)?)
+        } else {
+            return Err("expected `prompt` and `response`, or a preference pair".to_owned());
+        };
+        Ok((record.clone(), answers))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conversation::Role;
+
+    #[test]
+    fn answers_stand_alone_or_in_pairs_and_keep_their_fields() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("answers.jsonl");
+        let lines = [
+            r#"{"id": 7, "prompt": "q", "response": ""}"#,
+            r#"{"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5}"#,
+        ];
+        std::fs::write(&path, lines.join("\n")).expect("written");
+        let read = read_answers(&path, OnBadRecord::Fail).expect("both are answers");
+        assert_eq!(read[0].0["id"], 7);
+        assert_eq!(
+            read[0].1,
+            Answers::One { prompt: vec![Message::new(Role::User, "q")], response: String::new() }
+        );
+        let Answers::Two(pair) = &read[1].1 else { panic!("a pair") };
+        assert_eq!((pair.chosen.as_str(), pair.margin), ("a", Some(0.5)));
+
+        std::fs::write(&path, r#"{"prompt": "q"}"#).expect("written");
+        let error = read_answers(&path, OnBadRecord::Fail).expect_err("nothing to score").to_string();
+        assert!(error.contains("expected `prompt` and `response`, or a preference pair"), "{error}");
+    }
+}

@@ -1,0 +1,87 @@
+//! Flags only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use common::stage::{RuntimeArgs, StageArgs};
+
+/// Improve a policy against a reward model by PPO
+#[derive(Debug, Parser)]
+#[command(
+    name = "ppo",
+    version,
+    arg_required_else_help = true,
+    after_help = "Example:\n  \
+        ppo train --config configs/stories/ppo.toml --data DATA --policy runs/sft --reward-model runs/rm --out runs/ppo\n  \
+        ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data DATA/stories/prompts.test.jsonl"
+)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands of `ppo`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a policy to score higher
+    Train(TrainArgs),
+    /// Compare a policy with its reference on held-out prompts
+    Eval(EvalArgs),
+}
+
+/// Flags of `ppo train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Checkpoint of the initial policy, which stays the reference: stage sft
+    #[arg(long, value_name = "DIR")]
+    pub policy: PathBuf,
+
+    /// Checkpoint of the reward model, which the value model starts from too
+    #[arg(long, value_name = "DIR")]
+    pub reward_model: PathBuf,
+
+    /// What every stage takes
+    #[command(flatten)]
+    pub stage: StageArgs,
+}
+
+/// Flags of `ppo eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Checkpoint of the policy
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+
+    /// Checkpoint of the policy to compare with
+    #[arg(long, value_name = "DIR")]
+    pub reference: PathBuf,
+
+    /// Checkpoint of the reward model
+    #[arg(long, value_name = "DIR")]
+    pub reward_model: PathBuf,
+
+    /// Prompts (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+
+    /// Sampling temperature [default: as the checkpoint was trained, else 1]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+
+    /// Tokens of an answer at most [default: as the checkpoint was trained, else 128]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+
+    /// Seed of the sampling
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub seed: u64,
+
+    /// Answers computed at a time
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub batch_size: std::num::NonZeroUsize,
+
+    /// On what to run
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}

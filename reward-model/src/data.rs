@@ -1,0 +1,222 @@
+//! Preference pairs to batches.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::config::{ConfigError, PathResolver};
+use common::conversation;
+use common::data::records::{self, OnBadRecord, Pair};
+use common::data::{collate, file_sha256};
+use common::tokenizer::Tokenizer;
+
+use crate::config::{DataConfig, TooLong};
+
+/// A pair as the model reads it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct EncodedPair {
+    /// Prompt and preferred answer, `<|end|>` last.
+    pub(crate) chosen: Vec<u32>,
+    /// Prompt and rejected answer, `<|end|>` last.
+    pub(crate) rejected: Vec<u32>,
+    /// How many tokens of both are the prompt.
+    pub(crate) n_prompt: usize,
+    /// How much higher the chosen answer should score.
+    pub(crate) margin: Option<f32>,
+}
+
+/// Tokenised pairs.
+pub(crate) struct Pairs {
+    pub(crate) encoded: Vec<EncodedPair>,
+    /// SHA-256 of each file.
+    pub(crate) sha256: BTreeMap<String, String>,
+}
+
+/// The answers of some pairs in one right-padded batch: all chosen ones, then all rejected ones.
+pub(crate) struct Batch {
+    ids: Vec<i32>,
+    rows: usize,
+    seq: usize,
+    /// Index into `[rows · seq]` of each row's last token.
+    last: Vec<i64>,
+    margins: Option<Vec<f32>>,
+}
+
+impl DataConfig {
+    /// Makes every path absolute.
+    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
+        for path in self.train.iter_mut().chain(&mut self.val) {
+            *path = resolver.resolve(&*path)?;
+        }
+        Ok(())
+    }
+}
+
+impl Pairs {
+    /// Reads and tokenises `files`.
+    pub(crate) fn read(
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        max_seq_len: usize,
+        on_bad_record: OnBadRecord,
+        on_too_long: TooLong,
+    ) -> anyhow::Result<Self> {
+        let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
+        let (mut n_cut, mut n_left_out) = (0, 0);
+        for file in files {
+            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
+            for pair in records::read_pairs(file, on_bad_record)? {
+                let pair = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
+                if pair.len() <= max_seq_len {
+                    all.encoded.push(pair);
+                    continue;
+                }
+                match on_too_long {
+                    TooLong::TruncatePrompt => match pair.with_prompt_cut(max_seq_len) {
+                        Some(pair) => {
+                            n_cut += 1;
+                            all.encoded.push(pair);
+                        }
+                        None => n_left_out += 1,
+                    },
+                    TooLong::Skip => n_left_out += 1,
+                    TooLong::Fail => bail!(
+                        "a pair of `{}` has {} tokens, the context {max_seq_len}\nhint: set `data.on_too_long` to \
+                         \"truncate-prompt\" or \"skip\"",
+                        file.display(),
+                        pair.len()
+                    ),
+                }
+            }
+        }
+        if n_cut + n_left_out > 0 {
+            tracing::warn!(
+                "of the pairs that exceed the context of {max_seq_len} tokens, {n_cut} lost the beginning of their \
+                 prompt and {n_left_out} were left out"
+            );
+        }
+        ensure!(!all.encoded.is_empty(), "no pair is left to use");
+        Ok(all)
+    }
+}
+
+fn in_file(file: &Path) -> String {
+    format!("failed to encode a pair of `{}`", file.display())
+}
+
+/// 1 where `chosen` is larger, ½ where both are equal, else 0.
+pub(crate) fn win(chosen: f64, rejected: f64) -> f64 {
+    if chosen > rejected {
+        1.0
+    } else if chosen == rejected {
+        0.5
+    } else {
+        0.0
+    }
+}
+
+impl EncodedPair {
+    /// Tokenises a pair.
+    pub(crate) fn new(pair: &Pair, tokenizer: &Tokenizer) -> anyhow::Result<Self> {
+        let prompt = conversation::encode_prompt(tokenizer, &pair.prompt)?;
+        let answer = |text: &str| -> anyhow::Result<Vec<u32>> {
+            let mut ids = prompt.clone();
+            ids.extend(conversation::encode_response(tokenizer, text)?);
+            Ok(ids)
+        };
+        Ok(Self {
+            chosen: answer(&pair.chosen)?,
+            rejected: answer(&pair.rejected)?,
+            n_prompt: prompt.len(),
+            margin: pair.margin,
+        })
+    }
+
+    /// Tokens of the longer row.
+    pub(crate) fn len(&self) -> usize {
+        self.chosen.len().max(self.rejected.len())
+    }
+
+    /// The pair without as much of its prompt's beginning as makes it fit; `None` if the answer alone does not.
+    ///
+    /// The first token, `<|bos|>`, and the last, `<|assistant|>`, stay.
+    pub(crate) fn with_prompt_cut(&self, max_seq_len: usize) -> Option<Self> {
+        let n_cut = self.len().saturating_sub(max_seq_len);
+        if n_cut + 2 > self.n_prompt {
+            return None;
+        }
+        let cut = |ids: &[u32]| [&ids[..1], &ids[1 + n_cut..]].concat();
+        Some(Self {
+            chosen: cut(&self.chosen),
+            rejected: cut(&self.rejected),
+            n_prompt: self.n_prompt - n_cut,
+            margin: self.margin,
+        })
+    }
+}
+
+impl Batch {
+    /// Collates `pairs`.
+    pub(crate) fn new(pairs: &[&EncodedPair]) -> Self {
+        let rows: Vec<Vec<u32>> =
+            pairs.iter().map(|p| p.chosen.clone()).chain(pairs.iter().map(|p| p.rejected.clone())).collect();
+        // Any token will do for padding: it stands behind all that is looked at.
+        let padded = collate::right_pad(&rows, 0);
+        let last = rows.iter().enumerate().map(|(i, row)| (i * padded.seq + row.len() - 1) as i64).collect();
+        let margins = pairs
+            .iter()
+            .any(|pair| pair.margin.is_some())
+            .then(|| pairs.iter().map(|pair| pair.margin.unwrap_or(0.0)).collect());
+        Self { ids: padded.ids, rows: padded.batch, seq: padded.seq, last, margins }
+    }
+
+    /// `[rows, seq]`
+    pub(crate) fn inputs(&self, device: &Device) -> Tensor<2, Int> {
+        Tensor::from_data(TensorData::new(self.ids.clone(), [self.rows, self.seq]), device)
+    }
+
+    /// Indices into `[rows · seq]` of the last tokens, `[rows]`.
+    pub(crate) fn last(&self, device: &Device) -> Tensor<1, Int> {
+        Tensor::from_data(TensorData::new(self.last.clone(), [self.rows]), device)
+    }
+
+    /// Margins of the pairs, `[rows / 2]`, where any has one.
+    pub(crate) fn margins(&self, device: &Device) -> Option<Tensor<1>> {
+        self.margins.as_ref().map(|margins| Tensor::from_floats(margins.as_slice(), device))
+    }
+
+    /// Tokens that are not padding.
+    pub(crate) fn n_tokens(&self) -> usize {
+        self.last.iter().enumerate().map(|(i, &last)| last as usize + 1 - i * self.seq).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(chosen: &[u32], rejected: &[u32], n_prompt: usize, margin: Option<f32>) -> EncodedPair {
+        EncodedPair { chosen: chosen.to_vec(), rejected: rejected.to_vec(), n_prompt, margin }
+    }
+
+    #[test]
+    fn cutting_keeps_the_first_token_and_the_end_of_the_prompt() {
+        let long = pair(&[0, 1, 2, 3, 4, 90, 91], &[0, 1, 2, 3, 4, 80], 5, Some(0.5));
+        let cut = long.with_prompt_cut(5).expect("it fits");
+        assert_eq!(cut, pair(&[0, 3, 4, 90, 91], &[0, 3, 4, 80], 3, Some(0.5)));
+        assert_eq!(long.with_prompt_cut(7), Some(long.clone()));
+        assert_eq!(long.with_prompt_cut(4).map(|cut| cut.n_prompt), Some(2));
+        assert_eq!(long.with_prompt_cut(3), None);
+    }
+
+    #[test]
+    fn a_batch_holds_chosen_then_rejected_rows_and_their_ends() {
+        let (a, b) = (pair(&[0, 1, 2], &[0, 1], 1, None), pair(&[0, 5], &[0, 6, 7], 1, Some(1.5)));
+        let batch = Batch::new(&[&a, &b]);
+        assert_eq!((batch.rows, batch.seq, batch.n_tokens()), (4, 3, 10));
+        assert_eq!(batch.ids, [0, 1, 2, 0, 5, 0, 0, 1, 0, 0, 6, 7]);
+        assert_eq!(batch.last, [2, 4, 7, 11]);
+        assert_eq!(batch.margins, Some(vec![0.0, 1.5]));
+    }
+}

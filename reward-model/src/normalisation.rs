@@ -1,0 +1,111 @@
+//! The scale of the scores: mean 0 and deviation 1 on the initial model's own answers.
+
+use anyhow::{Context, ensure};
+use common::data::order::Order;
+use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::model::{Gpt, ScalarGpt};
+use common::rng::Streams;
+use common::scoring;
+use common::tokenizer::Tokenizer;
+
+use crate::config::NormalisationConfig;
+use crate::data::Pairs;
+
+/// Below this the answers do not differ, and a gain would only blow up rounding.
+const LEAST_DEVIATION: f64 = 1e-6;
+
+/// What an affine map `score ↦ gain·score + bias` was fitted to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Normalisation {
+    /// Mean of the scores before.
+    pub(crate) mean: f64,
+    /// Population deviation of the scores before.
+    pub(crate) deviation: f64,
+}
+
+impl Normalisation {
+    /// Fits the map to `scores`.
+    ///
+    /// `gain = 1/σ`, `bias = −μ/σ`: afterwards these scores have mean 0 and (population) deviation 1.
+    ///
+    /// # Source
+    /// Ziegler et al., arXiv:1909.08593, section 2.1; `gain = σ_T/σ_D`, `bias = μ_T − gain·μ_D` in
+    /// lm-human-preferences, `rewards.py`, with target mean 0 and deviation 1.
+    pub(crate) fn fit(scores: &[f32]) -> anyhow::Result<Self> {
+        let n = scores.len() as f64;
+        let mean = scores.iter().map(|&score| f64::from(score)).sum::<f64>() / n;
+        let deviation = (scores.iter().map(|&score| (f64::from(score) - mean).powi(2)).sum::<f64>() / n).sqrt();
+        ensure!(
+            deviation > LEAST_DEVIATION && deviation.is_finite(),
+            "the scores of {} sampled answers have deviation {deviation}: they cannot be normalised\nhint: train \
+             longer or with a higher `optimizer.lr`; `normalisation.samples = 0` leaves the scores as they are",
+            scores.len()
+        );
+        Ok(Self { mean, deviation })
+    }
+
+    /// The model whose scores are mapped: the gain goes into the head's weights, the bias beside them.
+    pub(crate) fn apply(self, model: ScalarGpt) -> ScalarGpt {
+        let gain = 1.0 / self.deviation;
+        let bias = gain * (model.score_bias() - self.mean);
+        model.with_gain(gain).with_score_bias(bias)
+    }
+}
+
+/// Scores that `model` gives to answers that `initial`, the model it was made from, samples to training prompts.
+///
+/// The prompts are those of `normalisation.samples` pairs drawn by seed; answers end at `<|end|>` or are cut off at
+/// `normalisation.max_tokens`, as in PPO. Both models are on a plain device.
+pub(crate) fn score_samples(
+    config: &NormalisationConfig,
+    initial: &Gpt,
+    model: &ScalarGpt,
+    training: &Pairs,
+    tokenizer: &Tokenizer,
+    streams: &Streams,
+) -> anyhow::Result<Vec<f32>> {
+    let max_seq_len = initial.config().max_seq_len;
+    let mut order = Order::new(training.encoded.len(), *streams, "normalisation");
+    let prompts: Vec<Vec<u32>> = (0..config.samples as u64)
+        .map(|position| {
+            let pair = &training.encoded[order.item(position)];
+            pair.chosen[..pair.n_prompt].to_vec()
+        })
+        .filter(|prompt| prompt.len() < max_seq_len)
+        .collect();
+    let sampling = SamplingConfig {
+        temperature: config.temperature,
+        max_tokens: config.max_tokens,
+        stop: vec![tokenizer.specials().end],
+        ..SamplingConfig::default()
+    };
+    let options = GenerateOptions { max_batch: config.batch_size, ..GenerateOptions::default() };
+    let answers = generate(initial, &prompts, &sampling, streams, 0, options)
+        .context("failed to sample answers of the initial model")?;
+    let rows: Vec<Vec<u32>> =
+        prompts.iter().zip(&answers).map(|(prompt, answer)| [prompt.as_slice(), &answer.ids].concat()).collect();
+    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    Ok(scoring::score_rows(model, &rows, config.batch_size)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::testing::assert_close;
+
+    #[test]
+    fn normalised_scores_have_mean_zero_and_deviation_one() {
+        // Mean 4, population deviation 2.
+        let scores = [2.0_f32, 6.0, 2.0, 6.0];
+        let fitted = Normalisation::fit(&scores).expect("they vary");
+        assert_eq!(fitted, Normalisation { mean: 4.0, deviation: 2.0 });
+        let mapped = scores.map(|score| ((f64::from(score) - fitted.mean) / fitted.deviation) as f32);
+        assert_close(&mapped, &[-1.0, 1.0, -1.0, 1.0], 0.0);
+    }
+
+    #[test]
+    fn equal_scores_cannot_be_normalised() {
+        let error = Normalisation::fit(&[0.5; 8]).expect_err("no deviation");
+        assert!(error.to_string().contains("hint: train longer"), "{error}");
+    }
+}
