@@ -3,6 +3,11 @@
 //! Everything a test writes lies in a [`Lab`]; the programs run with that directory as their working directory, so that
 //! paths in arguments and messages are short and the same everywhere.
 
+#[path = "support/configs.rs"]
+mod configs;
+#[path = "support/world.rs"]
+mod world;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -11,9 +16,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use common::rng::{Rng, Streams};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long to wait for something that takes a moment: far more than a busy machine needs.
@@ -82,8 +86,8 @@ impl Lab {
     /// If the disk is full or read-only.
     pub fn new() -> Self {
         let lab = Self { dir: tempfile::tempdir().expect("a temporary directory") };
-        World::new().write(&lab);
-        for (program, config) in CONFIGS {
+        world::World::new().write(&lab);
+        for (program, config) in configs::ALL {
             lab.write(&format!("configs/{program}.toml"), config);
         }
         lab
@@ -461,190 +465,3 @@ fn first_difference(a: &Content, b: &Content) -> String {
         _ => String::new(),
     }
 }
-
-/// The small text world: sentences about who sees what, with questions that have answers.
-struct World {
-    rng: Rng,
-}
-
-impl World {
-    fn new() -> Self {
-        Self { rng: Streams::new(1).get("tests/world", 0) }
-    }
-
-    fn one(&mut self, words: &[&'static str]) -> &'static str {
-        words[self.rng.below(words.len())]
-    }
-
-    fn animal(&mut self) -> &'static str {
-        self.one(&["fox", "owl", "hare", "bear", "mouse"])
-    }
-
-    fn thing(&mut self) -> &'static str {
-        self.one(&["boat", "ball", "tree", "hat", "bell", "cake"])
-    }
-
-    fn sentence(&mut self) -> String {
-        let (animal, verb) = (self.animal(), self.one(&["sees", "likes", "wants", "finds"]));
-        format!("the {animal} {verb} a {} {}.", self.one(&["red", "blue", "big", "old"]), self.thing())
-    }
-
-    fn document(&mut self) -> String {
-        (0..2 + self.rng.below(4)).map(|_| self.sentence()).collect::<Vec<_>>().join(" ")
-    }
-
-    fn documents(&mut self, n: usize) -> String {
-        (0..n).map(|_| self.document()).collect::<Vec<_>>().join("\n\n") + "\n"
-    }
-
-    fn conversation(&mut self) -> Value {
-        let animal = self.animal();
-        let answer = format!("the {animal} sees a {}.", self.thing());
-        json!({ "messages": [
-            { "role": "user", "content": format!("what does the {animal} see?") },
-            { "role": "assistant", "content": answer },
-        ] })
-    }
-
-    /// The better answer names the animal that was asked for.
-    fn pair(&mut self) -> Value {
-        let (animal, thing) = (self.animal(), self.thing());
-        json!({
-            "prompt": format!("what does the {animal} see?"),
-            "chosen": format!("the {animal} sees a {thing}."),
-            "rejected": format!("a {thing} and a {}", self.thing()),
-        })
-    }
-
-    fn prompt(&mut self) -> Value {
-        json!({ "prompt": format!("what does the {} see?", self.animal()) })
-    }
-
-    fn records(&mut self, n: usize, record: fn(&mut Self) -> Value) -> String {
-        (0..n).map(|_| record(self).to_string() + "\n").collect()
-    }
-
-    fn write(mut self, lab: &Lab) {
-        lab.write("data/train.txt", self.documents(300));
-        lab.write("data/val.txt", self.documents(30));
-        lab.write("data/sft.train.jsonl", self.records(64, Self::conversation));
-        lab.write("data/sft.val.jsonl", self.records(8, Self::conversation));
-        lab.write("data/pairs.train.jsonl", self.records(64, Self::pair));
-        lab.write("data/pairs.val.jsonl", self.records(8, Self::pair));
-        lab.write("data/prompts.train.jsonl", self.records(32, Self::prompt));
-        lab.write("data/prompts.val.jsonl", self.records(6, Self::prompt));
-    }
-}
-
-/// Small, but nothing is left out: dropout, accumulation, evaluation, samples and saves along the way.
-const CONFIGS: [(&str, &str); 4] =
-    [("pretrain", PRETRAIN_CONFIG), ("sft", SFT_CONFIG), ("reward-model", REWARD_MODEL_CONFIG), ("ppo", PPO_CONFIG)];
-
-const PRETRAIN_CONFIG: &str = r#"seed = 3
-
-[data]
-train = ["../data/train.txt"]
-val = ["../data/val.txt"]
-
-[tokenizer]
-kind = "bpe"
-vocab_size = 320
-
-[model]
-preset = "gpt2"
-d_model = 32
-n_layers = 2
-n_heads = 2
-max_seq_len = 64
-
-[optimizer]
-lr = 3e-3
-warmup_steps = 2
-
-[train]
-steps = 12
-batch_size = 4
-seq_len = 32
-eval_windows = 8
-sample_prompts = ["the fox"]
-sample_tokens = 8
-
-[run]
-log_every = 1
-eval_every = 4
-save_every = 0
-"#;
-
-const SFT_CONFIG: &str = r#"seed = 5
-
-[data]
-train = ["../data/sft.train.jsonl"]
-val = ["../data/sft.val.jsonl"]
-
-[optimizer]
-lr = 1e-3
-
-[train]
-steps = 12
-batch_size = 4
-n_samples = 1
-sample_tokens = 8
-
-[run]
-log_every = 1
-eval_every = 4
-save_every = 0
-"#;
-
-const REWARD_MODEL_CONFIG: &str = r#"seed = 7
-
-[data]
-train = ["../data/pairs.train.jsonl"]
-val = ["../data/pairs.val.jsonl"]
-
-[optimizer]
-lr = 1e-3
-
-[train]
-steps = 12
-batch_size = 4
-
-[normalisation]
-samples = 8
-max_tokens = 8
-
-[run]
-log_every = 1
-eval_every = 4
-save_every = 0
-"#;
-
-const PPO_CONFIG: &str = r#"seed = 9
-
-[data]
-train = ["../data/prompts.train.jsonl"]
-val = ["../data/prompts.val.jsonl"]
-
-[optimizer]
-lr = 3e-4
-
-[value_optimizer]
-lr = 3e-4
-
-[train]
-steps = 8
-batch_size = 4
-n_samples = 1
-
-[ppo]
-response_length = 8
-kl_target = 2.0
-kl_horizon = 100.0
-epochs = 2
-minibatches = 2
-
-[run]
-log_every = 1
-eval_every = 4
-save_every = 0
-"#;
