@@ -4,6 +4,8 @@
 //! `fixtures/hf_roundtrip.json` holds what transformers computes from checkpoints that *we* wrote; the models are made
 //! here from seeds, so that a change of one byte we write shows as another SHA-256. `oracles/hf_roundtrip.py` renews it.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +29,9 @@ const RELATIVE: f64 = 1e-3;
 
 /// Where the oracle wants the checkpoints.
 const ORACLE_DIR: &str = "KINDLING_ORACLE_DIR";
+
+/// Ids that the models' texts do not have.
+const TOKENS: TokenIds = TokenIds { bos: Some(20), eos: Some(21), pad: Some(22) };
 
 /// Every backend and implementation that has to agree.
 fn places() -> [(&'static str, Device, Kernels); 3] {
@@ -61,7 +66,10 @@ fn language_models_of_transformers_have_the_same_logits_loss_and_gradients() {
                 let [sum, norm] = floats(statistics)[..] else { panic!("a sum and a norm") };
                 let our_sum: f64 = grad.data.iter().map(|&x| f64::from(x)).sum();
                 let our_norm = grad.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-                assert!((our_norm - norm).abs() <= RELATIVE * norm, "{name}: {tensor}: norm {our_norm}, expected {norm}");
+                assert!(
+                    (our_norm - norm).abs() <= RELATIVE * norm,
+                    "{name}: {tensor}: norm {our_norm}, expected {norm}"
+                );
                 // A sum of n numbers of both signs may cancel to nothing: the scale is that of its terms.
                 let scale = norm * (grad.data.len() as f64).sqrt();
                 assert!((our_sum - sum).abs() <= RELATIVE * scale, "{name}: {tensor}: sum {our_sum}, expected {sum}");
@@ -97,17 +105,23 @@ fn what_transformers_computes_from_our_checkpoints_is_what_we_compute() {
         let sha256 = hf::sha256_of_file(&dir.path().join(hf::WEIGHTS_FILE)).unwrap();
         assert_eq!(json!(sha256), expected["weights_sha256"], "{name} is written in other bytes; renew the fixture");
         assert_eq!(expected["warnings"], json!([]), "{name}");
-        assert_eq!(expected["pad_token_id"], json!(model.tokens().pad), "{name}");
-        assert_eq!(expected["eos_token_id"], json!(model.tokens().eos), "{name}");
+        assert_eq!(expected["pad_token_id"], json!(TOKENS.pad), "{name}");
+        assert_eq!(expected["eos_token_id"], json!(TOKENS.eos), "{name}");
         for (place, device, kernels) in places() {
             let at = format!("{name} on {place}");
             match model.head {
                 Head::Lm => {
-                    let gpt = Gpt::from_named(&model.config, model.tensors.clone(), &device.clone().autodiff()).unwrap();
+                    let gpt =
+                        Gpt::from_named(&model.config, model.tensors.clone(), &device.clone().autodiff()).unwrap();
                     let run = run(&gpt.with_kernels(kernels), &model.ids());
                     assert_close(&at, &run.logits, &floats(&expected["logits"]));
                     assert_close(&at, &[run.loss], &[expected["loss"].as_f64().unwrap()]);
-                    check_gradients(&at, &run.grads, &fixtures().join(format!("hf_roundtrip-{name}.safetensors")), &model.config);
+                    check_gradients(
+                        &at,
+                        &run.grads,
+                        &fixtures().join(format!("hf_roundtrip-{name}.safetensors")),
+                        &model.config,
+                    );
                 }
                 Head::Score { bias } => {
                     let scalar = ScalarGpt::from_named(&model.config, model.tensors.clone(), bias, &device).unwrap();
@@ -153,10 +167,21 @@ fn models() -> Vec<(&'static str, Model)> {
     let score = Head::Score { bias: 0.625 };
     vec![
         ("gpt2", Model::new(gpt2(|_| {}), Head::Lm)),
-        ("gpt2-untied-wide-relu", Model::new(gpt2(|c| (c.tie_embeddings, c.d_ff, c.activation) = (false, 40, Activation::Relu)), Head::Lm)),
+        (
+            "gpt2-untied-wide-relu",
+            Model::new(gpt2(|c| (c.tie_embeddings, c.d_ff, c.activation) = (false, 40, Activation::Relu)), Head::Lm),
+        ),
         ("gpt2-sinusoidal", Model::new(gpt2(|c| c.positions = Positions::Sinusoidal), Head::Lm)),
         ("openai-gpt", Model::new(openai(|_| {}), Head::Lm)),
-        ("openai-gpt-untied-learned-gelu", Model::new(openai(|c| (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh)), Head::Lm)),
+        (
+            "openai-gpt-untied-learned-gelu",
+            Model::new(
+                openai(|c| {
+                    (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh);
+                }),
+                Head::Lm,
+            ),
+        ),
         ("gpt2-reward", Model::new(gpt2(|_| {}), score)),
         ("openai-gpt-reward", Model::new(openai(|c| c.tie_embeddings = false), score)),
     ]
@@ -180,20 +205,18 @@ impl Model {
             .into_iter()
             .map(|(path, shape)| {
                 let mut rng = Streams::new(5).get(&path, 0);
-                let (mean, deviation) = match path.rsplit('.').next() {
-                    Some("gamma") => (1.0, 0.3),
-                    Some("beta" | "bias") => (0.0, 0.2),
-                    _ => (0.0, 0.15),
+                let (mean, half_width) = match path.rsplit('.').next() {
+                    Some("gamma") => (1.0, 0.5),
+                    Some("beta" | "bias") => (0.0, 0.35),
+                    _ => (0.0, 0.25),
                 };
-                let data = (0..shape.iter().product()).map(|_| (mean + deviation * rng.normal()) as f32).collect();
+                // Uniform, because the last bit of a normal number depends on the system's logarithm.
+                let number = |_| (mean + half_width * (2.0 * rng.uniform() - 1.0)) as f32;
+                let data = (0..shape.iter().product()).map(number).collect();
                 (path, HostTensor { shape, data })
             })
             .collect();
         Self { config, head, tensors }
-    }
-
-    fn tokens(&self) -> TokenIds {
-        TokenIds { bos: Some(20), eos: Some(21), pad: Some(22) }
     }
 
     /// Three rows, right-padded where there are scores to find.
@@ -212,7 +235,7 @@ impl Model {
     }
 
     fn write(&self, dir: &Path) {
-        hf::write(dir, &self.config, self.head, &self.tensors, self.tokens()).unwrap();
+        hf::write(dir, &self.config, self.head, &self.tensors, TOKENS).unwrap();
     }
 }
 
@@ -259,7 +282,8 @@ fn check_gradients(at: &str, ours: &NamedTensors, path: &Path, config: &GptConfi
     let (theirs, _) = hf::read_file(path, |_| true).unwrap();
     for (name, expected) in theirs.iter().filter(|(name, _)| !is_fixed(name, config)) {
         let norm = expected.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-        let difference = expected.data.iter().zip(&ours[name].data).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let difference =
+            expected.data.iter().zip(&ours[name].data).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>();
         assert!(difference.sqrt() <= RELATIVE * norm, "{at}: {name}: off by {} of {norm}", difference.sqrt());
     }
     assert_eq!(theirs.len(), ours.len(), "{at}");

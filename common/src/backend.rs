@@ -4,10 +4,10 @@
 //! runs. Where a GPU backend numbers its devices, the order is the one it lists them in.
 
 use burn::tensor::Device;
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "cpu"))]
-use burn::tensor::DeviceType;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 use burn::tensor::DeviceKind;
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "cpu"))]
+use burn::tensor::DeviceType;
 
 use crate::config::nearest;
 

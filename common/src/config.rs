@@ -108,8 +108,8 @@ impl PathResolver {
             },
             Err(_) => self.base.join(path),
         };
-        let absolute = std::path::absolute(&joined)
-            .map_err(|source| ConfigError::Read { path: joined.clone(), source })?;
+        let absolute =
+            std::path::absolute(&joined).map_err(|source| ConfigError::Read { path: joined.clone(), source })?;
         Ok(without_dots(&absolute))
     }
 }
@@ -363,7 +363,10 @@ mod tests {
             ("model.d_model=1", "missing field `preset`"),
         ] {
             let error = read("seed = 1", &[flag]).expect_err("does not fit");
-            assert!(error.starts_with(&format!("invalid override `--set {flag}`")) && error.contains(reason), "{error}");
+            assert!(
+                error.starts_with(&format!("invalid override `--set {flag}`")) && error.contains(reason),
+                "{error}"
+            );
         }
     }
 
@@ -388,7 +391,10 @@ mod tests {
         assert_eq!(resolve("/elsewhere/c.txt"), "/elsewhere/c.txt");
         // What is resolved stays what it is, whichever folder it is resolved from.
         let elsewhere = PathResolver { base: "/runs/sft".into(), data: None };
-        assert_eq!(elsewhere.resolve("/data/stories/train.txt").expect("absolute"), Path::new("/data/stories/train.txt"));
+        assert_eq!(
+            elsewhere.resolve("/data/stories/train.txt").expect("absolute"),
+            Path::new("/data/stories/train.txt")
+        );
     }
 
     #[test]

@@ -175,7 +175,7 @@ impl Recorder {
         let point = resume.unwrap_or(ResumePoint { step: 0, seconds: 0.0 });
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
-                .expect("the template is constant and valid");
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = bars().add(ProgressBar::new(total_steps).with_style(style).with_position(point.step));
             bar.reset_eta();
             bar.enable_steady_tick(Duration::from_millis(500));

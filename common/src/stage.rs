@@ -42,7 +42,7 @@ pub struct StageArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 
-    /// Where the paths of the config that begin with $DATA/ lie [env: KINDLING_DATA]
+    /// Where paths of the config that begin with `$DATA/` lie; else the variable `KINDLING_DATA` says
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
@@ -191,7 +191,7 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let text = error_text(&error);
     // Nothing is left to try if stderr itself is gone.
     let _ = bars().suspend(|| writeln!(std::io::stderr(), "{text}"));
-    ExitCode::from(if error.chain().any(|cause| cause.is::<UsageError>()) { 2 } else { 1 })
+    ExitCode::from(if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 })
 }
 
 /// The error chain on one line where it fits, hints last.
@@ -438,7 +438,8 @@ mod tests {
         let args = parse(&[]).expect("valid");
         assert_eq!(args.runtime.backend, crate::backend::DEFAULT);
         assert!(!args.resume && !args.overwrite && args.runtime.kernels() == Kernels::Fused);
-        let flags = ["--set", "a.b=1", "--set", "c=d", "--threads", "2", "--kernels", "plain", "-vv", "--backend", "wgpu:1"];
+        let flags =
+            ["--set", "a.b=1", "--set", "c=d", "--threads", "2", "--kernels", "plain", "-vv", "--backend", "wgpu:1"];
         let args = parse(&flags).expect("valid");
         assert_eq!(args.overrides, ["a.b=1", "c=d"]);
         assert_eq!(args.runtime.threads.map(NonZeroUsize::get), Some(2));
@@ -467,10 +468,7 @@ mod tests {
         let missing = std::fs::read("/does/not/exist").expect_err("missing");
         let reason = missing.to_string();
         let error = StageError::Io { path: "o".into(), source: missing };
-        assert_eq!(
-            error_text(&error.into()),
-            format!("error: failed to prepare the output directory `o`: {reason}")
-        );
+        assert_eq!(error_text(&error.into()), format!("error: failed to prepare the output directory `o`: {reason}"));
     }
 
     #[test]

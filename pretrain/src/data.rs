@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use common::config::{ConfigError, PathResolver};
+use common::data::file_sha256;
 use common::data::order::Order;
 use common::data::records::{self, OnBadRecord};
 use common::data::shards::{ShardSource, TokenShard};
@@ -69,7 +70,7 @@ impl Corpus {
             files
                 .iter()
                 .map(|file| {
-                    sha256.insert(file.display().to_string(), file_hash(file)?);
+                    sha256.insert(file.display().to_string(), file_sha256(file)?);
                     open_shard(file, data, tokenizer, quiet)
                 })
                 .collect::<anyhow::Result<Vec<_>>>()
@@ -267,8 +268,4 @@ impl TokenSet {
     pub(crate) fn n_bytes(&self) -> f64 {
         self.bytes_of(self.range.len())
     }
-}
-
-fn file_hash(file: &std::path::Path) -> anyhow::Result<String> {
-    common::hf::sha256_of_file(file).with_context(|| format!("cannot read `{}`", file.display()))
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::{self, PathResolver};
-use common::data::file_sha256;
+use common::hf::sha256_of_file;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -51,7 +51,11 @@ impl Key {
     /// # Errors
     /// If the file cannot be read.
     pub fn file(&mut self, path: &Path) -> Result<()> {
-        let hash = if path.is_file() { file_sha256(path)? } else { "absent".to_owned() };
+        let hash = if path.is_file() {
+            sha256_of_file(path).with_context(|| format!("failed to read `{}`", path.display()))?
+        } else {
+            "absent".to_owned()
+        };
         self.text("file", &hash);
         Ok(())
     }

@@ -120,7 +120,7 @@ impl<'a> Run<'a> {
             tracing::info!("{what}{}", if goes_on { ": going on" } else { "" });
             let seconds_before = if goes_on { self.record.seconds(step) } else { 0.0 };
             if !goes_on {
-                self.forget_evaluation()?;
+                self.forget_later(step)?;
             }
             let mut record = StepRecord { key, finished: false, seconds: seconds_before };
             self.record.steps.insert(step, record.clone());
@@ -195,8 +195,8 @@ impl<'a> Run<'a> {
                         reward_model: self.dir(Step::RewardModel),
                         stage: self.stage_args(step, goes_on)?,
                     },
-                    gold.as_ref().map(|gold| gold as &dyn Fn(&str, &str) -> f64),
                     self.interrupt,
+                    gold.as_ref().map(|gold| gold as &dyn Fn(&str, &str) -> f64),
                 )
             }
             Step::Evaluate => Evaluator {
@@ -329,8 +329,9 @@ impl<'a> Run<'a> {
         config.evaluate.as_ref()?.pairs.clone().or_else(collected)
     }
 
-    /// Removes what the last step found out about models that are about to be replaced.
-    fn forget_evaluation(&self) -> Result<()> {
+    /// Forgets the steps after `step`, which is about to be done anew: they stand on what it replaces.
+    fn forget_later(&mut self, step: Step) -> Result<()> {
+        self.record.steps.retain(|&other, _| other < step);
         for name in ["evaluation.json", "answers.jsonl"] {
             let path = self.args.out.join(name);
             if path.exists() {

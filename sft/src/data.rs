@@ -8,6 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::config::{ConfigError, PathResolver};
 use common::conversation::{self, EncodedConversation, Message};
 use common::data::collate::{self, Example, TrainingRows};
+use common::data::file_sha256;
 use common::data::records::{self, OnBadRecord};
 use common::model::Layout;
 use common::tokenizer::Tokenizer;
@@ -52,7 +53,7 @@ impl Conversations {
         let mut all = Self { encoded: Vec::new(), messages: Vec::new(), sha256: BTreeMap::new() };
         let mut n_too_long = 0;
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_hash(file)?);
+            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
             for conversation in records::read_conversations(file, on_bad_record)? {
                 let mut encoded = conversation::encode(tokenizer, &conversation.messages)
                     .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
@@ -120,8 +121,4 @@ impl Batch {
             Tensor::from_data(TensorData::new(targets, [n]), device),
         )
     }
-}
-
-fn file_hash(file: &std::path::Path) -> anyhow::Result<String> {
-    common::hf::sha256_of_file(file).with_context(|| format!("cannot read `{}`", file.display()))
 }

@@ -92,7 +92,9 @@ def main():
             models[directory.name], grads = record(directory)
             print(directory.name, models[directory.name]["class"], models[directory.name]["warnings"] or "no warnings")
             if grads:
-                save_file(grads, FIXTURES / f"hf_roundtrip-{directory.name}.safetensors")
+                path = FIXTURES / f"hf_roundtrip-{directory.name}.safetensors"
+                save_file(grads, path)
+                path.chmod(0o644)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     text = json.dumps({"written_by": "tests/oracles/hf_roundtrip.py", **versions, "models": models})
     (FIXTURES / "hf_roundtrip.json").write_text(text + "\n")

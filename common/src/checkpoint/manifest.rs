@@ -112,7 +112,8 @@ impl Manifest {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(CheckpointError::Read { path, source }),
         };
-        let damaged = |error: serde_json::Error| CheckpointError::Json { path: path.clone(), reason: error.to_string() };
+        let damaged =
+            |error: serde_json::Error| CheckpointError::Json { path: path.clone(), reason: error.to_string() };
         let version: Version = serde_json::from_slice(&bytes).map_err(damaged)?;
         if version.format != FORMAT_VERSION {
             return Err(CheckpointError::Format { path, found: version.format });

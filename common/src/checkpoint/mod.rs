@@ -229,7 +229,10 @@ impl Checkpoint {
             return Err(CheckpointError::NoState { dir: self.dir.clone() });
         };
         let bytes = std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
-        self.check_hash(&format!("{STATE_DIR}/{STATE_FILE}"), &hf::hex(&<sha2::Sha256 as sha2::Digest>::digest(&bytes)))?;
+        self.check_hash(
+            &format!("{STATE_DIR}/{STATE_FILE}"),
+            &hf::hex(&<sha2::Sha256 as sha2::Digest>::digest(&bytes)),
+        )?;
         let json = serde_json::from_slice(&bytes)
             .map_err(|error| CheckpointError::Json { path, reason: error.to_string() })?;
         let mut tensors = BTreeMap::new();

@@ -20,7 +20,7 @@ use crate::tokenizer::Tokenizer;
 /// can. What an earlier process left beside `out` is removed.
 ///
 /// Where directories cannot change places in one step (neither Linux nor macOS, some network file systems), the old
-/// one steps aside first: a process killed in between leaves it whole, as `.NAME.tmp-PID`, with `out` absent.
+/// one steps aside first: a process killed in between leaves it whole, as `.NAME.tmp-PID-old`, with `out` absent.
 ///
 /// # Errors
 /// If a number is not finite or something cannot be written; `out` is then as before.
@@ -214,20 +214,20 @@ fn exchange(temporary: &Path, target: &Path) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
-    let aside = aside(temporary);
+    exchange_in_steps(temporary, target)
+}
+
+/// [`exchange`] where the system has no such call.
+pub(super) fn exchange_in_steps(temporary: &Path, target: &Path) -> io::Result<()> {
+    let mut aside = temporary.as_os_str().to_owned();
+    aside.push("-old");
+    let aside = PathBuf::from(aside);
     fs::rename(target, &aside)?;
     if let Err(error) = fs::rename(temporary, target) {
         fs::rename(&aside, target)?;
         return Err(error);
     }
     fs::rename(&aside, temporary)
-}
-
-/// The name the old checkpoint bears between the two renames.
-fn aside(temporary: &Path) -> PathBuf {
-    let mut name = temporary.as_os_str().to_owned();
-    name.push("-old");
-    PathBuf::from(name)
 }
 
 /// Removes the temporary directories that saves to `name` left in `parent` when they were killed.

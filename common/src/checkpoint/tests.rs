@@ -3,7 +3,7 @@ use std::io;
 
 use serde_json::json;
 
-use super::save::save_with;
+use super::save::{exchange_in_steps, save_with};
 use super::*;
 use crate::model::HostTensor;
 use crate::rng::Streams;
@@ -156,9 +156,8 @@ fn a_first_save_that_fails_leaves_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     let out = dir.path().join("ppo");
     let tokenizer = tokenizer(TokenizerKind::Byte);
-    let full = save_with(&out, &snapshot(1, &tokenizer), &mut |path| match path.ends_with(MANIFEST_FILE) {
-        true => Err(io::ErrorKind::StorageFull.into()),
-        false => Ok(()),
+    let full = save_with(&out, &snapshot(1, &tokenizer), &mut |path| {
+        if path.ends_with(MANIFEST_FILE) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     });
     assert!(full.is_err());
     assert_eq!(names_in(dir.path()), [""; 0]);
@@ -201,6 +200,21 @@ fn a_link_to_the_output_directory_stays_a_link() {
 }
 
 #[test]
+fn directories_change_places_where_the_system_has_no_call_for_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (temporary, target) = (dir.path().join(".a.tmp-1"), dir.path().join("a"));
+    for (path, name) in [(&temporary, "new"), (&target, "old")] {
+        fs::create_dir(path).expect("made");
+        fs::write(path.join(name), "").expect("writes");
+    }
+    exchange_in_steps(&temporary, &target).expect("exchanged");
+    assert_eq!((names_in(&target), names_in(&temporary)), (vec!["new".to_owned()], vec!["old".to_owned()]));
+    fs::remove_dir_all(&temporary).expect("removed");
+    assert!(exchange_in_steps(&temporary, &target).is_err());
+    assert_eq!(names_in(&target), ["new"], "a failure puts the old one back");
+}
+
+#[test]
 fn a_number_that_is_not_finite_is_never_saved() {
     let dir = tempfile::tempdir().expect("a directory");
     let out = dir.path().join("ppo");
@@ -220,6 +234,10 @@ fn a_number_that_is_not_finite_is_never_saved() {
         save(&out, &broken).expect_err("infinity").to_string(),
         "not saved: tensor `token_embedding` of `adam_m.safetensors` holds -inf; the last checkpoint is kept"
     );
+    let mut broken = snapshot(2, &tokenizer);
+    let Some(Weights::Scalar { score_bias, .. }) = &mut broken.value else { panic!("a score") };
+    *score_bias = f64::NAN;
+    assert!(save(&out, &broken).expect_err("NaN").to_string().contains("`score_bias` of `config.json` holds NaN"));
     assert_eq!(step_of(&out), 1);
 }
 
@@ -336,7 +354,11 @@ fn a_tokenizer_larger_than_the_model_is_refused() {
     snapshot.tokenizer = Some(&bytes);
     save(&out, &snapshot).expect("saves");
     let error = Checkpoint::open(&out).expect_err("too large").to_string();
-    assert!(error.contains(&format!("the tokenizer has {} tokens, the model {}", bytes.vocab_size(), chars.vocab_size())));
+    assert!(error.contains(&format!(
+        "the tokenizer has {} tokens, the model {}",
+        bytes.vocab_size(),
+        chars.vocab_size()
+    )));
 }
 
 #[test]
@@ -344,7 +366,8 @@ fn new_rows_are_the_mean_of_the_old_and_spare_rows_are_used_first() {
     let table = |rows: &[[f32; 2]]| HostTensor { shape: vec![rows.len(), 2], data: rows.concat() };
     let old = table(&[[1.0, 2.0], [3.0, 6.0]]);
     let other = table(&[[9.0, 9.0]]);
-    let mut named = NamedTensors::from([("token_embedding".into(), old.clone()), ("position_embedding".into(), other.clone())]);
+    let mut named =
+        NamedTensors::from([("token_embedding".into(), old.clone()), ("position_embedding".into(), other.clone())]);
     grow_vocab(&mut named, 2, 4, 4);
     assert_eq!(named["token_embedding"], table(&[[1.0, 2.0], [3.0, 6.0], [2.0, 4.0], [2.0, 4.0]]));
     assert_eq!(named["position_embedding"], other);
@@ -363,7 +386,8 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2, \"<|endoftext|>\": 3}").expect("writes");
     fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\n").expect("writes");
     let base = GptConfig::gpt2(4);
-    let config = GptConfig { d_model: 8, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 6, tie_embeddings: false, ..base };
+    let config =
+        GptConfig { d_model: 8, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 6, tie_embeddings: false, ..base };
     let named = Gpt::new(&config, &Streams::new(1), &Device::flex()).to_named();
     hf::write(dir.path(), &config, Head::Lm, &named, hf::TokenIds::default()).expect("writes");
     let opened = Checkpoint::open(dir.path()).expect("opens");

@@ -13,7 +13,15 @@ pub mod shards;
 
 pub use error::DataError;
 
+/// SHA-256 of a file's bytes, in hexadecimal.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn file_sha256(path: &std::path::Path) -> Result<String, DataError> {
+    crate::hf::sha256_of_file(path).map_err(|source| DataError::Read { path: path.to_owned(), source })
+}
+
 /// Bytes in hexadecimal.
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

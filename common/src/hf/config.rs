@@ -118,8 +118,9 @@ impl Reader<'_> {
         let config = match class {
             Class::Gpt2 => self.gpt2()?,
             Class::OpenAiGpt => self.openai_gpt()?,
-            Class::Kindling => serde_json::from_value(self.json["gpt"].clone())
-                .map_err(|error| self.refuse("gpt", &error.to_string(), "the architecture as this program writes it"))?,
+            Class::Kindling => serde_json::from_value(self.json["gpt"].clone()).map_err(|error| {
+                self.refuse("gpt", &error.to_string(), "the architecture as this program writes it")
+            })?,
         };
         config.validate().map_err(|source| HfError::Model { path: self.path.to_owned(), source })?;
         let tokens = TokenIds {
@@ -131,11 +132,9 @@ impl Reader<'_> {
     }
 
     fn gpt2(&self) -> Result<GptConfig, HfError> {
-        for (key, required) in [
-            ("scale_attn_weights", true),
-            ("scale_attn_by_inverse_layer_idx", false),
-            ("add_cross_attention", false),
-        ] {
+        for (key, required) in
+            [("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false), ("add_cross_attention", false)]
+        {
             if let Some(found) = self.optional(key)
                 && found.as_bool() != Some(required)
             {

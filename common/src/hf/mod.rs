@@ -142,7 +142,7 @@ pub fn read(dir: &Path) -> Result<(HostModel, TokenIds, String), HfError> {
     }
 }
 
-/// Writes a model to `dir` as config.json, generation_config.json and model.safetensors; returns the class it is
+/// Writes a model to `dir` as `config.json`, `generation_config.json` and `model.safetensors`; returns the class it is
 /// written as. `tensors` have our own paths, as in [`HostModel`].
 ///
 /// # Errors
@@ -158,6 +158,11 @@ pub fn write(
     tokens: TokenIds,
 ) -> Result<Class, HfError> {
     let class = Class::of(config);
+    if let Head::Score { bias } = head
+        && !bias.is_finite()
+    {
+        return Err(HfError::NotFinite { path: dir.join(CONFIG_FILE), name: "score_bias".into(), value: bias as f32 });
+    }
     let (description, generation) = config::render(class, config, head, tokens);
     for (file, content) in [(CONFIG_FILE, description), (GENERATION_FILE, generation)] {
         let path = dir.join(file);
@@ -210,7 +215,7 @@ fn untie_if_own_head(config: &mut GptConfig, class: Class, head: Head, found: &m
 }
 
 fn is_sinusoidal(config: &GptConfig, table: &HostTensor) -> bool {
-    if config.d_model % 2 != 0 || table.shape != [config.max_seq_len, config.d_model] {
+    if !config.d_model.is_multiple_of(2) || table.shape != [config.max_seq_len, config.d_model] {
         return false;
     }
     let sinusoids = sinusoid_table(config.max_seq_len, config.d_model);

@@ -87,8 +87,8 @@ pub(super) const fn position_table(class: Class) -> &'static str {
 /// Whether `name` is one of the causal-mask buffers that old versions of transformers wrote among the weights.
 pub(super) fn is_mask_buffer(name: &str) -> bool {
     let name = name.strip_prefix("transformer.").unwrap_or(name);
-    let layer = name.strip_prefix("h.").and_then(|rest| {
-        rest.strip_suffix(".attn.bias").or_else(|| rest.strip_suffix(".attn.masked_bias"))
-    });
+    let layer = name
+        .strip_prefix("h.")
+        .and_then(|rest| rest.strip_suffix(".attn.bias").or_else(|| rest.strip_suffix(".attn.masked_bias")));
     layer.is_some_and(|layer| !layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit()))
 }

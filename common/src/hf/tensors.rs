@@ -60,9 +60,8 @@ pub(super) fn read_weights(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<
         let (mut found, hash) = read_file(&path, &wanted)?;
         hashes.update(hash);
         for name in names.into_iter().filter(|name| wanted(name)) {
-            let tensor = found
-                .remove(name)
-                .ok_or_else(|| HfError::Missing { path: path.clone(), name: name.to_owned() })?;
+            let tensor =
+                found.remove(name).ok_or_else(|| HfError::Missing { path: path.clone(), name: name.to_owned() })?;
             tensors.insert(name.to_owned(), tensor);
         }
         if let Some(name) = found.into_keys().next() {
@@ -76,18 +75,17 @@ pub(super) fn read_weights(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<
 ///
 /// # Errors
 /// If a number is not finite or the file cannot be written.
-pub fn write_file<'a>(
-    path: &Path,
-    tensors: impl IntoIterator<Item = (String, &'a HostTensor)>,
-) -> Result<(), HfError> {
-    let tensors: Vec<(String, Bytes<'a>)> =
-        tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
+pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'a HostTensor)>) -> Result<(), HfError> {
+    let tensors: Vec<(String, Bytes<'a>)> = tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
     for (name, Bytes(tensor)) in &tensors {
         check_finite(path, name, &tensor.data)?;
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    serialize_to_file(tensors, Some(metadata), path)
-        .map_err(|error| HfError::Write { path: path.to_owned(), source: std::io::Error::other(error) })
+    let write_error = |source| HfError::Write { path: path.to_owned(), source };
+    // The library writes a temporary file that only its owner may read; others may read what `File::create` allows.
+    let permissions = std::fs::File::create(path).and_then(|file| file.metadata()).map_err(write_error)?.permissions();
+    serialize_to_file(tensors, Some(metadata), path).map_err(|error| write_error(std::io::Error::other(error)))?;
+    std::fs::set_permissions(path, permissions).map_err(write_error)
 }
 
 /// SHA-256 of the file at `path`, in hexadecimal.

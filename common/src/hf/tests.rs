@@ -10,8 +10,8 @@ use super::*;
 use crate::model::{Activation, Gpt, ScalarGpt, param_paths};
 use crate::rng::Streams;
 
-fn tiny(config: GptConfig) -> GptConfig {
-    GptConfig { d_model: 8, n_layers: 2, n_heads: 2, d_ff: 32, max_seq_len: 6, ..config }
+fn tiny(config: &GptConfig) -> GptConfig {
+    GptConfig { d_model: 8, n_layers: 2, n_heads: 2, d_ff: 32, max_seq_len: 6, ..config.clone() }
 }
 
 /// Every switch in every position, and a feed-forward width that one class has no place for.
@@ -21,8 +21,16 @@ fn every_config() -> Vec<GptConfig> {
         for positions in [Positions::Sinusoidal, Positions::Learned] {
             for activation in [Activation::Relu, Activation::GeluTanh] {
                 for (tie_embeddings, d_ff) in [(true, 32), (false, 24)] {
-                    let base = tiny(GptConfig::transformer(11));
-                    configs.push(GptConfig { norm, positions, activation, tie_embeddings, d_ff, dropout: 0.25, ..base });
+                    let base = tiny(&GptConfig::transformer(11));
+                    configs.push(GptConfig {
+                        norm,
+                        positions,
+                        activation,
+                        tie_embeddings,
+                        d_ff,
+                        dropout: 0.25,
+                        ..base
+                    });
                 }
             }
         }
@@ -43,7 +51,7 @@ const TOKENS: TokenIds = TokenIds { bos: Some(3), eos: Some(4), pad: Some(5) };
 /// A directory with the preset `gpt2`, tied, as [`write`] leaves it.
 fn gpt2() -> (tempfile::TempDir, GptConfig) {
     let dir = tempfile::tempdir().expect("a directory");
-    let config = tiny(GptConfig::gpt2(11));
+    let config = tiny(&GptConfig::gpt2(11));
     write(dir.path(), &config, Head::Lm, &lm(&config), TOKENS).expect("writes");
     (dir, config)
 }
@@ -106,9 +114,9 @@ fn a_file_without_the_prefix_and_with_mask_buffers_reads_the_same() {
 
 #[test]
 fn half_precision_is_widened() {
+    type Narrow = fn(f32) -> [u8; 2];
     let (dir, _) = gpt2();
     let exact = foreign(dir.path());
-    type Narrow = fn(f32) -> [u8; 2];
     let narrow: [(Dtype, Narrow, f32); 2] = [
         (Dtype::F16, |x| f16::from_f32(x).to_le_bytes(), 1e-3),
         (Dtype::BF16, |x| bf16::from_f32(x).to_le_bytes(), 1e-2),
@@ -189,7 +197,7 @@ fn a_tied_head_that_is_written_out_is_dropped_and_one_that_differs_is_kept() {
 #[test]
 fn a_position_table_is_sinusoidal_only_if_it_is_within_rounding() {
     let dir = tempfile::tempdir().expect("a directory");
-    let config = tiny(GptConfig::transformer(11));
+    let config = tiny(&GptConfig::transformer(11));
     write(dir.path(), &config, Head::Lm, &lm(&config), TOKENS).expect("writes");
     let mut tensors = foreign(dir.path());
     for (shift, positions) in [(5e-7, Positions::Sinusoidal), (5e-6, Positions::Learned)] {
@@ -292,7 +300,10 @@ fn a_config_value_that_cannot_be_honoured_is_named() {
         assert!(found.contains(expected), "{key}: {found}");
     }
     // A width of its own is honoured, so the tensors no longer fit.
-    assert!(with("n_inner", json!(24)).contains("tensor `transformer.h.0.mlp.c_fc.weight` has shape [8, 32], expected [8, 24]"));
+    assert!(
+        with("n_inner", json!(24))
+            .contains("tensor `transformer.h.0.mlp.c_fc.weight` has shape [8, 32], expected [8, 24]")
+    );
 
     write(dir.path(), &config, Head::Score { bias: 0.0 }, &scalar(&config), TOKENS).expect("writes");
     let good: Value = serde_json::from_slice(&fs::read(&path).expect("there")).expect("JSON");

@@ -54,7 +54,8 @@ impl Source {
         for step in Step::ALL.into_iter().filter(|step| step.trains()) {
             let dir = out.join(step.name());
             let log = MetricsLog::read(&dir)?;
-            if dir.exists() {
+            // A directory without a record stands on models that were replaced since.
+            if record.steps.contains_key(&step) {
                 let seconds = log.seconds().unwrap_or(0.0).max(record.seconds(step));
                 stages.push(StageSource { step, dir, log, seconds });
             }

@@ -115,7 +115,7 @@ fn overview(source: &Source) -> Vec<OverviewRow> {
     let mut rows = Vec::new();
     for step in Step::ALL {
         let stage = source.stage(step);
-        if stage.is_none() && !source.record.steps.contains_key(&step) {
+        if !source.record.steps.contains_key(&step) {
             continue;
         }
         let last_step = |stage: &StageSource| stage.log.last("step").map_or(String::new(), thousands);

@@ -1,7 +1,7 @@
 //! A small world of simple English, generated from a seed: the data of `configs/tiny`.
 //!
 //! Ten children and ten animals, fourteen things, six colours, ten places and twelve plots, each of which can end
-//! happily or sadly, give short stories of 35 to 75 words out of a vocabulary of some 600. All of it is written for this
+//! happily or sadly, give short stories of 35 to 75 words out of some 500 words. All of it is written for this
 //! project; nothing is read from outside.
 //!
 //! A **request** names one to three of: a character, a thing (perhaps with its colour), a place, the mood of the ending.
