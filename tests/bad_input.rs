@@ -202,7 +202,7 @@ mod data {
 mod checkpoints {
     use common::checkpoint::Stage;
     use common::hf;
-    use common::testing::save_tiny;
+    use common::testing::{byte_tokenizer, save_tiny};
     use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
     use pipeline_tests::Lab;
     use serde_json::{Value, json};
@@ -221,7 +221,7 @@ mod checkpoints {
 
     fn renew(lab: &Lab) {
         let _ = std::fs::remove_dir_all(lab.path("broken"));
-        save_tiny(&lab.path("broken"), Stage::Sft, 1);
+        save_tiny(&lab.path("broken"), Stage::Sft, &byte_tokenizer(), 1);
     }
 
     /// Changes a JSON file of `broken`.
@@ -388,8 +388,7 @@ mod checkpoints {
 mod output {
     use std::process::Command;
 
-    use common::checkpoint::{Checkpoint, Stage};
-    use common::testing::save_tiny;
+    use common::checkpoint::Checkpoint;
     use pipeline_tests::{Lab, PRETRAIN, binary};
 
     use crate::{Case, models};
@@ -482,7 +481,6 @@ mod output {
     #[test]
     fn a_save_is_refused_where_nothing_may_be_written() {
         let lab = models();
-        save_tiny(&lab.path("other"), Stage::Pretrain, 9);
         let tokenizer = ["tokenizer", "--config", "configs/pretrain.toml", "--out", "/dev/null/tokenizer"];
         Case(&lab, "out-below-a-device-tokenizer").refused("pretrain", &tokenizer);
     }
@@ -607,10 +605,11 @@ use pipeline_tests::{Lab, Output, PPO, PRETRAIN, REWARD_MODEL, SFT, assert_snaps
 /// A lab with an untrained checkpoint of every stage.
 fn models() -> Lab {
     let lab = Lab::new();
-    byte_tokenizer().save(&lab.path("tokenizer")).unwrap();
-    save_tiny(&lab.path("base"), Stage::Pretrain, 1);
-    save_tiny(&lab.path("sft"), Stage::Sft, 2);
-    save_tiny(&lab.path("reward"), Stage::RewardModel, 3);
+    let tokenizer = byte_tokenizer();
+    tokenizer.save(&lab.path("tokenizer")).unwrap();
+    save_tiny(&lab.path("base"), Stage::Pretrain, &tokenizer, 1);
+    save_tiny(&lab.path("sft"), Stage::Sft, &tokenizer, 2);
+    save_tiny(&lab.path("reward"), Stage::RewardModel, &tokenizer, 3);
     lab
 }
 

@@ -148,7 +148,7 @@ impl Lab {
     /// [`command`](Self::command) for any other command.
     pub fn within(&self, mut command: Command, args: &[impl AsRef<str>]) -> Command {
         command.args(args.iter().map(AsRef::as_ref)).current_dir(self.dir());
-        command.env("KINDLING_CACHE", self.path("cache"));
+        command.env("KINDLING_CACHE", self.path("cache")).env("COLUMNS", "100");
         for variable in ["RUST_LOG", "KINDLING_DATA", "RUST_BACKTRACE"] {
             command.env_remove(variable);
         }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::DataError;
-pub use answers::{Answers, read_answers};
+pub use answers::{AnswerRecord, Answers, read_answers};
 use crate::conversation::{Message, Role};
 use lines::{BadRecords, Record};
 
