@@ -140,7 +140,11 @@ fn has_word(line: &str, word: &str) -> bool {
 
 /// Fails with every line of `lines` that `is_wrong` finds.
 #[track_caller]
-fn assert_none<'a>(rule: &str, lines: impl Iterator<Item = (&'a Source, usize, &'a str)>, is_wrong: impl Fn(&str) -> bool) {
+fn assert_none<'a>(
+    rule: &str,
+    lines: impl Iterator<Item = (&'a Source, usize, &'a str)>,
+    is_wrong: impl Fn(&str) -> bool,
+) {
     let wrong: Vec<String> = lines
         .filter(|(.., line)| is_wrong(line))
         .map(|(source, number, line)| format!("{}:{number}: {}", source.path, line.trim()))
@@ -156,7 +160,9 @@ fn stages_meet_in_checkpoints_and_not_in_code() {
         match name {
             "common" => assert!(known.is_empty(), "`common` depends on {known:?}"),
             "recipe" => {}
-            _ => assert!(known.iter().all(|known| known == "common"), "`{name}` depends on {known:?}, expected `common`"),
+            _ => {
+                assert!(known.iter().all(|known| known == "common"), "`{name}` depends on {known:?}, expected `common`")
+            }
         }
     }
 }
@@ -212,10 +218,14 @@ fn modules_of_common_know_only_those_listed() {
 
 #[test]
 fn only_backend_rs_names_a_backend() {
-    let constructors = ["flex", "ndarray", "wgpu", "vulkan", "metal", "cuda", "cpu"].map(|name| format!("Device::{name}("));
+    let constructors =
+        ["flex", "ndarray", "wgpu", "vulkan", "metal", "cuda", "cpu"].map(|name| format!("Device::{name}("));
     let sources = sources();
     let elsewhere = sources.iter().filter(|source| {
-        !source.is_test() && !source.lies_in("common/src/backend.rs") && !source.lies_in("common/src/kernels/") && !source.lies_in("common/src/testing.rs")
+        !source.is_test()
+            && !source.lies_in("common/src/backend.rs")
+            && !source.lies_in("common/src/kernels/")
+            && !source.lies_in("common/src/testing.rs")
     });
     assert_none(
         "only common/src/backend.rs names a backend",
@@ -266,7 +276,17 @@ fn model_loss_and_rl_maths_are_pure() {
     for place in PURE {
         assert!(pure.iter().any(|source| source.lies_in(place)), "there is no {place}");
     }
-    let impure = ["std::fs", "std::env", "std::time", "std::io", "std::net", "std::process", "Instant", "tracing::", "rand::rng"];
+    let impure = [
+        "std::fs",
+        "std::env",
+        "std::time",
+        "std::io",
+        "std::net",
+        "std::process",
+        "Instant",
+        "tracing::",
+        "rand::rng",
+    ];
     assert_none(
         "model, loss and RL maths do no I/O and read no clock, environment or global random state",
         pure.iter().flat_map(|source| source.code().map(move |(number, line)| (*source, number, line))),

@@ -45,19 +45,42 @@ fn more_files(stage: Stage) -> &'static [&'static str] {
 /// The names that the contract promises, those that only a recipe with a gold score has aside.
 fn metrics(stage: Stage) -> &'static [&'static str] {
     match stage.program {
-        "pretrain" => &[
-            "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte",
-        ],
+        "pretrain" => {
+            &["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte"]
+        }
         "sft" => &["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"],
         "reward-model" => &[
-            "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/accuracy", "train/margin",
-            "val/accuracy", "val/loss", "val/margin",
+            "train/loss",
+            "train/lr",
+            "train/grad_norm",
+            "train/tokens_per_second",
+            "train/accuracy",
+            "train/margin",
+            "val/accuracy",
+            "val/loss",
+            "val/margin",
         ],
         _ => &[
-            "objective/kl", "objective/kl_coef", "objective/entropy", "objective/score", "objective/rlhf_reward",
-            "objective/non_score_reward", "policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio_mean",
-            "policy/ratio_max", "policy/entropy", "value/loss", "value/clip_frac", "value/explained_variance",
-            "rollout/response_length", "rollout/eos_rate", "timing/rollout", "timing/score", "timing/update",
+            "objective/kl",
+            "objective/kl_coef",
+            "objective/entropy",
+            "objective/score",
+            "objective/rlhf_reward",
+            "objective/non_score_reward",
+            "policy/loss",
+            "policy/approx_kl",
+            "policy/clip_frac",
+            "policy/ratio_mean",
+            "policy/ratio_max",
+            "policy/entropy",
+            "value/loss",
+            "value/clip_frac",
+            "value/explained_variance",
+            "rollout/response_length",
+            "rollout/eos_rate",
+            "timing/rollout",
+            "timing/score",
+            "timing/update",
         ],
     }
 }
@@ -185,7 +208,14 @@ fn assert_evaluations(lab: &Lab) {
     assert!(scores.iter().all(|line| line["prompt"].is_string() && line["chosen"].is_string()), "{}", scores[0]);
 
     let of_policy = [
-        "eval", "--checkpoint", "ppo", "--reference", "sft", "--reward-model", "reward", "--data",
+        "eval",
+        "--checkpoint",
+        "ppo",
+        "--reference",
+        "sft",
+        "--reward-model",
+        "reward",
+        "--data",
         "data/prompts.val.jsonl",
     ];
     let of_policy = object(&lab.ok("ppo", &of_policy));
@@ -241,8 +271,10 @@ fn checkpoints_of_one_backend_go_on_on_another_and_back() {
     for stage in [SFT, REWARD_MODEL, PPO] {
         assert_eq!(lab.saved_step(stage.out), Some(if stage == PPO { 8 } else { 12 }));
     }
-    let args = ["generate", "--checkpoint", "ppo", "--prompt", "what does the owl see?", "--temperature", "0", "--json"];
-    let answers = ["flex", "ndarray"].map(|backend| object(&lab.ok("chat", &[&args[..], &["--backend", backend]].concat())));
+    let args =
+        ["generate", "--checkpoint", "ppo", "--prompt", "what does the owl see?", "--temperature", "0", "--json"];
+    let answers =
+        ["flex", "ndarray"].map(|backend| object(&lab.ok("chat", &[&args[..], &["--backend", backend]].concat())));
     assert_eq!(answers[0]["token_ids"], answers[1]["token_ids"]);
 }
 

@@ -124,7 +124,10 @@ fn training_lowers_the_loss_and_continues_beginnings() {
     assert!(losses[3] < losses[0] - 1.0, "{losses:?}");
     let samples = lines("samples.jsonl");
     let prompts: Vec<_> = samples.iter().map(|line| (line["step"].clone(), line["prompt"].clone())).collect();
-    assert_eq!(prompts, [(json!(15), json!("the")), (json!(15), json!("")), (json!(30), json!("the")), (json!(30), json!(""))]);
+    assert_eq!(
+        prompts,
+        [(json!(15), json!("the")), (json!(15), json!("")), (json!(30), json!("the")), (json!(30), json!(""))]
+    );
 
     // The last evaluation takes all of the held-out text, in the windows that `eval` takes too.
     let logged = metrics.iter().rev().find_map(|line| line["val/loss"].as_f64()).unwrap();
@@ -136,7 +139,8 @@ fn training_lowers_the_loss_and_continues_beginnings() {
 
     // Training goes on from a checkpoint, with its tokenizer.
     train(dir.path(), &["--init", "base", "--out", "more", "--set", "train.steps=5"]);
-    let manifest: Value = serde_json::from_slice(&std::fs::read(dir.path().join("more/manifest.json")).unwrap()).unwrap();
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("more/manifest.json")).unwrap()).unwrap();
     let parent: Value = serde_json::from_slice(&std::fs::read(dir.path().join("base/manifest.json")).unwrap()).unwrap();
     assert_eq!(manifest["parents"][0]["weights_sha256"], parent["weights_sha256"]);
     assert_eq!(manifest["tokenizer_sha256"], parent["tokenizer_sha256"]);
@@ -169,7 +173,8 @@ fn text_and_its_token_ids_have_the_same_loss() {
         std::fs::remove_file(dir.path().join("base").join(file)).unwrap();
     }
     let args = ["eval", "--checkpoint", "base", "--ids", "ids.json", "--logits"];
-    let (together, alone) = (result(dir.path(), &args), result(dir.path(), &[&args[..], &["--batch-size", "1"]].concat()));
+    let (together, alone) =
+        (result(dir.path(), &args), result(dir.path(), &[&args[..], &["--batch-size", "1"]].concat()));
     let flat = |value: &Value| -> Vec<f64> {
         let rows = value["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap());
         rows.flat_map(|position| position.as_array().unwrap()).map(|logit| logit.as_f64().unwrap()).collect()
