@@ -6,8 +6,10 @@
 //! does the same way).
 //!
 //! # Invariants
-//! - `model` depends on `kernels`; `conversation` on `tokenizer`; `generate` on `model` and `rng`; `data` on `rng` and,
-//!   for messages, on `conversation`; `checkpoint` on `model` and `hf`. There are no other edges between these, `testing` aside.
+//! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
+//!   `model`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `scoring` → `model`,
+//!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`; `stage` → `kernels`,
+//!   `metrics`; `session` → all that a run needs. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
