@@ -99,13 +99,8 @@ impl Key {
 
     /// The hash in hexadecimal.
     pub fn finish(self) -> String {
-        hex(&self.0.finalize())
+        self.0.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
     }
-}
-
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Every string in `value` that is the path of a file.

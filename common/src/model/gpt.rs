@@ -430,7 +430,8 @@ fn initial_values(config: &GptConfig, path: &str, shape: &[usize], streams: &Str
             (0..n).map(|_| (std * rng.normal()) as f32).collect()
         }
         NormPlacement::Post if embedding => {
-            let std = 1.0 / (config.d_model as f64).sqrt();
+            let unit_logits = 1.0 / (config.d_model as f64).sqrt();
+            let std = if config.tie_embeddings || path == "head" { unit_logits } else { 1.0 };
             (0..n).map(|_| (std * rng.normal()) as f32).collect()
         }
         NormPlacement::Post => {
