@@ -3,7 +3,8 @@
 
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
-use std::io::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -12,7 +13,8 @@ use burn::tensor::Device;
 use common::checkpoint::{Manifest, Snapshot, Stage, Weights, save};
 use common::model::{Gpt, GptConfig, ScalarGpt};
 use common::rng::Streams;
-use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
+use common::testing::byte_tokenizer;
+use common::tokenizer::Tokenizer;
 use serde_json::Value;
 
 struct Ran {
@@ -63,25 +65,20 @@ fn checkpoints() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chat-cli-{}", std::process::id()));
-        let tokenizer = tokenizer();
+        let tokenizer = byte_tokenizer();
         let gpt = gpt(&tokenizer);
         let config = gpt.config().clone();
         let lm = |named| Weights::Lm { named, config: config.clone() };
-        write(&dir.join("lm"), Stage::Sft, lm(gpt.to_named()), Some(&tokenizer));
-        write(&dir.join("no-tokenizer"), Stage::Pretrain, lm(gpt.to_named()), None);
+        save_checkpoint(&dir.join("lm"), Stage::Sft, lm(gpt.to_named()), Some(&tokenizer));
+        save_checkpoint(&dir.join("no-tokenizer"), Stage::Pretrain, lm(gpt.to_named()), None);
         let mut named = gpt.to_named();
         named.get_mut("head").unwrap().data.fill(f32::MAX);
-        write(&dir.join("diverged"), Stage::Sft, lm(named), Some(&tokenizer));
+        save_checkpoint(&dir.join("diverged"), Stage::Sft, lm(named), Some(&tokenizer));
         let named = ScalarGpt::new(gpt, &Streams::new(0)).to_named();
         let scalar = Weights::Scalar { named, config: config.clone(), score_bias: 0.0 };
-        write(&dir.join("reward-model"), Stage::RewardModel, scalar, Some(&tokenizer));
+        save_checkpoint(&dir.join("reward-model"), Stage::RewardModel, scalar, Some(&tokenizer));
         dir
     })
-}
-
-fn tokenizer() -> Tokenizer {
-    let config = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
-    Tokenizer::train(&config, std::iter::empty::<&str>(), true).unwrap()
 }
 
 /// A model that says printable ASCII, so that what it says does not depend on how broken text is shown.
@@ -102,13 +99,14 @@ fn gpt(tokenizer: &Tokenizer) -> Gpt {
     for (id, row) in head.data.chunks_mut(16).enumerate() {
         let printable = tokenizer.decode(&[id as u32]).chars().all(|c| (' '..='~').contains(&c));
         let ordinary = printable && !tokenizer.is_special(id as u32);
-        row.iter_mut().for_each(|x| *x = 0.5 * rng.normal() as f32 + if ordinary { 0.0 } else { -3.0 });
+        let shift = if ordinary { 0.0 } else { -3.0 };
+        row.fill_with(|| shift + 0.5 * rng.normal() as f32);
     }
     named.get_mut("final_norm.beta").unwrap().data.fill(1.0);
     Gpt::from_named(&config, named, &Device::flex()).unwrap()
 }
 
-fn write(dir: &Path, stage: Stage, weights: Weights, tokenizer: Option<&Tokenizer>) {
+fn save_checkpoint(dir: &Path, stage: Stage, weights: Weights, tokenizer: Option<&Tokenizer>) {
     let manifest = Manifest::new(stage);
     save(dir, &Snapshot { weights, manifest, tokenizer, config_toml: "", value: None, state: None }).unwrap();
 }
@@ -155,15 +153,15 @@ fn errors_are_as_documented() {
         let ran = chat(&args, b"");
         assert_eq!(ran.code, code, "{what}: {}", ran.stderr);
         assert_eq!(ran.stdout, "", "{what}");
-        found += &format!("# {what}\n$ chat {}\n{}\n", args.join(" "), ran.stderr);
+        writeln!(found, "# {what}\n$ chat {}\n{}", args.join(" "), ran.stderr).unwrap();
     }
     let long = "x".repeat(200);
     let ran = chat(&["generate", "--checkpoint", "lm", "--prompt", &long], b"");
     assert_eq!(ran.code, 1);
-    found += &format!("# over-long prompt\n{}\n", ran.stderr);
+    writeln!(found, "# over-long prompt\n{}", ran.stderr).unwrap();
     let ran = chat(&["generate", "--checkpoint", "lm", "--prompt", "-"], b"caf\xe9");
     assert_eq!(ran.code, 1);
-    found += &format!("# invalid UTF-8\n{}", ran.stderr);
+    write!(found, "# invalid UTF-8\n{}", ran.stderr).unwrap();
     assert_snapshot("errors.txt", &found);
 }
 
@@ -179,7 +177,7 @@ fn the_answer_and_nothing_else_is_on_stdout() {
 
 #[test]
 fn json_holds_tokens_and_log_probs() {
-    let tokenizer = tokenizer();
+    let tokenizer = byte_tokenizer();
     let base = ["generate", "--checkpoint", "lm", "--prompt", "hi", "--max-tokens", "12"];
     let json: Value = serde_json::from_str(&stdout(&[&base[..], &["--json"]].concat(), b"")).unwrap();
     let ids: Vec<u32> = json["token_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
@@ -197,7 +195,7 @@ fn json_holds_tokens_and_log_probs() {
 fn raw_text_follows_the_begin_token_alone() {
     let json = stdout(&["generate", "--checkpoint", "lm", "--prompt", "hi", "--raw", "--json"], b"");
     let json: Value = serde_json::from_str(&json).unwrap();
-    let bos = tokenizer().specials().bos;
+    let bos = byte_tokenizer().specials().bos;
     assert_eq!(json["prompt_token_ids"], serde_json::json!([bos, u32::from(b'h'), u32::from(b'i')]));
 }
 

@@ -132,7 +132,9 @@ mod tests {
         let mut named = Gpt::new(config, &Streams::new(11), device).to_named();
         let mut rng = Streams::new(12).get("test", 0);
         for tensor in named.values_mut() {
-            tensor.data.iter_mut().for_each(|x| *x += 0.3 * rng.normal() as f32);
+            for x in &mut tensor.data {
+                *x += 0.3 * rng.normal() as f32;
+            }
         }
         Gpt::from_named(config, named, device).unwrap()
     }

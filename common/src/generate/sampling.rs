@@ -350,7 +350,7 @@ mod tests {
         seen.sort_unstable();
         seen.dedup();
         penalise(&mut logits, &seen, config.repetition_penalty as f32);
-        let softmax = |kept: &[usize]| {
+        let softmax = |kept: &[usize]| -> Vec<f64> {
             let max = kept.iter().map(|&id| logits[id]).fold(f32::MIN, f32::max) as f64;
             let mut weights = vec![0.0; logits.len()];
             for &id in kept {
