@@ -16,14 +16,15 @@ const MAX_LINES: usize = 600;
 const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each module of `common` may use of the others, as its `lib.rs` lists it.
-const EDGES: [(&str, &[&str]); 19] = [
+const EDGES: [(&str, &[&str]); 20] = [
     ("backend", &["config"]),
-    ("checkpoint", &["hf", "model", "tokenizer"]),
+    ("checkpoint", &["hash", "hf", "model", "tokenizer"]),
     ("config", &[]),
     ("conversation", &["tokenizer"]),
-    ("data", &["conversation", "rng"]),
+    ("data", &["conversation", "hash", "rng"]),
     ("generate", &["model", "rng"]),
-    ("hf", &["model"]),
+    ("hash", &[]),
+    ("hf", &["hash", "model"]),
     ("kernels", &[]),
     ("loss", &["kernels", "model"]),
     ("metrics", &[]),
@@ -34,7 +35,7 @@ const EDGES: [(&str, &[&str]); 19] = [
     ("session", &["checkpoint", "kernels", "metrics", "model", "optim", "stage", "tokenizer"]),
     ("stage", &["kernels", "metrics"]),
     ("testing", &["checkpoint", "model", "rng", "tokenizer"]),
-    ("tokenizer", &[]),
+    ("tokenizer", &["hash"]),
     ("lib", &[]),
 ];
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use common::hf::sha256_of_file;
+use common::hash::sha256_of_file;
 use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
 use serde_json::Value;
 
