@@ -336,7 +336,11 @@ impl Session {
         tensors.insert("weights".into(), current.clone());
         let exported = match extras.exported {
             Some(exported) => exported.with(exported.to_named()),
-            None => weights.with(if self.cadence.keep_best { self.best_weights.clone().unwrap_or(current) } else { current }),
+            None => weights.with(if self.cadence.keep_best {
+                self.best_weights.clone().unwrap_or(current)
+            } else {
+                current
+            }),
         };
         let manifest = self.manifest();
         let snapshot = Snapshot {

@@ -96,7 +96,9 @@ fn evaluate_batch(gpt: &Gpt, windows: &Windows) -> anyhow::Result<Evaluation> {
 fn data_config(checkpoint: &Checkpoint) -> DataConfig {
     let path = checkpoint.dir().join("config.toml");
     match checkpoint.stage() {
-        Some(Stage::Pretrain) => config::load::<PretrainConfig>(&path, &[]).map(|config| config.data).unwrap_or_default(),
+        Some(Stage::Pretrain) => {
+            config::load::<PretrainConfig>(&path, &[]).map(|config| config.data).unwrap_or_default()
+        }
         _ => DataConfig::default(),
     }
 }

@@ -217,8 +217,7 @@ impl Gpt {
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
         let x = self.embed(ids, positions, start);
-        let mut pass =
-            Pass { kernels: self.kernels, eps: self.config.layer_norm_eps, first_key: None, dropout: None };
+        let mut pass = Pass { kernels: self.kernels, eps: self.config.layer_norm_eps, first_key: None, dropout: None };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
