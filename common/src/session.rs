@@ -260,7 +260,7 @@ impl Session {
     /// Whether this step's numbers should be logged.
     pub const fn logs(&self) -> bool {
         let step = self.progress.step;
-        step == 1 || step == self.total_steps || step % max_1(self.cadence.log_every) == 0
+        step == 1 || step == self.total_steps || step.is_multiple_of(max_1(self.cadence.log_every))
     }
 
     /// Appends a line of metrics for this step.
@@ -276,10 +276,10 @@ impl Session {
             );
         }
         let mut values = values.to_vec();
-        if values.iter().any(|(name, _)| *name == names::TRAIN_LOSS) {
-            if let Some(rate) = self.recorder.tokens_per_second(tokens) {
-                values.push((names::TRAIN_TOKENS_PER_SECOND, rate));
-            }
+        if values.iter().any(|(name, _)| *name == names::TRAIN_LOSS)
+            && let Some(rate) = self.recorder.tokens_per_second(tokens)
+        {
+            values.push((names::TRAIN_TOKENS_PER_SECOND, rate));
         }
         Ok(self.recorder.record(step, tokens, &values)?)
     }

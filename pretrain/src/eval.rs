@@ -1,5 +1,7 @@
 //! Held-out loss.
 
+use std::io::Write;
+
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
@@ -64,7 +66,6 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         (None, Some(file)) => evaluate_ids(&gpt, file, args)?,
         (None, None) => unreachable!("clap requires one of the two"),
     };
-    use std::io::Write;
     writeln!(std::io::stdout(), "{result}").context("failed to write the result")
 }
 

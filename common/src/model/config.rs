@@ -29,7 +29,7 @@ pub enum NormPlacement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
-    /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, ReLU, tied output weights.
+    /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, `ReLU`, tied output weights.
     #[default]
     Transformer,
     /// GPT-2: learned positions, pre-norm, tanh-GELU, tied output weights.
