@@ -47,6 +47,25 @@ pub fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32) {
     }
 }
 
+/// Compares `actual` with the committed text at `path`; writes it there where the variable `UPDATE_SNAPSHOTS` is `1`.
+///
+/// # Panics
+/// If they differ, with both texts.
+#[track_caller]
+pub fn assert_snapshot(path: &Path, actual: &str) {
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some_and(|value| value == "1") {
+        let dir = path.parent().expect("a snapshot lies in a directory");
+        std::fs::create_dir_all(dir).and_then(|()| std::fs::write(path, actual)).expect("the snapshot can be written");
+        return;
+    }
+    let expected = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        actual == expected,
+        "`{}` differs; if this is intended, renew it with UPDATE_SNAPSHOTS=1\n--- expected\n{expected}--- found\n{actual}---",
+        path.display()
+    );
+}
+
 /// A model of one small layer with a context of 64 tokens: it runs in no time and knows nothing.
 pub fn tiny_config(vocab_size: usize) -> GptConfig {
     GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 64, ..GptConfig::gpt2(vocab_size) }
@@ -104,6 +123,7 @@ pub fn run(program: &str, args: &[&str], dir: &Path) -> (i32, String, String) {
         .current_dir(dir)
         .env_remove("RUST_LOG")
         .env_remove("KINDLING_DATA")
+        .env("COLUMNS", "100")
         .output()
         .expect("the program starts");
     let text = |bytes| {

@@ -1,5 +1,7 @@
 //! The command `ppo` from outside: training, resuming, evaluating, and what it says when it cannot.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::fmt::Write as _;
 use std::path::Path;
 

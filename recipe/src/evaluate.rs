@@ -100,7 +100,7 @@ impl Evaluator<'_> {
         };
         // The same random numbers for every model.
         let streams = Streams::new(self.seed);
-        let Some(sampled) = answerer.answer(prompts, &streams, FIRST_ROW, policy.name(), self.interrupt)? else {
+        let Some(sampled) = answerer.answer(prompts, streams, FIRST_ROW, policy.name(), self.interrupt)? else {
             return Ok(None);
         };
         let scores = if self.stages.contains(&Step::RewardModel) {
@@ -204,7 +204,8 @@ fn in_gold_order(pairs: &[Pair], gold: &GoldScorer) -> Result<GoldOrder> {
     let mut ordered = GoldOrder { jsonl: String::new(), n: 0, n_agreeing: 0 };
     for pair in pairs {
         let asked = pair.prompt.iter().rfind(|message| message.role == Role::User).map_or("", |m| m.content.as_str());
-        let (Some(chosen), Some(rejected)) = (gold.score(asked, &pair.chosen), gold.score(asked, &pair.rejected)) else {
+        let (Some(chosen), Some(rejected)) = (gold.score(asked, &pair.chosen), gold.score(asked, &pair.rejected))
+        else {
             continue;
         };
         if chosen == rejected {

@@ -1,5 +1,7 @@
 //! The command `reward-model` from outside: training, resuming, evaluating, scoring, and what it says when it cannot.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -169,7 +171,7 @@ fn micro_batches_add_up_to_the_batch() {
         let micro = format!("train.micro_batch_size={micro}");
         let (code, _, stderr) = train(dir.path(), &out, &["--set", &micro, "--set", "train.centring_coef=0.05"]);
         assert_eq!(code, 0, "{stderr}");
-        let last = metrics(&dir.path().join(&out)).into_iter().filter(|line| line["train/loss"].is_f64()).next_back();
+        let last = metrics(&dir.path().join(&out)).into_iter().rfind(|line| line["train/loss"].is_f64());
         last.unwrap()["train/loss"].as_f64().unwrap()
     };
     // Twelve steps of float rounding in another order.
@@ -273,7 +275,8 @@ fn errors_name_what_is_wrong_and_what_to_do() {
         ),
         (
             vec!["score", "--checkpoint", "rm", "--ids", "ids.json"],
-            "error: `ids.json`: row 1 holds the id 400, the vocabulary ends at 261\n",
+            "error: `ids.json` is not a JSON array of arrays of token ids: row 1 holds the id 400, the vocabulary ends at \
+             261\n",
         ),
     ];
     for (args, expected) in cases {
