@@ -1,13 +1,17 @@
-//! Generation against transformers: `fixtures/generation.json` from `oracles/generation.py`.
+//! Generation against transformers: `fixtures/generation.json` from `oracles/generation.py`, and a checkpoint that
+//! transformers wrote with what it generated from it.
+
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
 use std::path::Path;
 
 use burn::tensor::Device;
-use common::generate::{
-    BeamConfig, GenerateOptions, Generated, Sampler, SamplingConfig, beam_search, generate,
-};
+use common::checkpoint::Checkpoint;
+use common::generate::{BeamConfig, GenerateOptions, Generated, Sampler, SamplingConfig, beam_search, generate};
+use common::kernels::Kernels;
 use common::model::{Gpt, GptConfig, HostTensor, NamedTensors, param_paths};
 use common::rng::Streams;
+use common::testing::shared;
 use serde_json::Value;
 
 // Scores are sums of up to 20 log-probabilities, added in f32 by transformers and rounded to 8 digits in the file.
@@ -79,10 +83,8 @@ fn beam_search_and_greedy_decoding_choose_as_transformers() {
             let repetition_penalty = case["repetition_penalty"].as_f64().unwrap();
             let n_beams = size(&case["beams"]);
             let found = if n_beams == 1 {
-                let config = SamplingConfig {
-                    repetition_penalty,
-                    ..SamplingConfig::greedy(max_tokens, ids(&case["eos"]))
-                };
+                let config =
+                    SamplingConfig { repetition_penalty, ..SamplingConfig::greedy(max_tokens, ids(&case["eos"])) };
                 greedy(&model, &[prompt], &config).remove(0).ids
             } else {
                 let config = BeamConfig {
@@ -119,6 +121,35 @@ fn penalty_temperature_top_k_and_top_p_leave_the_distribution_that_transformers_
         for (id, (found, expected)) in found.iter().zip(floats(&case["probs"])).enumerate() {
             assert!((found - expected).abs() < PROBABILITY, "token {id}: {found}, expected {expected}, {config:?}");
             assert_eq!(*found > 0.0, expected > 0.0, "token {id}, {config:?}");
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_of_transformers_continues_as_it_does_there() {
+    let Some(dir) = shared("fixtures/gpt2-generation") else { return };
+    let expected: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("generated.json")).unwrap()).unwrap();
+    let max_tokens = size(&expected["max_new_tokens"]);
+    let cases = expected["cases"].as_array().unwrap();
+    let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["prompt"])).collect();
+    for device in devices() {
+        for kernels in [Kernels::Plain, Kernels::Fused] {
+            let model = Checkpoint::open(&dir).unwrap().load_gpt(&device).unwrap().with_kernels(kernels);
+            let together = greedy(&model, &prompts, &SamplingConfig::greedy(max_tokens, vec![]));
+            for ((case, prompt), together) in cases.iter().zip(&prompts).zip(&together) {
+                let what = format!("{device:?} {kernels:?} {}", case["name"]);
+                assert_eq!(together.ids, ids(&case["greedy"]), "{what}");
+                let config = BeamConfig {
+                    n_beams: size(&expected["num_beams"]),
+                    length_penalty: expected["length_penalty"].as_f64().unwrap(),
+                    max_tokens,
+                    ..BeamConfig::default()
+                };
+                let best = beam_search(&model, prompt, &config).unwrap();
+                assert_eq!(best.ids, ids(&case["beam4"]), "{what}");
+                let score = case["beam4_score"].as_f64().unwrap();
+                assert!((best.score - score).abs() < 1e-5, "{what}: {} for {score}", best.score);
+            }
         }
     }
 }

@@ -4,10 +4,13 @@
 //! `fixtures/hf_roundtrip.json` holds what transformers computes from checkpoints that *we* wrote; the models are made
 //! here from seeds, so that a change of one byte we write shows as another SHA-256. `oracles/hf_roundtrip.py` renews it.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::hash::sha256_of_file;
 use common::hf::{self, Head, TokenIds};
 use common::kernels::Kernels;
 use common::loss::cross_entropy;
@@ -27,6 +30,9 @@ const RELATIVE: f64 = 1e-3;
 
 /// Where the oracle wants the checkpoints.
 const ORACLE_DIR: &str = "KINDLING_ORACLE_DIR";
+
+/// Ids that the models' texts do not have.
+const TOKENS: TokenIds = TokenIds { bos: Some(20), eos: Some(21), pad: Some(22) };
 
 /// Every backend and implementation that has to agree.
 fn places() -> [(&'static str, Device, Kernels); 3] {
@@ -97,11 +103,11 @@ fn what_transformers_computes_from_our_checkpoints_is_what_we_compute() {
         let expected = &recorded["models"][name];
         let dir = tempfile::tempdir().unwrap();
         model.write(dir.path());
-        let sha256 = hf::sha256_of_file(&dir.path().join(hf::WEIGHTS_FILE)).unwrap();
+        let sha256 = sha256_of_file(&dir.path().join(hf::WEIGHTS_FILE)).unwrap();
         assert_eq!(json!(sha256), expected["weights_sha256"], "{name} is written in other bytes; renew the fixture");
         assert_eq!(expected["warnings"], json!([]), "{name}");
-        assert_eq!(expected["pad_token_id"], json!(model.tokens().pad), "{name}");
-        assert_eq!(expected["eos_token_id"], json!(model.tokens().eos), "{name}");
+        assert_eq!(expected["pad_token_id"], json!(TOKENS.pad), "{name}");
+        assert_eq!(expected["eos_token_id"], json!(TOKENS.eos), "{name}");
         for (place, device, kernels) in places() {
             let at = format!("{name} on {place}");
             match model.head {
@@ -172,7 +178,7 @@ fn models() -> Vec<(&'static str, Model)> {
             "openai-gpt-untied-learned-gelu",
             Model::new(
                 openai(|c| {
-                    (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh)
+                    (c.tie_embeddings, c.positions, c.activation) = (false, Positions::Learned, Activation::GeluTanh);
                 }),
                 Head::Lm,
             ),
@@ -214,10 +220,6 @@ impl Model {
         Self { config, head, tensors }
     }
 
-    fn tokens(&self) -> TokenIds {
-        TokenIds { bos: Some(20), eos: Some(21), pad: Some(22) }
-    }
-
     /// Three rows, right-padded where there are scores to find.
     fn ids(&self) -> Vec<Vec<u32>> {
         let mut rng = Streams::new(6).get("ids", 0);
@@ -234,7 +236,7 @@ impl Model {
     }
 
     fn write(&self, dir: &Path) {
-        hf::write(dir, &self.config, self.head, &self.tensors, self.tokens()).unwrap();
+        hf::write(dir, &self.config, self.head, &self.tensors, TOKENS).unwrap();
     }
 }
 

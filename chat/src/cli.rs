@@ -28,7 +28,7 @@ pub struct Cli {
 
     /// Flags of a conversation
     #[command(flatten)]
-    pub conversation: Option<ConversationArgs>,
+    pub conversation: ConversationArgs,
 }
 
 /// The commands of `chat`.
@@ -41,21 +41,21 @@ pub enum Command {
 /// Flags of a conversation.
 #[derive(Debug, Args)]
 pub struct ConversationArgs {
-    /// Checkpoint of a language model
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint: PathBuf,
+    /// Checkpoint of a language model; never absent where there is no command
+    #[arg(long, value_name = "DIR", required = true, help = "Checkpoint of a language model")]
+    pub checkpoint: Option<PathBuf>,
 
     /// System message that the conversation begins with
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
 
-    /// How answers are chosen
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-
     /// On what to run
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+
+    /// How answers are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 /// Flags of `chat generate`.
@@ -84,13 +84,13 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// How the answer is chosen
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-
     /// On what to run
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+
+    /// How the answer is chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 /// How answers are chosen.
@@ -182,7 +182,14 @@ impl SamplingArgs {
                 return Err(UsageError("`--length-penalty` needs `--beams` of at least 2".to_owned()));
             }
             let top_k = self.top_k.unwrap_or(0);
-            return Ok(Strategy::Sample(SamplingConfig { temperature, top_k, top_p, repetition_penalty, max_tokens, stop }));
+            return Ok(Strategy::Sample(SamplingConfig {
+                temperature,
+                top_k,
+                top_p,
+                repetition_penalty,
+                max_tokens,
+                stop,
+            }));
         }
         let sampling = [
             ("temperature", self.temperature.is_some_and(|temperature| temperature != 0.0)),
@@ -207,7 +214,7 @@ mod tests {
 
     fn sampling(flags: &[&str]) -> SamplingArgs {
         let base = ["chat", "--checkpoint", "c"];
-        Cli::try_parse_from(base.iter().chain(flags)).unwrap().conversation.unwrap().sampling
+        Cli::try_parse_from(base.iter().chain(flags)).unwrap().conversation.sampling
     }
 
     fn usage(flags: &[&str]) -> String {
@@ -223,15 +230,21 @@ mod tests {
     fn a_conversation_is_what_happens_without_a_command() {
         let cli = Cli::try_parse_from(["chat", "--checkpoint", "c", "--seed", "3"]).unwrap();
         assert!(cli.command.is_none());
-        assert_eq!(cli.conversation.unwrap().sampling.seed, 3);
+        assert_eq!(cli.conversation.sampling.seed, 3);
         let cli = Cli::try_parse_from(["chat", "generate", "--checkpoint", "c", "--prompt", "-x"]).unwrap();
-        assert!(cli.conversation.is_none());
+        assert!(cli.conversation.checkpoint.is_none());
         assert!(matches!(cli.command, Some(Command::Generate(args)) if args.prompt == "-x"));
     }
 
     #[test]
     fn flags_become_a_strategy() {
-        let expected = SamplingConfig { temperature: 0.8, top_p: 0.95, max_tokens: 256, stop: vec![5], ..SamplingConfig::default() };
+        let expected = SamplingConfig {
+            temperature: 0.8,
+            top_p: 0.95,
+            max_tokens: 256,
+            stop: vec![5],
+            ..SamplingConfig::default()
+        };
         assert_eq!(sampling(&[]).strategy(vec![5]).unwrap(), Strategy::Sample(expected));
         let expected = BeamConfig { n_beams: 3, length_penalty: 0.5, max_tokens: 9, ..BeamConfig::default() };
         let args = sampling(&["--beams", "3", "--length-penalty", "0.5", "--max-tokens", "9", "--temperature", "0"]);

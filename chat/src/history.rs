@@ -77,14 +77,9 @@ impl History {
 
 #[cfg(test)]
 mod tests {
-    use common::tokenizer::{TokenizerConfig, TokenizerKind};
+    use common::testing::byte_tokenizer;
 
     use super::*;
-
-    fn bytes() -> Tokenizer {
-        let config = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
-        Tokenizer::train(&config, std::iter::empty::<&str>(), true).unwrap()
-    }
 
     /// A byte tokenizer makes 2 tokens of each message's marks and one of each byte; `<|bos|>` and `<|assistant|>`
     /// add 2: 3 turns of 6 tokens, the message of 3 and a system message of 5.
@@ -98,13 +93,13 @@ mod tests {
 
     #[test]
     fn all_turns_stay_while_they_fit() {
-        let prompt = history().prompt(&bytes(), "4", 28).unwrap();
+        let prompt = history().prompt(&byte_tokenizer(), "4", 28).unwrap();
         assert_eq!((prompt.ids.len(), prompt.n_dropped), (28, 0));
     }
 
     #[test]
     fn the_oldest_turns_are_dropped_whole_and_the_system_message_stays() {
-        let tokenizer = bytes();
+        let tokenizer = byte_tokenizer();
         let mut history = history();
         let prompt = history.prompt(&tokenizer, "4", 27).unwrap();
         assert_eq!((prompt.ids.len(), prompt.n_dropped), (22, 1));

@@ -20,9 +20,8 @@ pub use stop_text::StopText;
 /// # Errors
 /// Whatever went wrong, with its context; [`common::stage::report`] prints it.
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
-    match (&cli.command, &cli.conversation) {
-        (Some(Command::Generate(args)), _) => generate::run(args),
-        (None, Some(args)) => repl::run(args),
-        (None, None) => unreachable!("clap requires --checkpoint without a command"),
+    match &cli.command {
+        Some(Command::Generate(args)) => generate::run(args),
+        None => repl::run(&cli.conversation),
     }
 }

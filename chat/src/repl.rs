@@ -23,12 +23,16 @@ Anything else is a message. Ctrl-C ends an answer.";
 /// Carries out `chat`: answers on stdout, all else on stderr.
 pub(crate) fn run(args: &ConversationArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
-    let answerer = Answerer::load(&args.checkpoint, &args.sampling, &args.runtime)?;
+    let checkpoint = args.checkpoint.as_deref().expect("clap requires --checkpoint where there is no command");
+    let answerer = Answerer::load(checkpoint, &args.sampling, &args.runtime)?;
     let mut conversation = Conversation { answerer, history: History::new(args.system.clone()), n_answers: 0 };
-    let ended = if std::io::stdin().is_terminal() { in_terminal(&mut conversation) } else { in_pipe(&mut conversation) };
+    let ended =
+        if std::io::stdin().is_terminal() { in_terminal(&mut conversation) } else { in_pipe(&mut conversation) };
     match ended {
         // Whoever reads has had enough, as `head` does.
-        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => Ok(()),
+        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+            Ok(())
+        }
         ended => ended,
     }
 }
@@ -48,7 +52,8 @@ fn in_pipe(conversation: &mut Conversation) -> anyhow::Result<()> {
 fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
     catch_ctrl_c()?;
     let config = Config::builder().auto_add_history(true).build();
-    let mut editor = Editor::<(), MemHistory>::with_history(config, MemHistory::new()).context("failed to open the terminal")?;
+    let mut editor =
+        Editor::<(), MemHistory>::with_history(config, MemHistory::new()).context("failed to open the terminal")?;
     notice("/help lists the commands, Ctrl-D leaves");
     loop {
         match editor.readline("> ") {
@@ -112,7 +117,11 @@ impl Conversation {
         let mut written = Ok(());
         let mut on_text = |text: &str| {
             written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-            if written.is_err() || BREAK_OFF.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if written.is_err() || BREAK_OFF.load(Ordering::SeqCst) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
         };
         BREAK_OFF.store(false, Ordering::SeqCst);
         ANSWERING.store(true, Ordering::SeqCst);

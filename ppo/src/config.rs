@@ -16,10 +16,10 @@ pub struct PpoConfig {
     pub seed: u64,
     /// The prompts.
     pub data: DataConfig,
-    /// AdamW of the policy; linear to 0 by default.
+    /// The policy's optimiser and its schedule; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub optimizer: OptimizerConfig,
-    /// AdamW of the value model; linear to 0 by default.
+    /// The value model's; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub value_optimizer: OptimizerConfig,
     /// How much.

@@ -121,7 +121,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 
         let clock = Instant::now();
         let update;
-        (learner, update) = learner.update(&batch, &config, &streams, step)?;
+        (learner, update) = learner.update(&batch, &config, streams, step)?;
         let update_seconds = clock.elapsed().as_secs_f64();
 
         let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
@@ -219,9 +219,8 @@ struct Measured {
 impl Measured {
     fn of(batch: &[Experience]) -> Self {
         let rollouts: Vec<&Rollout> = batch.iter().map(|experience| &experience.rollout).collect();
-        let flat = |numbers: fn(&Experience) -> &[f32]| -> Vec<f32> {
-            batch.iter().flat_map(|experience| numbers(experience)).copied().collect()
-        };
+        let flat =
+            |numbers: fn(&Experience) -> &[f32]| -> Vec<f32> { batch.iter().flat_map(numbers).copied().collect() };
         Self {
             kl: mean(&rollouts, Rollout::kl),
             entropy: mean(&rollouts, |rollout| -rollout.log_probs.iter().map(|&p| f64::from(p)).sum::<f64>()),

@@ -54,7 +54,7 @@ impl Learner {
         mut self,
         batch: &[Experience],
         config: &PpoConfig,
-        streams: &Streams,
+        streams: Streams,
         step: u64,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
         let n_steps = config.train.steps;
@@ -200,8 +200,9 @@ impl<'a> Part<'a> {
         });
         for ((rollout, t, old), new) in sampled.zip(log_probs) {
             let ratio = f64::from(new - old).exp();
-            // Not `>`: a NaN has to stop the run too.
-            if !((ratio - 1.0).abs() <= tolerance) {
+            // NaN is not within the tolerance either.
+            let within = (ratio - 1.0).abs() <= tolerance;
+            if !within {
                 bail!(
                     "before any update the policy gives a sampled token {ratio:.6} times the probability it was sampled \
                      with (log-probability {new} in training, {old} in sampling; token {t} of {} in the answer to \

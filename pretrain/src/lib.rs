@@ -19,6 +19,9 @@ pub use eval::Evaluation;
 pub use tokenizer::train_tokenizer;
 pub use train::train;
 
+use std::io::Write;
+
+use anyhow::Context;
 use common::stage::Interrupt;
 
 /// Carries out one command line.
@@ -29,7 +32,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Tokenizer(args) => {
             args.runtime.start()?;
-            train_tokenizer(&args)
+            let result = train_tokenizer(&args)?;
+            writeln!(std::io::stdout(), "{result}").context("failed to write the result")
         }
         Command::Train(args) => {
             args.stage.runtime.start()?;

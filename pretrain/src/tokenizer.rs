@@ -1,10 +1,8 @@
 //! `pretrain tokenizer`: text in, a tokenizer out.
 
-use std::io::Write;
-
 use anyhow::Context;
 use common::config::{self, PathResolver};
-use common::data::records::{self, OnBadRecord};
+use common::data::records;
 use common::stage;
 use common::tokenizer::Tokenizer;
 use serde_json::json;
@@ -15,20 +13,19 @@ use crate::config::PretrainConfig;
 /// Bytes of text that the measure of compression looks at.
 const HELD_OUT_BYTES: usize = 1 << 20;
 
-/// Trains a tokenizer on the configured text, writes its directory and prints one JSON object: `vocab_size`, and
-/// `bytes_per_token` on held-out text.
+/// Trains a tokenizer on the configured text, writes its directory and returns what `pretrain tokenizer` prints:
+/// `vocab_size`, and `bytes_per_token` on held-out text.
 ///
 /// # Errors
 /// If the configuration, the text or the output directory cannot be used.
-pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
+pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value> {
     let mut config: PretrainConfig = config::load(&args.config, &args.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", args.config.display()))?;
     config.data.resolve(&PathResolver::new(&args.config, args.data.as_deref()))?;
-    stage::prepare_out(&args.out, false, args.overwrite, &[])?;
     let read = |files: &[std::path::PathBuf]| {
         let mut texts = Vec::new();
         for file in files {
-            texts.extend(records::read_texts(file, &config.data.separator, OnBadRecord::Fail)?);
+            texts.extend(records::read_texts(file, &config.data.separator, config.data.on_bad_record)?);
         }
         anyhow::Ok(texts)
     };
@@ -40,10 +37,12 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
     } else {
         read(&config.data.val)?
     };
+    stage::prepare_out(&args.out, false, args.overwrite, &[])?;
     let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.runtime.quiet)?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");
-    std::fs::write(&path, config::to_toml(&config)?).with_context(|| format!("failed to write `{}`", path.display()))?;
+    std::fs::write(&path, config::to_toml(&config)?)
+        .with_context(|| format!("failed to write `{}`", path.display()))?;
 
     let (mut n_bytes, mut n_tokens) = (0, 0);
     for text in &held_out {
@@ -53,11 +52,10 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
             break;
         }
     }
-    let result = json!({
+    Ok(json!({
         "vocab_size": tokenizer.vocab_size(),
         "bytes_per_token": n_bytes as f64 / n_tokens as f64,
         "held_out_bytes": n_bytes,
         "sha256": tokenizer.sha256(),
-    });
-    writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+    }))
 }

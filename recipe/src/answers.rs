@@ -50,7 +50,7 @@ impl Answerer<'_> {
     pub fn answer(
         &self,
         prompts: &[Vec<Message>],
-        streams: &Streams,
+        streams: Streams,
         first_row: u64,
         what: &str,
         interrupt: Interrupt,
@@ -67,7 +67,7 @@ impl Answerer<'_> {
             let mut stop_if_asked =
                 |_, _| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let options = GenerateOptions { max_batch: self.batch_size, on_token: Some(&mut stop_if_asked) };
-            let generated = generate(self.gpt, chunk, &sampling, streams, row, options)
+            let generated = generate(self.gpt, chunk, &sampling, &streams, row, options)
                 .with_context(|| format!("failed to sample answers from prompt {} on", answers.len() + 1))?;
             if interrupt.requested() {
                 return Ok(None);

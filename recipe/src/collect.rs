@@ -90,7 +90,7 @@ pub fn collect(
         config.n_val_prompts
     );
     let n_train = prompts.len() - config.n_val_prompts;
-    let Some(answers) = sample(&answerer, &prompts, config, &streams, FIRST_ROW, interrupt)? else {
+    let Some(answers) = sample(&answerer, &prompts, config, streams, FIRST_ROW, interrupt)? else {
         return Ok(Outcome::Interrupted);
     };
     let k = config.samples_per_prompt;
@@ -105,7 +105,7 @@ pub fn collect(
     let mut all = vec![(&files.train, train), (&files.val, val)];
     if !config.test_prompts.as_os_str().is_empty() {
         let prompts = read_prompts(&config.test_prompts, OnBadRecord::Fail)?;
-        let Some(answers) = sample(&answerer, &prompts, config, &streams, FIRST_TEST_ROW, interrupt)? else {
+        let Some(answers) = sample(&answerer, &prompts, config, streams, FIRST_TEST_ROW, interrupt)? else {
             return Ok(Outcome::Interrupted);
         };
         all.push((&files.test, labeller.pairs(&prompts, &answers, "test")?));
@@ -131,7 +131,7 @@ fn sample(
     answerer: &Answerer<'_>,
     prompts: &[Prompt],
     config: &CollectConfig,
-    streams: &Streams,
+    streams: Streams,
     first_row: u64,
     interrupt: Interrupt,
 ) -> Result<Option<Vec<Sampled>>> {
@@ -168,14 +168,18 @@ impl Labeller<'_> {
                 .iter()
                 .map(|answer| {
                     self.gold.score(&prompt.text, &answer.text).with_context(|| {
-                        format!("the gold scorer cannot judge answers to `{}`\nhint: leave such prompts out", prompt.text)
+                        format!(
+                            "the gold scorer cannot judge answers to `{}`\nhint: leave such prompts out",
+                            prompt.text
+                        )
                     })
                 })
                 .collect::<Result<Vec<f64>>>()?;
             for a in 0..k {
                 for b in a + 1..k {
                     index += 1;
-                    if (golds[a] - golds[b]).abs() < self.config.least_difference || answers[a].text == answers[b].text {
+                    if (golds[a] - golds[b]).abs() < self.config.least_difference || answers[a].text == answers[b].text
+                    {
                         continue;
                     }
                     let mut rng = self.streams.get(&format!("labels/{part}"), index);
@@ -212,11 +216,8 @@ mod tests {
         let prompt = Prompt { messages: vec![Message::new(Role::User, text)], text: text.to_owned() };
         let good = "On a warm day, Mia went to the park. Soon, Mia found an orange kite under a bench. Mia was very happy. \
                     On a warm day, a gentle owl went to the park. Soon, the owl found an orange kite under a bench.";
-        let answers = [good, "boat boat boat", good].map(|text| Sampled {
-            ids: Vec::new(),
-            text: text.to_owned(),
-            ended: true,
-        });
+        let answers =
+            [good, "boat boat boat", good].map(|text| Sampled { ids: Vec::new(), text: text.to_owned(), ended: true });
         labeller.pairs(&[prompt], &answers, "train").unwrap()
     }
 

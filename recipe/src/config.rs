@@ -229,9 +229,9 @@ impl Recipe {
     /// If there is no such recipe, its configuration is not valid, or an override names no stage.
     pub fn open(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
         let dir = find(name)?;
-        let (own, stages) = divide(overrides)?;
+        let overrides = divide(overrides)?;
         let path = dir.join("recipe.toml");
-        let mut config: RecipeConfig = config::load(&path, &own)?;
+        let mut config: RecipeConfig = config::load(&path, &overrides.own)?;
         let invalid = || format!("invalid config `{}`", path.display());
         if let Some(seed) = seed {
             config.seed = seed;
@@ -250,7 +250,7 @@ impl Recipe {
             (None, data) => data.map(Path::to_owned),
         };
         config.resolve(&PathResolver::new(&path, data.as_deref())).with_context(invalid)?;
-        Ok(Self { dir, config, data, overrides: stages })
+        Ok(Self { dir, config, data, overrides: overrides.stages })
     }
 
     /// Name of the recipe: its folder's.
@@ -296,6 +296,15 @@ impl RecipeConfig {
     }
 }
 
+/// What `--set` changes.
+#[derive(Debug, Default)]
+struct Overrides {
+    /// In recipe.toml.
+    own: Vec<String>,
+    /// In the stages' files.
+    stages: Vec<(Step, String)>,
+}
+
 /// The folder that `name` means.
 fn find(name: &str) -> Result<PathBuf> {
     let is_recipe = |dir: &Path| dir.join("recipe.toml").is_file();
@@ -316,14 +325,13 @@ fn find(name: &str) -> Result<PathBuf> {
 }
 
 /// `stage.section.key=VALUE` divided into the recipe's own overrides and those of the stages.
-fn divide(overrides: &[String]) -> Result<(Vec<String>, Vec<(Step, String)>)> {
-    let mut own = Vec::new();
-    let mut stages = Vec::new();
+fn divide(overrides: &[String]) -> Result<Overrides> {
+    let mut divided = Overrides::default();
     for text in overrides {
         let (name, rest) = text.split_once('.').unwrap_or((text, ""));
         match Step::ALL.into_iter().find(|step| step.trains() && step.name() == name) {
-            Some(step) => stages.push((step, rest.to_owned())),
-            None if name == "recipe" => own.push(rest.to_owned()),
+            Some(step) => divided.stages.push((step, rest.to_owned())),
+            None if name == "recipe" => divided.own.push(rest.to_owned()),
             None => return Err(common::stage::UsageError(format!(
                 "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
                  `reward-model.` or `ppo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the key in its file"
@@ -331,7 +339,7 @@ fn divide(overrides: &[String]) -> Result<(Vec<String>, Vec<(Step, String)>)> {
             .into()),
         }
     }
-    Ok((own, stages))
+    Ok(divided)
 }
 
 #[cfg(test)]
@@ -370,7 +378,8 @@ mod tests {
     fn steps_follow_from_the_sections() {
         let recipe = open("stages = [\"pretrain\"]\n", &[], None).unwrap();
         assert_eq!(recipe.config.steps(), [Step::Tokenizer, Step::Pretrain]);
-        let text = "[gold]\nkind = \"world\"\n[collect]\nprompts = \"$DATA/p.jsonl\"\n[evaluate]\nprompts = \"q.jsonl\"\n";
+        let text =
+            "[gold]\nkind = \"world\"\n[collect]\nprompts = \"$DATA/p.jsonl\"\n[evaluate]\nprompts = \"q.jsonl\"\n";
         let recipe = open(text, &[], None).unwrap();
         assert_eq!(recipe.config.steps().len(), Step::ALL.len() - 1); // all but the world
         assert_eq!(recipe.config.collect.unwrap().prompts, Path::new("/data/p.jsonl"));
@@ -396,7 +405,8 @@ mod tests {
 
     #[test]
     fn a_generated_world_lies_in_the_output_directory_and_has_the_recipes_seed() {
-        let (_dir, name) = recipe("seed = 3\n[world]\nstories = 50\n[evaluate]\nprompts = \"$DATA/prompts.test.jsonl\"\n");
+        let (_dir, name) =
+            recipe("seed = 3\n[world]\nstories = 50\n[evaluate]\nprompts = \"$DATA/prompts.test.jsonl\"\n");
         let recipe = Recipe::open(&name, Path::new("/runs/x"), None, &[], None).unwrap();
         assert_eq!(recipe.config.world.as_ref().unwrap().seed, 3);
         assert_eq!(recipe.config.evaluate.unwrap().prompts, Path::new("/runs/x/data/prompts.test.jsonl"));

@@ -100,7 +100,7 @@ impl Evaluator<'_> {
         };
         // The same random numbers for every model.
         let streams = Streams::new(self.seed);
-        let Some(sampled) = answerer.answer(prompts, &streams, FIRST_ROW, policy.name(), self.interrupt)? else {
+        let Some(sampled) = answerer.answer(prompts, streams, FIRST_ROW, policy.name(), self.interrupt)? else {
             return Ok(None);
         };
         let scores = if self.stages.contains(&Step::RewardModel) {
@@ -129,7 +129,7 @@ impl Evaluator<'_> {
             reward_model::evaluate(&reward_model::EvalArgs {
                 checkpoint: self.out.join(Step::RewardModel.name()),
                 data: data.to_owned(),
-                batch_size: NonZeroUsize::new(self.config.batch_size).unwrap_or(NonZeroUsize::MIN),
+                batch_size: self.batch_size(),
                 runtime: self.runtime.clone(),
             })
             .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
@@ -155,7 +155,23 @@ impl Evaluator<'_> {
         if !self.stages.contains(&Step::Ppo) {
             return Ok(Map::new());
         }
-        Ok(Map::new())
+        let evaluation = ppo::evaluate(&ppo::EvalArgs {
+            checkpoint: self.out.join(Step::Ppo.name()),
+            reference: self.out.join(Step::Sft.name()),
+            reward_model: self.out.join(Step::RewardModel.name()),
+            data: self.config.prompts.clone(),
+            temperature: Some(self.config.temperature),
+            max_tokens: Some(self.config.max_tokens),
+            seed: self.seed,
+            batch_size: self.batch_size(),
+            runtime: self.runtime.clone(),
+        })
+        .context("failed to compare the policy with its reference")?;
+        fields(&evaluation)
+    }
+
+    fn batch_size(&self) -> NonZeroUsize {
+        NonZeroUsize::new(self.config.batch_size).unwrap_or(NonZeroUsize::MIN)
     }
 }
 
@@ -188,7 +204,8 @@ fn in_gold_order(pairs: &[Pair], gold: &GoldScorer) -> Result<GoldOrder> {
     let mut ordered = GoldOrder { jsonl: String::new(), n: 0, n_agreeing: 0 };
     for pair in pairs {
         let asked = pair.prompt.iter().rfind(|message| message.role == Role::User).map_or("", |m| m.content.as_str());
-        let (Some(chosen), Some(rejected)) = (gold.score(asked, &pair.chosen), gold.score(asked, &pair.rejected)) else {
+        let (Some(chosen), Some(rejected)) = (gold.score(asked, &pair.chosen), gold.score(asked, &pair.rejected))
+        else {
             continue;
         };
         if chosen == rejected {

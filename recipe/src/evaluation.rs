@@ -145,7 +145,8 @@ impl AnswerRow {
         text.lines()
             .enumerate()
             .map(|(i, line)| {
-                serde_json::from_str(line).with_context(|| format!("failed to read `{}` line {}", path.display(), i + 1))
+                serde_json::from_str(line)
+                    .with_context(|| format!("failed to read `{}` line {}", path.display(), i + 1))
             })
             .collect()
     }

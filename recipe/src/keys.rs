@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::{self, PathResolver};
-use common::hf::sha256_of_file;
+use common::hash::sha256_of_file;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -99,13 +99,8 @@ impl Key {
 
     /// The hash in hexadecimal.
     pub fn finish(self) -> String {
-        hex(&self.0.finalize())
+        self.0.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
     }
-}
-
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Every string in `value` that is the path of a file.

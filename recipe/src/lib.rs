@@ -53,7 +53,8 @@ pub fn execute(cli: Cli) -> Result<()> {
 /// Carries out `recipe world`: the files, and one JSON object on stdout.
 fn generate_world(args: &WorldArgs) -> Result<()> {
     let out = &args.out;
-    let is_filled = out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
+    let is_filled =
+        out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
     if is_filled && !args.overwrite {
         bail!(
             "output directory `{}` is not empty\nhint: pass `--overwrite` to replace an earlier world, or another `--out`",

@@ -74,7 +74,10 @@ impl<'a> Run<'a> {
         let steps = recipe.config.steps();
         if let Some(step) = args.stages.iter().find(|step| !steps.contains(step)) {
             let known: Vec<&str> = steps.iter().map(|step| step.name()).collect();
-            bail!("`--stages` names `{step}`, which is no step of this recipe\nhint: its steps are {}", known.join(", "));
+            bail!(
+                "`--stages` names `{step}`, which is no step of this recipe\nhint: its steps are {}",
+                known.join(", ")
+            );
         }
         let gold = match &recipe.config.gold {
             Some(gold) => Some(gold.open(|words| Ok(PathBuf::from(words))).context("failed to open the gold scorer")?),
@@ -153,7 +156,7 @@ impl<'a> Run<'a> {
                 Ok(Outcome::Finished)
             }
             Step::Tokenizer => {
-                pretrain::train_tokenizer(&pretrain::TokenizerArgs {
+                let learned = pretrain::train_tokenizer(&pretrain::TokenizerArgs {
                     config: self.recipe.stage_config(step),
                     out: self.dir(step),
                     overwrite: true,
@@ -161,6 +164,11 @@ impl<'a> Run<'a> {
                     data: self.recipe.data.clone(),
                     runtime: runtime.clone(),
                 })?;
+                tracing::info!(
+                    "{} tokens, {:.2} bytes of held-out text each",
+                    learned["vocab_size"],
+                    learned["bytes_per_token"].as_f64().unwrap_or(f64::NAN)
+                );
                 Ok(Outcome::Finished)
             }
             Step::Pretrain => pretrain::train(
@@ -186,9 +194,10 @@ impl<'a> Run<'a> {
                 self.interrupt,
             ),
             Step::Ppo => {
-                let gold = self.gold.as_ref().map(|gold| {
-                    move |prompt: &str, response: &str| gold.score(prompt, response).unwrap_or(f64::NAN)
-                });
+                let gold = self
+                    .gold
+                    .as_ref()
+                    .map(|gold| move |prompt: &str, response: &str| gold.score(prompt, response).unwrap_or(f64::NAN));
                 ppo::train(
                     &ppo::TrainArgs {
                         policy: self.dir(Step::Sft),
@@ -392,8 +401,5 @@ fn describe(kind: GoldKind) -> &'static str {
 }
 
 fn rayon_threads(args: &RunArgs) -> usize {
-    args.runtime
-        .threads
-        .or_else(|| std::thread::available_parallelism().ok())
-        .map_or(1, std::num::NonZeroUsize::get)
+    args.runtime.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, std::num::NonZeroUsize::get)
 }

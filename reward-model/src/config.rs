@@ -16,7 +16,7 @@ pub struct RewardModelConfig {
     pub seed: u64,
     /// The pairs.
     pub data: DataConfig,
-    /// AdamW and its schedule; linear to 0 by default.
+    /// The optimiser and its schedule; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub optimizer: OptimizerConfig,
     /// How much.

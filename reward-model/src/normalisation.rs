@@ -62,10 +62,10 @@ pub(crate) fn score_samples(
     model: &ScalarGpt,
     training: &Pairs,
     tokenizer: &Tokenizer,
-    streams: &Streams,
+    streams: Streams,
 ) -> anyhow::Result<Vec<f32>> {
     let max_seq_len = initial.config().max_seq_len;
-    let mut order = Order::new(training.encoded.len(), *streams, "normalisation");
+    let mut order = Order::new(training.encoded.len(), streams, "normalisation");
     let prompts: Vec<Vec<u32>> = (0..config.samples as u64)
         .map(|position| {
             let pair = &training.encoded[order.item(position)];
@@ -80,7 +80,7 @@ pub(crate) fn score_samples(
         ..SamplingConfig::default()
     };
     let options = GenerateOptions { max_batch: config.batch_size, ..GenerateOptions::default() };
-    let answers = generate(initial, &prompts, &sampling, streams, 0, options)
+    let answers = generate(initial, &prompts, &sampling, &streams, 0, options)
         .context("failed to sample answers of the initial model")?;
     let rows: Vec<Vec<u32>> =
         prompts.iter().zip(&answers).map(|(prompt, answer)| [prompt.as_slice(), &answer.ids].concat()).collect();

@@ -66,8 +66,8 @@ fn of_records(file: &Path, tokenizer: &Tokenizer, max_seq_len: usize) -> anyhow:
         Ok(row)
     };
     let (mut lines, mut rows) = (Vec::new(), Vec::new());
-    for (i, (fields, answers)) in records::read_answers(file, OnBadRecord::Fail)?.into_iter().enumerate() {
-        let (suffixes, answers): (&'static [&'static str], _) = match &answers {
+    for (i, record) in records::read_answers(file, OnBadRecord::Fail)?.into_iter().enumerate() {
+        let (suffixes, answers): (&'static [&'static str], _) = match &record.answers {
             Answers::One { prompt, response } => (&[""], vec![(prompt, response)]),
             Answers::Two(pair) => {
                 (&["_chosen", "_rejected"], vec![(&pair.prompt, &pair.chosen), (&pair.prompt, &pair.rejected)])
@@ -77,7 +77,7 @@ fn of_records(file: &Path, tokenizer: &Tokenizer, max_seq_len: usize) -> anyhow:
             let row = encode(prompt, response);
             rows.push(row.with_context(|| format!("failed to encode record {} of `{}`", i + 1, file.display()))?);
         }
-        lines.push(Line { fields, suffixes });
+        lines.push(Line { fields: record.fields, suffixes });
     }
     Ok((lines, rows))
 }

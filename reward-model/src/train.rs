@@ -135,7 +135,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             None => model.valid(),
         };
         let initial = init.load_gpt(&plain_device)?.with_kernels(kernels);
-        let scores = score_samples(&config.normalisation, &initial, &best, &training, &tokenizer, &streams)?;
+        let scores = score_samples(&config.normalisation, &initial, &best, &training, &tokenizer, streams)?;
         let fitted = Normalisation::fit(&scores)?;
         tracing::info!(
             "the initial model's answers score {:.3} ± {:.3}; scores are scaled so that they become 0 ± 1",

@@ -227,7 +227,8 @@ mod tests {
     const VOCAB: usize = 5;
 
     fn model() -> Gpt {
-        let config = GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 12, ..GptConfig::gpt2(VOCAB) };
+        let config =
+            GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 12, ..GptConfig::gpt2(VOCAB) };
         random_model(&config, &Device::flex())
     }
 
@@ -266,7 +267,13 @@ mod tests {
         let model = model();
         for stop in [vec![], vec![2]] {
             for length_penalty in [0.0, 1.0, 3.0] {
-                let config = BeamConfig { n_beams: 125, length_penalty, max_tokens: 3, stop: stop.clone(), ..BeamConfig::default() };
+                let config = BeamConfig {
+                    n_beams: 125,
+                    length_penalty,
+                    max_tokens: 3,
+                    stop: stop.clone(),
+                    ..BeamConfig::default()
+                };
                 let (ids, score) = all_answers(&model, &[1, 4], &config).remove(0);
                 let best = beam_search(&model, &[1, 4], &config).unwrap();
                 assert_eq!(best.ids, ids, "{config:?}");

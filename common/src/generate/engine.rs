@@ -94,12 +94,7 @@ pub fn generate(
     }
 
     rows.sort_by_key(|row| row.prompt_idx);
-    let finished = rows.into_iter().map(|row| Generated {
-        ids: row.ids,
-        log_probs: row.log_probs,
-        finish: row.finish.expect("a group runs until all its rows are finished"),
-    });
-    Ok(finished.collect())
+    Ok(rows.into_iter().map(Row::into_generated).collect())
 }
 
 /// One prompt on its way.
@@ -203,6 +198,11 @@ impl Row<'_> {
             self.finish = Some(Finish::Length);
         }
         Ok(())
+    }
+
+    fn into_generated(self) -> Generated {
+        let finish = self.finish.expect("a group runs until all its rows are finished");
+        Generated { ids: self.ids, log_probs: self.log_probs, finish }
     }
 }
 

@@ -15,6 +15,8 @@ pub use beam::{BeamConfig, Hypothesis, beam_search};
 pub use engine::{Finish, GenerateOptions, Generated, OnToken, generate};
 pub use sampling::{Choice, NonFiniteLogit, Sampler, SamplingConfig, TEMPERATURE_EPS};
 
+use std::fmt::Display;
+
 use burn::tensor::{Tensor, TensorReadError};
 use thiserror::Error;
 
@@ -34,7 +36,9 @@ pub enum GenerateError {
         found: String,
     },
     /// A prompt without a token.
-    #[error("prompt {prompt_idx} is empty\nhint: start it with `<|bos|>`, there is nothing to predict the first token from")]
+    #[error(
+        "prompt {prompt_idx} is empty\nhint: start it with `<|bos|>`, there is nothing to predict the first token from"
+    )]
     EmptyPrompt {
         /// Index among the prompts.
         prompt_idx: usize,
@@ -112,7 +116,7 @@ fn last_logits(model: &Gpt, hidden: Tensor<3>) -> Result<Vec<f32>, GenerateError
     logits.try_into_vec_as::<f32>().map_err(|error| GenerateError::Device(Box::new(error)))
 }
 
-fn invalid(name: &'static str, expected: &'static str, found: impl ToString) -> GenerateError {
+fn invalid(name: &'static str, expected: &'static str, found: impl Display) -> GenerateError {
     GenerateError::InvalidOption { name, expected, found: found.to_string() }
 }
 
@@ -128,7 +132,9 @@ mod tests {
         let mut named = Gpt::new(config, &Streams::new(11), device).to_named();
         let mut rng = Streams::new(12).get("test", 0);
         for tensor in named.values_mut() {
-            tensor.data.iter_mut().for_each(|x| *x += 0.3 * rng.normal() as f32);
+            for x in &mut tensor.data {
+                *x += 0.3 * rng.normal() as f32;
+            }
         }
         Gpt::from_named(config, named, device).unwrap()
     }

@@ -35,14 +35,7 @@ pub struct SamplingConfig {
 impl Default for SamplingConfig {
     /// The model's own distribution, 128 tokens, no stop token.
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            max_tokens: 128,
-            stop: Vec::new(),
-        }
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, max_tokens: 128, stop: Vec::new() }
     }
 }
 
@@ -202,7 +195,11 @@ impl Sampler {
 
     /// What logits are multiplied by.
     fn scale(&self) -> f64 {
-        if self.temperature == 0.0 || self.temperature == 1.0 { 1.0 } else { 1.0 / (self.temperature + TEMPERATURE_EPS) }
+        if self.temperature == 0.0 || self.temperature == 1.0 {
+            1.0
+        } else {
+            1.0 / (self.temperature + TEMPERATURE_EPS)
+        }
     }
 
     fn total(&self) -> f64 {
@@ -353,15 +350,14 @@ mod tests {
         seen.sort_unstable();
         seen.dedup();
         penalise(&mut logits, &seen, config.repetition_penalty as f32);
-        let softmax = |kept: &[usize]| {
+        let softmax = |kept: &[usize]| -> Vec<f64> {
             let max = kept.iter().map(|&id| logits[id]).fold(f32::MIN, f32::max) as f64;
             let mut weights = vec![0.0; logits.len()];
             for &id in kept {
                 weights[id] = ((logits[id] as f64 - max) / config.temperature).exp();
             }
             let total: f64 = weights.iter().sum();
-            weights.iter_mut().for_each(|weight| *weight /= total);
-            weights
+            weights.iter().map(|weight| weight / total).collect()
         };
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));

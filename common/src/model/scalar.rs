@@ -114,9 +114,10 @@ impl ScalarGpt {
     #[must_use]
     pub fn with_gain(mut self, gain: f64) -> Self {
         self.score.weight = self.score.weight.map(|w| {
-            let required = w.is_require_grad();
-            let scaled = w.detach() * gain;
-            if required { scaled.require_grad() } else { scaled }
+            // Off the graph and back: `map` makes the result a parameter again, which only a leaf can be.
+            let tracked = w.is_autodiff();
+            let scaled = w.inner() * gain;
+            if tracked { Tensor::from_inner(scaled) } else { scaled }
         });
         self
     }

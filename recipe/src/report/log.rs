@@ -156,10 +156,10 @@ mod tests {
         assert_eq!(log.series("train/loss"), [(1.0, 3.0), (2.0, 2.0)]);
         assert_eq!(log.series("val/loss"), [(2.0, 2.5)]);
         assert_eq!((log.seconds(), log.tokens()), (Some(1.5), Some(24.0)));
-        assert_eq!(log.last_values().into_iter().collect::<Vec<_>>(), [
-            ("train/loss".to_owned(), 2.0),
-            ("val/loss".to_owned(), 2.5)
-        ]);
+        assert_eq!(
+            log.last_values().into_iter().collect::<Vec<_>>(),
+            [("train/loss".to_owned(), 2.0), ("val/loss".to_owned(), 2.5)]
+        );
         assert_eq!(log.min("train/loss"), Some(2.0));
     }
 

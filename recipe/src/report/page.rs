@@ -208,7 +208,8 @@ fn verdict(evaluation: &Evaluation) -> String {
         });
     };
     let moved = if ppo.mean >= sft.mean { "raised" } else { "lowered" };
-    let sure = if ppo.is_apart_from(&sft) { "the 95 % intervals do not overlap" } else { "but the 95 % intervals overlap" };
+    let sure =
+        if ppo.is_apart_from(&sft) { "the 95 % intervals do not overlap" } else { "but the 95 % intervals overlap" };
     let kl = evaluation
         .ppo
         .get("kl_mean")
@@ -287,7 +288,6 @@ pub fn percent(share: f64) -> String {
 pub fn signed(value: f64) -> String {
     if value < 0.0 { format!("−{:.2}", value.abs()) } else { format!("+{value:.2}") }
 }
-
 
 fn compact(value: f64) -> String {
     let text = format!("{value:.2}");

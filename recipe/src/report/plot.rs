@@ -207,7 +207,10 @@ fn themed(svg: &str, plot: &Plot<'_>) -> String {
     let label = format!("{} by {}", plot.y_label, plot.x_label).replace(['"', '<', '>', '&'], "");
     let mut text = svg
         .replacen(&size, &format!("role=\"img\" aria-label=\"{label}\" preserveAspectRatio=\"xMidYMid meet\""), 1)
-        .replace("<polyline fill=\"none\"", "<polyline fill=\"none\" stroke-linejoin=\"round\" stroke-linecap=\"round\"");
+        .replace(
+            "<polyline fill=\"none\"",
+            "<polyline fill=\"none\" stroke-linejoin=\"round\" stroke-linecap=\"round\"",
+        );
     for (marker, variable) in THEME {
         text = text.replace(marker, variable);
     }
@@ -257,9 +260,8 @@ mod tests {
 
     #[test]
     fn nothing_to_draw_is_no_plot_and_one_point_is_one() {
-        let draw = |curves: &[Curve]| {
-            Plot { x_label: "x", y_label: "y", curves, width: 320, height: 200 }.to_svg().unwrap()
-        };
+        let draw =
+            |curves: &[Curve]| Plot { x_label: "x", y_label: "y", curves, width: 320, height: 200 }.to_svg().unwrap();
         assert!(draw(&[]).is_none());
         assert!(draw(&[curve(vec![(1.0, f64::NAN)])]).is_none());
         assert!(draw(&[curve(vec![(0.0, 1.0)])]).is_some());

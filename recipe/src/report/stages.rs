@@ -221,9 +221,21 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
         Step::RewardModel => {
             let evaluated = |name: &str| source.evaluation.as_ref()?.reward_model.get(name).and_then(Value::as_f64);
             push("Accuracy on the test labels", evaluated("accuracy").map(percent), "pairs never trained on");
-            push("Accuracy against the gold order", evaluated("gold_accuracy").map(percent), "the labels’ noise taken out");
-            push("Always the longer answer", evaluated("longer_wins_accuracy").map(percent), "the baseline to beat, on labels");
-            push("Labels that follow the gold", evaluated("label_agreement").map(percent), "the labeller errs like people");
+            push(
+                "Accuracy against the gold order",
+                evaluated("gold_accuracy").map(percent),
+                "the labels’ noise taken out",
+            );
+            push(
+                "Always the longer answer",
+                evaluated("longer_wins_accuracy").map(percent),
+                "the baseline to beat, on labels",
+            );
+            push(
+                "Labels that follow the gold",
+                evaluated("label_agreement").map(percent),
+                "the labeller errs like people",
+            );
             push("Test pairs", evaluated("pairs").map(thousands), "");
             push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "guessing costs ln 2 = 0.693");
         }

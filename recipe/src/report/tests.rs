@@ -9,7 +9,7 @@ use crate::evaluation::{Answer, AnswerRow, Evaluation, Policy};
 use crate::steps::{RunRecord, Step, StepRecord};
 
 fn jsonl(path: &Path, rows: impl IntoIterator<Item = Value>) {
-    let text: String = rows.into_iter().map(|row| format!("{row}\n")).collect();
+    let text = rows.into_iter().fold(String::new(), |text, row| text + &row.to_string() + "\n");
     fs::write(path, text).unwrap();
 }
 
@@ -39,10 +39,13 @@ fn made_up_run(out: &Path) {
             }),
         );
     }
-    jsonl(&out.join("pretrain/samples.jsonl"), [
-        json!({ "step": 10, "prompt": "", "text": "the the <script>alert(1)</script>" }),
-        json!({ "step": 600, "prompt": "Once", "text": "there was a fox & a boat." }),
-    ]);
+    jsonl(
+        &out.join("pretrain/samples.jsonl"),
+        [
+            json!({ "step": 10, "prompt": "", "text": "the the <script>alert(1)</script>" }),
+            json!({ "step": 600, "prompt": "Once", "text": "there was a fox & a boat." }),
+        ],
+    );
     let answer = |gold: f64, text: &str| Answer {
         text: text.to_owned(),
         ended: gold > 0.3,
@@ -113,7 +116,9 @@ fn report_html_is_one_file_with_every_part_and_escapes_what_models_write() {
     made_up_run(out.path());
     super::write(out.path()).unwrap();
     let html = fs::read_to_string(out.path().join("report.html")).unwrap();
-    for part in ["id=\"pretrain\"", "id=\"sft\"", "id=\"reward-model\"", "id=\"ppo\"", "id=\"answers\"", "from 0.640 to 0.890"] {
+    for part in
+        ["id=\"pretrain\"", "id=\"sft\"", "id=\"reward-model\"", "id=\"ppo\"", "id=\"answers\"", "from 0.640 to 0.890"]
+    {
         assert!(html.contains(part), "{part} is missing");
     }
     assert!(html.contains("6.5 nats of KL") && html.contains("do not overlap"));

@@ -22,13 +22,20 @@ pub enum Answers {
     Two(Pair),
 }
 
+/// A record with an answer, or two, to score.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AnswerRecord {
+    /// Everything the record says, as it stands.
+    pub fields: Map<String, Value>,
+    /// What it asks for.
+    pub answers: Answers,
+}
+
 /// Reads answers: `{"prompt", "response"}`, or preference pairs as [`read_pairs`](super::read_pairs) does.
-///
-/// Returns each record as it stands, with what it asks for.
 ///
 /// # Errors
 /// If the file cannot be read or is empty, or, unless they are skipped, at the first bad record.
-pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<(Map<String, Value>, Answers)>, DataError> {
+pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<AnswerRecord>, DataError> {
     lines::read(path, on_bad, |record| {
         let answers = if record.contains_key("response") {
             let prompt = prompt_of(record)?;
@@ -39,7 +46,7 @@ pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<(Map<String,
         } else {
             return Err("expected `prompt` and `response`, or a preference pair".to_owned());
         };
-        Ok((record.clone(), answers))
+        Ok(AnswerRecord { fields: record.clone(), answers })
     })
 }
 
@@ -58,12 +65,12 @@ mod tests {
         ];
         std::fs::write(&path, lines.join("\n")).expect("written");
         let read = read_answers(&path, OnBadRecord::Fail).expect("both are answers");
-        assert_eq!(read[0].0["id"], 7);
+        assert_eq!(read[0].fields["id"], 7);
         assert_eq!(
-            read[0].1,
+            read[0].answers,
             Answers::One { prompt: vec![Message::new(Role::User, "q")], response: String::new() }
         );
-        let Answers::Two(pair) = &read[1].1 else { panic!("a pair") };
+        let Answers::Two(pair) = &read[1].answers else { panic!("a pair") };
         assert_eq!((pair.chosen.as_str(), pair.margin), ("a", Some(0.5)));
 
         std::fs::write(&path, r#"{"prompt": "q"}"#).expect("written");

@@ -1,0 +1,286 @@
+//! The command `ppo` from outside: training, resuming, evaluating, and what it says when it cannot.
+
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use common::checkpoint::Stage;
+use common::testing::{byte_tokenizer, kill_after_first_save, run, save_tiny};
+use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ppo");
+
+const CONFIG: &str = r#"
+seed = 1
+
+[data]
+train = ["train.jsonl"]
+val = ["val.jsonl"]
+
+[optimizer]
+lr = 1e-3
+
+[value_optimizer]
+lr = 1e-3
+
+[train]
+steps = 6
+batch_size = 8
+micro_batch_size = 2
+eval_prompts = 6
+n_samples = 2
+
+[ppo]
+response_length = 12
+temperature = 0.9
+minibatches = 2
+epochs = 2
+kl_target = 0.5
+kl_horizon = 50.0
+
+[run]
+log_every = 1
+eval_every = 3
+save_every = 2
+"#;
+
+/// A directory with a policy, a reward model and prompts.
+fn workplace() -> TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    save_tiny(&dir.path().join("sft"), Stage::Sft, &byte_tokenizer(), 3);
+    save_tiny(&dir.path().join("rm"), Stage::RewardModel, &byte_tokenizer(), 5);
+    for (file, n) in [("train.jsonl", 20), ("val.jsonl", 10)] {
+        let mut lines = String::new();
+        for i in 0..n {
+            writeln!(lines, "{}", json!({ "prompt": format!("{} {}", "say".repeat(1 + i % 4), i) })).unwrap();
+        }
+        std::fs::write(dir.path().join(file), lines).unwrap();
+    }
+    std::fs::write(dir.path().join("config.toml"), CONFIG).unwrap();
+    dir
+}
+
+const TRAIN: [&str; 7] = ["train", "--config", "config.toml", "--policy", "sft", "--reward-model", "rm"];
+
+fn train(dir: &Path, out: &str, more: &[&str]) -> (i32, String, String) {
+    run(PROGRAM, &[&TRAIN[..], &["--out", out], more].concat(), dir)
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The metrics without what a clock measures.
+fn metrics(dir: &Path) -> Vec<Value> {
+    let mut lines = lines(&dir.join("metrics.jsonl"));
+    for line in &mut lines {
+        line.as_object_mut().unwrap().retain(|name, _| name != "seconds" && !name.starts_with("timing/"));
+    }
+    lines
+}
+
+#[test]
+fn training_writes_the_policy_the_value_model_every_metric_and_every_rollout() {
+    let dir = workplace();
+    let (code, stdout, stderr) = train(dir.path(), "out", &[]);
+    assert_eq!((code, stdout.as_str()), (0, ""), "{stderr}");
+    let out = dir.path().join("out");
+    for file in ["model.safetensors", "config.json", "tokenizer.json", "value/model.safetensors", "value/config.json"] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+
+    let steps: Vec<Value> = lines(&out.join("metrics.jsonl"));
+    let trained: Vec<&Value> = steps.iter().filter(|line| line["objective/kl"].is_f64()).collect();
+    assert_eq!(trained.len(), 6);
+    for name in [
+        "objective/kl",
+        "objective/kl_coef",
+        "objective/entropy",
+        "objective/score",
+        "objective/rlhf_reward",
+        "objective/non_score_reward",
+        "policy/loss",
+        "policy/approx_kl",
+        "policy/clip_frac",
+        "policy/ratio_mean",
+        "policy/ratio_max",
+        "policy/entropy",
+        "value/loss",
+        "value/clip_frac",
+        "value/explained_variance",
+        "rollout/response_length",
+        "rollout/eos_rate",
+        "timing/rollout",
+        "timing/score",
+        "timing/update",
+        "train/lr",
+    ] {
+        assert!(trained.iter().all(|line| line[name].is_f64()), "{name} in {:?}", trained[0]);
+    }
+    // The initial policy is the reference, so the first rollouts have diverged by nothing but rounding.
+    assert!(trained[0]["objective/kl"].as_f64().unwrap().abs() < 1e-3, "{:?}", trained[0]);
+    assert_eq!(trained[0]["objective/kl_coef"].as_f64().map(|beta| beta as f32), Some(0.05));
+    let held_out: Vec<u64> =
+        steps.iter().filter(|line| line["val/score"].is_f64()).map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(held_out, [0, 3, 6]);
+    assert_eq!(lines(&out.join("samples.jsonl")).len(), 6);
+
+    let rollouts = lines(&out.join("rollouts.jsonl"));
+    assert_eq!(rollouts.len(), 6 * 8);
+    let first: Vec<&Value> = rollouts.iter().filter(|line| line["step"] == 1).collect();
+    let mean = |name: &str| first.iter().map(|line| line[name].as_f64().unwrap()).sum::<f64>() / 8.0;
+    assert!((mean("score") - trained[0]["objective/score"].as_f64().unwrap()).abs() < 1e-9);
+    assert!((mean("length") - trained[0]["rollout/response_length"].as_f64().unwrap()).abs() < 1e-9);
+    assert!((mean("kl") - trained[0]["objective/kl"].as_f64().unwrap()).abs() < 1e-9);
+    for line in &rollouts {
+        // A response that was cut off counts with the configured score.
+        assert!(line["finish"] == "stop" || line["score"] == -1.0, "{line}");
+    }
+}
+
+#[test]
+fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
+    let dir = workplace();
+    let more = ["--set", "train.steps=60", "--set", "run.save_every=4", "--set", "run.eval_every=15"];
+    let (code, _, stderr) = train(dir.path(), "whole", &more);
+    assert_eq!(code, 0, "{stderr}");
+    let args = [&TRAIN[..], &["--out", "parts"], &more].concat();
+    let step = kill_after_first_save(PROGRAM, &args, dir.path(), "parts");
+    assert!((4..60).contains(&step), "{step}");
+    let (code, _, stderr) = run(PROGRAM, &[&args[..], &["--resume"]].concat(), dir.path());
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains(&format!("going on from step {step} of 60")), "{stderr}");
+    let (a, b) = (dir.path().join("whole"), dir.path().join("parts"));
+    for file in [
+        "model.safetensors",
+        "value/model.safetensors",
+        "state/weights.safetensors",
+        "state/optimizer.safetensors",
+        "state/value_optimizer.safetensors",
+        "rollouts.jsonl",
+        "samples.jsonl",
+    ] {
+        assert!(std::fs::read(a.join(file)).unwrap() == std::fs::read(b.join(file)).unwrap(), "{file} differs");
+    }
+    assert_eq!(metrics(&a), metrics(&b));
+}
+
+#[test]
+fn micro_batches_add_up_to_the_minibatch() {
+    let dir = workplace();
+    let last = |micro: usize| {
+        let out = format!("micro-{micro}");
+        let micro = format!("train.micro_batch_size={micro}");
+        let (code, _, stderr) = train(dir.path(), &out, &["--set", &micro, "--set", "train.steps=1"]);
+        assert_eq!(code, 0, "{stderr}");
+        metrics(&dir.path().join(&out)).into_iter().find(|line| line["policy/loss"].is_f64()).unwrap()
+    };
+    let (small, large) = (last(1), last(4));
+    for name in
+        ["policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/entropy", "value/loss", "value/clip_frac"]
+    {
+        let [a, b] = [&small, &large].map(|line| line[name].as_f64().unwrap());
+        // Four updates of float rounding in another order.
+        assert!((a - b).abs() < 1e-4 * b.abs().max(1.0), "{name}: {a} {b}");
+    }
+}
+
+#[test]
+fn evaluation_of_the_reference_itself_is_a_draw() {
+    let dir = workplace();
+    let args = ["eval", "--checkpoint", "sft", "--reference", "sft", "--reward-model", "rm", "--data", "val.jsonl"];
+    let (code, stdout, stderr) = run(PROGRAM, &[&args[..], &["--max-tokens", "12"]].concat(), dir.path());
+    assert_eq!(code, 0, "{stderr}");
+    let result: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((&result["prompts"], &result["win_rate"]), (&json!(10), &json!(0.5)), "{result}");
+    assert_eq!(result["score_mean"], result["score_reference_mean"], "{result}");
+    assert!(result["kl_mean"].as_f64().unwrap().abs() < 1e-3, "{result}");
+    for name in ["score_mean", "score_reference_mean", "win_rate", "kl_mean", "length_mean", "eos_rate"] {
+        let (x, interval) = (result[name].as_f64().unwrap(), &result[format!("{name}_interval")]);
+        assert!(interval[0].as_f64().unwrap() <= x && x <= interval[1].as_f64().unwrap(), "{name} in {result}");
+    }
+}
+
+#[test]
+fn help_names_the_commands_and_their_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = |args: &[&str]| {
+        let (code, stdout, _) = run(PROGRAM, args, dir.path());
+        assert_eq!(code, 0, "{args:?}");
+        stdout
+    };
+    let all = help(&["--help"]);
+    for text in ["Improve a policy against a reward model by PPO", "train", "eval", "Example:", "ppo train --config"] {
+        assert!(all.contains(text), "{all}");
+    }
+    let train = help(&["train", "--help"]);
+    for flag in ["--policy <DIR>", "--reward-model <DIR>", "--config <FILE>", "--out <DIR>", "--resume", "--overwrite"]
+    {
+        assert!(train.contains(flag), "{flag} in {train}");
+    }
+    assert!(help(&["--version"]).starts_with("ppo "));
+    assert_eq!(run(PROGRAM, &["train", "--out", "x"], dir.path()).0, 2);
+}
+
+#[test]
+fn errors_name_what_is_wrong_and_what_to_do() {
+    let dir = workplace();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("long.jsonl"), json!({ "prompt": "q".repeat(60) }).to_string()).unwrap();
+    let config = TokenizerConfig { kind: TokenizerKind::Char, ..TokenizerConfig::default() };
+    let other = Tokenizer::train(&config, ["abc"].into_iter(), true).unwrap();
+    save_tiny(&path("other"), Stage::RewardModel, &other, 5);
+    let train = |more: &[&'static str]| [&TRAIN[..], &["--out", "out"], more].concat();
+    let cases: Vec<(Vec<&str>, &str)> = vec![
+        (
+            vec!["train", "--config", "config.toml", "--policy", "rm", "--reward-model", "rm", "--out", "out"],
+            "error: failed to load the initial policy: checkpoint `rm` was written by stage `reward-model`, expected \
+             `sft`\nhint: pass the directory that `sft train` wrote\n",
+        ),
+        (
+            vec!["train", "--config", "config.toml", "--policy", "sft", "--reward-model", "sft", "--out", "out"],
+            "error: failed to load the reward model: checkpoint `sft` was written by stage `sft`, expected \
+             `reward-model`\nhint: pass the directory that `reward-model train` wrote\n",
+        ),
+        (
+            vec!["train", "--config", "config.toml", "--policy", "sft", "--reward-model", "other", "--out", "out"],
+            "error: `sft` and `other` have different tokenizers, so one cannot read what the other writes\nhint: train \
+             both from the same `pretrain` checkpoint\n",
+        ),
+        (
+            train(&["--set", "ppo.minibatches=3"]),
+            "error: invalid config `config.toml`: `ppo.minibatches` 3 does not divide `train.batch_size` 8\n",
+        ),
+        (
+            train(&["--set", "train.micro_batch_size=3"]),
+            "error: invalid config `config.toml`: `train.micro_batch_size` 3 does not divide the 4 responses of a \
+             minibatch\n",
+        ),
+        (
+            train(&["--set", "ppo.lambda=1.5"]),
+            "error: invalid config `config.toml`: `ppo.lambda` must be between 0 and 1, found 1.5\n",
+        ),
+        (
+            train(&["--set", "data.train=['long.jsonl']"]),
+            "error: failed to read the training prompts: 1 of 1 prompts leave no room for 12 more tokens in the context \
+             of 64; the longest has 64\nhint: lower `ppo.response_length` or set `data.on_too_long` to \"skip\"\n",
+        ),
+        (train(&["--set", "ppo.ratio_tolerance=1e-12"]), "before any update the policy gives a sampled token"),
+        (train(&["--resume"]), "error: nothing to resume: `out` holds no checkpoint"),
+    ];
+    for (args, expected) in cases {
+        let (code, stdout, stderr) = run(PROGRAM, &args, dir.path());
+        assert_eq!((code, stdout.as_str()), (1, ""), "{args:?}: {stderr}");
+        let error = &stderr[stderr.find("error: ").unwrap_or(0)..];
+        assert!(error.contains(expected), "{args:?}: {error}");
+        std::fs::remove_dir_all(path("out")).ok();
+    }
+    let (_, _, stderr) = run(PROGRAM, &train(&["--set", "ppo.kl_coeff=1"]), dir.path());
+    assert!(
+        stderr.contains("`--set ppo.kl_coeff=1`: unknown field `kl_coeff`") && stderr.contains("hint: "),
+        "{stderr}"
+    );
+}

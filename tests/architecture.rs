@@ -1,0 +1,317 @@
+//! The guide's invariants that can be read off the source: who may know whom, and what may stand where.
+
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Crates that train; they meet in checkpoints, not in code.
+const STAGES: [&str; 4] = ["pretrain", "sft", "reward-model", "ppo"];
+
+/// The longest a source file may be.
+const MAX_LINES: usize = 600;
+
+/// A `main` parses, runs and reports; anything else belongs where it can be tested.
+const MAX_LINES_OF_MAIN: usize = 20;
+
+/// What each module of `common` may use of the others, as its `lib.rs` lists it.
+const EDGES: [(&str, &[&str]); 20] = [
+    ("backend", &["config"]),
+    ("checkpoint", &["hash", "hf", "model", "tokenizer"]),
+    ("config", &[]),
+    ("conversation", &["tokenizer"]),
+    ("data", &["conversation", "hash", "rng"]),
+    ("generate", &["model", "rng"]),
+    ("hash", &[]),
+    ("hf", &["hash", "model"]),
+    ("kernels", &[]),
+    ("loss", &["kernels", "model"]),
+    ("metrics", &[]),
+    ("model", &["kernels", "rng"]),
+    ("optim", &["kernels", "model"]),
+    ("rng", &[]),
+    ("scoring", &["data", "model"]),
+    ("session", &["checkpoint", "kernels", "metrics", "model", "optim", "stage", "tokenizer"]),
+    ("stage", &["kernels", "metrics"]),
+    ("testing", &["checkpoint", "model", "rng", "tokenizer"]),
+    ("tokenizer", &["hash"]),
+    ("lib", &[]),
+];
+
+/// Pure functions: no files, clocks, environment or configuration.
+const PURE: [&str; 7] = [
+    "common/src/model/",
+    "common/src/loss.rs",
+    "ppo/src/advantage.rs",
+    "ppo/src/kl.rs",
+    "ppo/src/loss.rs",
+    "ppo/src/rewards.rs",
+    "reward-model/src/loss.rs",
+];
+
+/// The maths of a stage: besides `common` they know only each other.
+const MATHS: [&str; 5] =
+    ["ppo/src/advantage.rs", "ppo/src/kl.rs", "ppo/src/loss.rs", "ppo/src/rewards.rs", "reward-model/src/loss.rs"];
+
+/// A source file of the workspace.
+struct Source {
+    /// From the workspace's root, with `/`.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// Whether the file is tests and nothing else.
+    fn is_test(&self) -> bool {
+        self.path.starts_with("tests/") || self.path.contains("/tests/") || self.path.ends_with("/tests.rs")
+    }
+
+    /// The lines that are compiled into the program, with their numbers: no comments, no tests.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let end = self.text.find("\n#[cfg(test)]\nmod tests {").unwrap_or(self.text.len());
+        self.text[..end]
+            .lines()
+            .enumerate()
+            .map(|(i, line)| (i + 1, line.split("//").next().unwrap_or_default()))
+            .filter(|(_, line)| !line.trim().is_empty())
+    }
+
+    fn lies_in(&self, place: &str) -> bool {
+        self.path == place || place.ends_with('/') && self.path.starts_with(place)
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lies in the workspace").to_owned()
+}
+
+/// Every Rust file of the workspace's members.
+fn sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    let root = root();
+    for package in packages() {
+        let manifest = package["manifest_path"].as_str().unwrap();
+        collect(Path::new(manifest).parent().unwrap(), &root, &mut sources);
+    }
+    assert!(sources.len() > 50, "only {} files found", sources.len());
+    sources
+}
+
+fn collect(dir: &Path, root: &Path, sources: &mut Vec<Source>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, root, sources);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let path = path.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
+            sources.push(Source { path, text });
+        }
+    }
+}
+
+/// What Cargo says of the workspace's members.
+fn packages() -> Vec<Value> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["metadata", "--format-version", "1", "--no-deps", "--offline"]).current_dir(root());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    metadata["packages"].as_array().unwrap().clone()
+}
+
+/// The dependencies of a package within the workspace, those of its tests left out.
+fn dependencies(package: &Value) -> BTreeSet<String> {
+    let all = package["dependencies"].as_array().unwrap().iter();
+    all.filter(|dependency| dependency["kind"] != "dev" && dependency["path"].is_string())
+        .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// Whether `word` stands in `line` by itself.
+fn has_word(line: &str, word: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word).any(|(at, _)| {
+        !line[..at].chars().next_back().is_some_and(is_part)
+            && !line[at + word.len()..].chars().next().is_some_and(is_part)
+    })
+}
+
+/// Fails with every line of `lines` that `is_wrong` finds.
+#[track_caller]
+fn assert_none<'a>(
+    rule: &str,
+    lines: impl Iterator<Item = (&'a Source, usize, &'a str)>,
+    is_wrong: impl Fn(&str) -> bool,
+) {
+    let wrong: Vec<String> = lines
+        .filter(|(.., line)| is_wrong(line))
+        .map(|(source, number, line)| format!("{}:{number}: {}", source.path, line.trim()))
+        .collect();
+    assert!(wrong.is_empty(), "{rule}:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn stages_meet_in_checkpoints_and_not_in_code() {
+    for package in packages() {
+        let name = package["name"].as_str().unwrap();
+        let known = dependencies(&package);
+        match name {
+            "common" => assert!(known.is_empty(), "`common` depends on {known:?}"),
+            "recipe" => {}
+            _ => {
+                assert!(
+                    known.iter().all(|known| known == "common"),
+                    "`{name}` depends on {known:?}, expected `common`"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_for_tests_is_not_built_into_programs() {
+    for package in packages().iter().filter(|package| package["name"] != "pipeline-tests") {
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let testing = dependency["features"].as_array().unwrap().iter().any(|feature| feature == "testing");
+            assert!(!testing || dependency["kind"] == "dev", "`{}` builds `testing` in", package["name"]);
+        }
+    }
+}
+
+#[test]
+fn to_know_one_stage_is_to_know_all() {
+    for stage in STAGES {
+        for file in ["main.rs", "lib.rs", "cli.rs", "config.rs", "data.rs", "eval.rs", "train.rs"] {
+            assert!(root().join(stage).join("src").join(file).is_file(), "`{stage}` has no src/{file}");
+        }
+        assert!(root().join(stage).join("tests/cli.rs").is_file(), "`{stage}` has no tests/cli.rs");
+    }
+}
+
+#[test]
+fn modules_of_common_know_only_those_listed() {
+    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let sources = sources();
+    let modules: BTreeSet<&str> = EDGES.iter().map(|(module, _)| *module).collect();
+    for source in sources.iter().filter(|source| source.path.starts_with("common/src/") && !source.is_test()) {
+        let module = source.path.trim_start_matches("common/src/").split(['/', '.']).next().unwrap();
+        assert!(modules.contains(module), "`{module}` is new: list in this test what it may know");
+        for (_, line) in source.code() {
+            for (at, _) in line.match_indices("crate::") {
+                let rest = &line[at + "crate::".len()..];
+                assert!(!rest.starts_with('{'), "{}: write one `use crate::` for each module", source.path);
+                let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+                if &rest[..end] != module {
+                    edges.entry(module.to_owned()).or_default().insert(rest[..end].to_owned());
+                }
+            }
+        }
+    }
+    for (module, listed) in EDGES {
+        let listed: BTreeSet<String> = listed.iter().map(ToString::to_string).collect();
+        let found = edges.remove(module).unwrap_or_default();
+        // Only a missing edge is wrong for `testing`, which may know everything.
+        if module != "testing" {
+            assert_eq!(found, listed, "edges of `common::{module}`");
+        }
+    }
+}
+
+#[test]
+fn only_backend_rs_names_a_backend() {
+    let constructors =
+        ["flex", "ndarray", "wgpu", "vulkan", "metal", "cuda", "cpu"].map(|name| format!("Device::{name}("));
+    let sources = sources();
+    let elsewhere = sources.iter().filter(|source| {
+        !source.is_test()
+            && !source.lies_in("common/src/backend.rs")
+            && !source.lies_in("common/src/kernels/")
+            && !source.lies_in("common/src/testing.rs")
+    });
+    assert_none(
+        "only common/src/backend.rs names a backend",
+        elsewhere.flat_map(|source| source.code().map(move |(number, line)| (source, number, line))),
+        |line| constructors.iter().any(|constructor| line.contains(constructor)),
+    );
+}
+
+#[test]
+fn only_hf_knows_foreign_names() {
+    let foreign = ["n_embd", "n_ctx", "n_inner", "wte", "wpe", "c_attn", "c_proj", "c_fc", "lm_head"];
+    let sources = sources();
+    let elsewhere = sources.iter().filter(|source| !source.is_test() && !source.lies_in("common/src/hf/"));
+    assert_none(
+        "only common/src/hf knows the names of other libraries",
+        elsewhere.flat_map(|source| source.code().map(move |(number, line)| (source, number, line))),
+        |line| foreign.iter().any(|name| has_word(line, name)),
+    );
+}
+
+#[test]
+fn only_kernels_are_unsafe() {
+    let sources = sources();
+    let elsewhere = sources.iter().filter(|source| !source.lies_in("common/src/kernels/"));
+    assert_none(
+        "only common/src/kernels is unsafe",
+        elsewhere.flat_map(|source| {
+            source.text.lines().enumerate().map(move |(i, line)| (source, i + 1, line.split("//").next().unwrap_or("")))
+        }),
+        |line| has_word(line, "unsafe") && !line.contains('"'),
+    );
+}
+
+#[test]
+fn no_file_is_longer_than_one_sitting() {
+    for source in sources() {
+        let n_lines = source.text.lines().count();
+        let most = if source.path.ends_with("src/main.rs") { MAX_LINES_OF_MAIN } else { MAX_LINES };
+        assert!(n_lines <= most, "{} has {n_lines} lines, expected at most {most}", source.path);
+    }
+}
+
+#[test]
+fn model_loss_and_rl_maths_are_pure() {
+    let sources = sources();
+    let pure: Vec<&Source> =
+        sources.iter().filter(|source| !source.is_test() && PURE.iter().any(|place| source.lies_in(place))).collect();
+    for place in PURE {
+        assert!(pure.iter().any(|source| source.lies_in(place)), "there is no {place}");
+    }
+    let impure = [
+        "std::fs",
+        "std::env",
+        "std::time",
+        "std::io",
+        "std::net",
+        "std::process",
+        "Instant",
+        "tracing::",
+        "rand::rng",
+    ];
+    assert_none(
+        "model, loss and RL maths do no I/O and read no clock, environment or global random state",
+        pure.iter().flat_map(|source| source.code().map(move |(number, line)| (*source, number, line))),
+        |line| impure.iter().any(|name| line.contains(name)),
+    );
+}
+
+#[test]
+fn the_maths_of_a_stage_know_only_common_and_each_other() {
+    let sources = sources();
+    let maths = sources.iter().filter(|source| MATHS.contains(&source.path.as_str()));
+    assert_none(
+        "the maths of a stage know only `common` and each other",
+        maths.flat_map(|source| source.code().map(move |(number, line)| (source, number, line))),
+        |line| {
+            line.match_indices("crate::").any(|(at, _)| {
+                let rest = &line[at + "crate::".len()..];
+                !["advantage", "kl", "loss", "rewards"].iter().any(|module| rest.starts_with(module))
+            })
+        },
+    );
+}
