@@ -233,7 +233,8 @@ impl Gpt {
         let [batch, seq, d_model] = hidden.dims();
         let head = self.head_weight();
         let [vocab_size, _] = head.dims();
-        hidden.reshape([batch * seq, d_model]).matmul(head.transpose()).reshape([batch, seq, vocab_size])
+        let hidden = hidden.reshape([batch * seq, d_model]);
+        kernels::logits(self.kernels, hidden, head).reshape([batch, seq, vocab_size])
     }
 
     /// Logits of every position: [`logits`](Self::logits) of [`hidden`](Self::hidden).
