@@ -4,7 +4,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::linear::add_in_order;
-use super::simd::{sigmoid, vectorized};
+use super::simd::{fma, sigmoid, simd};
 use super::{contiguous, floats, matrix_dims, tensor, unset};
 use crate::kernels::Activation;
 
@@ -23,11 +23,9 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
     let (x, bias) = (contiguous(x), contiguous(bias));
     let (x, bias) = (floats(&x), floats(&bias));
     let mut out = unset(x.len());
-    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
-        vectorized(|| match activation {
-            Activation::Relu => map_rows(out, x, bias, relu),
-            Activation::GeluTanh => map_rows(out, x, bias, gelu),
-        });
+    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| match activation {
+        Activation::Relu => relu_rows(out, x, bias),
+        Activation::GeluTanh => gelu_rows(out, x, bias),
     });
     tensor(out, shape)
 }
@@ -50,70 +48,96 @@ pub fn backward(
         .zip(grad.par_chunks(d * ROWS))
         .map(|((x_grad, x), grad)| {
             let mut bias_grad = vec![0.0; d];
-            vectorized(|| match activation {
-                Activation::Relu => {
-                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, relu_slope);
-                }
-                Activation::GeluTanh => {
-                    chain_rows(x_grad, &mut bias_grad, x, bias, grad, gelu_slope);
-                }
-            });
+            match activation {
+                Activation::Relu => relu_grads(x_grad, &mut bias_grad, x, bias, grad),
+                Activation::GeluTanh => gelu_grads(x_grad, &mut bias_grad, x, bias, grad),
+            }
             bias_grad
         })
         .collect();
     (tensor(x_grad, shape), tensor(add_in_order(parts, d), [d]))
 }
 
-#[inline(always)]
-fn relu(x: f32) -> f32 {
-    // Not `max`, which would turn a NaN into 0.
-    if x < 0.0 { 0.0 } else { x }
+/// A non-linearity, in a form that is sure to be inlined where a function passed as an argument is not.
+trait Function {
+    /// `f(x)`
+    fn value(x: f32) -> f32;
+    /// `f′(x)`
+    fn slope(x: f32) -> f32;
 }
 
-#[inline(always)]
-fn relu_slope(x: f32) -> f32 {
-    if x > 0.0 { 1.0 } else { 0.0 }
+struct Relu;
+
+impl Function for Relu {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        // Not `max`, which would turn a NaN into 0.
+        if x < 0.0 { 0.0 } else { x }
+    }
+
+    #[inline(always)]
+    fn slope(x: f32) -> f32 {
+        if x > 0.0 { 1.0 } else { 0.0 }
+    }
 }
 
-#[inline(always)]
-fn gelu(x: f32) -> f32 {
-    x * sigmoid(SLOPE * (x + CUBIC * x * x * x))
+struct Gelu;
+
+impl Function for Gelu {
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        x * sigmoid(SLOPE * fma(CUBIC * x * x, x, x))
+    }
+
+    #[inline(always)]
+    fn slope(x: f32) -> f32 {
+        // Beyond 30 the slope is 0 or 1 to the last bit, and the cube could overflow.
+        let x = x.clamp(-30.0, 30.0);
+        let square = x * x;
+        let s = sigmoid(SLOPE * fma(CUBIC * square, x, x));
+        let inner_slope = fma(3.0 * CUBIC * SLOPE, square, SLOPE);
+        fma(x * inner_slope, s * (1.0 - s), s)
+    }
 }
 
-#[inline(always)]
-fn gelu_slope(x: f32) -> f32 {
-    // Beyond 30 the slope is 0 or 1 to the last bit, and the cube could overflow.
-    let x = x.clamp(-30.0, 30.0);
-    let square = x * x;
-    let s = sigmoid(SLOPE * (x + CUBIC * x * square));
-    s + x * s * (1.0 - s) * SLOPE * (1.0 + 3.0 * CUBIC * square)
+simd! {
+    fn relu_rows(out: &mut [f32], x: &[f32], bias: &[f32]) {
+        map_rows::<Relu>(out, x, bias);
+    }
+
+    fn gelu_rows(out: &mut [f32], x: &[f32], bias: &[f32]) {
+        map_rows::<Gelu>(out, x, bias);
+    }
+
+    fn relu_grads(x_grad: &mut [f32], bias_grad: &mut [f32], x: &[f32], bias: &[f32], grad: &[f32]) {
+        chain_rows::<Relu>(x_grad, bias_grad, x, bias, grad);
+    }
+
+    fn gelu_grads(x_grad: &mut [f32], bias_grad: &mut [f32], x: &[f32], bias: &[f32], grad: &[f32]) {
+        chain_rows::<Gelu>(x_grad, bias_grad, x, bias, grad);
+    }
 }
 
+/// `out = f(x + bias)`, row by row.
 #[inline(always)]
-fn map_rows(out: &mut [f32], x: &[f32], bias: &[f32], f: impl Fn(f32) -> f32) {
+fn map_rows<F: Function>(out: &mut [f32], x: &[f32], bias: &[f32]) {
     let d = bias.len();
     for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
         for ((out, x), bias) in out.iter_mut().zip(x).zip(bias) {
-            *out = f(x + bias);
+            *out = F::value(x + bias);
         }
     }
 }
 
+/// `x_grad = grad · f′(x + bias)`, row by row, and adds the rows to `bias_grad`.
 #[inline(always)]
-fn chain_rows(
-    x_grad: &mut [f32],
-    bias_grad: &mut [f32],
-    x: &[f32],
-    bias: &[f32],
-    grad: &[f32],
-    slope: impl Fn(f32) -> f32,
-) {
+fn chain_rows<F: Function>(x_grad: &mut [f32], bias_grad: &mut [f32], x: &[f32], bias: &[f32], grad: &[f32]) {
     let d = bias.len();
     for ((x_grad, x), grad) in x_grad.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d)) {
         for ((((x_grad, bias_grad), x), bias), grad) in
             x_grad.iter_mut().zip(bias_grad.iter_mut()).zip(x).zip(bias).zip(grad)
         {
-            let chained = grad * slope(x + bias);
+            let chained = grad * F::slope(x + bias);
             *x_grad = chained;
             *bias_grad += chained;
         }

@@ -8,7 +8,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, SharedMut, Threads, gemm};
-use super::simd::{dot, exp, vectorized};
+use super::simd::{dot, exp, simd};
 use super::{contiguous, floats, tensor, unset, with_scratch};
 
 /// Queries in a tile.
@@ -144,46 +144,55 @@ pub fn attend(
     let out_scores = MatMut::rows(scores, n_keys, n_queries, n_queries);
     gemm(out_scores, Output::Overwrite, keys, queries.t(), scale, Threads::One);
     let mut sums = [0.0; QUERIES];
-    vectorized(|| softmax_columns(tile, scores, lse, &mut sums));
+    softmax_columns(tile, scores, lse, &mut sums);
     let weights = Mat::rows(scores, n_keys, n_queries, n_queries).t();
     gemm(out.reborrow(), Output::Overwrite, weights, values, 1.0, Threads::One);
-    vectorized(|| {
-        for (query, sum) in sums[..n_queries].iter().enumerate() {
-            let inverse = 1.0 / sum;
-            for out in out.row(query) {
-                *out *= inverse;
-            }
-        }
-    });
+    for (query, sum) in sums[..n_queries].iter().enumerate() {
+        scale_row(out.row(query), 1.0 / sum);
+    }
 }
 
-/// Turns scores into `exp(score − max)`, 0 where unseen; gives each query's log-sum-exp and sum.
-#[inline(always)]
-fn softmax_columns(tile: &Tile<'_>, scores: &mut [f32], lse: &mut [f32; QUERIES], sums: &mut [f32; QUERIES]) {
-    let (n, start) = (tile.n_queries(), tile.start());
-    let seen_by_all = tile.seen_by_all();
-    let mut highest = [f32::NEG_INFINITY; QUERIES];
-    let highest = &mut highest[..n];
-    let sums = &mut sums[..n];
-    for (key, scores) in (start..).zip(scores.chunks_exact_mut(n)) {
-        if !seen_by_all.contains(&key) {
-            for (query, score) in scores.iter_mut().enumerate() {
-                *score = if tile.sees(key, query) { *score } else { f32::NEG_INFINITY };
+simd! {
+    fn scale_row(row: &mut [f32], factor: f32) {
+        for x in row {
+            *x *= factor;
+        }
+    }
+
+    /// `rows_i · others_i`, for rows of `d` numbers, `stride` apart.
+    fn dot_rows(dots: &mut [f32], rows: &[f32], others: &[f32], d: usize, stride: usize) {
+        for (i, total) in dots.iter_mut().enumerate() {
+            *total = dot(&rows[i * stride..][..d], &others[i * stride..][..d]);
+        }
+    }
+
+    /// Turns scores into `exp(score − max)`, 0 where unseen; gives each query's log-sum-exp and sum.
+    fn softmax_columns(tile: &Tile<'_>, scores: &mut [f32], lse: &mut [f32; QUERIES], sums: &mut [f32; QUERIES]) {
+        let (n, start) = (tile.n_queries(), tile.start());
+        let seen_by_all = tile.seen_by_all();
+        let mut highest = [f32::NEG_INFINITY; QUERIES];
+        let highest = &mut highest[..n];
+        let sums = &mut sums[..n];
+        for (key, scores) in (start..).zip(scores.chunks_exact_mut(n)) {
+            if !seen_by_all.contains(&key) {
+                for (query, score) in scores.iter_mut().enumerate() {
+                    *score = if tile.sees(key, query) { *score } else { f32::NEG_INFINITY };
+                }
+            }
+            for (highest, score) in highest.iter_mut().zip(scores) {
+                *highest = if *score > *highest { *score } else { *highest };
             }
         }
-        for (highest, score) in highest.iter_mut().zip(scores) {
-            *highest = if *score > *highest { *score } else { *highest };
+        for scores in scores.chunks_exact_mut(n) {
+            for ((sum, highest), score) in sums.iter_mut().zip(&*highest).zip(scores) {
+                let weight = exp(*score - highest);
+                *score = weight;
+                *sum += weight;
+            }
         }
-    }
-    for scores in scores.chunks_exact_mut(n) {
-        for ((sum, highest), score) in sums.iter_mut().zip(&*highest).zip(scores) {
-            let weight = exp(*score - highest);
-            *score = weight;
-            *sum += weight;
+        for ((lse, highest), sum) in lse.iter_mut().zip(highest).zip(sums) {
+            *lse = *highest + sum.ln();
         }
-    }
-    for ((lse, highest), sum) in lse.iter_mut().zip(highest).zip(sums) {
-        *lse = *highest + sum.ln();
     }
 }
 
@@ -256,12 +265,10 @@ unsafe fn backward_head(
         let grad = &saved.grad[position * d_model + head * d_head..];
         let out = &saved.out[position * d_model + head * d_head..];
         let (mut lse, mut delta) = ([0.0; QUERIES], [0.0; QUERIES]);
-        vectorized(|| {
-            for query in 0..n_queries {
-                lse[query] = saved.lse[(position + query) * n_heads + head];
-                delta[query] = dot(&grad[query * d_model..][..d_head], &out[query * d_model..][..d_head]);
-            }
-        });
+        for (query, lse) in lse[..n_queries].iter_mut().enumerate() {
+            *lse = saved.lse[(position + query) * n_heads + head];
+        }
+        dot_rows(&mut delta[..n_queries], grad, out, d_head, d_model);
         let grad = Mat::rows(grad, n_queries, d_head, d_model);
         let queries = Mat::rows(&queries[first_query * stride..], n_queries, d_head, stride);
         let keys = Mat::rows(&keys[start * stride..], n_keys, d_head, stride);
@@ -271,7 +278,7 @@ unsafe fn backward_head(
             let tile_mat = |data| MatMut::rows(data, n_keys, n_queries, n_queries);
             gemm(tile_mat(weights), Output::Overwrite, keys, queries.t(), dims.scale(), Threads::One);
             gemm(tile_mat(slopes), Output::Overwrite, values, grad.t(), 1.0, Threads::One);
-            vectorized(|| score_gradients(&tile, weights, slopes, &lse, &delta, dims.scale()));
+            score_gradients(&tile, weights, slopes, &lse, &delta, dims.scale());
             let weights = Mat::rows(weights, n_keys, n_queries, n_queries);
             let slopes = Mat::rows(slopes, n_keys, n_queries, n_queries);
             gemm(part(0, first_query, n_queries), Output::Overwrite, slopes.t(), keys, 1.0, Threads::One);
@@ -281,28 +288,29 @@ unsafe fn backward_head(
     }
 }
 
-/// Turns scores into weights, and gradients of weights into gradients of the unscaled scores.
-#[inline(always)]
-fn score_gradients(
-    tile: &Tile<'_>,
-    weights: &mut [f32],
-    slopes: &mut [f32],
-    lse: &[f32; QUERIES],
-    delta: &[f32; QUERIES],
-    scale: f32,
-) {
-    let n = tile.n_queries();
-    let seen_by_all = tile.seen_by_all();
-    let (lse, delta) = (&lse[..n], &delta[..n]);
-    for (key, (weights, slopes)) in (tile.start()..).zip(weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n))) {
-        if !seen_by_all.contains(&key) {
-            for (query, weight) in weights.iter_mut().enumerate() {
-                *weight = if tile.sees(key, query) { *weight } else { f32::NEG_INFINITY };
+simd! {
+    /// Turns scores into weights, and gradients of weights into gradients of the unscaled scores.
+    fn score_gradients(
+        tile: &Tile<'_>,
+        weights: &mut [f32],
+        slopes: &mut [f32],
+        lse: &[f32; QUERIES],
+        delta: &[f32; QUERIES],
+        scale: f32,
+    ) {
+        let n = tile.n_queries();
+        let seen_by_all = tile.seen_by_all();
+        let (lse, delta) = (&lse[..n], &delta[..n]);
+        for (key, (weights, slopes)) in (tile.start()..).zip(weights.chunks_exact_mut(n).zip(slopes.chunks_exact_mut(n))) {
+            if !seen_by_all.contains(&key) {
+                for (query, weight) in weights.iter_mut().enumerate() {
+                    *weight = if tile.sees(key, query) { *weight } else { f32::NEG_INFINITY };
+                }
             }
-        }
-        for (((weight, slope), lse), delta) in weights.iter_mut().zip(slopes).zip(lse).zip(delta) {
-            *weight = exp(*weight - lse);
-            *slope = *weight * (*slope - delta) * scale;
+            for (((weight, slope), lse), delta) in weights.iter_mut().zip(slopes).zip(lse).zip(delta) {
+                *weight = exp(*weight - lse);
+                *slope = *weight * (*slope - delta) * scale;
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::attention::{QUERIES, Tile, attend};
 use super::gemm::{Mat, SharedMut};
-use super::simd::{exp, vectorized};
+use super::simd::{add_up, exp, fma, simd};
 use super::{contiguous, floats, tensor, unset, with_scratch};
 
 /// Multiplications below which a task is not worth handing to another thread.
@@ -81,44 +81,45 @@ pub fn attention_cached(
 fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
     let n_keys = keys.len() / query.len();
     with_scratch(n_keys, |weights| {
-        vectorized(|| attend_one_body(query, keys, values, weights, out));
+        attend_one_body(query, keys, values, weights, out);
     });
 }
 
-#[inline(always)]
-fn attend_one_body(query: &[f32], keys: &[f32], values: &[f32], weights: &mut [f32], out: &mut [f32]) {
-    let d_head = query.len();
-    let scale = 1.0 / (d_head as f32).sqrt();
-    let mut highest = f32::NEG_INFINITY;
-    for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(d_head)) {
-        *weight = short_dot(query, key) * scale;
-        highest = if *weight > highest { *weight } else { highest };
-    }
-    let mut total = 0.0;
-    for weight in weights.iter_mut() {
-        *weight = exp(*weight - highest);
-    }
-    for weight in weights.iter() {
-        total += weight;
-    }
-    let inverse = 1.0 / total;
-    for (start, out) in (0..d_head).step_by(COLUMNS).zip(out.chunks_mut(COLUMNS)) {
-        if out.len() == COLUMNS {
-            let mut totals = [0.0f32; COLUMNS];
-            for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
-                let value = &value[start..start + COLUMNS];
-                for lane in 0..COLUMNS {
-                    totals[lane] += weight * value[lane];
+simd! {
+    fn attend_one_body(query: &[f32], keys: &[f32], values: &[f32], weights: &mut [f32], out: &mut [f32]) {
+        let d_head = query.len();
+        let scale = 1.0 / (d_head as f32).sqrt();
+        let mut highest = f32::NEG_INFINITY;
+        for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(d_head)) {
+            *weight = short_dot(query, key) * scale;
+            highest = if *weight > highest { *weight } else { highest };
+        }
+        let mut total = 0.0;
+        for weight in weights.iter_mut() {
+            *weight = exp(*weight - highest);
+        }
+        for weight in weights.iter() {
+            total += weight;
+        }
+        let inverse = 1.0 / total;
+        for (start, out) in (0..d_head).step_by(COLUMNS).zip(out.chunks_mut(COLUMNS)) {
+            if out.len() == COLUMNS {
+                let mut totals = [0.0f32; COLUMNS];
+                for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
+                    let value = &value[start..start + COLUMNS];
+                    for lane in 0..COLUMNS {
+                        totals[lane] = fma(*weight, value[lane], totals[lane]);
+                    }
                 }
-            }
-            for (out, total) in out.iter_mut().zip(totals) {
-                *out = total * inverse;
-            }
-        } else {
-            out.fill(0.0);
-            for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
-                for (out, value) in out.iter_mut().zip(&value[start..]) {
-                    *out += weight * value * inverse;
+                for (out, total) in out.iter_mut().zip(totals) {
+                    *out = total * inverse;
+                }
+            } else {
+                out.fill(0.0);
+                for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
+                    for (out, value) in out.iter_mut().zip(&value[start..]) {
+                        *out += weight * value * inverse;
+                    }
                 }
             }
         }
@@ -134,18 +135,11 @@ fn short_dot(x: &[f32], y: &[f32]) -> f32 {
     let (y_chunks, y_rest) = y.as_chunks::<N>();
     for (x, y) in x_chunks.iter().zip(y_chunks) {
         for lane in 0..N {
-            totals[lane] += x[lane] * y[lane];
+            totals[lane] = fma(x[lane], y[lane], totals[lane]);
         }
     }
     for (total, (x, y)) in totals.iter_mut().zip(x_rest.iter().zip(y_rest)) {
-        *total += x * y;
+        *total = fma(*x, *y, *total);
     }
-    let mut n = N;
-    while n > 1 {
-        n /= 2;
-        for lane in 0..n {
-            totals[lane] += totals[lane + n];
-        }
-    }
-    totals[0]
+    add_up(totals)
 }

@@ -4,7 +4,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
-use super::simd::{add_assign, vectorized};
+use super::simd::{add_assign, simd};
 use super::{contiguous, floats, matrix_dims, tensor, unset};
 
 /// Rows whose columns are summed by one task.
@@ -86,15 +86,20 @@ pub fn backward_bias(grad: &FlexTensor) -> FlexTensor {
         .par_chunks(d * ROWS)
         .map(|rows| {
             let mut total = vec![0.0; d];
-            vectorized(|| {
-                for row in rows.chunks_exact(d) {
-                    add_assign(&mut total, row);
-                }
-            });
+            add_rows(&mut total, rows);
             total
         })
         .collect();
     tensor(add_in_order(parts, d), [d])
+}
+
+simd! {
+    /// Adds each of `rows` to `total`.
+    fn add_rows(total: &mut [f32], rows: &[f32]) {
+        for row in rows.chunks_exact(total.len()) {
+            add_assign(total, row);
+        }
+    }
 }
 
 /// The sum of `parts`, first to last.

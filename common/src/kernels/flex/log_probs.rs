@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
-use super::simd::{exp, vectorized};
+use super::simd::{exp, fma, simd};
 use super::{contiguous, floats, indices, matrix_dims, tensor, unset, with_scratch};
 
 /// Positions in a tile of the forward: two of the matrix kernel's 48.
@@ -71,7 +71,7 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
                         scale as f32,
                         Threads::One,
                     );
-                    vectorized(|| add_tokens(&mut running, logits, n));
+                    add_tokens(&mut running, logits, n);
                     for (position, target) in targets.iter().enumerate() {
                         if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
                             log_probs[position] = logits[(target - i * TOKENS) * n + position];
@@ -90,32 +90,42 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
     LogProbs { of_targets: tensor(log_probs, [n]), entropy: tensor(entropy, [n]), lse: tensor(lse, [n]) }
 }
 
-/// Takes a tile of logits `[n_tokens, n]` into the running softmax.
-#[inline(always)]
-fn add_tokens(running: &mut Running, logits: &[f32], n: usize) {
-    let before = running.highest;
-    let highest = &mut running.highest[..n];
-    for logits in logits.chunks_exact(n) {
-        for (highest, logit) in highest.iter_mut().zip(logits) {
-            *highest = if *logit > *highest { *logit } else { *highest };
+simd! {
+    /// Turns logits `[n_tokens, n]` into the gradients they get from the log-sum-exp: `−p · grad · scale`.
+    fn slopes_of_logits(slopes: &mut [f32], lse: &[f32], grad: &[f32], scale: f32) {
+        for slopes in slopes.chunks_exact_mut(lse.len()) {
+            for ((slope, lse), grad) in slopes.iter_mut().zip(lse).zip(grad) {
+                *slope = exp(*slope - lse) * (-scale * grad);
+            }
         }
     }
-    let (total, weighted) = (&mut running.total[..n], &mut running.weighted[..n]);
-    for position in 0..n {
-        // Nothing to rescale before the first tile.
-        if before[position] > f32::NEG_INFINITY {
-            let rise = highest[position] - before[position];
-            let factor = exp(-rise);
-            weighted[position] = factor * (weighted[position] - rise * total[position]);
-            total[position] *= factor;
+
+    /// Takes a tile of logits `[n_tokens, n]` into the running softmax.
+    fn add_tokens(running: &mut Running, logits: &[f32], n: usize) {
+        let before = running.highest;
+        let highest = &mut running.highest[..n];
+        for logits in logits.chunks_exact(n) {
+            for (highest, logit) in highest.iter_mut().zip(logits) {
+                *highest = if *logit > *highest { *logit } else { *highest };
+            }
         }
-    }
-    for logits in logits.chunks_exact(n) {
-        for (((total, weighted), highest), logit) in total.iter_mut().zip(&mut *weighted).zip(&*highest).zip(logits) {
-            let below = logit - highest;
-            let weight = exp(below);
-            *total += weight;
-            *weighted += weight * below;
+        let (total, weighted) = (&mut running.total[..n], &mut running.weighted[..n]);
+        for position in 0..n {
+            // Nothing to rescale before the first tile.
+            if before[position] > f32::NEG_INFINITY {
+                let rise = highest[position] - before[position];
+                let factor = exp(-rise);
+                weighted[position] = factor * (weighted[position] - rise * total[position]);
+                total[position] *= factor;
+            }
+        }
+        for logits in logits.chunks_exact(n) {
+            for (((total, weighted), highest), logit) in total.iter_mut().zip(&mut *weighted).zip(&*highest).zip(logits) {
+                let below = logit - highest;
+                let weight = exp(below);
+                *total += weight;
+                *weighted = fma(weight, below, *weighted);
+            }
         }
     }
 }
@@ -158,13 +168,7 @@ pub fn backward(
                 let head = Mat::rows(head, n_tokens, d_model, d_model);
                 let tile = MatMut::rows(slopes, n_tokens, n, n);
                 gemm(tile, Output::Overwrite, head, hidden.t(), scale, Threads::One);
-                vectorized(|| {
-                    for slopes in slopes.chunks_exact_mut(n) {
-                        for ((slope, lse), grad) in slopes.iter_mut().zip(lse).zip(grad) {
-                            *slope = -exp(*slope - lse) * grad * scale;
-                        }
-                    }
-                });
+                slopes_of_logits(slopes, lse, grad, scale);
                 for (position, target) in targets.iter().enumerate() {
                     if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
                         slopes[(target - i * TOKENS) * n + position] += grad[position] * scale;

@@ -4,7 +4,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::linear::add_in_order;
-use super::simd::{dot, sum, vectorized};
+use super::simd::{dot, fma, simd, sum, sum_of_squares_around};
 use super::{contiguous, floats, matrix_dims, tensor, unset};
 
 /// Rows handled by one task.
@@ -27,12 +27,7 @@ pub fn forward(x: &FlexTensor, gamma: &FlexTensor, beta: &FlexTensor, eps: f64) 
     let (mut out, mut statistics) = (unset(x.len()), unset(n * 2));
     out.par_chunks_mut(d * ROWS).zip(statistics.par_chunks_mut(2 * ROWS)).zip(x.par_chunks(d * ROWS)).for_each(
         |((out, statistics), x)| {
-            vectorized(|| {
-                let rows = out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(x.chunks_exact(d));
-                for ((out, statistics), x) in rows {
-                    normalize(out, statistics, x, gamma, beta, eps as f32);
-                }
-            });
+            normalize_rows(out, statistics, x, gamma, beta, eps as f32);
         },
     );
     Normed { normed: tensor(out, shape), statistics: tensor(statistics, [n, 2]) }
@@ -56,28 +51,49 @@ pub fn add_forward(
         .zip(statistics.par_chunks_mut(2 * ROWS))
         .zip(x.par_chunks(d * ROWS).zip(residual.par_chunks(d * ROWS)))
         .for_each(|(((out, total), statistics), (x, residual))| {
-            vectorized(|| {
-                for ((total, x), residual) in total.iter_mut().zip(x).zip(residual) {
-                    *total = x + residual;
-                }
-                let rows = out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(total.chunks_exact(d));
-                for ((out, statistics), total) in rows {
-                    normalize(out, statistics, total, gamma, beta, eps as f32);
-                }
-            });
+            add_and_normalize_rows((out, total), statistics, (x, residual), gamma, beta, eps as f32);
         });
     let normed = Normed { normed: tensor(out, shape.clone()), statistics: tensor(statistics, [n, 2]) };
     (normed, tensor(total, shape))
 }
 
+simd! {
+    fn normalize_rows(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
+        let d = gamma.len();
+        for ((out, statistics), x) in out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(x.chunks_exact(d)) {
+            normalize(out, statistics, x, gamma, beta, eps);
+        }
+    }
+
+    /// `outs`: the normalised rows and the sums; `terms`: what is added.
+    fn add_and_normalize_rows(
+        outs: (&mut [f32], &mut [f32]),
+        statistics: &mut [f32],
+        terms: (&[f32], &[f32]),
+        gamma: &[f32],
+        beta: &[f32],
+        eps: f32,
+    ) {
+        let d = gamma.len();
+        let outs = outs.0.chunks_exact_mut(d).zip(outs.1.chunks_exact_mut(d));
+        let terms = terms.0.chunks_exact(d).zip(terms.1.chunks_exact(d));
+        for (((out, total), statistics), (x, residual)) in outs.zip(statistics.chunks_exact_mut(2)).zip(terms) {
+            for ((total, x), residual) in total.iter_mut().zip(x).zip(residual) {
+                *total = x + residual;
+            }
+            normalize(out, statistics, total, gamma, beta, eps);
+        }
+    }
+}
+
 #[inline(always)]
 fn normalize(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
     let d = x.len() as f32;
-    let mean = sum(x, |x| x) / d;
-    let variance = sum(x, |x| (x - mean) * (x - mean)) / d;
+    let mean = sum(x) / d;
+    let variance = sum_of_squares_around(x, mean) / d;
     let scale = 1.0 / (variance + eps).sqrt();
     for (((out, x), gamma), beta) in out.iter_mut().zip(x).zip(gamma).zip(beta) {
-        *out = (x - mean) * scale * gamma + beta;
+        *out = fma((x - mean) * scale, *gamma, *beta);
     }
     statistics[0] = mean;
     statistics[1] = scale;
@@ -104,7 +120,7 @@ pub fn backward(
         .map(|((x_grad, statistics), (x, grad))| {
             // The gradients of gamma and beta side by side, then room for one row of x̂ and of h.
             let mut sums = vec![0.0; 4 * d];
-            vectorized(|| backward_rows(x_grad, &mut sums, x, gamma, statistics, grad));
+            backward_rows(x_grad, &mut sums, x, gamma, statistics, grad);
             sums.truncate(2 * d);
             sums
         })
@@ -114,26 +130,28 @@ pub fn backward(
     (tensor(x_grad, shape), tensor(gamma_grad, [d]), tensor(beta_grad, [d]))
 }
 
-#[inline(always)]
-fn backward_rows(x_grad: &mut [f32], sums: &mut [f32], x: &[f32], gamma: &[f32], statistics: &[f32], grad: &[f32]) {
-    let d = gamma.len();
-    let (gamma_grad, rest) = sums.split_at_mut(d);
-    let (beta_grad, rest) = rest.split_at_mut(d);
-    let (x_hat, h) = rest.split_at_mut(d);
-    let rows =
-        x_grad.chunks_exact_mut(d).zip(statistics.chunks_exact(2)).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d));
-    for (((x_grad, statistics), x), grad) in rows {
-        let (mean, scale) = (statistics[0], statistics[1]);
-        for j in 0..d {
-            x_hat[j] = (x[j] - mean) * scale;
-            h[j] = grad[j] * gamma[j];
-            gamma_grad[j] += grad[j] * x_hat[j];
-            beta_grad[j] += grad[j];
-        }
-        let mean_h = sum(h, |h| h) / d as f32;
-        let mean_h_x_hat = dot(h, x_hat) / d as f32;
-        for ((x_grad, h), x_hat) in x_grad.iter_mut().zip(&*h).zip(&*x_hat) {
-            *x_grad = scale * (h - mean_h - x_hat * mean_h_x_hat);
+simd! {
+    /// `sums`: the gradients of gamma and beta, then room for a row of x̂ and of h.
+    fn backward_rows(x_grad: &mut [f32], sums: &mut [f32], x: &[f32], gamma: &[f32], statistics: &[f32], grad: &[f32]) {
+        let d = gamma.len();
+        let (gamma_grad, rest) = sums.split_at_mut(d);
+        let (beta_grad, rest) = rest.split_at_mut(d);
+        let (x_hat, h) = rest.split_at_mut(d);
+        let rows =
+            x_grad.chunks_exact_mut(d).zip(statistics.chunks_exact(2)).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d));
+        for (((x_grad, statistics), x), grad) in rows {
+            let (mean, scale) = (statistics[0], statistics[1]);
+            for j in 0..d {
+                x_hat[j] = (x[j] - mean) * scale;
+                h[j] = grad[j] * gamma[j];
+                gamma_grad[j] = fma(grad[j], x_hat[j], gamma_grad[j]);
+                beta_grad[j] += grad[j];
+            }
+            let mean_h = sum(h) / d as f32;
+            let mean_h_x_hat = dot(h, x_hat) / d as f32;
+            for ((x_grad, h), x_hat) in x_grad.iter_mut().zip(&*h).zip(&*x_hat) {
+                *x_grad = scale * fma(-x_hat, mean_h_x_hat, h - mean_h);
+            }
         }
     }
 }
