@@ -125,9 +125,8 @@ mod tests {
             let transposed = times_transposed(&x, &weight, d);
             for (row, x) in x.chunks(d).enumerate() {
                 for j in 0..n_out {
-                    let dot = |w: &dyn Fn(usize) -> f32| -> f64 {
-                        (0..d).map(|i| f64::from(x[i]) * f64::from(w(i))).sum()
-                    };
+                    let dot =
+                        |w: &dyn Fn(usize) -> f32| -> f64 { (0..d).map(|i| f64::from(x[i]) * f64::from(w(i))).sum() };
                     let expected = dot(&|i| weight[i * n_out + j]) + f64::from(bias[j]);
                     assert!((f64::from(product[row * n_out + j]) - expected).abs() < REORDERED);
                     let expected = dot(&|i| weight[j * d + i]);
