@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{add_assign, add_up, fma, simd};
+use super::simd::{add_up, fma, simd};
 use super::unset;
 
 /// Most rows that are worth this; more are a matrix product.
