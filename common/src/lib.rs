@@ -2,14 +2,14 @@
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
-//! [`backend`], [`rng`], [`stage`] (what every command line does the same way) and [`session`] (what every training run
+//! [`backend`], [`rng`], [`hash`], [`stage`] (what every command line does the same way) and [`session`] (what every training run
 //! does the same way).
 //!
 //! # Invariants
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
 //!   `model`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `scoring` → `model`,
 //!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`; `stage` → `kernels`,
-//!   `metrics`; `session` → all that a run needs. There are no other edges; `tests/architecture.rs` checks them.
+//!   `metrics`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
@@ -19,6 +19,7 @@ pub mod config;
 pub mod conversation;
 pub mod data;
 pub mod generate;
+pub mod hash;
 pub mod hf;
 pub mod kernels;
 pub mod loss;

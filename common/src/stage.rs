@@ -59,7 +59,7 @@ pub struct RuntimeArgs {
     pub backend: String,
 
     /// CPU threads [default: one for each core]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_1)]
     pub threads: Option<NonZeroUsize>,
 
     /// Fused kernels of our own where the backend has them, or plain tensor operations
@@ -73,6 +73,14 @@ pub struct RuntimeArgs {
     /// Say nothing but warnings and errors
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// Reads a flag that counts something there must be at least one of.
+///
+/// # Errors
+/// If `text` is no such number.
+pub fn at_least_1(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "expected a whole number of at least 1".to_owned())
 }
 
 impl StageArgs {

@@ -1,9 +1,10 @@
 //! Flags only.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::stage::{RuntimeArgs, StageArgs};
+use common::stage::{RuntimeArgs, StageArgs, at_least_1};
 
 /// Improve a policy against a reward model by PPO
 #[derive(Debug, Parser)]
@@ -66,7 +67,7 @@ pub struct EvalArgs {
     pub data: PathBuf,
 
     /// Sampling temperature [default: as the checkpoint was trained, else 1]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
 
     /// Tokens of an answer at most [default: as the checkpoint was trained, else 128]
@@ -78,8 +79,8 @@ pub struct EvalArgs {
     pub seed: u64,
 
     /// Answers computed at a time
-    #[arg(long, value_name = "N", default_value = "64")]
-    pub batch_size: std::num::NonZeroUsize,
+    #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// On what to run
     #[command(flatten)]

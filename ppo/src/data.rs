@@ -1,14 +1,14 @@
 //! Prompts to batches, and responses to what the models read.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::config::{ConfigError, PathResolver};
 use common::conversation;
-use common::data::collate;
 use common::data::records::{self, OnBadRecord};
+use common::data::{collate, file_sha256};
 use common::tokenizer::Tokenizer;
 
 use crate::config::{DataConfig, TooLong};
@@ -66,7 +66,7 @@ impl Prompts {
         let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
         let (mut n_too_long, mut longest) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_hash(file)?);
+            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
             for prompt in records::read_prompts(file, on_bad_record)? {
                 let ids = conversation::encode_prompt(tokenizer, &prompt.messages)
                     .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;
@@ -133,11 +133,6 @@ impl ResponseBatch {
     pub(crate) fn targets(&self, device: &Device) -> Tensor<1, Int> {
         Tensor::from_data(TensorData::new(self.targets.clone(), [self.n_tokens()]), device)
     }
-}
-
-/// SHA-256 of a data file, for the manifest.
-fn file_hash(file: &Path) -> anyhow::Result<String> {
-    common::hf::sha256_of_file(file).with_context(|| format!("failed to read `{}`", file.display()))
 }
 
 #[cfg(test)]

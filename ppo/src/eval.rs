@@ -6,6 +6,7 @@ use anyhow::{Context, ensure};
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::records::OnBadRecord;
 use common::rng::Streams;
+use common::stage::UsageError;
 use common::{backend, config};
 use serde::Serialize;
 
@@ -164,10 +165,10 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy);
     let temperature = args.temperature.or(trained.as_ref().map(|ppo| ppo.temperature)).unwrap_or(1.0);
-    ensure!(
-        temperature > 0.0 && temperature.is_finite(),
-        "`--temperature` must be a positive number, found {temperature}"
-    );
+    if !(temperature > 0.0 && temperature.is_finite()) {
+        let reason = format!("invalid `--temperature`: expected a number above 0, found `{temperature}`");
+        return Err(UsageError(reason).into());
+    }
     let max_tokens = args.max_tokens.or(trained.as_ref().map(|ppo| ppo.response_length)).unwrap_or(DEFAULT_MAX_TOKENS);
     let max_seq_len = [&policy, &reference, &reward_model].map(|model| model.model_config().max_seq_len);
     let max_seq_len = max_seq_len.into_iter().min().unwrap_or(0);

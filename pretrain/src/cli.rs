@@ -1,9 +1,10 @@
 //! Flags only.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::stage::{RuntimeArgs, StageArgs};
+use common::stage::{RuntimeArgs, StageArgs, at_least_1};
 
 /// Pretrain a GPT on text
 #[derive(Debug, Parser)]
@@ -94,12 +95,12 @@ pub struct EvalArgs {
     pub ids: Option<PathBuf>,
 
     /// Print the logits of every position too
-    #[arg(long, requires = "ids")]
+    #[arg(long, requires = "ids", conflicts_with = "data")]
     pub logits: bool,
 
     /// Rows computed at a time
-    #[arg(long, value_name = "N", default_value = "8")]
-    pub batch_size: std::num::NonZeroUsize,
+    #[arg(long, value_name = "N", default_value = "8", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// On what to run
     #[command(flatten)]

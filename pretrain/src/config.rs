@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use common::data::records::{OnBadRecord, Separator};
 use common::model::ModelSection;
 use common::optim::OptimizerConfig;
 use common::session::Cadence;
@@ -40,7 +41,9 @@ pub struct DataConfig {
     /// The part of the training text that is held out where there are no `val` files.
     pub val_fraction: f64,
     /// What separates the documents of a `.txt`: `blank-line`, `line`, `none` or a text of one's own.
-    pub separator: common::data::records::Separator,
+    pub separator: Separator,
+    /// What to do with a record that is malformed: `fail` or `skip`.
+    pub on_bad_record: OnBadRecord,
     /// Whether each document begins with `<|bos|>`; without, the text is one stream.
     pub document_bos: bool,
     /// Whether a token may attend to the documents before its own in the same window.
@@ -53,7 +56,8 @@ impl Default for DataConfig {
             train: Vec::new(),
             val: Vec::new(),
             val_fraction: 0.1,
-            separator: common::data::records::Separator::default(),
+            separator: Separator::default(),
+            on_bad_record: OnBadRecord::default(),
             document_bos: true,
             attend_across_documents: false,
         }
@@ -104,7 +108,10 @@ impl PretrainConfig {
     pub fn validate(&self) -> anyhow::Result<()> {
         self.optimizer.validate()?;
         self.tokenizer.validate().context("invalid `[tokenizer]`")?;
-        ensure!(!self.data.train.is_empty(), "`data.train` names no file\nhint: list at least one .txt, .jsonl or .parquet");
+        ensure!(
+            !self.data.train.is_empty(),
+            "`data.train` names no file\nhint: list at least one .txt, .jsonl or .parquet"
+        );
         ensure!(
             self.data.val_fraction > 0.0 && self.data.val_fraction < 1.0,
             "`data.val_fraction` must lie in (0, 1), found {}",

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use common::config::{ConfigError, PathResolver};
 use common::data::file_sha256;
 use common::data::order::Order;
-use common::data::records::{self, OnBadRecord};
+use common::data::records;
 use common::data::shards::{ShardSource, TokenShard};
 use common::model::Layout;
 use common::rng::Streams;
@@ -211,7 +211,7 @@ impl Windows {
 
 /// The tokens of one file, from an earlier run where there are any.
 fn open_shard(file: &Path, data: &DataConfig, tokenizer: &Tokenizer, quiet: bool) -> anyhow::Result<TokenShard> {
-    let documents = records::read_texts(file, &data.separator, OnBadRecord::Fail)?;
+    let documents = records::read_texts(file, &data.separator, data.on_bad_record)?;
     let source = ShardSource {
         documents: &documents,
         begin: if data.document_bos { tokenizer.bos() } else { None },

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use common::config::{self, PathResolver};
-use common::data::records::{self, OnBadRecord};
+use common::data::records;
 use common::stage;
 use common::tokenizer::Tokenizer;
 use serde_json::json;
@@ -22,11 +22,10 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
     let mut config: PretrainConfig = config::load(&args.config, &args.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", args.config.display()))?;
     config.data.resolve(&PathResolver::new(&args.config, args.data.as_deref()))?;
-    stage::prepare_out(&args.out, false, args.overwrite, &[])?;
     let read = |files: &[std::path::PathBuf]| {
         let mut texts = Vec::new();
         for file in files {
-            texts.extend(records::read_texts(file, &config.data.separator, OnBadRecord::Fail)?);
+            texts.extend(records::read_texts(file, &config.data.separator, config.data.on_bad_record)?);
         }
         anyhow::Ok(texts)
     };
@@ -38,10 +37,12 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
     } else {
         read(&config.data.val)?
     };
+    stage::prepare_out(&args.out, false, args.overwrite, &[])?;
     let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.runtime.quiet)?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");
-    std::fs::write(&path, config::to_toml(&config)?).with_context(|| format!("failed to write `{}`", path.display()))?;
+    std::fs::write(&path, config::to_toml(&config)?)
+        .with_context(|| format!("failed to write `{}`", path.display()))?;
 
     let (mut n_bytes, mut n_tokens) = (0, 0);
     for text in &held_out {

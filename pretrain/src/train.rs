@@ -30,9 +30,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let kernels = args.stage.runtime.kernels();
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args)?;
-    let model_config = match &init {
-        Some(init) => init.model_config().clone(),
-        None => config.model.resolve(tokenizer.vocab_size())?,
+    let model_config = if let Some(init) = &init {
+        init.model_config().clone()
+    } else {
+        let resolved = config.model.resolve(tokenizer.vocab_size());
+        resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
     };
     let seq_len = config.train.seq_len.unwrap_or(model_config.max_seq_len).min(model_config.max_seq_len);
     let mut corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
@@ -118,7 +120,8 @@ fn starting_point(args: &TrainArgs) -> anyhow::Result<(Tokenizer, Option<Checkpo
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
             let init = checkpoint::init_from(dir).context("failed to load the initial model")?;
-            init.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]).context("failed to load the initial model")?;
+            init.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])
+                .context("failed to load the initial model")?;
             Ok((init.require_tokenizer()?.clone(), Some(init)))
         }
         (Some(dir), None) => Ok((Tokenizer::load(dir)?, None)),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::{self, PathResolver};
-use common::hf::sha256_of_file;
+use common::hash::sha256_of_file;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};

@@ -1,9 +1,10 @@
 //! Flags only.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::stage::{RuntimeArgs, StageArgs};
+use common::stage::{RuntimeArgs, StageArgs, at_least_1};
 
 /// Train a reward model on preference pairs
 #[derive(Debug, Parser)]
@@ -57,8 +58,8 @@ pub struct EvalArgs {
     pub data: PathBuf,
 
     /// Answers computed at a time
-    #[arg(long, value_name = "N", default_value = "32")]
-    pub batch_size: std::num::NonZeroUsize,
+    #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// On what to run
     #[command(flatten)]
@@ -82,8 +83,8 @@ pub struct ScoreArgs {
     pub ids: Option<PathBuf>,
 
     /// Answers computed at a time
-    #[arg(long, value_name = "N", default_value = "32")]
-    pub batch_size: std::num::NonZeroUsize,
+    #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// On what to run
     #[command(flatten)]

@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::config::{ConfigError, PathResolver};
 use common::conversation;
-use common::data::collate;
 use common::data::records::{self, OnBadRecord, Pair};
+use common::data::{collate, file_sha256};
 use common::tokenizer::Tokenizer;
 
 use crate::config::{DataConfig, TooLong};
@@ -65,7 +65,7 @@ impl Pairs {
         let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
         let (mut n_cut, mut n_left_out) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_hash(file)?);
+            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
             for pair in records::read_pairs(file, on_bad_record)? {
                 let pair = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
                 if pair.len() <= max_seq_len {
@@ -190,11 +190,6 @@ impl Batch {
     pub(crate) fn n_tokens(&self) -> usize {
         self.last.iter().enumerate().map(|(i, &last)| last as usize + 1 - i * self.seq).sum()
     }
-}
-
-/// SHA-256 of a data file, for the manifest.
-fn file_hash(file: &Path) -> anyhow::Result<String> {
-    common::hf::sha256_of_file(file).with_context(|| format!("failed to read `{}`", file.display()))
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! Flags only.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::stage::{RuntimeArgs, StageArgs};
+use common::stage::{RuntimeArgs, StageArgs, at_least_1};
 
 /// Fine-tune a language model on conversations
 #[derive(Debug, Parser)]
@@ -54,8 +55,8 @@ pub struct EvalArgs {
     pub data: PathBuf,
 
     /// Conversations computed at a time
-    #[arg(long, value_name = "N", default_value = "32")]
-    pub batch_size: std::num::NonZeroUsize,
+    #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// On what to run
     #[command(flatten)]

@@ -24,6 +24,7 @@ pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
 pub use save::save;
 
+use crate::hash::sha256_of;
 use crate::hf::{self, Head, HfError, HostModel};
 use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -154,16 +155,21 @@ impl Checkpoint {
         self.manifest.as_ref().map(|manifest| manifest.stage)
     }
 
-    /// Checks that one of `stages` wrote it. A directory of another program has no stage and passes; whether it
-    /// holds the right kind of model shows when it is loaded.
+    /// Checks that one of `stages` wrote it. A directory of another program has no stage and passes if it holds the
+    /// kind of model that they write.
     ///
     /// # Errors
-    /// If another stage wrote it.
+    /// If another stage wrote it, or it holds a score where they write a language model or the other way round.
     pub fn expect_stage(&self, stages: &[Stage]) -> Result<(), CheckpointError> {
-        match self.stage() {
-            Some(found) if !stages.contains(&found) => {
-                Err(CheckpointError::Stage { dir: self.dir.clone(), found, expected: stages.to_vec() })
+        let dir = self.dir.clone();
+        match (self.stage(), self.model.head) {
+            (Some(found), _) if !stages.contains(&found) => {
+                Err(CheckpointError::Stage { dir, found, expected: stages.to_vec() })
             }
+            (None, Head::Score { .. }) if !stages.contains(&Stage::RewardModel) => {
+                Err(CheckpointError::NotAnLm { dir })
+            }
+            (None, Head::Lm) if stages == [Stage::RewardModel] => Err(CheckpointError::NotAScore { dir }),
             _ => Ok(()),
         }
     }
@@ -229,10 +235,7 @@ impl Checkpoint {
             return Err(CheckpointError::NoState { dir: self.dir.clone() });
         };
         let bytes = std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
-        self.check_hash(
-            &format!("{STATE_DIR}/{STATE_FILE}"),
-            &hf::hex(&<sha2::Sha256 as sha2::Digest>::digest(&bytes)),
-        )?;
+        self.check_hash(&format!("{STATE_DIR}/{STATE_FILE}"), &sha256_of(&bytes))?;
         let json = serde_json::from_slice(&bytes)
             .map_err(|error| CheckpointError::Json { path, reason: error.to_string() })?;
         let mut tensors = BTreeMap::new();

@@ -9,6 +9,7 @@ use std::sync::Once;
 use super::{
     CONFIG_FILE, CheckpointError, MANIFEST_FILE, Manifest, STATE_DIR, STATE_FILE, Snapshot, State, VALUE_DIR, Weights,
 };
+use crate::hash::{sha256_of, sha256_of_file};
 use crate::hf::{self, Class, TokenIds};
 use crate::tokenizer::Tokenizer;
 
@@ -54,9 +55,20 @@ pub(super) fn save_with(
     // After the exchange the old checkpoint is there, after a failure the unfinished one. What cannot be removed now
     // is removed by the next save.
     let _ = fs::remove_dir_all(&temporary);
-    written?;
+    written.map_err(|error| as_of(error, &temporary, &target))?;
     let _ = sync(parent);
     Ok(())
+}
+
+/// `error` in terms of the checkpoint: the directory beside it is gone when the user reads this.
+fn as_of(error: CheckpointError, temporary: &Path, target: &Path) -> CheckpointError {
+    match error {
+        CheckpointError::Write { path, source } => {
+            let path = path.strip_prefix(temporary).map_or_else(|_| path.clone(), |file| target.join(file));
+            CheckpointError::Write { path, source }
+        }
+        other => other,
+    }
 }
 
 fn write_all(
@@ -121,7 +133,7 @@ fn write_model(
             );
         });
     }
-    hf::sha256_of_file(&path).map_err(write_error)
+    sha256_of_file(&path).map_err(write_error)
 }
 
 fn write_state(
@@ -138,12 +150,12 @@ fn write_state(
         before(&path).map_err(write_error)?;
         hf::write_file(&path, tensors.iter().map(|(name, tensor)| (name.clone(), tensor)))
             .map_err(|error| without_temporary(error, dir))?;
-        let sha256 = hf::sha256_of_file(&path).map_err(write_error)?;
+        let sha256 = sha256_of_file(&path).map_err(write_error)?;
         manifest.files_sha256.insert(format!("{STATE_DIR}/{file}"), sha256);
     }
     let path = dir.join(STATE_FILE);
     let text = format!("{:#}\n", state.json);
-    let sha256 = hf::hex(&<sha2::Sha256 as sha2::Digest>::digest(text.as_bytes()));
+    let sha256 = sha256_of(text.as_bytes());
     before(&path)
         .and_then(|()| fs::write(&path, text))
         .map_err(|source| CheckpointError::Write { path: path.clone(), source })?;
@@ -151,13 +163,14 @@ fn write_state(
     Ok(())
 }
 
-/// A number that is not finite is the model's fault, not the file's: the file it was to go to is left out.
+/// A number that is not finite is the model's fault, not the file's; that a file cannot be written is ours to say.
 fn without_temporary(error: hf::HfError, dir: &Path) -> CheckpointError {
     match error {
         hf::HfError::NotFinite { path, name, value } => {
             let file = path.strip_prefix(dir).unwrap_or(&path).to_owned();
             CheckpointError::NotFinite { file, name, value }
         }
+        hf::HfError::Write { path, source } => CheckpointError::Write { path, source },
         other => CheckpointError::Hf(other),
     }
 }

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::save::{exchange_in_steps, save_with};
 use super::*;
+use crate::hash::sha256_of_file;
 use crate::model::HostTensor;
 use crate::rng::Streams;
 use crate::tokenizer::{TokenizerConfig, TokenizerKind};
@@ -92,7 +93,7 @@ fn what_is_saved_loads_bit_equal() {
     assert_eq!(checkpoint.require_tokenizer().expect("saved").sha256(), tokenizer.sha256());
     let manifest = checkpoint.manifest().expect("ours");
     assert_eq!((manifest.step, manifest.tokens, manifest.files_sha256.len()), (3, 192, 4));
-    assert_eq!(manifest.weights_sha256, hf::sha256_of_file(&out.join("model.safetensors")).expect("there"));
+    assert_eq!(manifest.weights_sha256, sha256_of_file(&out.join("model.safetensors")).expect("there"));
     assert_eq!(checkpoint.as_parent().weights_sha256, manifest.weights_sha256);
     assert_eq!(fs::read_to_string(out.join(CONFIG_FILE)).expect("there"), "seed = 1\n");
     assert_eq!(names_in(&dir.path().join("runs")), ["ppo"]);

@@ -36,7 +36,7 @@ pub enum DataError {
     },
     /// A record is not one.
     #[error(
-        "bad record in `{path}`, {unit} {number}: {reason}\nhint: mend it, or set `on_bad_record = \"skip\"` to leave such records out",
+        "bad record in `{path}`, {unit} {number}: {reason}\nhint: mend it; training leaves such records out with `data.on_bad_record = \"skip\"`",
         path = path.display()
     )]
     BadRecord {
@@ -48,6 +48,14 @@ pub enum DataError {
         number: usize,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A text file is in another encoding.
+    #[error("`{path}`, line {line}, is not valid UTF-8\nhint: convert the file to UTF-8", path = path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
     },
     /// There is nothing in the file.
     #[error("`{path}` is empty", path = .0.display())]

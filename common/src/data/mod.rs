@@ -18,10 +18,5 @@ pub use error::DataError;
 /// # Errors
 /// If the file cannot be read.
 pub fn file_sha256(path: &std::path::Path) -> Result<String, DataError> {
-    crate::hf::sha256_of_file(path).map_err(|source| DataError::Read { path: path.to_owned(), source })
-}
-
-/// Bytes in hexadecimal.
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+    crate::hash::sha256_of_file(path).map_err(|source| DataError::Read { path: path.to_owned(), source })
 }

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 
-use super::{DataError, hex};
+use super::DataError;
+use crate::hash::hex;
 
 const MAGIC: [u8; 8] = *b"KNDLTOKS";
 const VERSION: u32 = 1;

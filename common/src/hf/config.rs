@@ -244,7 +244,7 @@ impl Reader<'_> {
         let value = self.required(key)?;
         match value.as_u64() {
             Some(size @ 1..=LARGEST) => Ok(size as usize),
-            _ => Err(self.refuse(key, &value.to_string(), "a positive whole number")),
+            _ => Err(self.refuse(key, &value.to_string(), &format!("a whole number from 1 to {LARGEST}"))),
         }
     }
 

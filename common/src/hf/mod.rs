@@ -15,8 +15,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 pub use config::{CONFIG_FILE, GENERATION_FILE};
-pub(crate) use tensors::hex;
-pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, sha256_of_file, write_file};
+pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
 use crate::model::{GptConfig, HostTensor, ModelConfigError, NamedTensors, NormPlacement, Positions, sinusoid_table};
 use config::Parsed;

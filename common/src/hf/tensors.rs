@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, View, serialize_to_file};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, View, serialize_to_file};
 use sha2::{Digest, Sha256};
 
 use super::HfError;
+use crate::hash::hex;
 use crate::model::{HostTensor, NamedTensors};
 
 /// The weights in one file.
@@ -84,33 +85,11 @@ pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'
     let write_error = |source| HfError::Write { path: path.to_owned(), source };
     // The library writes a temporary file that only its owner may read; others may read what `File::create` allows.
     let permissions = std::fs::File::create(path).and_then(|file| file.metadata()).map_err(write_error)?.permissions();
-    serialize_to_file(tensors, Some(metadata), path).map_err(|error| write_error(std::io::Error::other(error)))?;
+    serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
+        SafeTensorError::IoError(source) => write_error(source),
+        other => write_error(std::io::Error::other(other)),
+    })?;
     std::fs::set_permissions(path, permissions).map_err(write_error)
-}
-
-/// SHA-256 of the file at `path`, in hexadecimal.
-///
-/// # Errors
-/// If the file cannot be read.
-pub fn sha256_of_file(path: &Path) -> std::io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = std::fs::File::open(path)?;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        match std::io::Read::read(&mut file, &mut buffer)? {
-            0 => return Ok(hex(&hash.finalize())),
-            n => hash.update(&buffer[..n]),
-        }
-    }
-}
-
-/// Bytes as lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[derive(serde::Deserialize)]

@@ -7,6 +7,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::hash::sha256_of_file;
 use crate::model::{Activation, Gpt, ScalarGpt, param_paths};
 use crate::rng::Streams;
 

@@ -19,13 +19,14 @@ use std::fmt;
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer as Library};
 
 pub use config::{TokenizerConfig, TokenizerKind};
 pub use error::TokenizerError;
 pub use stream::StreamDecoder;
 pub use template::CHAT_TEMPLATE;
+
+use crate::hash::sha256_of;
 
 /// The special tokens, in the order of their ids in a tokenizer trained here.
 pub const SPECIAL_TOKENS: [&str; 6] = ["<|bos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"];
@@ -93,7 +94,7 @@ impl Tokenizer {
         let vocab_size = library.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let reserved = reserved.collect();
         let json = library.to_string(false).map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
-        let sha256 = hex(&Sha256::digest(json));
+        let sha256 = sha256_of(json.as_bytes());
         Ok(Self { reserved, codec: codec(&parts), settings, specials, vocab_size, sha256, library })
     }
 
@@ -264,7 +265,7 @@ impl Tokenizer {
 
     /// SHA-256 of [`chat_template`](Self::chat_template), in hexadecimal.
     pub fn chat_template_sha256(&self) -> String {
-        hex(&Sha256::digest(self.chat_template()))
+        sha256_of(self.chat_template().as_bytes())
     }
 
     /// A token that `tokenizer_config.json` names: a string, or an object with its `content`.
@@ -330,8 +331,4 @@ fn char_of_byte(byte: u8) -> char {
     }
     let nth = (0..byte).filter(|&b| !stands_for_itself(b)).count() as u32;
     char::from_u32(0x100 + nth).expect("U+0100 to U+0143 are characters")
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

@@ -96,7 +96,8 @@ impl BadRecords {
         if items.is_empty() {
             return Err(DataError::AllBad { path: self.path, n_skipped: self.n_skipped, reason });
         }
-        tracing::warn!("skipped {} bad records of `{}`; the first: {reason}", self.n_skipped, self.path.display());
+        let records = if self.n_skipped == 1 { "record" } else { "records" };
+        tracing::warn!("skipped {} bad {records} of `{}`; the first: {reason}", self.n_skipped, self.path.display());
         Ok(items)
     }
 }

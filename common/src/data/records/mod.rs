@@ -18,9 +18,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::DataError;
-pub use answers::{AnswerRecord, Answers, read_answers};
 use crate::conversation::{Message, Role};
+pub use answers::{AnswerRecord, Answers, read_answers};
 use lines::{BadRecords, Record};
+
+const NO_CONVERSATION: &str = "expected `messages`, or `prompt` and `completion`";
 
 /// A list of turns with at least one of the assistant's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,11 +124,13 @@ pub fn read_conversations(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Conver
     lines::read(path, on_bad, |record| {
         let messages = if record.contains_key("messages") {
             messages_of(record, "messages")?
+        } else if !record.contains_key("prompt") {
+            return Err(NO_CONVERSATION.to_owned());
         } else {
             let mut messages = prompt_of(record)?;
             let key = if record.contains_key("completion") { "completion" } else { "response" };
             match record.get(key) {
-                None => return Err("expected `messages`, or `prompt` and `completion`".to_owned()),
+                None => return Err(NO_CONVERSATION.to_owned()),
                 Some(Value::Array(_)) => messages.extend(messages_of(record, key)?),
                 Some(_) => messages.push(Message::new(Role::Assistant, text_of(record, key)?)),
             }
@@ -170,8 +174,8 @@ fn read_plain(path: &Path, separator: &Separator) -> Result<Vec<String>, DataErr
     let bytes = lines::read_bytes(path)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        let number = error.as_bytes()[..at].split(|&byte| byte == b'\n').count();
-        DataError::BadRecord { path: path.to_owned(), unit: "line", number, reason: lines::NOT_UTF8.to_owned() }
+        let line = error.as_bytes()[..at].split(|&byte| byte == b'\n').count();
+        DataError::NotUtf8 { path: path.to_owned(), line }
     })?;
     let text = text.strip_prefix(lines::BYTE_ORDER_MARK).unwrap_or(&text);
     let documents = documents(text, separator);

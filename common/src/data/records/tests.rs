@@ -135,7 +135,7 @@ fn bad_conversations_say_why() {
     for (line, expected) in [
         ("[1]", "it is a list, expected a JSON object"),
         ("{\"prompt\":", "it is not JSON: EOF while parsing a value at column 10"),
-        ("{}", "`prompt` is missing"),
+        ("{}", "expected `messages`, or `prompt` and `completion`"),
         (r#"{"prompt":"a"}"#, "expected `messages`, or `prompt` and `completion`"),
         (r#"{"prompt":"","completion":"b"}"#, "`prompt` is empty"),
         (r#"{"prompt":"a","response":" \n"}"#, "`response` is empty"),
