@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::hash::sha256_of_file;
 use common::hf::{self, Head, TokenIds};
 use common::kernels::Kernels;
 use common::loss::cross_entropy;
@@ -102,7 +103,7 @@ fn what_transformers_computes_from_our_checkpoints_is_what_we_compute() {
         let expected = &recorded["models"][name];
         let dir = tempfile::tempdir().unwrap();
         model.write(dir.path());
-        let sha256 = hf::sha256_of_file(&dir.path().join(hf::WEIGHTS_FILE)).unwrap();
+        let sha256 = sha256_of_file(&dir.path().join(hf::WEIGHTS_FILE)).unwrap();
         assert_eq!(json!(sha256), expected["weights_sha256"], "{name} is written in other bytes; renew the fixture");
         assert_eq!(expected["warnings"], json!([]), "{name}");
         assert_eq!(expected["pad_token_id"], json!(TOKENS.pad), "{name}");
