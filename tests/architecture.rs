@@ -1,5 +1,7 @@
 //! The guide's invariants that can be read off the source: who may know whom, and what may stand where.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -162,7 +164,10 @@ fn stages_meet_in_checkpoints_and_not_in_code() {
             "common" => assert!(known.is_empty(), "`common` depends on {known:?}"),
             "recipe" => {}
             _ => {
-                assert!(known.iter().all(|known| known == "common"), "`{name}` depends on {known:?}, expected `common`")
+                assert!(
+                    known.iter().all(|known| known == "common"),
+                    "`{name}` depends on {known:?}, expected `common`"
+                );
             }
         }
     }

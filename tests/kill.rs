@@ -1,5 +1,7 @@
 //! However a run dies, what it leaves is a whole checkpoint or none.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;

@@ -1,6 +1,8 @@
 //! All stages by their command lines in turn, on a text world so small that it takes seconds: what each leaves behind is
 //! what the contract says, and the next one can use it, on the same backend or another.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::collections::BTreeSet;
 
 use common::hash::sha256_of_file;

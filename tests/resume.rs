@@ -1,6 +1,8 @@
 //! A run that was stopped and resumed ends as if it had not been stopped: the same weights, state and metrics, to the
 //! byte, whether it was killed or asked to stop.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
 use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;

@@ -1,5 +1,7 @@
 //! The same seed gives the same bytes, however many threads compute; micro-batches give the large batch's weights.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use common::hf;
 use common::model::NamedTensors;
 use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};

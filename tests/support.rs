@@ -21,7 +21,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long to wait for something that takes a moment: far more than a busy machine needs.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Between two looks at a file that another process is about to write.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -254,7 +254,7 @@ impl Lab {
             let path = format!("{out}/{name}");
             let content = match name.as_str() {
                 "manifest.json" | "state/state.json" => Content::Json(vec![without_clock(self.json(&path))]),
-                _ if name.ends_with(".jsonl") => {
+                _ if file.extension().is_some_and(|ending| ending == "jsonl") => {
                     Content::Json(self.lines(&path).into_iter().map(without_clock).collect())
                 }
                 _ => Content::Bytes(self.bytes(&path)),

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::answer::{Answer, Answerer};
 use crate::cli::GenerateArgs;
+use crate::terminal;
 
 /// Carries out `chat generate`: the answer as it comes, or one JSON object, on stdout.
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
@@ -22,7 +23,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut written = Ok(());
     let mut on_text = |text: &str| {
         if !args.json {
-            written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            written = terminal::write(&mut out, text);
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };

@@ -9,6 +9,7 @@ mod generate;
 mod history;
 mod repl;
 mod stop_text;
+mod terminal;
 
 pub use answer::{Answer, Answerer, FinishReason, OnText};
 pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, SamplingArgs};

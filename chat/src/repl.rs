@@ -12,6 +12,7 @@ use rustyline::{Config, Editor};
 use crate::answer::{Answerer, FinishReason};
 use crate::cli::ConversationArgs;
 use crate::history::History;
+use crate::terminal;
 
 const HELP: &str = "\
 /reset        forget the conversation, but not the system message
@@ -103,8 +104,10 @@ impl Conversation {
                 return Ok(());
             }
         };
-        if prompt.n_dropped > 0 {
-            tracing::info!("the conversation outgrew the context window: forgot its oldest {} turns", prompt.n_dropped);
+        match prompt.n_dropped {
+            0 => {}
+            1 => tracing::info!("the conversation outgrew the context window: forgot its oldest turn"),
+            n => tracing::info!("the conversation outgrew the context window: forgot its {n} oldest turns"),
         }
         let max_seq_len = self.answerer.max_seq_len();
         if prompt.ids.len() >= max_seq_len {
@@ -116,7 +119,7 @@ impl Conversation {
         let mut out = std::io::stdout().lock();
         let mut written = Ok(());
         let mut on_text = |text: &str| {
-            written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            written = terminal::write(&mut out, text);
             if written.is_err() || BREAK_OFF.load(Ordering::SeqCst) {
                 ControlFlow::Break(())
             } else {

@@ -264,7 +264,7 @@ fn a_long_conversation_forgets_its_oldest_turns() {
     let ran = chat(&["--checkpoint", "lm", "--max-tokens", "20"], lines.as_bytes());
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert_eq!(ran.stdout.lines().count(), 9);
-    assert!(ran.stderr.contains("forgot its oldest"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("forgot its"), "{}", ran.stderr);
     // A single message that is too long is refused; the conversation goes on.
     let ran = chat(&["--checkpoint", "lm"], format!("{}\nhi\n", "x".repeat(100)).as_bytes());
     assert_eq!((ran.code, ran.stdout.lines().count()), (0, 1), "{}", ran.stderr);

@@ -35,8 +35,7 @@ pub fn token_log_probs(
 /// - `hidden`: `[n, d_model]`, `targets`: `[n]`
 /// - returns `[1]`
 pub fn cross_entropy(gpt: &Gpt, hidden: Tensor<2>, targets: Tensor<1, Int>, denominator: usize) -> Tensor<1> {
-    let (log_probs, _) = token_log_probs(gpt, hidden, targets, 1.0);
-    log_probs.sum() * (-1.0 / denominator as f64)
+    kernels::cross_entropy(gpt.kernels(), hidden, gpt.head_weight(), targets, denominator as f64)
 }
 
 /// Mean of `values` where `mask` is 1: `Σ mask·values / Σ mask`.

@@ -58,7 +58,7 @@ pub mod names {
     pub const OBJECTIVE_KL_COEF: &str = "objective/kl_coef";
     /// `−Σ log π` of a response at the sampling temperature, averaged over responses.
     pub const OBJECTIVE_ENTROPY: &str = "objective/entropy";
-    /// Mean score of the reward model.
+    /// Mean score that counts: the reward model's, or PPO's `missing_eos_score` for a response that was cut off.
     pub const OBJECTIVE_SCORE: &str = "objective/score";
     /// Score plus the KL penalty, per response, averaged.
     pub const OBJECTIVE_RLHF_REWARD: &str = "objective/rlhf_reward";

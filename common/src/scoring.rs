@@ -65,7 +65,8 @@ mod tests {
     #[test]
     fn neither_padding_nor_batch_changes_a_score() {
         let streams = Streams::new(3);
-        let config = GptConfig { d_model: 16, n_layers: 2, n_heads: 2, d_ff: 32, max_seq_len: 32, ..GptConfig::gpt2(41) };
+        let config =
+            GptConfig { d_model: 16, n_layers: 2, n_heads: 2, d_ff: 32, max_seq_len: 32, ..GptConfig::gpt2(41) };
         let model = ScalarGpt::new(Gpt::new(&config, &streams, &Device::flex()), &streams).with_score_bias(0.25);
         let mut rng = streams.get("test", 0);
         let rows: Vec<Vec<u32>> =

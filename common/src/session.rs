@@ -260,7 +260,7 @@ impl Session {
     /// Whether this step's numbers should be logged.
     pub const fn logs(&self) -> bool {
         let step = self.progress.step;
-        step == 1 || step == self.total_steps || step % max_1(self.cadence.log_every) == 0
+        step == 1 || step == self.total_steps || step.is_multiple_of(max_1(self.cadence.log_every))
     }
 
     /// Appends a line of metrics for this step.
@@ -276,10 +276,10 @@ impl Session {
             );
         }
         let mut values = values.to_vec();
-        if values.iter().any(|(name, _)| *name == names::TRAIN_LOSS) {
-            if let Some(rate) = self.recorder.tokens_per_second(tokens) {
-                values.push((names::TRAIN_TOKENS_PER_SECOND, rate));
-            }
+        if values.iter().any(|(name, _)| *name == names::TRAIN_LOSS)
+            && let Some(rate) = self.recorder.tokens_per_second(tokens)
+        {
+            values.push((names::TRAIN_TOKENS_PER_SECOND, rate));
         }
         Ok(self.recorder.record(step, tokens, &values)?)
     }
@@ -336,7 +336,11 @@ impl Session {
         tensors.insert("weights".into(), current.clone());
         let exported = match extras.exported {
             Some(exported) => exported.with(exported.to_named()),
-            None => weights.with(if self.cadence.keep_best { self.best_weights.clone().unwrap_or(current) } else { current }),
+            None => weights.with(if self.cadence.keep_best {
+                self.best_weights.clone().unwrap_or(current)
+            } else {
+                current
+            }),
         };
         let manifest = self.manifest();
         let snapshot = Snapshot {

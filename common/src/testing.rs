@@ -121,9 +121,10 @@ pub fn run(program: &str, args: &[&str], dir: &Path) -> (i32, String, String) {
     let output = Command::new(program)
         .args(args)
         .current_dir(dir)
-        .env_remove("RUST_LOG")
-        .env_remove("KINDLING_DATA")
         .env("COLUMNS", "100")
+        .env_remove("RUST_LOG")
+        .env_remove("RUST_BACKTRACE")
+        .env_remove("KINDLING_DATA")
         .output()
         .expect("the program starts");
     let text = |bytes| {

@@ -219,9 +219,8 @@ struct Measured {
 impl Measured {
     fn of(batch: &[Experience]) -> Self {
         let rollouts: Vec<&Rollout> = batch.iter().map(|experience| &experience.rollout).collect();
-        let flat = |numbers: fn(&Experience) -> &[f32]| -> Vec<f32> {
-            batch.iter().flat_map(numbers).copied().collect()
-        };
+        let flat =
+            |numbers: fn(&Experience) -> &[f32]| -> Vec<f32> { batch.iter().flat_map(numbers).copied().collect() };
         Self {
             kl: mean(&rollouts, Rollout::kl),
             entropy: mean(&rollouts, |rollout| -rollout.log_probs.iter().map(|&p| f64::from(p)).sum::<f64>()),

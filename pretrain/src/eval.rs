@@ -1,5 +1,7 @@
 //! Held-out loss.
 
+use std::io::Write;
+
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
@@ -64,7 +66,6 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         (None, Some(file)) => evaluate_ids(&gpt, file, args)?,
         (None, None) => unreachable!("clap requires one of the two"),
     };
-    use std::io::Write;
     writeln!(std::io::stdout(), "{result}").context("failed to write the result")
 }
 
@@ -96,7 +97,9 @@ fn evaluate_batch(gpt: &Gpt, windows: &Windows) -> anyhow::Result<Evaluation> {
 fn data_config(checkpoint: &Checkpoint) -> DataConfig {
     let path = checkpoint.dir().join("config.toml");
     match checkpoint.stage() {
-        Some(Stage::Pretrain) => config::load::<PretrainConfig>(&path, &[]).map(|config| config.data).unwrap_or_default(),
+        Some(Stage::Pretrain) => {
+            config::load::<PretrainConfig>(&path, &[]).map(|config| config.data).unwrap_or_default()
+        }
         _ => DataConfig::default(),
     }
 }

@@ -30,12 +30,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let kernels = args.stage.runtime.kernels();
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args)?;
-    let model_config = match &init {
-        Some(init) => init.model_config().clone(),
-        None => {
-            let resolved = config.model.resolve(tokenizer.vocab_size());
-            resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
-        }
+    let model_config = if let Some(init) = &init {
+        init.model_config().clone()
+    } else {
+        let resolved = config.model.resolve(tokenizer.vocab_size());
+        resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
     };
     let seq_len = config.train.seq_len.unwrap_or(model_config.max_seq_len).min(model_config.max_seq_len);
     let mut corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;

@@ -1,6 +1,8 @@
 //! The command `pretrain` from outside: help, tokenizers, training, evaluation. What it says of bad input is among the
 //! tests of the whole pipeline.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::path::Path;
 
 use common::checkpoint::Stage;

@@ -42,7 +42,7 @@ pub enum Command {
         recipe run configs/tiny --out runs/tiny-7 --seed 7 --stages world,tokenizer,pretrain"
 )]
 pub struct RunArgs {
-    /// Folder of the recipe, or the name of one in configs/
+    /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
     #[arg(value_name = "RECIPE")]
     pub recipe: String,
 

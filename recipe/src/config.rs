@@ -7,7 +7,7 @@ use common::config::{self, PathResolver};
 use serde::{Deserialize, Serialize};
 
 use crate::gold::GoldConfig;
-use crate::steps::Step;
+use crate::steps::{Step, write_whole};
 use crate::world::WorldConfig;
 
 /// A recipe's own TOML file; the stages have one each beside it.
@@ -207,11 +207,16 @@ impl EvaluateConfig {
     }
 }
 
+/// Where the embedded recipe is written to, in the output directory.
+pub const EMBEDDED_DIR: &str = "recipe";
+
 /// A recipe: its folder, its own configuration, and what the command line changes.
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// The folder.
     pub dir: PathBuf,
+    /// The folder's name.
+    pub name: String,
     /// Its `recipe.toml`, overridden and with absolute paths.
     pub config: RecipeConfig,
     /// What `$DATA/` means in the stages' files.
@@ -220,7 +225,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Opens the recipe in the folder `name`, or `configs/<name>`.
+    /// Opens the recipe in the folder `name`, or `configs/<name>`, or the one in this program.
     ///
     /// `overrides` are `stage.section.key=VALUE`, where `stage` may be `recipe`; `seed` goes before the file's; `data` is
     /// what `$DATA/` means, unless the recipe generates its data into `out`.
@@ -228,7 +233,7 @@ impl Recipe {
     /// # Errors
     /// If there is no such recipe, its configuration is not valid, or an override names no stage.
     pub fn open(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
-        let dir = find(name)?;
+        let (dir, name) = find(name, out)?;
         let overrides = divide(overrides)?;
         let path = dir.join("recipe.toml");
         let mut config: RecipeConfig = config::load(&path, &overrides.own)?;
@@ -250,13 +255,7 @@ impl Recipe {
             (None, data) => data.map(Path::to_owned),
         };
         config.resolve(&PathResolver::new(&path, data.as_deref())).with_context(invalid)?;
-        Ok(Self { dir, config, data, overrides: overrides.stages })
-    }
-
-    /// Name of the recipe: its folder's.
-    pub fn name(&self) -> String {
-        let absolute = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
-        absolute.file_name().map_or_else(|| "recipe".to_owned(), |name| name.to_string_lossy().into_owned())
+        Ok(Self { dir, name, config, data, overrides: overrides.stages })
     }
 
     /// The configuration file of a stage; the tokenizer's is that of `pretrain`.
@@ -305,20 +304,42 @@ struct Overrides {
     stages: Vec<(Step, String)>,
 }
 
-/// The folder that `name` means.
-fn find(name: &str) -> Result<PathBuf> {
+/// The recipe in this program, for a user without the repository: `configs/tiny`.
+const EMBEDDED: (&str, [(&str, &str); 5]) = (
+    "tiny",
+    [
+        ("recipe.toml", include_str!("../../configs/tiny/recipe.toml")),
+        ("pretrain.toml", include_str!("../../configs/tiny/pretrain.toml")),
+        ("sft.toml", include_str!("../../configs/tiny/sft.toml")),
+        ("reward-model.toml", include_str!("../../configs/tiny/reward-model.toml")),
+        ("ppo.toml", include_str!("../../configs/tiny/ppo.toml")),
+    ],
+);
+
+/// The folder that `name` means, and the recipe's name. The embedded recipe is written into `out`.
+fn find(name: &str, out: &Path) -> Result<(PathBuf, String)> {
     let is_recipe = |dir: &Path| dir.join("recipe.toml").is_file();
     let given = PathBuf::from(name);
     let named = Path::new("configs").join(name);
-    if is_recipe(&given) {
-        return Ok(given);
+    for dir in [&given, &named] {
+        if is_recipe(dir) {
+            let absolute = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+            let name = absolute.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
+            return Ok((dir.clone(), name));
+        }
     }
-    if is_recipe(&named) {
-        return Ok(named);
+    let (embedded, files) = EMBEDDED;
+    if name == embedded {
+        let dir = out.join(EMBEDDED_DIR);
+        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+        for (file, text) in files {
+            write_whole(&dir.join(file), text)?;
+        }
+        return Ok((dir, embedded.to_owned()));
     }
     bail!(
-        "there is no recipe `{name}`: neither `{}` nor `{}` exists\nhint: pass a folder with a recipe.toml, such as \
-         configs/tiny",
+        "there is no recipe `{name}`: neither `{}` nor `{}` exists\nhint: pass a folder with a recipe.toml, or `{embedded}` \
+         for the one in this program",
         given.join("recipe.toml").display(),
         named.join("recipe.toml").display()
     )
@@ -410,6 +431,14 @@ mod tests {
         let recipe = Recipe::open(&name, Path::new("/runs/x"), None, &[], None).unwrap();
         assert_eq!(recipe.config.world.as_ref().unwrap().seed, 3);
         assert_eq!(recipe.config.evaluate.unwrap().prompts, Path::new("/runs/x/data/prompts.test.jsonl"));
+    }
+
+    #[test]
+    fn the_embedded_recipe_needs_no_folder() {
+        let out = tempfile::tempdir().unwrap();
+        let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
+        assert_eq!((recipe.name.as_str(), recipe.dir), ("tiny", out.path().join(EMBEDDED_DIR)));
+        assert_eq!(recipe.config.steps(), Step::ALL);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use common::stage::{Interrupt, StageArgs};
 
 use crate::cli::RunArgs;
 use crate::collect::{PairFiles, collect};
-use crate::config::Recipe;
+use crate::config::{EMBEDDED_DIR, Recipe};
 use crate::evaluate::Evaluator;
 use crate::evaluation::{Evaluation, Policy};
 use crate::gold::{GoldKind, GoldScorer};
@@ -55,7 +55,8 @@ impl<'a> Run<'a> {
     fn start(args: &'a RunArgs, recipe: Recipe, interrupt: Interrupt) -> Result<Self> {
         let out = &args.out;
         fs::create_dir_all(out).with_context(|| format!("failed to make `{}`", out.display()))?;
-        let is_empty = out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_none();
+        let mut entries = out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?;
+        let is_empty = entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == EMBEDDED_DIR));
         if !is_empty && !out.join("recipe.json").is_file() {
             bail!(
                 "output directory `{}` is not empty, and no recipe was run in it\nhint: pass another `--out`",
@@ -63,12 +64,12 @@ impl<'a> Run<'a> {
             );
         }
         let mut record = if args.overwrite { RunRecord::default() } else { RunRecord::load(out)? };
-        if !record.recipe.is_empty() && record.recipe != recipe.name() {
+        if !record.recipe.is_empty() && record.recipe != recipe.name {
             bail!(
                 "`{}` holds a run of the recipe `{}`, not of `{}`\nhint: pass another `--out`, or `--overwrite` to start over",
                 out.display(),
                 record.recipe,
-                recipe.name()
+                recipe.name
             );
         }
         let steps = recipe.config.steps();
@@ -83,7 +84,7 @@ impl<'a> Run<'a> {
             Some(gold) => Some(gold.open(|words| Ok(PathBuf::from(words))).context("failed to open the gold scorer")?),
             None => None,
         };
-        record.recipe = recipe.name();
+        record.recipe.clone_from(&recipe.name);
         record.title.clone_from(&recipe.config.title);
         record.seed = recipe.config.seed;
         env!("CARGO_PKG_VERSION").clone_into(&mut record.version);

@@ -90,8 +90,13 @@ pub(crate) fn score_samples(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use burn::tensor::Device;
+    use common::testing::{assert_close, byte_tokenizer, tiny_config};
+
     use super::*;
-    use common::testing::assert_close;
+    use crate::data::EncodedPair;
 
     #[test]
     fn normalised_scores_have_mean_zero_and_deviation_one() {
@@ -101,6 +106,28 @@ mod tests {
         assert_eq!(fitted, Normalisation { mean: 4.0, deviation: 2.0 });
         let mapped = scores.map(|score| ((f64::from(score) - fitted.mean) / fitted.deviation) as f32);
         assert_close(&mapped, &[-1.0, 1.0, -1.0, 1.0], 0.0);
+    }
+
+    #[test]
+    fn the_initial_models_answers_score_zero_on_average_with_deviation_one() {
+        let tokenizer = byte_tokenizer();
+        let streams = Streams::new(7);
+        let initial = Gpt::new(&tiny_config(tokenizer.vocab_size()), &streams, &Device::flex());
+        let model = ScalarGpt::new(initial.clone(), &streams);
+        let pair = |i: u32| {
+            let prompt = [1, 2, 3 + i];
+            EncodedPair { chosen: prompt.to_vec(), rejected: prompt.to_vec(), n_prompt: 3, margin: None }
+        };
+        let training = Pairs { encoded: (0..20).map(pair).collect(), sha256: BTreeMap::new() };
+        let config = NormalisationConfig { samples: 50, max_tokens: 20, ..NormalisationConfig::default() };
+        let scores = |model: &ScalarGpt| {
+            score_samples(&config, &initial, model, &training, &tokenizer, streams).expect("scores")
+        };
+        let fitted = Normalisation::fit(&scores(&model)).expect("they vary");
+        assert!(fitted.deviation < 0.9 || fitted.deviation > 1.1, "{fitted:?} needs no normalisation");
+        let again = Normalisation::fit(&scores(&fitted.apply(model))).expect("they vary");
+        // Fifty f32 scores of size one.
+        assert!(again.mean.abs() < 1e-5 && (again.deviation - 1.0).abs() < 1e-5, "{again:?}");
     }
 
     #[test]

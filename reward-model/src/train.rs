@@ -25,6 +25,9 @@ use crate::normalisation::{Normalisation, score_samples};
 
 /// Trains a reward model on preference pairs.
 ///
+/// The scores are normalised when training has come to its end: what an interrupted run leaves scores as trained, until
+/// `--resume` has finished it.
+///
 /// # Errors
 /// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
@@ -53,6 +56,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         backend: args.stage.runtime.backend.clone(),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
+    if session.progress().finished {
+        // Its exported scores are normalised already; to do it again would only move their last bits.
+        tracing::info!("`{}` is finished: nothing is left to do", args.stage.out.display());
+        return Ok(Outcome::Finished);
+    }
     let (mut model, mut optimizer) = match restored {
         Some(mut restored) => {
             let weights = restored.tensors("weights")?;

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::checkpoint::Stage;
-use common::testing::{byte_tokenizer, kill_after_first_save, run, save_tiny};
+use common::testing::{assert_snapshot, byte_tokenizer, kill_after_first_save, run, save_tiny};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -179,40 +179,18 @@ fn micro_batches_add_up_to_the_batch() {
 }
 
 #[test]
-fn help_names_the_commands_and_their_flags() {
+fn help_and_version_are_as_recorded() {
     let dir = tempfile::tempdir().unwrap();
-    let help = |args: &[&str]| {
+    let mut all = String::new();
+    for args in [&["--help"][..], &["train", "--help"], &["eval", "--help"], &["score", "--help"]] {
         let (code, stdout, _) = run(PROGRAM, args, dir.path());
         assert_eq!(code, 0, "{args:?}");
-        stdout
-    };
-    let all = help(&["--help"]);
-    for text in [
-        "Train a reward model on preference pairs",
-        "train",
-        "eval",
-        "score",
-        "Example:",
-        "reward-model train --config",
-    ] {
-        assert!(all.contains(text), "{all}");
+        write!(all, "$ reward-model {}\n{stdout}\n", args.join(" ")).unwrap();
     }
-    let train = help(&["train", "--help"]);
-    for flag in [
-        "--init <DIR>",
-        "--config <FILE>",
-        "--out <DIR>",
-        "--resume",
-        "--overwrite",
-        "--set <KEY=VALUE>",
-        "--backend <NAME[:INDEX]>",
-        "--threads <N>",
-    ] {
-        assert!(train.contains(flag), "{flag} in {train}");
-    }
-    assert!(help(&["--version"]).starts_with("reward-model "));
-    assert_eq!(run(PROGRAM, &["train", "--out", "x"], dir.path()).0, 2);
-    assert_eq!(run(PROGRAM, &["score", "--checkpoint", "rm"], dir.path()).0, 2);
+    assert_snapshot(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/help.txt"), &all);
+    let version = run(PROGRAM, &["--version"], dir.path()).1;
+    assert_eq!(version, concat!("reward-model ", env!("CARGO_PKG_VERSION"), "\n"));
+    assert_eq!(run(PROGRAM, &["score", "--checkpoint", "rm"], dir.path()).0, 2, "wrong usage");
 }
 
 #[test]
@@ -222,71 +200,44 @@ fn errors_name_what_is_wrong_and_what_to_do() {
     std::fs::write(dir.path().join("bad.jsonl"), "{\"prompt\": \"q\", \"chosen\": \"a\"}\n").unwrap();
     std::fs::write(dir.path().join("long.jsonl"), json!({ "prompt": "q", "response": "a".repeat(99) }).to_string())
         .unwrap();
+    let pair = json!({ "prompt": "q", "chosen": "a".repeat(99), "rejected": "b" });
+    std::fs::write(dir.path().join("long-pair.jsonl"), pair.to_string()).unwrap();
     std::fs::write(dir.path().join("ids.json"), "[[1, 2], [400]]").unwrap();
     std::fs::create_dir(dir.path().join("full")).unwrap();
     std::fs::write(dir.path().join("full/notes.txt"), "mine").unwrap();
-    let train = |more: &[&'static str]| {
-        let mut args = vec!["train", "--config", "config.toml", "--init", "sft", "--out", "out"];
-        args.extend(more);
-        args
-    };
-    let cases: Vec<(Vec<&str>, &str)> = vec![
-        (
-            vec!["train", "--config", "config.toml", "--init", "rm", "--out", "out"],
-            "error: failed to load the initial model: checkpoint `rm` was written by stage `reward-model`, expected \
-             `sft` or `pretrain`\nhint: pass the directory that `sft train` wrote\n",
-        ),
-        (
-            vec!["train", "--config", "config.toml", "--init", "nowhere", "--out", "out"],
-            "error: failed to load the initial model: no checkpoint at `nowhere`: there is no such directory\n",
-        ),
-        (
-            vec!["train", "--config", "config.toml", "--init", "sft", "--out", "full"],
-            "error: output directory `full` is not empty\nhint: pass `--resume` to go on from it, `--overwrite` to \
-             replace it, or another `--out`\n",
-        ),
-        (
-            train(&["--set", "train.micro_batch_size=3"]),
-            "error: invalid config `config.toml`: `train.micro_batch_size` 3 does not divide `train.batch_size` 8\n",
-        ),
-        (
-            train(&["--set", "data.train=[]"]),
-            "error: invalid config `config.toml`: `data.train` names no file\nhint: list at least one .jsonl of pairs\n",
-        ),
-        (
-            train(&["--set", "normalisation.samples=1"]),
-            "error: invalid config `config.toml`: `normalisation.samples` must be 0 or at least 2: one answer has no \
-             deviation\n",
-        ),
-        (
-            train(&["--set", "data.train=['bad.jsonl']"]),
-            "error: failed to read the training pairs: bad record in `DIR/bad.jsonl`, line 1: `rejected` is missing\nhint: \
-             mend it, or set `on_bad_record = \"skip\"` to leave such records out\n",
-        ),
-        (
-            vec!["eval", "--checkpoint", "sft", "--data", "val.jsonl"],
-            "error: checkpoint `sft` was written by stage `sft`, expected `reward-model`\nhint: pass the directory that \
-             `reward-model train` wrote\n",
-        ),
-        (
-            vec!["score", "--checkpoint", "rm", "--data", "long.jsonl"],
-            "error: failed to encode record 1 of `long.jsonl`: a prompt and its answer have 105 tokens, the context 64\n\
-             hint: shorten them before scoring, so that you know what is scored\n",
-        ),
-        (
-            vec!["score", "--checkpoint", "rm", "--ids", "ids.json"],
-            "error: `ids.json` is not a JSON array of arrays of token ids: row 1 holds the id 400, the vocabulary ends at \
-             261\n",
-        ),
+    std::fs::write(dir.path().join("empty.jsonl"), "").unwrap();
+    let init =
+        |init: &'static str, out: &'static str| vec!["train", "--config", "config.toml", "--init", init, "--out", out];
+    let train = |more: &[&'static str]| [&init("sft", "out")[..], more].concat();
+    let cases = [
+        init("rm", "out"),
+        init("nowhere", "out"),
+        init("sft", "full"),
+        train(&["--set", "optimizer.learning_rate=1"]),
+        train(&["--set", "train.micro_batch_size=3"]),
+        train(&["--set", "train.centring_coef=-1"]),
+        train(&["--set", "normalisation.samples=1"]),
+        train(&["--set", "data.train=[]"]),
+        train(&["--set", "data.train=['nowhere.jsonl']"]),
+        train(&["--set", "data.train=['empty.jsonl']"]),
+        train(&["--set", "data.train=['bad.jsonl']"]),
+        train(&["--set", "data.train=['long-pair.jsonl']", "--set", "data.on_too_long=fail"]),
+        train(&["--set", "data.train=['long-pair.jsonl']", "--set", "data.on_too_long=skip"]),
+        train(&["--resume"]),
+        vec!["eval", "--checkpoint", "sft", "--data", "val.jsonl"],
+        vec!["score", "--checkpoint", "rm", "--data", "bad.jsonl"],
+        vec!["score", "--checkpoint", "rm", "--data", "long.jsonl"],
+        vec!["score", "--checkpoint", "rm", "--ids", "ids.json"],
     ];
-    for (args, expected) in cases {
+    let mut all = String::new();
+    for args in cases {
         let (code, stdout, stderr) = run(PROGRAM, &args, dir.path());
         assert_eq!((code, stdout.as_str()), (1, ""), "{args:?}: {stderr}");
         let error = &stderr[stderr.find("error: ").unwrap_or(0)..];
-        assert_eq!(error, expected, "{args:?}");
+        write!(all, "$ reward-model {}\n{error}\n", args.join(" ")).unwrap();
+        std::fs::remove_dir_all(dir.path().join("out")).ok();
     }
-    let (_, _, stderr) = run(PROGRAM, &train(&["--set", "optimizer.learning_rate=1"]), dir.path());
-    assert!(stderr.contains("`--set optimizer.learning_rate=1`: unknown field `learning_rate`"), "{stderr}");
+    assert_snapshot(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/errors.txt"), &all);
 }
 
 #[test]

@@ -94,10 +94,16 @@ impl SftConfig {
     /// Naming the key that is out of range.
     pub fn validate(&self) -> anyhow::Result<()> {
         self.optimizer.validate()?;
-        ensure!(!self.data.train.is_empty(), "`data.train` names no file\nhint: list at least one .jsonl of conversations");
+        ensure!(
+            !self.data.train.is_empty(),
+            "`data.train` names no file\nhint: list at least one .jsonl of conversations"
+        );
         ensure!(!self.data.val.is_empty(), "`data.val` names no file\nhint: list at least one .jsonl of conversations");
         let TrainConfig { epochs, steps, batch_size, micro_batch_size, .. } = self.train;
-        ensure!(steps.unwrap_or(epochs) > 0 && batch_size > 0, "`train.epochs`, `train.steps` and `train.batch_size` must be at least 1");
+        ensure!(
+            steps.unwrap_or(epochs) > 0 && batch_size > 0,
+            "`train.epochs`, `train.steps` and `train.batch_size` must be at least 1"
+        );
         let micro = micro_batch_size.unwrap_or(batch_size);
         ensure!(
             micro > 0 && batch_size % micro == 0,

@@ -1,6 +1,8 @@
 //! The command `sft` from outside: help, training, evaluation. What it says of bad input is among the tests of the whole
 //! pipeline.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 use std::fmt::Write as _;
 use std::path::Path;
 

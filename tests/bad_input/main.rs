@@ -2,6 +2,8 @@
 //!
 //! Beyond the text, each refusal ends with 1 or 2, begins `error: ` in lower case, and leaves no output behind.
 
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
 mod checkpoints;
 mod config;
 mod data;
@@ -32,7 +34,7 @@ fn pretrain_into(out: &str, more: &[&str]) -> Vec<String> {
     PRETRAIN.train(out, more)
 }
 
-fn pretrain_with<'a>(tokenizer: &'a str) -> Vec<&'a str> {
+fn pretrain_with(tokenizer: &str) -> Vec<&str> {
     vec!["train", "--config", "configs/pretrain.toml", "--out", "out", "--tokenizer", tokenizer]
 }
 

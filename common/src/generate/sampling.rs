@@ -1,7 +1,5 @@
 //! From one row of logits to one token. Pure, on the host.
 
-use std::cmp::Ordering;
-
 use super::softmax::{BLOCK, check_finite, exp_nonpositive, max_of, ordered_bits, sum};
 use super::{GenerateError, invalid};
 use crate::rng::Rng;
@@ -98,6 +96,7 @@ pub struct Sampler {
     seen: Vec<u32>,
     weights: Vec<f32>,
     sums: Vec<f64>,
+    masses: Vec<f64>,
     candidates: Vec<u32>,
 }
 
@@ -119,6 +118,7 @@ impl Sampler {
             seen,
             weights: Vec::new(),
             sums: Vec::new(),
+            masses: Vec::new(),
             candidates: Vec::new(),
         }
     }
@@ -272,22 +272,39 @@ impl Sampler {
     }
 
     /// Clears the weights outside the smallest set of likeliest tokens with at least `top_p` of their sum.
+    ///
+    /// A histogram over the logits finds the bucket where the sum is reached, so only that bucket's tokens are ordered.
     fn keep_top_p(&mut self, logits: &[f32]) {
-        let total = self.total();
-        // All tokens at or below this weight have at most `1 − top_p` of the total together, so none is needed.
-        // The factor leaves room for rounding.
-        let floor = ((1.0 - self.top_p) * total / logits.len() as f64 * 0.999) as f32;
+        let (max, per_logit) = (max_of(logits), self.scale() as f32 * BUCKETS_PER_NAT);
+        let bucket_of = |logit: f32| (((max - logit) * per_logit) as usize).min(N_BUCKETS - 1);
+        self.masses.clear();
+        self.masses.resize(N_BUCKETS, 0.0);
+        for (&logit, &weight) in logits.iter().zip(&self.weights) {
+            self.masses[bucket_of(logit)] += f64::from(weight);
+        }
+        let mut missing = self.top_p * self.total();
+        let mut bucket = 0;
+        for (i, &mass) in self.masses.iter().enumerate().filter(|&(_, &mass)| mass > 0.0) {
+            bucket = i; // if rounding leaves something missing, the last bucket takes it
+            if mass >= missing {
+                break;
+            }
+            missing -= mass;
+        }
+        let in_bucket = |&(id, &logit): &(u32, &f32)| bucket_of(logit) == bucket && self.weights[id as usize] > 0.0;
         self.candidates.clear();
-        self.candidates.extend((0u32..).zip(&self.weights).filter(|&(_, &weight)| weight > floor).map(|(id, _)| id));
+        self.candidates.extend((0u32..).zip(logits).filter(in_bucket).map(|(id, _)| id));
 
-        let likelier = |a: &u32, b: &u32| by_logit(logits, *a, *b);
+        let likelier = |&a: &u32, &b: &u32| {
+            let (logit_a, logit_b) = (logits[a as usize], logits[b as usize]);
+            logit_b.partial_cmp(&logit_a).expect("logits are finite").then(a.cmp(&b))
+        };
         let (mut low, mut high) = (0, self.candidates.len());
-        let mut missing = self.top_p * total;
         // Bisection by mass: the last kept token lies in `low..high`, all before `low` are kept.
         while high - low > 1 {
             let middle = low + (high - low) / 2;
             self.candidates[low..high].select_nth_unstable_by(middle - low, likelier);
-            let mass: f64 = self.candidates[low..middle].iter().map(|&id| self.weights[id as usize] as f64).sum();
+            let mass: f64 = self.candidates[low..middle].iter().map(|&id| f64::from(self.weights[id as usize])).sum();
             if mass >= missing {
                 high = middle;
             } else {
@@ -295,15 +312,21 @@ impl Sampler {
                 low = middle;
             }
         }
-        let cut = self.candidates[low];
-        for (id, weight) in (0u32..).zip(self.weights.iter_mut()) {
-            if by_logit(logits, id, cut) == Ordering::Greater {
-                *weight = 0.0;
-            }
+        let last = self.candidates[low];
+        let cut = logits[last as usize];
+        for ((id, weight), &logit) in (0u32..).zip(self.weights.iter_mut()).zip(logits) {
+            let keep = logit > cut || logit == cut && id <= last;
+            *weight = if keep { *weight } else { 0.0 };
         }
         self.sum_blocks();
     }
 }
+
+/// Resolution of top-p's histogram.
+const BUCKETS_PER_NAT: f32 = 64.0;
+
+/// Width of top-p's histogram: 16 nats below the likeliest token, and all that is less likely in the last bucket.
+const N_BUCKETS: usize = 1024;
 
 /// Divides the positive and multiplies the negative numbers of the tokens `seen`, each once.
 ///
@@ -315,12 +338,6 @@ pub(super) fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
         let logit = &mut logits[id as usize];
         *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
     }
-}
-
-/// Likelier tokens first, equal ones by id.
-fn by_logit(logits: &[f32], a: u32, b: u32) -> Ordering {
-    let (logit_a, logit_b) = (logits[a as usize], logits[b as usize]);
-    logit_b.partial_cmp(&logit_a).expect("logits are finite").then(a.cmp(&b))
 }
 
 /// The lowest id among those with the largest logit.

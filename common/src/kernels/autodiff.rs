@@ -11,7 +11,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Flex, backend_extension};
 use burn_flex::FlexTensor;
 
-use super::flex::{activation, adamw, attention, decode, linear, log_probs, norm};
+use super::flex::{self, activation, adamw, attention, decode, linear, log_probs, norm};
 use super::{Activation, AdamWStep};
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
@@ -66,6 +66,17 @@ pub trait FusedOps: Backend {
         targets: IntTensor<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::cross_entropy`]; `weight` is one over the denominator.
+    fn fused_cross_entropy(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        weight: f64,
+    ) -> FloatTensor<Self>;
+
+    /// See [`super::logits`].
+    fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`super::adamw_update`].
     fn fused_adamw(
@@ -226,6 +237,39 @@ struct LogProbsState {
     lse: FlexTensor,
 }
 
+#[derive(Debug)]
+struct CrossEntropyBackward;
+
+impl Backward<Flex, 2> for CrossEntropyBackward {
+    /// The gradients for an output gradient of 1.
+    type State = (FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [hidden_node, head_node] = ops.parents;
+        let (hidden_grad, head_grad) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register!(grads, hidden_node, flex::scaled(hidden_grad, &grad));
+        register!(grads, head_node, flex::scaled(head_grad, &grad));
+    }
+}
+
+#[derive(Debug)]
+struct LogitsBackward;
+
+impl Backward<Flex, 2> for LogitsBackward {
+    /// The hidden states and the head.
+    type State = (FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [hidden_node, head_node] = ops.parents;
+        let (hidden, head) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        // logits = hidden · headᵀ: the gradients are grad · head and gradᵀ · hidden.
+        register!(grads, hidden_node, linear::forward(&grad, &head, None));
+        register!(grads, head_node, linear::backward_weight(&grad, &hidden));
+    }
+}
+
 /// Registers `$backward` for an output that was computed from `$nodes`, with the state it needs if it is tracked.
 macro_rules! finish {
     ($backward:expr, [$($input:expr),+], $state:expr, $out:expr) => {
@@ -319,6 +363,30 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         };
         let log_probs = finish!(LogProbsBackward, [hidden, head], state, out.of_targets);
         (log_probs, untracked::<C>(out.entropy))
+    }
+
+    fn fused_cross_entropy(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        weight: f64,
+    ) -> FloatTensor<Self> {
+        match CrossEntropyBackward.prepare::<C>([hidden.node(), head.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let out =
+                    log_probs::cross_entropy_with_gradients(hidden.primitive(), head.primitive(), &targets, weight);
+                prep.finish((out.hidden_grad, out.head_grad), out.loss)
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(log_probs::cross_entropy(hidden.primitive(), head.primitive(), &targets, weight))
+            }
+        }
+    }
+
+    fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self> {
+        let out = linear::logits(hidden.primitive(), head.primitive());
+        let state = (hidden.primitive().clone(), head.primitive().clone());
+        finish!(LogitsBackward, [hidden, head], state, out)
     }
 
     fn fused_adamw(

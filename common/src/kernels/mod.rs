@@ -18,6 +18,9 @@
 
 mod plain;
 
+#[allow(unsafe_code)]
+pub mod memory;
+
 // `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
 #[cfg(feature = "flex")]
 #[allow(unsafe_code, clippy::inline_always, clippy::needless_pass_by_value)]
@@ -317,6 +320,58 @@ pub fn token_log_probs(
         return (Tensor::from_dispatch(log_probs), Tensor::from_dispatch(entropy));
     }
     plain::token_log_probs(hidden, head, targets, scale)
+}
+
+/// Cross-entropy in nats: `−Σ_i log p_i[target_i] / denominator`, with `p` the softmax of `hidden · headᵀ`.
+///
+/// The fused version computes the gradients together with the value, so the logits only once: prefer it to summing
+/// [`token_log_probs`] wherever the loss is this sum.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`, `targets`: `[n]`, ids below `vocab_size`
+/// - returns `[1]`
+///
+/// # Panics
+/// If the shapes do not fit or a target is not below `vocab_size`.
+pub fn cross_entropy(
+    kernels: Kernels,
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    targets: Tensor<1, Int>,
+    denominator: f64,
+) -> Tensor<1> {
+    let [n, d_model] = hidden.dims();
+    let [_, d_head] = head.dims();
+    assert_eq!(d_model, d_head, "hidden and head differ in d_model");
+    assert_eq!(targets.dims(), [n], "one target a row");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        return Tensor::from_dispatch(Dispatch::fused_cross_entropy(
+            hidden.into_dispatch(),
+            head.into_dispatch(),
+            targets.into_dispatch(),
+            1.0 / denominator,
+        ));
+    }
+    let (log_probs, _) = plain::token_log_probs(hidden, head, targets, 1.0);
+    log_probs.sum() * (-1.0 / denominator)
+}
+
+/// `hidden · headᵀ`.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`
+/// - returns `[n, vocab_size]`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
+    assert_eq!(hidden.dims()[1], head.dims()[1], "hidden and head differ in d_model");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        return Tensor::from_dispatch(Dispatch::fused_logits(hidden.into_dispatch(), head.into_dispatch()));
+    }
+    hidden.matmul(head.transpose())
 }
 
 /// Rows of a table: `out[b][t] = weight[ids[b][t]]`.

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::{
     Activation, AdamWStep, Kernels, adamw_update, add_layer_norm, attention, attention_cached, bias_activation,
-    is_fused, layer_norm, linear, sum_of_squares, token_log_probs,
+    cross_entropy, is_fused, layer_norm, linear, logits, sum_of_squares, token_log_probs,
 };
 use crate::rng::Streams;
 
@@ -294,6 +294,34 @@ proptest! {
     }
 
     #[test]
+    fn fused_cross_entropy_agrees(
+        n in edge(), d_model in edge(), vocab_size in prop_oneof![Just(1), Just(5), Just(255), Just(257), Just(600)],
+        factor in prop_oneof![Just(1.0), Just(-0.5)], seed: u64,
+    ) {
+        let targets = integers(seed, n, vocab_size);
+        let op = |kernels, leaves: &[Tensor<1>]| {
+            let hidden = leaves[0].clone().reshape([d_model, n]).transpose();
+            let head = leaves[1].clone().reshape([vocab_size, d_model]);
+            let targets = int_tensor(&targets, [n], &hidden.device());
+            cross_entropy(kernels, hidden, head, targets, n as f64 / 4.0) * factor
+        };
+        let scale = 2.0 / (d_model as f32).sqrt();
+        let head = normals(seed ^ 1, vocab_size * d_model).into_iter().map(|x| x * scale).collect();
+        assert_agrees(&op, &[normals(seed, n * d_model), head]);
+    }
+
+    #[test]
+    fn fused_logits_agree(n in edge(), d_model in edge(), vocab_size in edge(), transposed: bool, seed: u64) {
+        let op = move |kernels, leaves: &[Tensor<1>]| {
+            let hidden = leaves[0].clone();
+            let hidden = if transposed { hidden.reshape([d_model, n]).transpose() } else { hidden.reshape([n, d_model]) };
+            let head = leaves[1].clone().reshape([vocab_size, d_model]);
+            logits(kernels, hidden, head).reshape([n * vocab_size])
+        };
+        assert_agrees(&op, &[normals(seed, n * d_model), normals(seed ^ 1, vocab_size * d_model)]);
+    }
+
+    #[test]
     fn fused_adamw_agrees(n in prop_oneof![Just(1usize), Just(65), Just(40_000)], seed: u64) {
         let device = Device::flex();
         let run = |kernels| {
@@ -327,6 +355,20 @@ fn results_do_not_depend_on_the_number_of_threads() {
         token_log_probs(kernels, hidden, head, targets, 1.0).0
     };
     assert_independent_of_threads(&log_probs, &[normals(1, n * d), normals(2, vocab_size * d)]);
+    let loss = |kernels, leaves: &[Tensor<1>]| {
+        let (hidden, head) = (leaves[0].clone().reshape([n, d]), leaves[1].clone().reshape([vocab_size, d]));
+        let targets = int_tensor(&targets, [n], &hidden.device());
+        cross_entropy(kernels, hidden, head, targets, 7.0)
+    };
+    assert_independent_of_threads(&loss, &[normals(1, n * d), normals(2, vocab_size * d)]);
+    // Few rows, and a matrix that is cut into pieces.
+    let few = |kernels, leaves: &[Tensor<1>]| {
+        let x = leaves[0].clone().reshape([3, 8 * d]);
+        let x = linear(kernels, x, leaves[1].clone().reshape([8 * d, vocab_size]), None);
+        let head = leaves[1].clone().reshape([8 * d, vocab_size]);
+        logits(kernels, x, head).reshape([3 * 8 * d])
+    };
+    assert_independent_of_threads(&few, &[normals(1, 3 * 8 * d), normals(2, 8 * d * vocab_size)]);
     let mlp = |kernels, leaves: &[Tensor<1>]| {
         let x = leaves[0].clone().reshape([n, d]);
         let (x, sum) = add_layer_norm(kernels, x.clone(), x, leaves[2].clone(), leaves[2].clone(), 1e-5);
@@ -397,6 +439,13 @@ fn a_nan_is_not_hidden() {
         1.0,
     );
     assert!(host(log_probs)[0].is_nan());
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let hidden = leaf(&[f32::NAN; 4], &device);
+        let hidden = if device.is_autodiff() { hidden.require_grad() } else { hidden }.reshape([1, 4]);
+        let head = leaf(&[1.0; 8], &device).reshape([2, 4]);
+        let loss = cross_entropy(Kernels::Fused, hidden, head, int_tensor(&[0], [1], &device), 1.0);
+        assert!(host(loss)[0].is_nan());
+    }
 }
 
 #[test]

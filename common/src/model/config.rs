@@ -29,7 +29,7 @@ pub enum NormPlacement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
-    /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, ReLU, tied output weights.
+    /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, `ReLU`, tied output weights.
     #[default]
     Transformer,
     /// GPT-2: learned positions, pre-norm, tanh-GELU, tied output weights.
@@ -243,7 +243,8 @@ mod tests {
 
     #[test]
     fn an_override_changes_one_switch_of_the_preset() {
-        let section = ModelSection { preset: Preset::Gpt2, d_model: Some(64), tie_embeddings: Some(false), ..Default::default() };
+        let section =
+            ModelSection { preset: Preset::Gpt2, d_model: Some(64), tie_embeddings: Some(false), ..Default::default() };
         let config = section.resolve(100).expect("valid");
         assert_eq!(config, GptConfig { d_model: 64, d_ff: 256, tie_embeddings: false, ..GptConfig::gpt2(100) });
     }
@@ -258,6 +259,9 @@ mod tests {
         assert_eq!(with(|c| c.n_heads = 3), "model: `d_model` 128 is not a multiple of `n_heads` 3");
         assert_eq!(with(|c| c.n_layers = 0), "model: `n_layers` must be at least 1");
         assert_eq!(with(|c| c.dropout = 1.0), "model: `dropout` must lie in [0, 1), found 1");
-        assert_eq!(with(|c| (c.d_model, c.n_heads) = (9, 3)), "model: sinusoidal positions need an even `d_model`, found 9");
+        assert_eq!(
+            with(|c| (c.d_model, c.n_heads) = (9, 3)),
+            "model: sinusoidal positions need an even `d_model`, found 9"
+        );
     }
 }

@@ -92,9 +92,10 @@ struct Dropout<'a> {
 impl Gpt {
     /// A model with random weights, the same on every backend.
     ///
-    /// `gpt2`: all weights N(0, 0.02), those that project into the residual stream N(0, 0.02/√(2·n_layers)).
-    /// `transformer` (that is, post-norm): linear layers Glorot-uniform, embeddings N(0, 1/√d_model), so that tied
-    /// output logits begin with unit variance. Biases are 0, norms the identity.
+    /// `gpt2`: all weights N(0, 0.02), those that project into the residual stream `N(0, 0.02/√(2·n_layers))`.
+    /// `transformer` (that is, post-norm): linear layers Glorot-uniform; tied embeddings `N(0, 1/√d_model)`, so that
+    /// output logits begin with unit variance; untied ones `N(0, 1)`, so that they begin as long as the sinusoids they
+    /// are added to, which have length `√(d_model/2)` and are not scaled down. Biases are 0, norms the identity.
     ///
     /// # Panics
     /// If `config` is invalid, see [`GptConfig::validate`].
@@ -217,8 +218,7 @@ impl Gpt {
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
         let x = self.embed(ids, positions, start);
-        let mut pass =
-            Pass { kernels: self.kernels, eps: self.config.layer_norm_eps, first_key: None, dropout: None };
+        let mut pass = Pass { kernels: self.kernels, eps: self.config.layer_norm_eps, first_key: None, dropout: None };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
@@ -233,7 +233,8 @@ impl Gpt {
         let [batch, seq, d_model] = hidden.dims();
         let head = self.head_weight();
         let [vocab_size, _] = head.dims();
-        hidden.reshape([batch * seq, d_model]).matmul(head.transpose()).reshape([batch, seq, vocab_size])
+        let hidden = hidden.reshape([batch * seq, d_model]);
+        kernels::logits(self.kernels, hidden, head).reshape([batch, seq, vocab_size])
     }
 
     /// Logits of every position: [`logits`](Self::logits) of [`hidden`](Self::hidden).

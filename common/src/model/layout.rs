@@ -57,7 +57,12 @@ impl Layout {
     /// If the layout was made for another batch.
     pub(super) fn first_key_tensor(&self, batch: usize, seq: usize, device: &Device) -> Option<Tensor<2, Int>> {
         let first_key = self.first_key.as_ref()?;
-        assert_eq!(first_key.len(), batch * seq, "a layout of {} tokens for a batch of {batch} × {seq}", first_key.len());
+        assert_eq!(
+            first_key.len(),
+            batch * seq,
+            "a layout of {} tokens for a batch of {batch} × {seq}",
+            first_key.len()
+        );
         let data: Vec<i64> = first_key.iter().map(|&first| i64::from(first)).collect();
         Some(Tensor::from_data(TensorData::new(data, [batch, seq]), device))
     }

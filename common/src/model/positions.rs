@@ -13,7 +13,7 @@ pub fn sinusoid_table(max_seq_len: usize, d_model: usize) -> Vec<f32> {
     assert_eq!(d_model % 2, 0, "sinusoidal positions need an even width, found {d_model}");
     let channel = |position: usize, i: usize| {
         let angle = position as f64 / 10_000f64.powf((i / 2 * 2) as f64 / d_model as f64);
-        (if i % 2 == 0 { angle.sin() } else { angle.cos() }) as f32
+        (if i.is_multiple_of(2) { angle.sin() } else { angle.cos() }) as f32
     };
     (0..max_seq_len).flat_map(|position| (0..d_model).map(move |i| channel(position, i))).collect()
 }

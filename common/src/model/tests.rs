@@ -104,7 +104,8 @@ fn cached_decoding_equals_the_full_forward() {
         let layout = Layout::left_padded(&[0, 3], 12);
         let full = values(gpt.hidden(ids(&rows, device), &layout));
         let mut cache = Cache::new(gpt, &[0, 3], 12);
-        let column = |from: usize, to: usize| ids(&rows.iter().map(|r| r[from..to].to_vec()).collect::<Vec<_>>(), device);
+        let column =
+            |from: usize, to: usize| ids(&rows.iter().map(|r| r[from..to].to_vec()).collect::<Vec<_>>(), device);
         let mut steps = vec![gpt.decode(column(0, 6), &mut cache)];
         steps.extend((6..12).map(|t| gpt.decode(column(t, t + 1), &mut cache)));
         assert_near(&full, &values(Tensor::cat(steps, 1)));

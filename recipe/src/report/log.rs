@@ -63,11 +63,6 @@ impl MetricsLog {
         last
     }
 
-    /// Names that begin with `prefix`, sorted.
-    pub fn names_with_prefix(&self, prefix: &str) -> Vec<String> {
-        self.last_values().into_keys().filter(|name| name.starts_with(prefix)).collect()
-    }
-
     /// Wall seconds of the stage, over all its sittings.
     pub fn seconds(&self) -> Option<f64> {
         self.last("seconds")

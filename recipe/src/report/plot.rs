@@ -26,8 +26,12 @@ pub enum Hue {
 pub enum Weight {
     /// Thin and pale: a noisy per-step value.
     Faint,
-    /// Thick: held-out values or a running mean.
+    /// Thick, with a dot for each point where they are few: held-out values.
     Strong,
+    /// Thick, without dots: a running mean.
+    Trend,
+    /// Dots alone: held-out values beside a trend.
+    Dots,
 }
 
 /// One line of a plot.
@@ -41,6 +45,17 @@ pub struct Curve {
     pub hue: Hue,
     /// Stroke.
     pub weight: Weight,
+}
+
+impl Weight {
+    /// What the page's CSS class of the legend adds for this stroke.
+    pub fn class(self) -> &'static str {
+        match self {
+            Self::Faint => " faint",
+            Self::Dots => " dots",
+            Self::Strong | Self::Trend => "",
+        }
+    }
 }
 
 /// A plot of curves over a common pair of axes.
@@ -110,13 +125,19 @@ impl Plot<'_> {
                 let color = paint(curve.hue.rgb());
                 let (color, width) = match curve.weight {
                     Weight::Faint => (color.mix(0.5), SCALE * 5 / 4),
-                    Weight::Strong => (color, 2 * SCALE),
+                    _ => (color, 2 * SCALE),
                 };
-                if curve.weight == Weight::Strong && points.len() <= MAX_DOTS {
+                let has_dots = match curve.weight {
+                    Weight::Strong => points.len() <= MAX_DOTS,
+                    weight => weight == Weight::Dots,
+                };
+                if has_dots {
                     let dots = points.iter().map(|&point| Circle::new(point, px(3), color.filled()));
                     chart.draw_series(dots).map_err(drawing)?;
                 }
-                chart.draw_series(LineSeries::new(points, color.stroke_width(width))).map_err(drawing)?;
+                if curve.weight != Weight::Dots {
+                    chart.draw_series(LineSeries::new(points, color.stroke_width(width))).map_err(drawing)?;
+                }
             }
             root.present().map_err(drawing)?;
         }
@@ -158,9 +179,9 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     thinned
 }
 
-/// Mean over a centred window of about a `1/parts` share of the points: the trend beside a noisy curve.
+/// Mean over a centred window of about a `1/parts` share of the points, three at least: the trend beside a noisy curve.
 pub fn smooth(points: &[(f64, f64)], parts: usize) -> Vec<(f64, f64)> {
-    let reach = points.len() / (2 * parts.max(1));
+    let reach = (points.len() / (2 * parts.max(1))).max(1);
     (0..points.len())
         .map(|i| {
             let window = &points[i.saturating_sub(reach)..(i + reach + 1).min(points.len())];

@@ -1,6 +1,7 @@
 //! The report's section on each training stage: what it does, its curves, its key numbers, its samples.
 
 use anyhow::Result;
+use common::metrics::names;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -57,6 +58,89 @@ struct SampleText {
     goes_on: bool,
     prompt: String,
     text: String,
+}
+
+/// One value of PPO over its steps.
+struct Trend {
+    /// Of each rollout.
+    name: &'static str,
+    /// The same on held-out prompts, if it is measured.
+    held_out: &'static str,
+    unit: &'static str,
+    title: &'static str,
+    caption: &'static str,
+    hue: Hue,
+}
+
+const TRENDS: [Trend; 6] = [
+    Trend {
+        name: names::OBJECTIVE_SCORE,
+        held_out: names::VAL_SCORE,
+        unit: "score",
+        title: "Reward model’s score.",
+        caption: "Mean over the rollout; 0 is the fine-tuned model. This is what PPO maximises.",
+        hue: Hue::Ember,
+    },
+    Trend {
+        name: names::GOLD_SCORE,
+        held_out: names::GOLD_VAL_SCORE,
+        unit: "gold score",
+        title: "Gold score.",
+        caption: "Mean over the same answers. PPO does not see it.",
+        hue: Hue::Ember,
+    },
+    Trend {
+        name: names::OBJECTIVE_KL,
+        held_out: names::VAL_KL,
+        unit: "nats",
+        title: "KL from the fine-tuned model.",
+        caption: "Summed over an answer, averaged over answers; on sampled tokens (k1).",
+        hue: Hue::Slate,
+    },
+    Trend {
+        name: names::POLICY_ENTROPY,
+        held_out: "",
+        unit: "nats",
+        title: "Entropy.",
+        caption: "Of the next-token distribution, mean over answer tokens.",
+        hue: Hue::Slate,
+    },
+    Trend {
+        name: names::ROLLOUT_RESPONSE_LENGTH,
+        held_out: names::VAL_RESPONSE_LENGTH,
+        unit: "tokens",
+        title: "Length of an answer.",
+        caption: "Mean, the end mark included.",
+        hue: Hue::Slate,
+    },
+    Trend {
+        name: names::ROLLOUT_EOS_RATE,
+        held_out: names::VAL_EOS_RATE,
+        unit: "share",
+        title: "Answers that end.",
+        caption: "Share that stop by themselves before the limit.",
+        hue: Hue::Slate,
+    },
+];
+
+impl Trend {
+    /// Every rollout faint, their running mean strong, held-out values as dots.
+    fn figure(&self, stage: &StageSource) -> Result<Option<Figure>> {
+        let points = stage.log.series(self.name);
+        let Some(&(_, last)) = points.last() else { return Ok(None) };
+        let other = if self.hue == Hue::Ember { Hue::Slate } else { Hue::Ember };
+        let curve = |label: String, points, hue, weight| Curve { label, points, hue, weight };
+        let trend = smooth(&points, 20);
+        let mut curves = vec![
+            curve(format!("each rollout, {last:.3} at the end"), points, self.hue, Weight::Faint),
+            curve("running mean".to_owned(), trend, self.hue, Weight::Trend),
+        ];
+        let held_out = stage.log.series(self.held_out);
+        if !held_out.is_empty() {
+            curves.push(curve("held-out prompts".to_owned(), held_out, other, Weight::Dots));
+        }
+        figure(&curves, self.unit, self.title, self.caption, HALF_WIDTH)
+    }
 }
 
 /// Everything the page says about one stage.
@@ -136,30 +220,8 @@ fn figures(stage: &StageSource) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     match stage.step {
         Step::Ppo => {
-            let gold = stage.log.names_with_prefix("gold/");
-            let mut wanted: Vec<(&str, &str, &str, &str)> = vec![(
-                "objective/score",
-                "score",
-                "Reward model’s score.",
-                "Mean over the rollout; 0 is the fine-tuned model. This is what PPO maximises.",
-            )];
-            wanted.extend(gold.first().map(|name| {
-                (name.as_str(), "gold score", "Gold score.", "Mean over the same answers. PPO does not see it.")
-            }));
-            wanted.extend([
-                (
-                    "objective/kl",
-                    "nats",
-                    "KL from the fine-tuned model.",
-                    "Summed over an answer, averaged over answers; on sampled tokens (k1).",
-                ),
-                ("policy/entropy", "nats", "Entropy.", "Of the next-token distribution, mean over answer tokens."),
-                ("rollout/response_length", "tokens", "Length of an answer.", "Mean, the end mark included."),
-                ("rollout/eos_rate", "share", "Answers that end.", "Share that stop by themselves before the limit."),
-            ]);
-            for (name, unit, title, caption) in wanted {
-                let hue = if name.starts_with("gold/") || name == "objective/score" { Hue::Ember } else { Hue::Slate };
-                figures.extend(trend(stage, name, unit, title, caption, hue)?);
+            for trend in TRENDS {
+                figures.extend(trend.figure(stage)?);
             }
         }
         Step::RewardModel => {
@@ -186,18 +248,6 @@ fn train_and_val(stage: &StageSource, name: &str, unit: &str, title: &str, width
     figure(&curves, unit, title, "", width)
 }
 
-/// One value of PPO over its iterations: every value faint, the running mean strong.
-fn trend(stage: &StageSource, name: &str, unit: &str, title: &str, caption: &str, hue: Hue) -> Result<Option<Figure>> {
-    let points = stage.log.series(name);
-    let Some(&(_, last)) = points.last() else { return Ok(None) };
-    let trend = smooth(&points, 20);
-    let curves = [
-        Curve { label: format!("each rollout, {last:.3} at the end"), points, hue, weight: Weight::Faint },
-        Curve { label: "running mean".to_owned(), points: trend, hue, weight: Weight::Strong },
-    ];
-    figure(&curves, unit, title, caption, HALF_WIDTH)
-}
-
 fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, width: u32) -> Result<Option<Figure>> {
     let plot = Plot { x_label: "step", y_label: unit, curves, width, height: width * 9 / 20 + 20 };
     let Some(svg) = plot.to_svg()? else { return Ok(None) };
@@ -205,7 +255,7 @@ fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, width: u32) 
         .iter()
         .map(|curve| Key {
             label: curve.label.clone(),
-            class: format!("{}{}", curve.hue.class(), if curve.weight == Weight::Faint { " faint" } else { "" }),
+            class: format!("{}{}", curve.hue.class(), curve.weight.class()),
         })
         .collect();
     Ok(Some(Figure { svg, title: title.to_owned(), caption: caption.to_owned(), keys }))
@@ -243,11 +293,10 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             let change = |name: &str, digits: usize| {
                 let series = log.series(name);
                 let ((_, first), (_, last)) = (*series.first()?, *series.last()?);
-                Some(format!("{first:.digits$} → {last:.digits$}"))
+                Some(format!("{first:.digits$} → {last:.digits$}").replace('-', "−"))
             };
             push("Reward model’s score", change("objective/score", 2), "first rollout → last");
-            let gold = log.names_with_prefix("gold/");
-            push("Gold score", gold.first().and_then(|name| change(name, 3)), "first rollout → last");
+            push("Gold score", change(names::GOLD_SCORE, 3), "first rollout → last");
             push("KL from SFT", log.last("objective/kl").map(|kl| format!("{kl:.2} nats")), "summed over an answer");
             let win_rate = source.evaluation.as_ref().and_then(|e| e.ppo.get("win_rate")).and_then(mean_of);
             push("Wins against SFT", win_rate.map(percent), "by the reward model, held-out prompts");
@@ -262,6 +311,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
         _ => {
             push("Best held-out loss", log.min("val/loss").map(|loss| format!("{loss:.3}")), "nats per token");
             push("Perplexity", log.min("val/loss").map(|loss| format!("{:.2}", loss.exp())), "exp of that loss");
+            push("Tokens guessed right", log.last("val/accuracy").map(percent), "of the answers, held out");
             push("Bits per byte", log.min("val/bits_per_byte").map(|bits| format!("{bits:.3}")), "held out");
         }
     }

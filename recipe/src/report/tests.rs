@@ -29,6 +29,9 @@ fn made_up_run(out: &Path) {
                     row["objective/score"] = json!(1.0 - falling);
                     row["objective/kl"] = json!(6.0 - 6.0 * falling);
                     row["gold/score"] = json!(0.9 - 0.3 * falling);
+                    if i % 10 == 0 {
+                        row["gold/val_score"] = json!(0.8);
+                    }
                 } else {
                     row["train/loss"] = json!(1.0 + falling);
                     if i % 10 == 0 {

@@ -267,7 +267,7 @@ fn files_that_are_none_are_errors() {
     assert!(matches!(read_texts(&blank, &Separator::None, FAIL), Err(DataError::Empty(_))));
     let latin1 = scratch.file("latin1.txt", b"ok\ncaf\xe9\n");
     let error = read_texts(&latin1, &Separator::BlankLine, FAIL).unwrap_err();
-    assert!(matches!(error, DataError::BadRecord { number: 2, .. }));
+    assert!(matches!(error, DataError::NotUtf8 { .. }));
     let whole = gz("{\"text\":\"a\"}\n");
     let cut = scratch.file("cut.jsonl.gz", &whole[..whole.len() - 6]);
     assert!(matches!(read_texts(&cut, &Separator::BlankLine, FAIL), Err(DataError::Read { .. })));

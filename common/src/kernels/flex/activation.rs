@@ -23,11 +23,9 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
     let (x, bias) = (contiguous(x), contiguous(bias));
     let (x, bias) = (floats(&x), floats(&bias));
     let mut out = unset(x.len());
-    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
-        match activation {
-            Activation::Relu => relu_rows(out, x, bias),
-            Activation::GeluTanh => gelu_rows(out, x, bias),
-        }
+    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| match activation {
+        Activation::Relu => relu_rows(out, x, bias),
+        Activation::GeluTanh => gelu_rows(out, x, bias),
     });
     tensor(out, shape)
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
 use super::simd::{add_assign, simd};
-use super::{contiguous, floats, matrix_dims, tensor, unset};
+use super::{contiguous, few, floats, matrix_dims, tensor, transpose_on_all_threads, unset};
 
 /// Rows whose columns are summed by one task.
 const ROWS: usize = 256;
@@ -18,6 +18,10 @@ pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
     let last = shape.num_dims() - 1;
     shape.as_mut_slice()[last] = d_out;
     let (x, weight) = (contiguous(x), contiguous(weight));
+    if n <= few::ROWS {
+        let bias = bias.map(contiguous);
+        return tensor(few::times_matrix(floats(&x), floats(&weight), bias.as_ref().map(floats), d_out), shape);
+    }
     let mut out = unset(n * d_out);
     let mut output = Output::Overwrite;
     if let Some(bias) = bias {
@@ -41,7 +45,35 @@ pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
     tensor(out, shape)
 }
 
+/// `hidden · headᵀ`.
+///
+/// Of many rows the transpose is computed first: that way it is the hidden states that the product has to rearrange,
+/// not the head.
+pub fn logits(hidden: &FlexTensor, head: &FlexTensor) -> FlexTensor {
+    let (n, d_model) = matrix_dims(hidden);
+    let (vocab_size, _) = matrix_dims(head);
+    let (hidden, head) = (contiguous(hidden), contiguous(head));
+    let (hidden, head) = (floats(&hidden), floats(&head));
+    if n <= few::ROWS {
+        return tensor(few::times_transposed(hidden, head, d_model), [n, vocab_size]);
+    }
+    let mut columns = unset(vocab_size * n);
+    let mut out = unset(vocab_size * n);
+    gemm(
+        MatMut::rows(&mut columns, vocab_size, n, n),
+        Output::Overwrite,
+        Mat::rows(head, vocab_size, d_model, d_model),
+        Mat::rows(hidden, n, d_model, d_model).t(),
+        1.0,
+        Threads::All,
+    );
+    transpose_on_all_threads(&mut out, &columns, vocab_size, n);
+    tensor(out, [n, vocab_size])
+}
+
 /// Gradient of `x`: `grad Wᵀ`.
+///
+/// The weight is transposed first, by all threads: the product would do it too, but on one thread while the others wait.
 pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     let (n, d_out) = matrix_dims(grad);
     let (d_in, _) = matrix_dims(weight);
@@ -49,12 +81,14 @@ pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     let last = shape.num_dims() - 1;
     shape.as_mut_slice()[last] = d_in;
     let (weight, grad) = (contiguous(weight), contiguous(grad));
+    let mut transposed = unset(d_in * d_out);
+    transpose_on_all_threads(&mut transposed, floats(&weight), d_in, d_out);
     let mut out = unset(n * d_in);
     gemm(
         MatMut::rows(&mut out, n, d_in, d_in),
         Output::Overwrite,
         Mat::rows(floats(&grad), n, d_out, d_out),
-        Mat::rows(floats(&weight), d_in, d_out, d_out).t(),
+        Mat::rows(&transposed, d_out, d_in, d_in),
         1.0,
         Threads::All,
     );

@@ -1,14 +1,15 @@
 //! Log-probabilities of targets and entropies from hidden states, without the `[n, vocab_size]` logits.
 //!
 //! Logits live a tile at a time and transposed, one row a token of the vocabulary, so that the softmax runs down the
-//! columns, a vector register full of positions at a time.
+//! columns, a vector register full of positions at a time. Hidden states are transposed once for all tiles, or each
+//! product would do it for itself.
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
-use super::simd::{exp, fma, simd};
-use super::{contiguous, floats, indices, matrix_dims, tensor, unset, with_scratch};
+use super::simd::{add_assign, exp, fma, simd};
+use super::{contiguous, floats, indices, matrix_dims, tensor, transpose, unset, with_scratch};
 
 /// Positions in a tile of the forward: two of the matrix kernel's 48.
 const POSITIONS: usize = 96;
@@ -53,13 +54,15 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
         .zip(targets.par_chunks(POSITIONS).zip(hidden.par_chunks(POSITIONS * d_model)))
         .for_each(|(((log_probs, entropy), lse), (targets, hidden))| {
             let n = targets.len();
-            let hidden = Mat::rows(hidden, n, d_model, d_model);
             let mut running = Running {
                 highest: [f32::NEG_INFINITY; POSITIONS],
                 total: [0.0; POSITIONS],
                 weighted: [0.0; POSITIONS],
             };
-            with_scratch(TOKENS * n, |logits| {
+            with_scratch((TOKENS + d_model) * n, |scratch| {
+                let (logits, columns) = scratch.split_at_mut(TOKENS * n);
+                transpose(columns, hidden, n, d_model);
+                let hidden = Mat::rows(columns, d_model, n, n);
                 for (i, head) in head.chunks(TOKENS * d_model).enumerate() {
                     let n_tokens = head.len() / d_model;
                     let logits = &mut logits[..n_tokens * n]; // [n_tokens, n]
@@ -67,7 +70,7 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
                         MatMut::rows(logits, n_tokens, n, n),
                         Output::Overwrite,
                         Mat::rows(head, n_tokens, d_model, d_model),
-                        hidden.t(),
+                        hidden,
                         scale as f32,
                         Threads::One,
                     );
@@ -150,13 +153,16 @@ pub fn backward(
     let (hidden, head, lse, grad) = (floats(&hidden), floats(&head), floats(&lse), floats(&grad));
     let mut hidden_grad = unset(n * d_model);
     let mut head_grad = vec![0.0; vocab_size * d_model];
-    let block = (HELD / vocab_size.max(1) / 64 * 64).clamp(64, BLOCK).min(n.max(1));
-    let mut slopes = unset(vocab_size * block);
+    let block = block_of(n, vocab_size);
+    let (mut slopes, mut columns) = (unset(vocab_size * block), unset(d_model * block));
     for start in (0..n).step_by(block) {
         let n = block.min(n - start);
         let span = start..start + n;
         let (targets, lse, grad) = (&targets[span.clone()], &lse[span.clone()], &grad[span]);
-        let hidden = Mat::rows(&hidden[start * d_model..], n, d_model, d_model);
+        let hidden = &hidden[start * d_model..][..n * d_model];
+        let columns = &mut columns[..d_model * n]; // [d_model, n]
+        transpose(columns, hidden, n, d_model);
+        let (hidden, columns) = (Mat::rows(hidden, n, d_model, d_model), Mat::rows(columns, d_model, n, n));
         let slopes = &mut slopes[..vocab_size * n]; // [vocab_size, n]
         slopes
             .par_chunks_mut(TOKENS * n)
@@ -167,7 +173,7 @@ pub fn backward(
                 let n_tokens = head.len() / d_model;
                 let head = Mat::rows(head, n_tokens, d_model, d_model);
                 let tile = MatMut::rows(slopes, n_tokens, n, n);
-                gemm(tile, Output::Overwrite, head, hidden.t(), scale, Threads::One);
+                gemm(tile, Output::Overwrite, head, columns, scale, Threads::One);
                 slopes_of_logits(slopes, lse, grad, scale);
                 for (position, target) in targets.iter().enumerate() {
                     if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
@@ -188,6 +194,159 @@ pub fn backward(
         );
     }
     (tensor(hidden_grad, [n, d_model]), tensor(head_grad, [vocab_size, d_model]))
+}
+
+/// Positions whose logits are held at once.
+fn block_of(n: usize, vocab_size: usize) -> usize {
+    (HELD / vocab_size.max(1) / 64 * 64).clamp(64, BLOCK).min(n.max(1))
+}
+
+/// A cross-entropy and its gradients.
+#[derive(Debug, Clone)]
+pub struct CrossEntropy {
+    /// `−Σ log p_target · weight`, `[1]`
+    pub loss: FlexTensor,
+    /// Of the hidden states.
+    pub hidden_grad: FlexTensor,
+    /// Of the head.
+    pub head_grad: FlexTensor,
+}
+
+/// `−Σ log p_target · weight`, without gradients.
+pub fn cross_entropy(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, weight: f64) -> FlexTensor {
+    let log_probs = forward(hidden, head, targets, 1.0).of_targets;
+    let sum: f64 = floats(&log_probs).iter().map(|&log_prob| f64::from(log_prob)).sum();
+    tensor(vec![(-sum * weight) as f32], [1])
+}
+
+/// `−Σ log p_target · weight` with its gradients, from one computation of the logits: what they will be multiplied by
+/// is known beforehand, so the backward need not compute them again.
+///
+/// With `e = exp(z − max z)`: `∂hidden_i = w (Σ_v e_vi head_v / Σ_v e_vi − head_target)`, and the head's likewise.
+pub fn cross_entropy_with_gradients(
+    hidden: &FlexTensor,
+    head: &FlexTensor,
+    targets: &FlexTensor,
+    weight: f64,
+) -> CrossEntropy {
+    let (n, d_model) = matrix_dims(hidden);
+    let (vocab_size, _) = matrix_dims(head);
+    let targets = target_ids(targets, vocab_size);
+    let (hidden, head) = (contiguous(hidden), contiguous(head));
+    let (hidden, head) = (floats(&hidden), floats(&head));
+    let mut hidden_grad = unset(n * d_model);
+    let mut head_grad = if n == 0 { vec![0.0; vocab_size * d_model] } else { unset(vocab_size * d_model) };
+    let block = block_of(n, vocab_size);
+    let n_tiles = vocab_size.div_ceil(TOKENS);
+    let mut exps = unset(vocab_size * block);
+    let mut columns = unset(d_model * block);
+    let mut per_tile = unset(n_tiles * block);
+    let mut sum = 0.0f64;
+    for start in (0..n).step_by(block) {
+        let n = block.min(n - start);
+        let targets = &targets[start..start + n];
+        let hidden = &hidden[start * d_model..][..n * d_model];
+        let exps = &mut exps[..vocab_size * n]; // [vocab_size, n]
+        let per_tile = &mut per_tile[..n_tiles * n]; // [n_tiles, n]
+        let columns = &mut columns[..d_model * n]; // [d_model, n]
+        transpose(columns, hidden, n, d_model);
+        let hidden_columns = Mat::rows(columns, d_model, n, n);
+        let tiles = exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n));
+        tiles.zip(head.par_chunks(TOKENS * d_model)).for_each(|((logits, highest), head)| {
+            let n_tokens = head.len() / d_model;
+            let head = Mat::rows(head, n_tokens, d_model, d_model);
+            let out = MatMut::rows(logits, n_tokens, n, n);
+            gemm(out, Output::Overwrite, head, hidden_columns, 1.0, Threads::One);
+            highest.fill(f32::NEG_INFINITY);
+            take_highest(highest, logits);
+        });
+        let mut highest = vec![f32::NEG_INFINITY; n];
+        take_highest(&mut highest, per_tile);
+        for (position, target) in targets.iter().enumerate() {
+            sum -= f64::from(exps[target * n + position] - highest[position]);
+        }
+        exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n)).for_each(|(logits, total)| {
+            total.fill(0.0);
+            exponentials(logits, &highest, total);
+        });
+        let mut factors = vec![0.0; n];
+        for total in per_tile.chunks_exact(n) {
+            add_assign(&mut factors, total);
+        }
+        for factor in &mut factors {
+            sum += f64::from(*factor).ln();
+            *factor = weight as f32 / *factor;
+        }
+        // The columns are not needed any more: [n, d_model].
+        let scaled = columns;
+        for ((scaled, hidden), factor) in
+            scaled.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model)).zip(&factors)
+        {
+            scaled.iter_mut().zip(hidden).for_each(|(scaled, hidden)| *scaled = hidden * factor);
+        }
+        let scaled = Mat::rows(scaled, n, d_model, d_model);
+        let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
+        exps.par_chunks(TOKENS * n).zip(head_grad.par_chunks_mut(TOKENS * d_model)).for_each(|(exps, head_grad)| {
+            let n_tokens = exps.len() / n;
+            let out = MatMut::rows(head_grad, n_tokens, d_model, d_model);
+            gemm(out, output, Mat::rows(exps, n_tokens, n, n), scaled, 1.0, Threads::One);
+        });
+        let hidden_grad = &mut hidden_grad[start * d_model..][..n * d_model];
+        gemm(
+            MatMut::rows(hidden_grad, n, d_model, d_model),
+            Output::Overwrite,
+            Mat::rows(exps, vocab_size, n, n).t(),
+            Mat::rows(head, vocab_size, d_model, d_model),
+            1.0,
+            Threads::All,
+        );
+        let rows = hidden_grad.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model));
+        for (((hidden_grad, hidden), &target), &factor) in rows.zip(targets).zip(&factors) {
+            let span = target * d_model..(target + 1) * d_model;
+            subtract_target(hidden_grad, &mut head_grad[span.clone()], hidden, &head[span], factor, weight as f32);
+        }
+    }
+    CrossEntropy {
+        loss: tensor(vec![(sum * weight) as f32], [1]),
+        hidden_grad: tensor(hidden_grad, [n, d_model]),
+        head_grad: tensor(head_grad, [vocab_size, d_model]),
+    }
+}
+
+simd! {
+    /// Takes the rows of `numbers` into the largest number of each column.
+    fn take_highest(highest: &mut [f32], numbers: &[f32]) {
+        for row in numbers.chunks_exact(highest.len()) {
+            for (highest, number) in highest.iter_mut().zip(row) {
+                *highest = if *number > *highest { *number } else { *highest };
+            }
+        }
+    }
+
+    /// Turns logits into `exp(z − highest)` and adds the rows to `total`.
+    fn exponentials(logits: &mut [f32], highest: &[f32], total: &mut [f32]) {
+        for row in logits.chunks_exact_mut(highest.len()) {
+            for ((logit, highest), total) in row.iter_mut().zip(highest).zip(total.iter_mut()) {
+                *logit = exp(*logit - highest);
+                *total += *logit;
+            }
+        }
+    }
+
+    /// Scales the gradient of a hidden state, then takes what the target contributes from both gradients.
+    fn subtract_target(
+        hidden_grad: &mut [f32],
+        head_grad: &mut [f32],
+        hidden: &[f32],
+        head: &[f32],
+        factor: f32,
+        weight: f32,
+    ) {
+        for (((hidden_grad, head_grad), hidden), head) in hidden_grad.iter_mut().zip(head_grad).zip(hidden).zip(head) {
+            *hidden_grad = fma(-weight, *head, *hidden_grad * factor);
+            *head_grad = fma(-weight, *hidden, *head_grad);
+        }
+    }
 }
 
 /// The targets as indices.

@@ -7,6 +7,7 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod decode;
+mod few;
 mod gemm;
 pub mod linear;
 pub mod log_probs;
@@ -19,6 +20,7 @@ use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
 
 use super::autodiff::FusedOps;
 use super::{Activation, AdamWStep};
@@ -84,6 +86,19 @@ impl FusedOps for Flex {
         (out.of_targets, out.entropy)
     }
 
+    fn fused_cross_entropy(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        weight: f64,
+    ) -> FloatTensor<Self> {
+        log_probs::cross_entropy(&hidden, &head, &targets, weight)
+    }
+
+    fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::logits(&hidden, &head)
+    }
+
     fn fused_adamw(
         param: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -128,6 +143,15 @@ fn matrix_dims(tensor: &FlexTensor) -> (usize, usize) {
     (shape.num_elements().checked_div(cols).unwrap_or(0), cols)
 }
 
+/// `tensor` times the one number of `factor`; `tensor` itself if that is 1.
+pub fn scaled(mut tensor: FlexTensor, factor: &FlexTensor) -> FlexTensor {
+    let factor = floats(&contiguous(factor))[0];
+    if factor != 1.0 {
+        tensor.storage_mut::<f32>().par_iter_mut().for_each(|x| *x *= factor);
+    }
+    tensor
+}
+
 /// `n` numbers that are not set to anything, for an output of which every element is written.
 ///
 /// Clearing it first would cost a pass over memory, which for the large tensors here is a good part of the work.
@@ -138,6 +162,39 @@ fn unset(n: usize) -> Vec<f32> {
     // writes every element of its output before anything reads it.
     unsafe { data.set_len(n) };
     data
+}
+
+/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`.
+fn transpose(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
+    transpose_columns(to, from, rows, cols, 0);
+}
+
+/// [`transpose`], shared out among threads if it is large.
+fn transpose_on_all_threads(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
+    /// Numbers handled by one task.
+    const TASK: usize = 1 << 14;
+    let n_cols = (TASK / rows.max(1)).next_multiple_of(16);
+    to.par_chunks_mut((n_cols * rows).max(1)).enumerate().for_each(|(i, to)| {
+        transpose_columns(to, from, rows, cols, i * n_cols);
+    });
+}
+
+/// Writes the columns of `from: [rows, cols]` from `first` on to the rows of `to`, as many as it has.
+fn transpose_columns(to: &mut [f32], from: &[f32], rows: usize, cols: usize, first: usize) {
+    /// Numbers of a side of the squares it is cut into, so that reads and writes both stay in the first cache.
+    const SIDE: usize = 16;
+    let n_cols = to.len().checked_div(rows).unwrap_or(0);
+    for start_row in (0..rows).step_by(SIDE) {
+        let end_row = rows.min(start_row + SIDE);
+        for start_col in (0..n_cols).step_by(SIDE) {
+            for col in start_col..n_cols.min(start_col + SIDE) {
+                let to = &mut to[col * rows + start_row..col * rows + end_row];
+                for (to, row) in to.iter_mut().zip(start_row..) {
+                    *to = from[row * cols + first + col];
+                }
+            }
+        }
+    }
 }
 
 /// Gives `body` a buffer of `n` numbers of any value, kept by the thread from one call to the next.
