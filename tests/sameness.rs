@@ -5,6 +5,7 @@
 use common::hf;
 use common::model::NamedTensors;
 use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
+use serde_json::json;
 
 /// Of weights of order 1 after a dozen steps, computed in f32 in another order. Holds only with [`PROPORTIONAL`].
 const ROUNDING: f32 = 2e-5;
@@ -12,6 +13,9 @@ const ROUNDING: f32 = 2e-5;
 /// AdamW divides a gradient by its own size, so where the true gradient is 0 (the bias of attention's keys) it makes a
 /// whole step of the rounding error. An epsilon far above the gradients makes its steps proportional to them instead.
 const PROPORTIONAL: [&str; 2] = ["optimizer.eps=1.0", "optimizer.lr=1.0"];
+
+/// Losses of the recorded steps on another machine, whose vector units round otherwise.
+const TRAJECTORY: f64 = 1e-3;
 
 fn set<'a>(settings: &[&'a str]) -> Vec<&'a str> {
     settings.iter().flat_map(|setting| ["--set", setting]).collect()
@@ -125,5 +129,33 @@ fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
             let sha256 = |out: &str| lab.json(&format!("{out}/manifest.json"))["weights_sha256"].clone();
             assert_ne!(sha256(&once), sha256(&other), "{} on {name}: the seed is not used", stage.program);
         }
+    }
+}
+
+/// A change of these numbers is a change of what is computed: renew them with `UPDATE_SNAPSHOTS=1` and say why.
+#[test]
+fn every_stage_makes_the_recorded_steps() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/trajectory.json");
+    let lab = Lab::before(PPO);
+    lab.prepare(PPO);
+    let name = |stage: Stage| if stage == PPO { "policy/loss" } else { "train/loss" };
+    let losses = STAGES.map(|stage| {
+        let lines = lab.lines(&format!("{}/metrics.jsonl", stage.out));
+        let losses: Vec<f64> = lines.iter().filter_map(|line| line[name(stage)].as_f64()).collect();
+        (stage.program, losses)
+    });
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some_and(|value| value == "1") {
+        let environment = format!("{} {}, flex, fused", std::env::consts::OS, std::env::consts::ARCH);
+        let recorded: serde_json::Map<_, _> = std::iter::once(("environment".to_owned(), json!(environment)))
+            .chain(losses.iter().map(|(program, losses)| ((*program).to_owned(), json!(losses))))
+            .collect();
+        std::fs::write(&path, format!("{:#}\n", json!(recorded))).unwrap();
+        return;
+    }
+    let recorded: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (program, losses) in losses {
+        let expected: Vec<f64> = serde_json::from_value(recorded[program].clone()).unwrap();
+        let close = losses.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= TRAJECTORY);
+        assert!(losses.len() == expected.len() && close, "{program}: {losses:?}, recorded {expected:?}");
     }
 }
