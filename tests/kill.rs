@@ -23,7 +23,7 @@ fn assert_survives(stage: Stage, n_steps: u32, n_kills: usize) {
     assert!(run.until(|| lab.saved_step("whole").is_some()), "{}", run.stderr());
     let first_save = start.elapsed();
     assert!(run.ends().success(), "{}", run.stderr());
-    let step = (start.elapsed() - first_save) / n_steps;
+    let step = start.elapsed().saturating_sub(first_save) / n_steps;
 
     let mut moments = Streams::new(11).get("tests/kill", 0);
     let (mut n_killed, mut n_after_save) = (0, 0);
@@ -60,7 +60,7 @@ fn assert_survives(stage: Stage, n_steps: u32, n_kills: usize) {
 /// From half the way to the first save of a life to a few steps after it.
 fn moment(moments: &mut Rng, first_save: Duration, step: Duration) -> Duration {
     let (from, to) = (first_save / 2, first_save + 5 * step);
-    from + (to - from).mul_f64(moments.uniform())
+    from + to.saturating_sub(from).mul_f64(moments.uniform())
 }
 
 /// Checks that what a killed run left loads, or that there is nothing to load.
