@@ -98,7 +98,7 @@ pub struct GenerateArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Most tokens of one answer
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, allow_negative_numbers = true)]
     pub max_tokens: usize,
 
     /// Divides the logits; 0 always takes the likeliest token [default: 0.8]
@@ -106,7 +106,7 @@ pub struct SamplingArgs {
     pub temperature: Option<f64>,
 
     /// Choose among the K likeliest tokens; 0 for all [default: 0]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
 
     /// Choose among the likeliest tokens that together have probability P [default: 0.95]
@@ -118,7 +118,7 @@ pub struct SamplingArgs {
     pub repetition_penalty: f64,
 
     /// Search for the likeliest answer with N beams instead of sampling; 1 is off
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub beams: usize,
 
     /// With --beams: divide an answer's log-probability by its length to this power [default: 1]
@@ -126,7 +126,7 @@ pub struct SamplingArgs {
     pub length_penalty: Option<f64>,
 
     /// Seed of the random numbers: the same seed gives the same answers
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
 
     /// End the answer before this text [repeatable]

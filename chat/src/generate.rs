@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::ops::ControlFlow;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use common::conversation::{Message, Role, encode_prompt};
 use common::stage::UsageError;
 use serde::Serialize;
@@ -18,6 +18,12 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let answerer = Answerer::load(&args.checkpoint, &args.sampling, &args.runtime)?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&answerer, &prompt)? } else { encode_chat(&answerer, args, prompt)? };
+    let (n_tokens, max_seq_len) = (ids.len(), answerer.max_seq_len());
+    ensure!(
+        n_tokens < max_seq_len,
+        "the prompt is too long: {n_tokens} tokens, but the model's context window holds {max_seq_len} and needs room \
+         for an answer\nhint: shorten the prompt, or use a model with a larger `max_seq_len`"
+    );
 
     let mut out = std::io::stdout().lock();
     let mut written = Ok(());

@@ -78,6 +78,24 @@ fn a_full_disk_leaves_the_last_checkpoint() {
 }
 
 #[test]
+fn a_run_that_diverges_says_so_and_leaves_the_last_checkpoint() {
+    let lab = models();
+    lab.ok("pretrain", &PRETRAIN.train("out", &["-q", "--set", "train.steps=2"]));
+    let before = lab.bytes("out/model.safetensors");
+    let settings = ["train.steps=20", "optimizer.lr=1e30", "optimizer.grad_clip=0", "run.save_every=1"];
+    let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    let output = lab.run("pretrain", &PRETRAIN.train("out", &[&more[..], &["--resume", "-q"]].concat()));
+    assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
+    // Whether it is an infinity or NaN, and which number is seen first, is the processor's business.
+    assert!(output.stderr.contains("the last checkpoint is kept"), "{}", output.stderr);
+    assert!(["became", "holds"].iter().any(|verb| output.stderr.contains(verb)), "{}", output.stderr);
+    let checkpoint = Checkpoint::open(&lab.path("out")).unwrap();
+    checkpoint.state().unwrap();
+    let step = lab.saved_step("out").unwrap();
+    assert!(step > 2 || lab.bytes("out/model.safetensors") == before, "the checkpoint of step {step}");
+}
+
+#[test]
 fn results_that_cannot_be_printed() {
     let lab = models();
     lab.write("ids.json", "[[1, 2]]");

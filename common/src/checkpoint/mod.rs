@@ -432,7 +432,7 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// Not writable.
-    #[error("failed to write `{}`: {source}; the last checkpoint is kept", path.display())]
+    #[error("failed to write `{}`, so the last checkpoint is kept: {source}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
