@@ -38,7 +38,7 @@ pub struct StageArgs {
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Override one value of the config; VALUE is TOML, or a string [repeatable]
+    /// Override one value of the config; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 

@@ -62,7 +62,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
 
-    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string [repeatable]
+    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 

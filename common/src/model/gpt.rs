@@ -11,7 +11,7 @@ use crate::rng::{Rng, Streams};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
-/// Token embedding plus position, `n_layers` [`Block`]s, with pre-norm a final LayerNorm, and an output layer that
+/// Token embedding plus position, `n_layers` blocks, with pre-norm a final LayerNorm, and an output layer that
 /// shares the token embedding's weights or has its own.
 ///
 /// # Source
