@@ -144,6 +144,11 @@ pub fn set_threads(threads: Option<NonZeroUsize>) -> Result<(), StageError> {
     Ok(())
 }
 
+/// The number of threads of everything that computes on the CPU.
+pub fn n_threads() -> usize {
+    rayon::current_num_threads()
+}
+
 /// Whether the user asked to stop. The first Ctrl-C or SIGTERM is noted, so that the step can be finished and saved;
 /// the second ends the program at once, with exit code 130.
 #[derive(Debug, Clone, Copy)]

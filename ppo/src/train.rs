@@ -1,7 +1,6 @@
 //! The training loop.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use burn::module::Module;
@@ -24,8 +23,9 @@ use crate::cli::TrainArgs;
 use crate::config::{PpoConfig, ValueInit};
 use crate::data::{Prompt, Prompts};
 use crate::eval::open_reward_model;
+use crate::iteration::{Done, Iteration, Seconds};
 use crate::kl::AdaptiveController;
-use crate::rollout::{Experience, Judge, Rollout, Sampling, of_response_tokens, values};
+use crate::rollout::{Experience, Judge, Rollout, Sampling};
 use crate::update::{Learner, UpdateMetrics};
 
 /// Every sampled response, in the output directory.
@@ -93,6 +93,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         training.encoded.len(),
         held_out.encoded.len()
     );
+    let iteration = Iteration { config: &config, sampling: &sampling, judge: &judge, streams };
     let held_out = HeldOut { prompts: &held_out, judge: &judge, sampling: &sampling, config: &config };
     if !resumes {
         held_out.evaluate(&mut session, &learner.policy)?;
@@ -103,26 +104,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     while session.goes_on() {
         let step = session.progress().step;
         let first = step * batch_size;
-        let clock = Instant::now();
         let prompts: Vec<Prompt> =
             (first..first + batch_size).map(|position| training.encoded[order.item(position)].clone()).collect();
-        let generated = sampling.answer(&learner.policy.valid(), &prompts, first)?;
-        let rollout_seconds = clock.elapsed().as_secs_f64();
-
-        let clock = Instant::now();
-        let rollouts = judge.judge(&prompts, generated, &sampling)?;
-        let old_values = {
-            let value = learner.value.valid();
-            let pairs: Vec<_> = rollouts.iter().map(|r| (&*r.prompt.ids, &*r.response)).collect();
-            of_response_tokens(&pairs, config.micro_batch_size(), |batch| values(&value, batch))?
-        };
-        let batch = Experience::of_batch(rollouts, old_values, kl_coef, &config.ppo);
-        let score_seconds = clock.elapsed().as_secs_f64();
-
-        let clock = Instant::now();
-        let update;
-        (learner, update) = learner.update(&batch, &config, streams, step)?;
-        let update_seconds = clock.elapsed().as_secs_f64();
+        let done = iteration.run(learner, &prompts, step, kl_coef)?;
+        let Done { batch, update, seconds, .. } = done;
+        learner = done.learner;
 
         let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
         session.count_step(n_tokens as u64, update.policy_grad_norm + update.value_grad_norm)?;
@@ -131,13 +117,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         }
         let measured = Measured::of(&batch);
         if session.logs() {
-            let timing = [rollout_seconds, score_seconds, update_seconds];
-            session.log(&measured.metrics(
-                kl_coef,
-                &update,
-                timing,
-                config.optimizer.lr_at(step, config.train.steps),
-            ))?;
+            let lr = config.optimizer.lr_at(step, config.train.steps);
+            session.log(&measured.metrics(kl_coef, &update, seconds, lr))?;
         }
         if let Some(controller) = &mut controller {
             kl_coef = controller.update(measured.kl as f32, batch.len());
@@ -236,7 +217,7 @@ impl Measured {
     }
 
     /// The line of `metrics.jsonl`.
-    fn metrics(&self, kl_coef: f32, update: &UpdateMetrics, timing: [f64; 3], lr: f64) -> Vec<(&'static str, f64)> {
+    fn metrics(&self, kl_coef: f32, update: &UpdateMetrics, seconds: Seconds, lr: f64) -> Vec<(&'static str, f64)> {
         let non_score_reward = -f64::from(kl_coef) * self.kl;
         let mut metrics = vec![
             (names::OBJECTIVE_KL, self.kl),
@@ -256,9 +237,9 @@ impl Measured {
             (names::VALUE_EXPLAINED_VARIANCE, self.explained_variance),
             (names::ROLLOUT_RESPONSE_LENGTH, self.response_length),
             (names::ROLLOUT_EOS_RATE, self.eos_rate),
-            (names::TIMING_ROLLOUT, timing[0]),
-            (names::TIMING_SCORE, timing[1]),
-            (names::TIMING_UPDATE, timing[2]),
+            (names::TIMING_ROLLOUT, seconds.rollout),
+            (names::TIMING_SCORE, seconds.score),
+            (names::TIMING_UPDATE, seconds.update),
             (names::TRAIN_LR, lr),
             (names::TRAIN_GRAD_NORM, update.policy_grad_norm),
             (names::VALUE_GRAD_NORM, update.value_grad_norm),

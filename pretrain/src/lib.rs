@@ -15,9 +15,10 @@ mod train;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
 pub use config::{DataConfig, PretrainConfig, TrainConfig};
+pub use data::Windows;
 pub use eval::Evaluation;
 pub use tokenizer::train_tokenizer;
-pub use train::train;
+pub use train::{gradients, train};
 
 use std::io::Write;
 

@@ -8,7 +8,7 @@ use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::metrics::names;
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
-use common::rng::Streams;
+use common::rng::{Rng, Streams};
 use common::session::{Exported, Extras, Origin, Outcome, Session};
 use common::stage::Interrupt;
 use common::tokenizer::Tokenizer;
@@ -75,13 +75,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             let position = step * batch_size + first;
             let windows = corpus.train.batch(position..position + micro)?;
             let mut dropout = streams.get("dropout", position);
-            let (inputs, targets) = windows.tensors(&device);
-            let hidden = gpt.hidden_with_dropout(inputs, &windows.layout(), Some(&mut dropout));
-            let [batch, seq, d_model] = hidden.dims();
             // The whole batch's number of targets, so that micro-batches add up to its mean.
-            let loss = loss::cross_entropy(&gpt, hidden.reshape([batch * seq, d_model]), targets, n_targets);
-            grads = grads.plus(Grads::take(&gpt, loss.backward()));
-            losses.push(loss.inner());
+            let (of_windows, loss) = gradients(&gpt, &windows, n_targets, Some(&mut dropout));
+            grads = grads.plus(of_windows);
+            losses.push(loss);
         }
         let lr = config.optimizer.lr_at(step, config.train.steps);
         let grad_norm;
@@ -104,6 +101,20 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         }
     }
     session.finish(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())
+}
+
+/// The gradients of the windows' cross-entropy, and its value, off the graph.
+///
+/// The sum over all targets is divided by `n_targets`; dropout is drawn from `dropout`.
+///
+/// # Shapes
+/// - returns the loss as `[1]`, in nats
+pub fn gradients(gpt: &Gpt, windows: &Windows, n_targets: usize, dropout: Option<&mut Rng>) -> (Grads, Tensor<1>) {
+    let (inputs, targets) = windows.tensors(&gpt.device());
+    let hidden = gpt.hidden_with_dropout(inputs, &windows.layout(), dropout);
+    let [batch, seq, d_model] = hidden.dims();
+    let loss = loss::cross_entropy(gpt, hidden.reshape([batch * seq, d_model]), targets, n_targets);
+    (Grads::take(gpt, loss.backward()), loss.inner())
 }
 
 /// The configuration with absolute paths.

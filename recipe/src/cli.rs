@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use common::stage::RuntimeArgs;
 
+use crate::bench::BenchCommand;
 use crate::steps::Step;
 
 /// Run a whole recipe: from text to an aligned chat model
@@ -16,7 +17,8 @@ use crate::steps::Step;
     after_help = "Example:\n  \
         recipe run configs/tiny --out runs/tiny\n  \
         recipe run configs/stories --data DATA --out runs/stories --set ppo.ppo.kl_coef=0.1\n  \
-        recipe world --out data/tiny"
+        recipe world --out data/tiny\n  \
+        recipe bench train --size a"
 )]
 pub struct Cli {
     /// What to do
@@ -31,6 +33,9 @@ pub enum Command {
     Run(RunArgs),
     /// Generate the data of configs/tiny as files
     World(WorldArgs),
+    /// Measure the speed of training, decoding or PPO on random weights and tokens: one JSON line
+    #[command(subcommand)]
+    Bench(BenchCommand),
 }
 
 /// Flags of `recipe run`.

@@ -6,9 +6,11 @@
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config`, `run`, `keys` (when a step has to run again), `collect`, `evaluate`, [`report`],
-//! [`gold`] (what an answer is really worth) and [`world`] (the generated data of `configs/tiny`).
+//! [`gold`] (what an answer is really worth), [`world`] (the generated data of `configs/tiny`) and [`bench`] (how fast all
+//! of it is here).
 
 mod answers;
+pub mod bench;
 mod cli;
 mod collect;
 mod config;
@@ -43,6 +45,7 @@ pub fn execute(cli: Cli) -> Result<()> {
             args.runtime.start()?;
             run(&args, Interrupt::install()?)
         }
+        Command::Bench(command) => bench::run(&command),
         Command::World(args) => {
             stage::init_logging(args.verbose, args.quiet);
             generate_world(&args)
