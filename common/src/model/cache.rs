@@ -42,9 +42,8 @@ impl Cache {
         );
         let shape = [n_pads.len(), config.n_heads, capacity, config.d_head()];
         let device = gpt.device();
-        let layers = (0..config.n_layers)
-            .map(|_| LayerCache { keys_values: Some((Tensor::zeros(shape, &device), Tensor::zeros(shape, &device))) })
-            .collect();
+        let zeros = || gpt.precision().narrow(Tensor::zeros(shape, &device));
+        let layers = (0..config.n_layers).map(|_| LayerCache { keys_values: Some((zeros(), zeros())) }).collect();
         Self { layers, n_pads: n_pads.to_vec(), len: 0, capacity }
     }
 
