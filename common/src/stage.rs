@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, memory};
 use crate::metrics::bars;
 
 /// The flags of every command that trains.
@@ -99,11 +99,12 @@ impl RuntimeArgs {
         self.kernels
     }
 
-    /// Starts logging and sets the number of threads: what `main` does first.
+    /// Starts logging and sets the number of threads and what becomes of freed memory: what `main` does first.
     ///
     /// # Errors
     /// If the thread pool runs already with another number of threads.
     pub fn start(&self) -> Result<(), StageError> {
+        memory::keep_freed();
         init_logging(self.verbose, self.quiet);
         set_threads(self.threads)
     }
