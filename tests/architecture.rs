@@ -24,7 +24,7 @@ const EDGES: [(&str, &[&str]); 20] = [
     ("config", &[]),
     ("conversation", &["tokenizer"]),
     ("data", &["conversation", "hash", "rng"]),
-    ("generate", &["model", "rng"]),
+    ("generate", &["kernels", "model", "rng"]),
     ("hash", &[]),
     ("hf", &["hash", "model"]),
     ("kernels", &[]),

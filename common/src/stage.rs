@@ -19,7 +19,7 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::backend::{self, BackendError};
-use crate::kernels::{Kernels, Precision};
+use crate::kernels::{Kernels, Precision, memory};
 use crate::metrics::bars;
 
 /// The flags of every command that trains.
@@ -123,11 +123,12 @@ impl RuntimeArgs {
         if self.precision == Precision::F32 { label } else { format!("{label}, {}", self.precision.name()) }
     }
 
-    /// Starts logging and sets the number of threads: what `main` does first.
+    /// Starts logging and sets the number of threads and what becomes of freed memory: what `main` does first.
     ///
     /// # Errors
     /// If the thread pool runs already with another number of threads.
     pub fn start(&self) -> Result<(), StageError> {
+        memory::keep_freed();
         init_logging(self.verbose, self.quiet);
         set_threads(self.threads)
     }

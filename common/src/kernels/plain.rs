@@ -59,11 +59,11 @@ pub(super) fn attention_cached(
     first_key: &[usize],
 ) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
     let [batch, new, _] = qkv.dims();
-    let [_, n_heads, _, _] = keys.dims();
+    let [_, n_heads, _, _] = values.dims();
     let device = qkv.device();
     let n_keys = cached + new;
     let [queries, new_keys, new_values] = split_heads(qkv, n_heads); // [batch, n_heads, new, d_head]
-    let keys = keys.slice_assign(s![.., .., cached..n_keys, ..], new_keys);
+    let keys = keys.slice_assign(s![.., .., .., cached..n_keys], new_keys.transpose());
     let values = values.slice_assign(s![.., .., cached..n_keys, ..], new_values);
     let hidden: Vec<bool> = first_key
         .iter()
@@ -74,7 +74,7 @@ pub(super) fn attention_cached(
     let hidden = Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
         .reshape([batch, 1, new, n_keys])
         .expand([batch, n_heads, new, n_keys]);
-    let seen_keys = keys.clone().slice(s![.., .., 0..n_keys, ..]);
+    let seen_keys = keys.clone().slice(s![.., .., .., 0..n_keys]).transpose();
     let seen_values = values.clone().slice(s![.., .., 0..n_keys, ..]);
     (weigh(queries, seen_keys, seen_values, hidden, None), keys, values)
 }

@@ -6,13 +6,14 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod crew;
 pub mod decode;
 mod few;
 mod gemm;
 pub mod linear;
 pub mod log_probs;
 pub mod norm;
-mod simd;
+pub mod simd;
 
 use std::cell::Cell;
 
