@@ -29,7 +29,7 @@ pub use config::{DataConfig, PpoConfig, PpoSection, TooLong, TrainConfig, ValueI
 pub use eval::{Estimate, Evaluation, evaluate};
 pub use train::train;
 
-use common::stage::Interrupt;
+use common::stage::{Interrupt, on_pool};
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
@@ -42,11 +42,11 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?, None).map(|_| ())
+            on_pool(|| train(&args, Interrupt::install()?, None)).map(|_| ())
         }
         Command::Eval(args) => {
             args.runtime.start()?;
-            eval::run(&args)
+            on_pool(|| eval::run(&args))
         }
     }
 }

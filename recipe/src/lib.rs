@@ -41,7 +41,7 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             args.runtime.start()?;
-            run(&args, Interrupt::install()?)
+            stage::on_pool(|| run(&args, Interrupt::install()?))
         }
         Command::World(args) => {
             stage::init_logging(args.verbose, args.quiet);
