@@ -150,6 +150,14 @@ fn asks_for_backends(args: impl Iterator<Item = OsString>) -> bool {
     args.iter().any(|arg| arg == "--backend=list") || args.windows(2).any(|pair| pair == ["--backend", "list"])
 }
 
+/// Runs `work` on a thread of the pool that everything computes on.
+///
+/// An operation that starts outside of the pool puts its thread to sleep and wakes another, hundreds of times a step;
+/// one that starts inside begins at once, and the other threads join in.
+pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
 /// Sends log messages to stderr, above the progress bars.
 ///
 /// `verbose` counts `-v`. The variable `RUST_LOG` goes before both flags. A second call does nothing.
@@ -169,7 +177,7 @@ pub fn init_logging(verbose: u8, quiet: bool) {
     let _ = subscriber.try_init();
 }
 
-/// Sets the number of threads of everything that computes on the CPU: our kernels, Burn's flex backend and `gemm`.
+/// Sets the number of threads of everything that computes on the CPU: our kernels and Burn's flex backend.
 ///
 /// `None` takes one for each core. `ndarray` multiplies matrices with threads of its own, which only the variable
 /// `MATMUL_NUM_THREADS` counts.
@@ -177,10 +185,13 @@ pub fn init_logging(verbose: u8, quiet: bool) {
 /// # Errors
 /// If the pool runs already with another number of threads.
 pub fn set_threads(threads: Option<NonZeroUsize>) -> Result<(), StageError> {
-    let Some(threads) = threads else { return Ok(()) };
-    let built = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-    if built.is_err() && rayon::current_num_threads() != threads.get() {
-        return Err(StageError::Threads { wanted: threads.get(), running: rayon::current_num_threads() });
+    /// As large as that of the main thread, whose work [`on_pool`] hands over.
+    const STACK: usize = 8 << 20;
+    // 0 is one for each core.
+    let wanted = threads.map_or(0, NonZeroUsize::get);
+    let built = rayon::ThreadPoolBuilder::new().num_threads(wanted).stack_size(STACK).build_global();
+    if built.is_err() && wanted != 0 && rayon::current_num_threads() != wanted {
+        return Err(StageError::Threads { wanted, running: rayon::current_num_threads() });
     }
     Ok(())
 }

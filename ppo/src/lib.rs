@@ -35,7 +35,7 @@ pub use replay::{Replay, replay};
 pub use train::train;
 pub use trial::{Measurement, Trial};
 
-use common::stage::Interrupt;
+use common::stage::{Interrupt, on_pool};
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
@@ -48,11 +48,11 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?, None).map(|_| ())
+            on_pool(|| train(&args, Interrupt::install()?, None)).map(|_| ())
         }
         Command::Eval(args) => {
             args.runtime.start()?;
-            eval::run(&args)
+            on_pool(|| eval::run(&args))
         }
     }
 }

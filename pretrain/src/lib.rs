@@ -25,7 +25,7 @@ pub use windows::first_windows;
 use std::io::Write;
 
 use anyhow::Context;
-use common::stage::Interrupt;
+use common::stage::{Interrupt, on_pool};
 
 /// Carries out one command line.
 ///
@@ -40,11 +40,11 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
         }
         Command::Eval(args) => {
             args.runtime.start()?;
-            eval::run(&args)
+            on_pool(|| eval::run(&args))
         }
     }
 }

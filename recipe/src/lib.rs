@@ -45,7 +45,7 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             args.runtime.start()?;
-            run(&args, Interrupt::install()?)
+            stage::on_pool(|| run(&args, Interrupt::install()?))
         }
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {

@@ -22,7 +22,7 @@ pub use config::{BestBy, DataConfig, NormalisationConfig, RewardModelConfig, Too
 pub use eval::{Evaluation, evaluate};
 pub use train::train;
 
-use common::stage::Interrupt;
+use common::stage::{Interrupt, on_pool};
 
 /// Carries out one command line.
 ///
@@ -32,15 +32,15 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
         }
         Command::Eval(args) => {
             args.runtime.start()?;
-            eval::run(&args)
+            on_pool(|| eval::run(&args))
         }
         Command::Score(args) => {
             args.runtime.start()?;
-            score::run(&args)
+            on_pool(|| score::run(&args))
         }
     }
 }

@@ -17,7 +17,7 @@ pub use config::{DataConfig, SftConfig, TooLong, TrainConfig};
 pub use eval::Evaluation;
 pub use train::train;
 
-use common::stage::Interrupt;
+use common::stage::{Interrupt, on_pool};
 
 /// Carries out one command line.
 ///
@@ -27,11 +27,11 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
         }
         Command::Eval(args) => {
             args.runtime.start()?;
-            eval::run(&args)
+            on_pool(|| eval::run(&args))
         }
     }
 }

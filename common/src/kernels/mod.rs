@@ -16,6 +16,7 @@
 // Without the flex backend there is nothing to choose.
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]
 
+mod block;
 pub mod fault;
 mod plain;
 mod precision;
@@ -30,13 +31,16 @@ pub(crate) mod softmax;
 
 // `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
 #[cfg(feature = "flex")]
-#[allow(unsafe_code, clippy::inline_always, clippy::needless_pass_by_value)]
+#[allow(unsafe_code, clippy::inline_always, clippy::needless_pass_by_value, clippy::too_many_arguments)]
 mod flex;
 
 #[cfg(feature = "flex")]
+#[allow(clippy::too_many_arguments)]
 mod autodiff;
 
 use burn::tensor::{Int, Tensor};
+
+pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
 
 #[cfg(feature = "flex")]
 use autodiff::FusedOps as _;
@@ -163,19 +167,15 @@ pub fn layer_norm<const D: usize>(
     assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
-        return Tensor::from_dispatch(Dispatch::fused_layer_norm(
-            x.into_dispatch(),
-            gamma.into_dispatch(),
-            beta.into_dispatch(),
-            eps,
-        ));
+        return layer_norm_keeping(kernels, x, NormWeights { gamma, beta, eps }).0;
     }
     plain::layer_norm(x, gamma, beta, eps)
 }
 
 /// The residual addition and the layer norm after it: `(layer_norm(x + residual), x + residual)`.
 ///
-/// A post-norm block uses the first output alone; a pre-norm block carries the second on as the residual stream.
+/// A post-norm block uses the first output alone; a pre-norm block carries the second on as the residual stream. The
+/// gradient of the sum by other ways counts as in [`linear_keeping`]: only together with one of the norm.
 ///
 /// # Shapes
 /// - `x`, `residual`: `[.., d]`, `gamma`, `beta`: `[d]`
@@ -400,16 +400,37 @@ pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2>
     hidden.matmul(head.transpose())
 }
 
-/// Rows of a table: `out[b][t] = weight[ids[b][t]]`.
+/// The embedding of tokens at their positions: `out[b][t] = tokens[ids[b][t]] + places[position of (b, t)]`.
 ///
 /// # Shapes
-/// - `weight`: `[n_rows, d]`, `ids`: `[batch, seq]`
+/// - `tokens`: `[vocab_size, d]`, `places`: `[n_positions, d]`, `ids`: `[batch, seq]`
+/// - `positions`: `[batch · seq]`, each below `n_positions`; `None` where token `t` stands at `start + t`
 /// - returns `[batch, seq, d]`
 ///
 /// # Panics
-/// If an id is not below `n_rows`.
-pub fn embedding(_kernels: Kernels, weight: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
-    burn::tensor::module::embedding(weight, ids)
+/// If the shapes do not fit, or an id or a position has no row.
+pub fn embed(
+    kernels: Kernels,
+    tokens: Tensor<2>,
+    places: Tensor<2>,
+    ids: Tensor<2, Int>,
+    positions: Option<&[usize]>,
+    start: usize,
+) -> Tensor<3> {
+    let [batch, seq] = ids.dims();
+    let [n_positions, d] = places.dims();
+    assert_eq!(tokens.dims()[1], d, "the tables differ in width");
+    assert_eq!(positions.map_or(batch * seq, <[usize]>::len), batch * seq, "one position a token");
+    let last = positions.map_or(start + seq, |positions| positions.iter().max().map_or(0, |last| last + 1));
+    assert!(last <= n_positions, "position {} in a table of {n_positions}", last - 1);
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &tokens) {
+        let positions =
+            positions.map_or_else(|| (0..batch * seq).map(|i| start + i % seq).collect(), <[usize]>::to_vec);
+        let (tokens, places) = (tokens.into_dispatch(), places.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_embed(tokens, places, ids.into_dispatch(), positions));
+    }
+    plain::embed(tokens, places, ids, positions, start)
 }
 
 /// One `AdamW` step on one flat parameter: returns the new `(param, m, v)`.

@@ -1,6 +1,6 @@
 //! The operations of this module as ordinary tensor operations: the definition of what the fused ones compute.
 
-use burn::tensor::{Bool, DType, FloatDType, Int, Tensor, TensorData, activation, s};
+use burn::tensor::{Bool, DType, FloatDType, Int, Tensor, TensorData, activation, module, s};
 
 use super::fault::{self, Fault};
 use super::{Activation, AdamWStep};
@@ -27,6 +27,26 @@ pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: T
     let centred = x.clone() - x.mean_dim(D - 1);
     let variance = centred.clone().square().mean_dim(D - 1); // [.., 1]
     fault::apply(Fault::LayerNorm, centred / (variance + eps).sqrt() * gamma.unsqueeze() + beta.unsqueeze())
+}
+
+pub(super) fn embed(
+    tokens: Tensor<2>,
+    places: Tensor<2>,
+    ids: Tensor<2, Int>,
+    positions: Option<&[usize]>,
+    start: usize,
+) -> Tensor<3> {
+    let ([batch, seq], [_, d], device) = (ids.dims(), places.dims(), ids.device());
+    let placed = match positions {
+        // [1, seq, d]
+        None => places.slice([start..start + seq, 0..d]).unsqueeze::<3>(),
+        Some(positions) => {
+            let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
+            let positions = Tensor::from_data(TensorData::new(positions, [batch, seq]), &device);
+            module::embedding(places, positions)
+        }
+    };
+    module::embedding(tokens, ids) + placed
 }
 
 pub(super) fn attention(

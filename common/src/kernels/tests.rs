@@ -5,8 +5,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::{
-    Activation, AdamWStep, Kernels, adamw_update, add_layer_norm, attention, attention_cached, bias_activation,
-    cross_entropy, is_fused, layer_norm, linear, logits, sum_of_squares, token_log_probs,
+    Activation, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention, attention_cached,
+    bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits, mlp_add_norm,
+    project_add_norm, sum_of_squares, token_log_probs,
 };
 use crate::rng::Streams;
 
@@ -152,6 +153,33 @@ fn rows() -> impl Strategy<Value = Rows> {
     prop_oneof![Just(Rows::RightPadded), Just(Rows::LeftPadded), Just(Rows::Packed)]
 }
 
+/// The norm, and the sum too if it is used further.
+fn both((normed, sum): (Tensor<2>, Tensor<2>), uses_sum: bool) -> Tensor<1> {
+    let n = normed.shape().num_elements();
+    let normed = normed.reshape([n]);
+    if uses_sum { Tensor::cat(vec![normed, sum.reshape([n])], 0) } else { normed }
+}
+
+/// A feed-forward layer of GELU whose residual is its own input or the last leaf.
+fn mlp_op(kernels: Kernels, leaves: &[Tensor<1>], dims: [usize; 3], same: bool, uses_sum: bool) -> Tensor<1> {
+    let [n, d, d_ff] = dims;
+    let x = leaves[0].clone().reshape([n, d]);
+    let up = Affine { weight: leaves[1].clone().reshape([d, d_ff]), bias: leaves[2].clone() };
+    let down = Affine { weight: leaves[3].clone().reshape([d_ff, d]), bias: leaves[4].clone() };
+    let norm = NormWeights { gamma: leaves[5].clone(), beta: leaves[6].clone(), eps: 1e-5 };
+    let residual = if same { x.clone() } else { leaves[7].clone().reshape([d, n]).transpose() };
+    both(mlp_add_norm(kernels, x, up, Activation::GeluTanh, down, residual, norm), uses_sum)
+}
+
+fn mlp_leaves(seed: u64, [n, d, d_ff]: [usize; 3]) -> Vec<Vec<f32>> {
+    let weight = |seed, d_in: usize, d_out| -> Vec<f32> {
+        normals(seed, d_in * d_out).into_iter().map(|x| x / (d_in as f32).sqrt()).collect()
+    };
+    let (up, down) = (weight(seed ^ 1, d, d_ff), weight(seed ^ 3, d_ff, d));
+    let [bias, gamma, beta] = [4, 5, 6].map(|i| normals(seed ^ i, d));
+    vec![normals(seed, n * d), up, normals(seed ^ 2, d_ff), down, bias, gamma, beta, normals(seed ^ 7, n * d)]
+}
+
 fn attention_op(
     batch: usize,
     seq: usize,
@@ -232,6 +260,61 @@ proptest! {
             Tensor::cat(vec![normed.reshape([n * d]), sum.reshape([n * d])], 0)
         };
         assert_agrees(&op, &[normals(seed, n * d), normals(seed ^ 3, n * d), normals(seed ^ 1, d), normals(seed ^ 2, d)]);
+    }
+
+    #[test]
+    fn fused_linear_keeping_agrees(n in edge(), d in edge(), d_out in edge(), seed: u64) {
+        let op = move |kernels, leaves: &[Tensor<1>]| {
+            let x = leaves[0].clone().reshape([n, d]);
+            let layer = Affine { weight: leaves[1].clone().reshape([d, d_out]), bias: leaves[2].clone() };
+            let (out, x) = linear_keeping(kernels, x, layer);
+            Tensor::cat(vec![out.reshape([n * d_out]), x.reshape([n * d])], 0)
+        };
+        assert_agrees(&op, &[normals(seed, n * d), normals(seed ^ 1, d * d_out), normals(seed ^ 2, d_out)]);
+    }
+
+    #[test]
+    fn fused_project_add_norm_agrees(n in edge(), d_in in edge(), d in edge(), uses_sum: bool, seed: u64) {
+        prop_assume!(d > 2);
+        let op = move |kernels, leaves: &[Tensor<1>]| {
+            let x = leaves[0].clone().reshape([d_in, n]).transpose();
+            let layer = Affine { weight: leaves[1].clone().reshape([d_in, d]), bias: leaves[2].clone() };
+            let residual = leaves[3].clone().reshape([d, n]).transpose();
+            let norm = NormWeights { gamma: leaves[4].clone(), beta: leaves[5].clone(), eps: 1e-5 };
+            both(project_add_norm(kernels, x, layer, residual, norm), uses_sum)
+        };
+        let weight = normals(seed ^ 1, d_in * d).into_iter().map(|x| x / (d_in as f32).sqrt()).collect();
+        let [bias, gamma, beta] = [2, 4, 5].map(|i| normals(seed ^ i, d));
+        assert_agrees(&op, &[normals(seed, n * d_in), weight, bias, normals(seed ^ 3, n * d), gamma, beta]);
+    }
+
+    #[test]
+    fn fused_mlp_add_norm_agrees(n in edge(), d in edge(), d_ff in edge(), uses_sum: bool, same: bool, seed: u64) {
+        prop_assume!(d > 2);
+        let op = move |kernels, leaves: &[Tensor<1>]| mlp_op(kernels, leaves, [n, d, d_ff], same, uses_sum);
+        let mut leaves = mlp_leaves(seed, [n, d, d_ff]);
+        if same {
+            leaves.pop();
+        }
+        assert_agrees(&op, &leaves);
+    }
+
+    #[test]
+    fn fused_embedding_agrees(batch in 1usize..4, seq in edge(), d in edge(), tied: bool, padded: bool, seed: u64) {
+        let (n_tokens, n_places) = (11, seq + 3);
+        let ids = integers(seed, batch * seq, n_tokens);
+        let positions = integers(seed ^ 1, batch * seq, n_places);
+        let op = |kernels, leaves: &[Tensor<1>]| {
+            let (tokens, places) = (leaves[0].clone().reshape([n_tokens, d]), leaves[1].clone().reshape([n_places, d]));
+            let ids = int_tensor(&ids, [batch, seq], &tokens.device());
+            let x = embed(kernels, tokens.clone(), places, ids, padded.then_some(&positions), 2);
+            let x = x.reshape([batch * seq, d]);
+            // As output weights: their gradient comes first, and that of the embedding is added to it.
+            let x = if tied { logits(kernels, x, tokens) } else { x };
+            let [n, width] = x.dims();
+            x.reshape([n * width])
+        };
+        assert_agrees(&op, &[normals(seed, n_tokens * d), normals(seed ^ 2, n_places * d)]);
     }
 
     #[test]
@@ -379,6 +462,23 @@ fn results_do_not_depend_on_the_number_of_threads() {
     };
     let leaves = [normals(1, n * d), normals(2, 4 * d * d), normals(3, d), normals(4, 4 * d)];
     assert_independent_of_threads(&mlp, &leaves);
+    let block = |kernels, leaves: &[Tensor<1>]| mlp_op(kernels, leaves, [n, d, 4 * d], false, true);
+    assert_independent_of_threads(&block, &mlp_leaves(6, [n, d, 4 * d]));
+    let kept = |kernels, leaves: &[Tensor<1>]| {
+        let layer = Affine { weight: leaves[1].clone().reshape([d, 4 * d]), bias: leaves[3].clone() };
+        let (out, x) = linear_keeping(kernels, leaves[0].clone().reshape([n, d]), layer);
+        let layer = Affine { weight: leaves[1].clone().reshape([4 * d, d]), bias: leaves[2].clone() };
+        let norm = NormWeights { gamma: leaves[2].clone(), beta: leaves[2].clone(), eps: 1e-5 };
+        both(project_add_norm(kernels, out, layer, x, norm), true)
+    };
+    assert_independent_of_threads(&kept, &leaves);
+    let ids = integers(8, n, 50);
+    let embedded = |kernels, leaves: &[Tensor<1>]| {
+        let tokens = leaves[0].clone().reshape([n, d]);
+        let ids = int_tensor(&ids, [7, n / 7], &tokens.device());
+        embed(kernels, tokens, leaves[1].clone().reshape([4 * d, d]), ids, None, 3).reshape([n * d])
+    };
+    assert_independent_of_threads(&embedded, &leaves[..2]);
     let first = first_keys(Rows::Packed, 5, 3, 200);
     assert_independent_of_threads(&attention_op(3, 200, 4, 24, first, false), &[normals(5, 3 * 200 * 3 * 96)]);
 }
@@ -410,6 +510,28 @@ fn the_flex_backend_is_fused_with_and_without_autodiff() {
         assert!(is_fused(Kernels::Fused, &x));
         assert!(!is_fused(Kernels::Plain, &x));
         assert!(!is_fused(Kernels::Fused, &x.cast(burn::tensor::DType::F64)));
+    }
+}
+
+#[test]
+fn a_relu_layer_passes_gradients_of_what_it_lets_through() {
+    // One row of two: x = (1, 2), hidden (1, −1) becomes (1, 0), so only the first hidden number passes a gradient on.
+    let op = |kernels, leaves: &[Tensor<1>]| {
+        let matrix = |i: usize| leaves[i].clone().reshape([2, 2]);
+        let up = Affine { weight: matrix(1), bias: leaves[2].clone() };
+        let down = Affine { weight: matrix(1), bias: leaves[2].clone() };
+        let norm = NormWeights { gamma: leaves[3].clone(), beta: leaves[3].clone(), eps: 1.0 };
+        let x = leaves[0].clone().reshape([1, 2]);
+        let (normed, sum) = mlp_add_norm(kernels, x.clone(), up, Activation::Relu, down, x, norm);
+        Tensor::cat(vec![normed.reshape([2]), sum.reshape([2])], 0)
+    };
+    let leaves = [vec![1.0, 2.0], vec![1.0, 1.0, 0.0, -1.0], vec![0.0, 0.0], vec![1.0, 0.5]];
+    let (plain, plain_grads) = run(&op, Kernels::Plain, &leaves);
+    let (fused, fused_grads) = run(&op, Kernels::Fused, &leaves);
+    assert_near("value", &fused, &plain, VALUE);
+    assert_eq!(&fused[2..], [2.0, 3.0]);
+    for (fused, plain) in fused_grads.iter().zip(&plain_grads) {
+        assert_near("gradient", fused, plain, VALUE);
     }
 }
 

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
 use super::cache::LayerCache;
 use super::positions::sinusoid_table;
 use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
-use crate::kernels::{self, Kernels, Precision};
+use crate::kernels::{self, Affine, Kernels, NormWeights, Precision};
 use crate::rng::{Rng, Streams};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
@@ -85,6 +85,8 @@ struct Pass<'a> {
     /// `[batch, seq]`
     first_key: Option<Tensor<2, Int>>,
     dropout: Option<Dropout<'a>>,
+    /// Whether a branch and what follows it are computed together: for many rows, and where nothing is dropped.
+    in_blocks: bool,
 }
 
 /// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
@@ -192,12 +194,14 @@ impl Gpt {
         let [batch, seq] = ids.dims();
         let positions = layout.positions(seq);
         let probability = self.config.dropout;
+        let dropout = rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng });
         let mut pass = Pass {
             kernels: self.kernels,
             precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
-            dropout: rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng }),
+            in_blocks: dropout.is_none() && self.precision == Precision::F32,
+            dropout,
         };
         let x = self.embed(ids, positions, 0);
         self.run_blocks(x, &mut pass, None)
@@ -220,17 +224,12 @@ impl Gpt {
         assert!(cache.len + seq <= cache.capacity, "{} + {seq} exceed the cache's {}", cache.len, cache.capacity);
         let start = cache.len;
         let positions = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
-            let position = |n: usize, t: usize| (start + t).saturating_sub(n) as i64;
+            let position = |n: usize, t: usize| (start + t).saturating_sub(n);
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
         let x = self.embed(ids, positions, start);
-        let mut pass = Pass {
-            kernels: self.kernels,
-            precision: self.precision,
-            eps: self.config.layer_norm_eps,
-            first_key: None,
-            dropout: None,
-        };
+        let (kernels, precision, eps) = (self.kernels, self.precision, self.config.layer_norm_eps);
+        let mut pass = Pass { kernels, precision, eps, first_key: None, dropout: None, in_blocks: false };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
@@ -310,26 +309,16 @@ impl Gpt {
     }
 
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.
-    fn embed(&self, ids: Tensor<2, Int>, positions: Option<Vec<i64>>, start: usize) -> Tensor<3> {
-        let [batch, seq] = ids.dims();
-        let device = ids.device();
-        let (d_model, max_seq_len) = (self.config.d_model, self.config.max_seq_len);
-        let last = positions.as_ref().map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p as usize + 1));
+    fn embed(&self, ids: Tensor<2, Int>, positions: Option<Vec<usize>>, start: usize) -> Tensor<3> {
+        let [_, seq] = ids.dims();
+        let max_seq_len = self.config.max_seq_len;
+        let last = positions.as_ref().map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
         assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
-        let tokens = kernels::embedding(self.kernels, self.token_embedding.val(), ids);
-        let table = match (&self.position_embedding, &self.sinusoids) {
+        let places = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
             (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
         };
-        let placed = match positions {
-            // [1, seq, d_model]
-            None => table.slice([start..start + seq, 0..d_model]).unsqueeze::<3>(),
-            Some(positions) => {
-                let positions = Tensor::from_data(TensorData::new(positions, [batch, seq]), &device);
-                kernels::embedding(self.kernels, table, positions)
-            }
-        };
-        tokens + placed
+        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions.as_deref(), start)
     }
 
     /// All blocks and the final norm.
@@ -337,26 +326,28 @@ impl Gpt {
     /// A norm that follows a residual addition takes the addition along, so with pre-norm each block's second branch
     /// is added by the norm of the next block.
     fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Cache>) -> Tensor<3> {
-        let mut x = pass.drop(x);
+        let x = pass.drop(x);
+        let act = self.config.activation;
         match self.config.norm {
             NormPlacement::Post => {
+                let mut x = x;
                 for (i, block) in self.blocks.iter().enumerate() {
-                    let attended = block.attention.forward(x.clone(), pass, cache.as_deref_mut(), i);
-                    x = block.norm_1.add(attended, x, pass).0;
-                    let fed = block.mlp.forward(x.clone(), self.config.activation, pass);
-                    x = block.norm_2.add(fed, x, pass).0;
+                    let (qkv, residual) = block.attention.qkv.forward_keeping(x, pass);
+                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
+                    x = block.attention.finish(mixed, residual, &block.norm_1, pass).0;
+                    x = block.mlp.forward(x.clone(), act, x, &block.norm_2, pass).0;
                 }
                 x
             }
             NormPlacement::Pre => {
-                let mut normed = self.blocks[0].norm_1.forward(x.clone(), pass);
+                let (mut normed, mut x) = self.blocks[0].norm_1.forward_keeping(x, pass);
                 for (i, block) in self.blocks.iter().enumerate() {
-                    let attended = block.attention.forward(normed, pass, cache.as_deref_mut(), i);
-                    (normed, x) = block.norm_2.add(attended, x, pass);
-                    let fed = block.mlp.forward(normed, self.config.activation, pass);
+                    let qkv = block.attention.qkv.forward(pass.precision.narrow(normed), pass);
+                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
+                    (normed, x) = block.attention.finish(mixed, x, &block.norm_2, pass);
                     let next_norm = self.blocks.get(i + 1).map_or(self.final_norm.as_ref(), |next| Some(&next.norm_1));
                     let next_norm = next_norm.expect("pre-norm has a final norm");
-                    (normed, x) = next_norm.add(fed, x, pass);
+                    (normed, x) = block.mlp.forward(normed, act, x, next_norm, pass);
                 }
                 normed
             }
@@ -365,15 +356,13 @@ impl Gpt {
 }
 
 impl Attention {
-    /// `softmax(QKᵀ/√d_head)·V` over what each query sees, then the output projection.
+    /// `softmax(QKᵀ/√d_head)·V` over what each query sees.
     ///
     /// # Shapes
-    /// - `x`: `[batch, seq, d_model]`
+    /// - `qkv`: `[batch, seq, 3·d_model]`
     /// - returns `[batch, seq, d_model]`
-    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
-        let [batch, seq, d_model] = x.dims();
-        // [batch, seq, 3·d_model]
-        let qkv = self.qkv.forward(pass.precision.narrow(x), pass);
+    fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
+        let [batch, seq, width] = qkv.dims();
         let mixed = match cache {
             None => {
                 let dropout_mask = pass.mask::<4>([batch, self.n_heads, seq, seq], &qkv.device());
@@ -388,35 +377,77 @@ impl Attention {
                 mixed
             }
         };
-        assert_shape!(mixed, [batch, seq, d_model]);
+        assert_shape!(mixed, [batch, seq, width / 3]);
+        mixed
+    }
+
+    /// The output projection, what it is added to, and the norm after that: see [`Norm::add`].
+    fn finish(
+        &self,
+        mixed: Tensor<3>,
+        residual: Tensor<3>,
+        norm: &Norm,
+        pass: &mut Pass<'_>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if pass.in_blocks {
+            return kernels::project_add_norm(pass.kernels, mixed, self.proj.weights(), residual, norm.weights(pass));
+        }
         let projected = pass.precision.widen(self.proj.forward(mixed, pass));
-        pass.drop(projected)
+        norm.add(pass.drop(projected), residual, pass)
     }
 }
 
 impl Mlp {
-    /// `W₂·act(W₁·x + b₁) + b₂`.
-    fn forward(&self, x: Tensor<3>, activation: super::Activation, pass: &mut Pass<'_>) -> Tensor<3> {
+    /// `W₂·act(W₁·x + b₁) + b₂`, what it is added to, and the norm after that: see [`Norm::add`].
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        activation: super::Activation,
+        residual: Tensor<3>,
+        norm: &Norm,
+        pass: &mut Pass<'_>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if pass.in_blocks {
+            let (up, down, norm) = (self.up.weights(), self.down.weights(), norm.weights(pass));
+            return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
+        }
         // [batch, seq, d_ff]
         let Pass { kernels, precision, .. } = *pass;
         let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
         let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
         let down = precision.widen(self.down.forward(active, pass));
-        pass.drop(down)
+        norm.add(pass.drop(down), residual, pass)
     }
 }
 
 impl Linear {
+    fn weights(&self) -> Affine {
+        Affine { weight: self.weight.val(), bias: self.bias.val() }
+    }
+
     /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
         let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
         kernels::linear(pass.kernels, x, weight, Some(bias))
     }
+
+    /// The result, and `x` again for the residual addition.
+    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+        if pass.precision != Precision::F32 {
+            return (self.forward(pass.precision.narrow(x.clone()), pass), x);
+        }
+        kernels::linear_keeping(pass.kernels, x, self.weights())
+    }
 }
 
 impl Norm {
-    fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        kernels::layer_norm(pass.kernels, x, self.gamma.val(), self.beta.val(), pass.eps)
+    fn weights(&self, pass: &Pass<'_>) -> NormWeights {
+        NormWeights { gamma: self.gamma.val(), beta: self.beta.val(), eps: pass.eps }
+    }
+
+    /// The result, and `x` again for the residual addition.
+    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+        kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass))
     }
 
     /// `(LayerNorm(branch + residual), branch + residual)`.

@@ -68,9 +68,9 @@ impl Layout {
     }
 
     /// The position of each token, `[batch · seq]`; `None` where it is simply the index in the row.
-    pub(super) fn positions(&self, seq: usize) -> Option<Vec<i64>> {
+    pub(super) fn positions(&self, seq: usize) -> Option<Vec<usize>> {
         let first_key = self.first_key.as_ref()?;
-        Some(first_key.iter().enumerate().map(|(i, &first)| (i % seq) as i64 - i64::from(first)).collect())
+        Some(first_key.iter().enumerate().map(|(i, &first)| i % seq - first as usize).collect())
     }
 }
 

@@ -91,16 +91,61 @@ impl Function for Gelu {
 
     #[inline(always)]
     fn slope(x: f32) -> f32 {
+        Self::value_and_slope(x).1
+    }
+}
+
+impl Gelu {
+    #[inline(always)]
+    fn value_and_slope(x: f32) -> (f32, f32) {
         // Beyond 30 the slope is 0 or 1 to the last bit, and the cube could overflow.
-        let x = x.clamp(-30.0, 30.0);
-        let square = x * x;
-        let s = sigmoid(SLOPE * fma(CUBIC * square, x, x));
+        let near = x.clamp(-30.0, 30.0);
+        let square = near * near;
+        let s = sigmoid(SLOPE * fma(CUBIC * near * near, near, near));
         let inner_slope = fma(3.0 * CUBIC * SLOPE, square, SLOPE);
-        fma(x * inner_slope, s * (1.0 - s), s)
+        (x * s, fma(near * inner_slope, s * (1.0 - s), s))
     }
 }
 
 simd! {
+    /// `max(x, 0)` in place.
+    pub fn relu(x: &mut [f32]) {
+        for x in x {
+            *x = Relu::value(*x);
+        }
+    }
+
+    /// `gelu(x)`.
+    pub fn gelu(out: &mut [f32], x: &[f32]) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = Gelu::value(*x);
+        }
+    }
+
+    /// Turns gradients of `active = relu(x)` into those of `x`, and adds their rows to `bias_grad`.
+    pub fn relu_backward(grad: &mut [f32], bias_grad: &mut [f32], active: &[f32]) {
+        let d = bias_grad.len();
+        for (grad, active) in grad.chunks_exact_mut(d).zip(active.chunks_exact(d)) {
+            for ((grad, bias_grad), active) in grad.iter_mut().zip(bias_grad.iter_mut()).zip(active) {
+                *grad *= Relu::slope(*active);
+                *bias_grad += *grad;
+            }
+        }
+    }
+
+    /// Turns gradients of `gelu(x)` into those of `x`, adds their rows to `bias_grad`, and turns `x` into `gelu(x)`.
+    pub fn gelu_backward(grad: &mut [f32], bias_grad: &mut [f32], x: &mut [f32]) {
+        let d = bias_grad.len();
+        for (grad, x) in grad.chunks_exact_mut(d).zip(x.chunks_exact_mut(d)) {
+            for ((grad, bias_grad), x) in grad.iter_mut().zip(bias_grad.iter_mut()).zip(x) {
+                let (value, slope) = Gelu::value_and_slope(*x);
+                *grad *= slope;
+                *bias_grad += *grad;
+                *x = value;
+            }
+        }
+    }
+
     fn relu_rows(out: &mut [f32], x: &[f32], bias: &[f32]) {
         map_rows::<Relu>(out, x, bias);
     }

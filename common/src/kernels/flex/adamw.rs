@@ -6,7 +6,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{LANES, fma, simd};
-use super::{contiguous, floats};
+use super::{contiguous, exclusive, floats};
 use crate::kernels::AdamWStep;
 
 /// Numbers handled by one task.
@@ -21,11 +21,7 @@ pub fn update(
     step: &AdamWStep,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let grad = contiguous(grad);
-    let [mut param, mut m, mut v] = [param, m, v].map(|tensor| {
-        // A view of a larger tensor is copied out of it.
-        let exact = tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
-        if exact { tensor } else { contiguous(&tensor) }
-    });
+    let [mut param, mut m, mut v] = [param, m, v].map(exclusive);
     let factors = Factors::new(step);
     param
         .storage_mut::<f32>()

@@ -146,7 +146,7 @@ pub fn attend(
     let mut sums = [0.0; QUERIES];
     softmax_columns(tile, scores, lse, &mut sums);
     let weights = Mat::rows(scores, n_keys, n_queries, n_queries).t();
-    gemm(out.reborrow(), Output::Overwrite, weights, values, 1.0, Threads::One);
+    gemm(out.block(0..n_queries, 0..d_head), Output::Overwrite, weights, values, 1.0, Threads::One);
     for (query, sum) in sums[..n_queries].iter().enumerate() {
         scale_row(out.row(query), 1.0 / sum);
     }

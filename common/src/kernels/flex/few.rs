@@ -8,7 +8,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::crew::for_each;
 use super::gemm::SharedMut;
 use super::simd::{add_assign, add_up, fma, simd};
-use super::{transpose, unset, with_scratch};
+use super::{transpose_columns, unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
 pub const ROWS: usize = 64;
@@ -64,7 +64,7 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
     let shared = SharedMut::new(&mut out);
     let mut columns = unset(if n > STREAMED { x.len() } else { 0 });
     if n > STREAMED {
-        transpose(&mut columns, x, n, d);
+        transpose_columns(&mut columns, x, n, d, 0);
     }
     for_each(n_out.div_ceil(n_rows), |i| {
         let first = i * n_rows;

@@ -1,6 +1,15 @@
 //! Matrix products over strided views, with their bounds checked.
+//!
+//! Our own loops, not a library's: operands are rearranged once for all threads, or by each task for itself while they
+//! are in its cache, and the same rearranged operand serves several products.
 
+use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::tile::{LANES, Start, multiply_panel, pack_columns, pack_rows, widest};
 
 /// A matrix to read: element `(i, j)` is `data[i · row_stride + j · col_stride]`.
 #[derive(Clone, Copy)]
@@ -25,6 +34,27 @@ impl<'a> Mat<'a> {
     /// Numbers of rows and columns.
     pub fn dims(self) -> (usize, usize) {
         (self.rows, self.cols)
+    }
+
+    /// How far apart neighbours in a column and in a row are.
+    pub fn strides(self) -> [usize; 2] {
+        [self.row_stride, self.col_stride]
+    }
+
+    /// The first element. All others lie in the same slice.
+    pub fn as_ptr(self) -> *const f32 {
+        self.data.as_ptr()
+    }
+
+    /// The elements of some rows and columns.
+    ///
+    /// # Panics
+    /// If there are no such rows or columns.
+    pub fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        let start = rows.start * self.row_stride + cols.start * self.col_stride;
+        Self { data: self.data.get(start..).unwrap_or_default(), rows: rows.len(), cols: cols.len(), ..self }
     }
 
     /// The same numbers, transposed.
@@ -52,9 +82,34 @@ impl<'a> MatMut<'a> {
         Self { data: data.as_mut_ptr(), rows, cols, row_stride, lifetime: PhantomData }
     }
 
-    /// The same matrix for a shorter time.
-    pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut { lifetime: PhantomData, ..*self }
+    /// Numbers of rows and columns, and how far apart rows are.
+    pub fn shape(&self) -> (usize, usize, usize) {
+        (self.rows, self.cols, self.row_stride)
+    }
+
+    /// The first element.
+    pub fn as_ptr(&self) -> *mut f32 {
+        self.data
+    }
+
+    /// The elements of some rows and columns.
+    ///
+    /// # Panics
+    /// If there are no such rows or columns.
+    pub fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {
+        // SAFETY: this matrix is borrowed as long as the result lives, so nobody else reaches its elements.
+        unsafe { self.share().block(rows, cols) }
+    }
+
+    /// The same matrix for several threads, each with its own elements.
+    fn share(&self) -> SharedMat<'_> {
+        SharedMat {
+            data: self.data,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            lifetime: PhantomData,
+        }
     }
 
     /// Row `row`.
@@ -65,6 +120,38 @@ impl<'a> MatMut<'a> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: all rows lie within the exclusive borrow this matrix was made of, and the row just checked is one.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.row_stride), self.cols) }
+    }
+}
+
+/// A matrix that several threads write, each its own elements.
+#[derive(Clone, Copy)]
+struct SharedMat<'a> {
+    data: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the pointer comes from an exclusive borrow that lives as long as the value, and elements are reached only
+// through the unsafe method below, whose callers promise that no two threads touch the same element.
+unsafe impl Send for SharedMat<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMat<'_> {}
+
+impl<'a> SharedMat<'a> {
+    /// The elements of some rows and columns.
+    ///
+    /// # Safety
+    /// While the result lives, nobody else reads or writes its elements.
+    unsafe fn block(self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        let empty = rows.is_empty() || cols.is_empty();
+        let start = if empty { 0 } else { rows.start * self.row_stride + cols.start };
+        // SAFETY: an element of the matrix, just checked, or the start of its slice.
+        let data = unsafe { self.data.add(start) };
+        MatMut { data, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, lifetime: PhantomData }
     }
 }
 
@@ -110,58 +197,333 @@ impl<'a> SharedMut<'a> {
 }
 
 /// What becomes of the numbers already in the output.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Output {
+#[derive(Clone, Copy)]
+pub enum Output<'a> {
     /// They are replaced, without being read.
     Overwrite,
     /// The product is added to them.
     Accumulate,
+    /// They are replaced by the sum of the product and this row, the same in every row.
+    AddRow(&'a [f32]),
 }
 
-/// Whether one thread or the thread pool computes.
+impl<'a> Output<'a> {
+    /// What the first piece of a product is added to, in the columns `cols`.
+    fn start(self, cols: Range<usize>) -> Start<'a> {
+        match self {
+            Self::Overwrite => Start::Zero,
+            Self::Accumulate => Start::Output,
+            Self::AddRow(row) => Start::Row(&row[cols]),
+        }
+    }
+}
+
+/// Whether one thread or the thread pool computes; the result is the same (tested below).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Threads {
     /// The calling thread.
     One,
-    /// The current pool, if the product is large enough. Each output element is computed by one thread in the same
-    /// order of additions, so the number of threads does not change the result (tested below).
+    /// The current pool, if the product is large enough.
     All,
+}
+
+/// Multiplications below which a product is not worth sharing out.
+const SMALL: usize = 1 << 19;
+
+/// Rows of a block of the output: with [`DEPTH`] columns of the left operand they stay in the second cache.
+const ROWS: usize = 128;
+
+/// Most rows for which the right operand is not rearranged.
+const FEW: usize = 48;
+
+/// Columns of the left operand, and rows of the right one, that are taken at a time.
+const DEPTH: usize = 512;
+
+/// The right operand of a product, rearranged into panels (see [`super::tile`]).
+///
+/// Blocks of at most [`DEPTH`] rows follow each other; within a block, panels of [`widest`] columns do.
+pub struct Packed {
+    data: Buffer,
+    rows: usize,
+    cols: usize,
+}
+
+impl Packed {
+    /// Rearranges `b`.
+    pub fn new(b: Mat<'_>, threads: Threads) -> Self {
+        let mut data = Buffer::new(b.rows * padded(b.cols));
+        let panels = panels(data.numbers_mut(), b.rows, b.cols);
+        if threads == Threads::All && b.rows * b.cols >= SMALL / 4 {
+            panels.into_par_iter().for_each(|(panel, span, cols)| pack(panel, b, span, cols));
+        } else {
+            panels.into_iter().for_each(|(panel, span, cols)| pack(panel, b, span, cols));
+        }
+        Self { data, rows: b.rows, cols: b.cols }
+    }
+
+    /// One panel of all rows of `b`, which has few columns.
+    fn whole(b: Mat<'_>) -> Buffer {
+        let mut panel = Buffer::new(b.rows * padded(b.cols));
+        pack(panel.numbers_mut(), b, 0..b.rows, 0..b.cols);
+        panel
+    }
+
+    /// The panel of the rows `span` that starts at column `col`.
+    fn panel(&self, span: &Range<usize>, col: usize) -> &[f32] {
+        let width = padded(widest().min(self.cols - col));
+        let start = span.start * padded(self.cols) + span.len() * col;
+        &self.data.numbers()[start..start + span.len() * width]
+    }
 }
 
 /// `out = scale · a b`, or `out += scale · a b`.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn gemm(out: MatMut<'_>, output: Output, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
+pub fn gemm(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
     assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(0),
+    if a.col_stride == 1 && b.col_stride == 1 && a.rows <= FEW {
+        few_rows(out, output, a, b, scale, threads);
+        return;
+    }
+    if threads == Threads::All && a.col_stride == 1 {
+        gemm_packed(out, output, a, &Packed::new(b, threads), scale, threads);
+        return;
+    }
+    // A transposed left operand is the long side of a sum over many rows: each task rearranges what it needs of both
+    // operands.
+    let shared = out.share();
+    let work = |(rows, cols): Rect| {
+        let (a, b) = (a.part(rows.clone(), 0..a.cols), b.part(0..b.rows, cols.clone()));
+        // SAFETY: tasks have different elements of the output.
+        let out = unsafe { shared.block(rows, cols.clone()) };
+        let output = if let Output::AddRow(row) = output { Output::AddRow(&row[cols]) } else { output };
+        on_one_thread(out, output, a, b, scale);
     };
-    // SAFETY: `a`, `b` and `out` were checked to lie within their slices for these shapes and strides when they were
-    // made, the shapes agree, and `out` is an exclusive borrow, so it overlaps neither.
-    unsafe {
-        gemm::gemm(
-            out.rows,
-            out.cols,
-            a.cols,
-            out.data,
-            1,
-            out.row_stride as isize,
-            output == Output::Accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    if threads == Threads::One || out.rows * out.cols * a.cols < SMALL {
+        work((0..out.rows, 0..out.cols));
+    } else {
+        rectangles(out.rows, out.cols).into_par_iter().for_each(work);
+    }
+}
+
+/// [`gemm`] with a right operand that was rearranged before.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn gemm_packed(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: &Packed, scale: f32, threads: Threads) {
+    assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
+    let shared = out.share();
+    let work = |(rows, cols): Rect| {
+        let a = a.part(rows.clone(), 0..a.cols);
+        // SAFETY: tasks have different elements of the output.
+        let mut out = unsafe { shared.block(rows, cols.clone()) };
+        for span in depths(a.cols) {
+            let a = a.part(0..a.rows, span.clone());
+            for col in cols.clone().step_by(widest()) {
+                let end = cols.end.min(col + widest());
+                let start = if span.start == 0 { output.start(col..end) } else { Start::Output };
+                let out = out.block(0..a.rows, col - cols.start..end - cols.start);
+                let width = padded(end - col);
+                multiply_panel(out, start, scale, a, b.panel(&span, col), width);
+            }
+        }
+    };
+    let blocks = row_blocks(out.rows, out.cols, a.cols, threads);
+    if threads == Threads::One || blocks.len() == 1 {
+        blocks.into_iter().for_each(work);
+    } else {
+        blocks.into_par_iter().for_each(work);
+    }
+}
+
+/// [`gemm`] of so few rows that rearranging the right operand would cost more than it saves.
+fn few_rows(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
+    let shared = out.share();
+    let work = |(rows, cols): Rect| {
+        let a = a.part(rows.clone(), 0..a.cols);
+        for col in cols.clone().step_by(widest()) {
+            let cols = col..cols.end.min(col + widest());
+            // SAFETY: tasks have different elements of the output.
+            let out = unsafe { shared.block(rows.clone(), cols.clone()) };
+            let (start, width) = (output.start(cols.clone()), cols.len());
+            let panel = b.part(0..b.rows, cols);
+            if width == padded(width) {
+                multiply_panel(out, start, scale, a, panel.data, b.row_stride);
+            } else {
+                let panel = Packed::whole(panel);
+                multiply_panel(out, start, scale, a, panel.numbers(), padded(width));
+            }
+        }
+    };
+    let small = threads == Threads::One || out.rows * out.cols * a.cols < SMALL;
+    let n_groups = if small { 1 } else { 4 * rayon::current_num_threads() };
+    let cols_each = out.cols.div_ceil(widest()).div_ceil(n_groups) * widest();
+    let tasks = grid(out.rows, out.cols, out.rows, cols_each);
+    if small {
+        tasks.into_iter().for_each(work);
+    } else {
+        tasks.into_par_iter().for_each(work);
+    }
+}
+
+/// One thread's product, for which it rearranges the operands a piece at a time.
+fn on_one_thread(mut out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32) {
+    thread_local! {
+        static BUFFERS: Cell<[Buffer; 2]> = const { Cell::new([Buffer::EMPTY, Buffer::EMPTY]) };
+    }
+    // Taken out, not borrowed: should the thread enter a second product meanwhile, that one gets fresh buffers.
+    let [mut for_a, mut for_b] = BUFFERS.take();
+    for span in depths(a.cols) {
+        for_b.resize(span.len() * padded(b.cols));
+        for (panel, rows, cols) in panels(for_b.numbers_mut(), span.len(), b.cols) {
+            pack(panel, b.part(span.clone(), 0..b.cols), rows, cols);
+        }
+        for start in (0..a.rows).step_by(ROWS) {
+            let rows = start..a.rows.min(start + ROWS);
+            let mut a = a.part(rows.clone(), span.clone());
+            if a.col_stride > ROWS {
+                let stride = padded(rows.len());
+                for_a.resize(span.len() * stride);
+                pack_rows(for_a.numbers_mut(), stride, rows.len(), a.data, a.col_stride);
+                a = Mat::rows(for_a.numbers(), span.len(), rows.len(), stride).t();
+            }
+            for col in (0..b.cols).step_by(widest()) {
+                let cols = col..b.cols.min(col + widest());
+                let panel = &for_b.numbers()[span.len() * col..][..span.len() * padded(cols.len())];
+                let start = if span.start == 0 { output.start(cols.clone()) } else { Start::Output };
+                let width = padded(cols.len());
+                multiply_panel(out.block(rows.clone(), cols), start, scale, a, panel, width);
+            }
+        }
+    }
+    BUFFERS.set([for_a, for_b]);
+}
+
+/// A part of the output: its rows and columns.
+type Rect = (Range<usize>, Range<usize>);
+
+/// Cuts an output of `rows` by `cols` into blocks of rows, and these into groups of columns where threads would
+/// otherwise go without work.
+fn row_blocks(rows: usize, cols: usize, depth: usize, threads: Threads) -> Vec<Rect> {
+    let n_threads =
+        if threads == Threads::All && rows * cols * depth >= SMALL { rayon::current_num_threads() } else { 1 };
+    let n_blocks = rows.div_ceil(ROWS);
+    let rows_each = rows.div_ceil(n_blocks.next_multiple_of(2 * n_threads).min(rows.div_ceil(48).max(1)));
+    let n_blocks = rows.div_ceil(rows_each.max(1)).max(1);
+    let n_panels = cols.div_ceil(widest());
+    let n_groups = if n_threads == 1 { 1 } else { (2 * n_threads).div_ceil(n_blocks).clamp(1, n_panels.max(1)) };
+    grid(rows, cols, rows_each, n_panels.div_ceil(n_groups) * widest())
+}
+
+/// Cuts an output of `rows` by `cols` into one part for each thread, more or less: of all ways that leave the slowest
+/// thread the least to compute and to rearrange.
+fn rectangles(rows: usize, cols: usize) -> Vec<Rect> {
+    /// What a row or a column costs to rearrange, in multiplications.
+    const REARRANGE: usize = 6;
+    let n_threads = rayon::current_num_threads();
+    let n_panels = cols.div_ceil(widest());
+    let (mut best, mut least) = ((rows, cols), usize::MAX);
+    for n_row_groups in 1..=(2 * n_threads).min(rows.div_ceil(12)) {
+        for n_col_groups in 1..=(2 * n_threads).min(n_panels) {
+            let rows_each = rows.div_ceil(n_row_groups);
+            let cols_each = n_panels.div_ceil(n_col_groups) * widest();
+            let rounds = (n_row_groups * n_col_groups).div_ceil(n_threads);
+            let cost = rounds * (rows_each * cols_each + REARRANGE * (rows_each + cols_each));
+            if cost < least {
+                (best, least) = ((rows_each, cols_each), cost);
+            }
+        }
+    }
+    grid(rows, cols, best.0, best.1)
+}
+
+/// All parts of `rows_each` by `cols_each`.
+fn grid(rows: usize, cols: usize, rows_each: usize, cols_each: usize) -> Vec<Rect> {
+    let pieces = |n: usize, each: usize| (0..n).step_by(each.max(1)).map(move |start| start..n.min(start + each));
+    pieces(rows, rows_each).flat_map(|rows| pieces(cols, cols_each).map(move |cols| (rows.clone(), cols))).collect()
+}
+
+/// The inner axis in pieces of about the same size, at most [`DEPTH`]; one piece if it is empty.
+fn depths(k: usize) -> impl Iterator<Item = Range<usize>> {
+    let each = k.div_ceil(k.div_ceil(DEPTH).max(1)).max(1);
+    (0..k.max(1)).step_by(each).map(move |start| start..k.min(start + each))
+}
+
+/// `n` filled up to whole registers.
+fn padded(n: usize) -> usize {
+    n.next_multiple_of(LANES)
+}
+
+/// Writes the panel of the rows `span` and the columns `cols` of `b`.
+fn pack(panel: &mut [f32], b: Mat<'_>, span: Range<usize>, cols: Range<usize>) {
+    let (n, width) = (cols.len(), padded(cols.len()));
+    let b = b.part(span, cols);
+    if b.col_stride == 1 {
+        pack_rows(panel, width, n, b.data, b.row_stride);
+    } else {
+        pack_columns(panel, width, n, b.data, b.col_stride);
+    }
+}
+
+/// The panels that `data` holds for an operand of `rows` by `cols`, each with its rows and columns.
+fn panels(mut data: &mut [f32], rows: usize, cols: usize) -> Vec<(&mut [f32], Range<usize>, Range<usize>)> {
+    let mut panels = Vec::new();
+    for span in depths(rows) {
+        for col in (0..cols).step_by(widest()) {
+            let columns = col..cols.min(col + widest());
+            let (panel, rest) = data.split_at_mut(span.len() * padded(columns.len()));
+            data = rest;
+            panels.push((panel, span.clone(), columns));
+        }
+    }
+    panels
+}
+
+/// Room for numbers, aligned to cache lines.
+#[derive(Default)]
+struct Buffer {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+/// A cache line of numbers.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LANES]);
+
+impl Buffer {
+    const EMPTY: Self = Self { lines: Vec::new(), len: 0 };
+
+    /// Room for `n` numbers of any value.
+    fn new(n: usize) -> Self {
+        let mut buffer = Self::EMPTY;
+        buffer.resize(n);
+        buffer
+    }
+
+    /// Makes room for `n` numbers of any value.
+    #[allow(clippy::uninit_vec)]
+    fn resize(&mut self, n: usize) {
+        let n_lines = n.div_ceil(LANES);
+        if self.lines.len() < n_lines {
+            self.lines.clear();
+            self.lines.reserve_exact(n_lines);
+            // SAFETY: the capacity is there; f32 has no invalid bit patterns, and whoever asks for room writes every
+            // number before reading it.
+            unsafe { self.lines.set_len(n_lines) };
+        }
+        self.len = n;
+    }
+
+    fn numbers(&self) -> &[f32] {
+        // SAFETY: a line is `LANES` numbers without padding, and there are enough lines for `len`.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    fn numbers_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
 

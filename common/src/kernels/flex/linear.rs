@@ -1,16 +1,11 @@
 //! `x W + b` and its gradients.
 
-use burn_flex::FlexTensor;
-use rayon::prelude::*;
-
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
 use super::simd::{add_assign, simd};
 use super::{contiguous, few, floats, matrix_dims, tensor, transpose_on_all_threads, unset};
+use burn_flex::FlexTensor;
 
-/// Rows whose columns are summed by one task.
-const ROWS: usize = 256;
-
-/// The output starts as copies of the bias, and the product is added to it.
+/// `x W + b`.
 pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
     let (n, d_in) = matrix_dims(x);
     let (_, d_out) = matrix_dims(weight);
@@ -23,20 +18,10 @@ pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
         return tensor(few::times_matrix(floats(&x), floats(&weight), bias.as_ref().map(floats), d_out), shape);
     }
     let mut out = unset(n * d_out);
-    let mut output = Output::Overwrite;
-    if let Some(bias) = bias {
-        let bias = contiguous(bias);
-        let bias = floats(&bias);
-        output = Output::Accumulate;
-        out.par_chunks_mut(d_out * ROWS).for_each(|rows| {
-            for row in rows.chunks_exact_mut(d_out) {
-                row.copy_from_slice(bias);
-            }
-        });
-    }
+    let bias = bias.map(contiguous);
     gemm(
         MatMut::rows(&mut out, n, d_out, d_out),
-        output,
+        bias.as_ref().map_or(Output::Overwrite, |bias| Output::AddRow(floats(bias))),
         Mat::rows(floats(&x), n, d_in, d_in),
         Mat::rows(floats(&weight), d_in, d_out, d_out),
         1.0,
@@ -72,8 +57,6 @@ pub fn logits(hidden: &FlexTensor, head: &FlexTensor) -> FlexTensor {
 }
 
 /// Gradient of `x`: `grad Wᵀ`.
-///
-/// The weight is transposed first, by all threads: the product would do it too, but on one thread while the others wait.
 pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     let (n, d_out) = matrix_dims(grad);
     let (d_in, _) = matrix_dims(weight);
@@ -81,14 +64,12 @@ pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     let last = shape.num_dims() - 1;
     shape.as_mut_slice()[last] = d_in;
     let (weight, grad) = (contiguous(weight), contiguous(grad));
-    let mut transposed = unset(d_in * d_out);
-    transpose_on_all_threads(&mut transposed, floats(&weight), d_in, d_out);
     let mut out = unset(n * d_in);
     gemm(
         MatMut::rows(&mut out, n, d_in, d_in),
         Output::Overwrite,
         Mat::rows(floats(&grad), n, d_out, d_out),
-        Mat::rows(&transposed, d_out, d_in, d_in),
+        Mat::rows(floats(&weight), d_in, d_out, d_out).t(),
         1.0,
         Threads::All,
     );
@@ -112,24 +93,14 @@ pub fn backward_weight(x: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     tensor(out, [d_in, d_out])
 }
 
-/// Gradient of the bias: the sum of the rows of `grad`.
-pub fn backward_bias(grad: &FlexTensor) -> FlexTensor {
-    let (_, d) = matrix_dims(grad);
-    let grad = contiguous(grad);
-    let parts: Vec<Vec<f32>> = floats(&grad)
-        .par_chunks(d * ROWS)
-        .map(|rows| {
-            let mut total = vec![0.0; d];
-            add_rows(&mut total, rows);
-            total
-        })
-        .collect();
-    tensor(add_in_order(parts, d), [d])
-}
-
 simd! {
+    /// `to_i += from_i`.
+    pub fn add_numbers(to: &mut [f32], from: &[f32]) {
+        add_assign(to, from);
+    }
+
     /// Adds each of `rows` to `total`.
-    fn add_rows(total: &mut [f32], rows: &[f32]) {
+    pub fn add_rows(total: &mut [f32], rows: &[f32]) {
         for row in rows.chunks_exact(total.len()) {
             add_assign(total, row);
         }
@@ -141,7 +112,7 @@ pub fn add_in_order(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
     let mut parts = parts.into_iter();
     let mut total = parts.next().unwrap_or_else(|| vec![0.0; n]);
     for part in parts {
-        add_assign(&mut total, &part);
+        add_numbers(&mut total, &part);
     }
     total
 }

@@ -1,15 +1,14 @@
 //! Log-probabilities of targets and entropies from hidden states, without the `[n, vocab_size]` logits.
 //!
 //! Logits live a tile at a time and transposed, one row a token of the vocabulary, so that the softmax runs down the
-//! columns, a vector register full of positions at a time. Hidden states are transposed once for all tiles, or each
-//! product would do it for itself.
+//! columns, a vector register full of positions at a time. Hidden states are rearranged once for all tiles.
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::gemm::{Mat, MatMut, Output, Threads, gemm};
+use super::gemm::{Mat, MatMut, Output, Packed, Threads, gemm, gemm_packed};
 use super::simd::{add_assign, exp, fma, simd};
-use super::{contiguous, floats, indices, matrix_dims, tensor, transpose, unset, with_scratch};
+use super::{contiguous, floats, indices, matrix_dims, tensor, unset, with_scratch};
 
 /// Positions in a tile of the forward: two of the matrix kernel's 48.
 const POSITIONS: usize = 96;
@@ -59,18 +58,16 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
                 total: [0.0; POSITIONS],
                 weighted: [0.0; POSITIONS],
             };
-            with_scratch((TOKENS + d_model) * n, |scratch| {
-                let (logits, columns) = scratch.split_at_mut(TOKENS * n);
-                transpose(columns, hidden, n, d_model);
-                let hidden = Mat::rows(columns, d_model, n, n);
+            let hidden = Packed::new(Mat::rows(hidden, n, d_model, d_model).t(), Threads::One);
+            with_scratch(TOKENS * n, |logits| {
                 for (i, head) in head.chunks(TOKENS * d_model).enumerate() {
                     let n_tokens = head.len() / d_model;
                     let logits = &mut logits[..n_tokens * n]; // [n_tokens, n]
-                    gemm(
+                    gemm_packed(
                         MatMut::rows(logits, n_tokens, n, n),
                         Output::Overwrite,
                         Mat::rows(head, n_tokens, d_model, d_model),
-                        hidden,
+                        &hidden,
                         scale as f32,
                         Threads::One,
                     );
@@ -154,15 +151,14 @@ pub fn backward(
     let mut hidden_grad = unset(n * d_model);
     let mut head_grad = vec![0.0; vocab_size * d_model];
     let block = block_of(n, vocab_size);
-    let (mut slopes, mut columns) = (unset(vocab_size * block), unset(d_model * block));
+    let mut slopes = unset(vocab_size * block);
     for start in (0..n).step_by(block) {
         let n = block.min(n - start);
         let span = start..start + n;
         let (targets, lse, grad) = (&targets[span.clone()], &lse[span.clone()], &grad[span]);
         let hidden = &hidden[start * d_model..][..n * d_model];
-        let columns = &mut columns[..d_model * n]; // [d_model, n]
-        transpose(columns, hidden, n, d_model);
-        let (hidden, columns) = (Mat::rows(hidden, n, d_model, d_model), Mat::rows(columns, d_model, n, n));
+        let hidden = Mat::rows(hidden, n, d_model, d_model);
+        let (columns, hidden) = (Packed::new(hidden.t(), Threads::All), Packed::new(hidden, Threads::All));
         let slopes = &mut slopes[..vocab_size * n]; // [vocab_size, n]
         slopes
             .par_chunks_mut(TOKENS * n)
@@ -173,7 +169,7 @@ pub fn backward(
                 let n_tokens = head.len() / d_model;
                 let head = Mat::rows(head, n_tokens, d_model, d_model);
                 let tile = MatMut::rows(slopes, n_tokens, n, n);
-                gemm(tile, Output::Overwrite, head, columns, scale, Threads::One);
+                gemm_packed(tile, Output::Overwrite, head, &columns, scale, Threads::One);
                 slopes_of_logits(slopes, lse, grad, scale);
                 for (position, target) in targets.iter().enumerate() {
                     if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
@@ -182,7 +178,7 @@ pub fn backward(
                 }
                 let slopes = Mat::rows(slopes, n_tokens, n, n);
                 let head_grad = MatMut::rows(head_grad, n_tokens, d_model, d_model);
-                gemm(head_grad, Output::Accumulate, slopes, hidden, 1.0, Threads::One);
+                gemm_packed(head_grad, Output::Accumulate, slopes, &hidden, 1.0, Threads::One);
             });
         gemm(
             MatMut::rows(&mut hidden_grad[start * d_model..], n, d_model, d_model),
@@ -239,7 +235,7 @@ pub fn cross_entropy_with_gradients(
     let block = block_of(n, vocab_size);
     let n_tiles = vocab_size.div_ceil(TOKENS);
     let mut exps = unset(vocab_size * block);
-    let mut columns = unset(d_model * block);
+    let mut scaled = unset(d_model * block);
     let mut per_tile = unset(n_tiles * block);
     let mut sum = 0.0f64;
     for start in (0..n).step_by(block) {
@@ -248,15 +244,13 @@ pub fn cross_entropy_with_gradients(
         let hidden = &hidden[start * d_model..][..n * d_model];
         let exps = &mut exps[..vocab_size * n]; // [vocab_size, n]
         let per_tile = &mut per_tile[..n_tiles * n]; // [n_tiles, n]
-        let columns = &mut columns[..d_model * n]; // [d_model, n]
-        transpose(columns, hidden, n, d_model);
-        let hidden_columns = Mat::rows(columns, d_model, n, n);
+        let columns = Packed::new(Mat::rows(hidden, n, d_model, d_model).t(), Threads::All);
         let tiles = exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n));
         tiles.zip(head.par_chunks(TOKENS * d_model)).for_each(|((logits, highest), head)| {
             let n_tokens = head.len() / d_model;
             let head = Mat::rows(head, n_tokens, d_model, d_model);
             let out = MatMut::rows(logits, n_tokens, n, n);
-            gemm(out, Output::Overwrite, head, hidden_columns, 1.0, Threads::One);
+            gemm_packed(out, Output::Overwrite, head, &columns, 1.0, Threads::One);
             highest.fill(f32::NEG_INFINITY);
             take_highest(highest, logits);
         });
@@ -277,19 +271,18 @@ pub fn cross_entropy_with_gradients(
             sum += f64::from(*factor).ln();
             *factor = weight as f32 / *factor;
         }
-        // The columns are not needed any more: [n, d_model].
-        let scaled = columns;
+        let scaled = &mut scaled[..n * d_model];
         for ((scaled, hidden), factor) in
             scaled.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model)).zip(&factors)
         {
             scaled.iter_mut().zip(hidden).for_each(|(scaled, hidden)| *scaled = hidden * factor);
         }
-        let scaled = Mat::rows(scaled, n, d_model, d_model);
+        let scaled = Packed::new(Mat::rows(scaled, n, d_model, d_model), Threads::All);
         let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
         exps.par_chunks(TOKENS * n).zip(head_grad.par_chunks_mut(TOKENS * d_model)).for_each(|(exps, head_grad)| {
             let n_tokens = exps.len() / n;
             let out = MatMut::rows(head_grad, n_tokens, d_model, d_model);
-            gemm(out, output, Mat::rows(exps, n_tokens, n, n), scaled, 1.0, Threads::One);
+            gemm_packed(out, output, Mat::rows(exps, n_tokens, n, n), &scaled, 1.0, Threads::One);
         });
         let hidden_grad = &mut hidden_grad[start * d_model..][..n * d_model];
         gemm(

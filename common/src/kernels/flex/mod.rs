@@ -6,14 +6,17 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod branch;
 pub mod crew;
 pub mod decode;
+pub mod embedding;
 mod few;
 mod gemm;
 pub mod linear;
 pub mod log_probs;
 pub mod norm;
 pub mod simd;
+mod tile;
 
 use std::cell::Cell;
 
@@ -23,6 +26,7 @@ use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use self::branch::{Affine, Norm};
 use super::autodiff::FusedOps;
 use super::{Activation, AdamWStep};
 
@@ -33,6 +37,58 @@ impl FusedOps for Flex {
 
     fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         linear::forward(&x, &weight, None)
+    }
+
+    fn fused_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        (linear::forward(&x, &weight, Some(&bias)), x)
+    }
+
+    fn fused_project_add_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let norm = Norm { gamma: &gamma, beta: &beta, eps };
+        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: &bias }, &residual, &norm);
+        (out.normed, sum)
+    }
+
+    fn fused_mlp_add_norm(
+        x: FloatTensor<Self>,
+        up_weight: FloatTensor<Self>,
+        up_bias: FloatTensor<Self>,
+        activation: Activation,
+        down_weight: FloatTensor<Self>,
+        down_bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let up = Affine { weight: &up_weight, bias: &up_bias };
+        let down = Affine { weight: &down_weight, bias: &down_bias };
+        let norm = Norm { gamma: &gamma, beta: &beta, eps };
+        let (out, sum, _) = branch::mlp(&x, &up, activation, &down, &residual, &norm);
+        (out.normed, sum)
+    }
+
+    fn fused_embed(
+        tokens: FloatTensor<Self>,
+        places: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        positions: Vec<usize>,
+    ) -> FloatTensor<Self> {
+        let (n_rows, _) = matrix_dims(&tokens);
+        let rows = embedding::rows_of(&ids, n_rows);
+        embedding::forward(&tokens, &places, &rows, &positions, ids.layout().shape().dims())
     }
 
     fn fused_bias_activation(
@@ -48,8 +104,8 @@ impl FusedOps for Flex {
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         eps: f64,
-    ) -> FloatTensor<Self> {
-        norm::forward(&x, &gamma, &beta, eps).normed
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        (norm::forward(&x, &gamma, &beta, eps).normed, x)
     }
 
     fn fused_add_layer_norm(
@@ -121,6 +177,13 @@ fn floats(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().expect("an f32 tensor that was made contiguous")
 }
 
+/// The tensor, with numbers that lie in order and that nobody else holds, so that they can be overwritten.
+fn exclusive(tensor: FlexTensor) -> FlexTensor {
+    // A view of a larger tensor is copied out of it; what others hold is copied by whoever writes first.
+    let exact = tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
+    if exact { tensor } else { contiguous(&tensor) }
+}
+
 /// The numbers of an integer tensor.
 fn indices(tensor: &FlexTensor) -> Vec<usize> {
     let tensor = tensor.to_contiguous();
@@ -165,12 +228,7 @@ fn unset(n: usize) -> Vec<f32> {
     data
 }
 
-/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`.
-fn transpose(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
-    transpose_columns(to, from, rows, cols, 0);
-}
-
-/// [`transpose`], shared out among threads if it is large.
+/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`, shared out among threads if it is large.
 fn transpose_on_all_threads(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
     /// Numbers handled by one task.
     const TASK: usize = 1 << 14;

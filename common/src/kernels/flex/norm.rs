@@ -3,7 +3,7 @@
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::linear::add_in_order;
+use super::linear::{add_in_order, add_numbers};
 use super::simd::{dot, fma, simd, sum, sum_of_squares_around};
 use super::{contiguous, floats, matrix_dims, tensor, unset};
 
@@ -58,7 +58,8 @@ pub fn add_forward(
 }
 
 simd! {
-    fn normalize_rows(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
+    /// Normalises the rows of `x`.
+    pub fn normalize_rows(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
         let d = gamma.len();
         for ((out, statistics), x) in out.chunks_exact_mut(d).zip(statistics.chunks_exact_mut(2)).zip(x.chunks_exact(d)) {
             normalize(out, statistics, x, gamma, beta, eps);
@@ -99,7 +100,7 @@ fn normalize(out: &mut [f32], statistics: &mut [f32], x: &[f32], gamma: &[f32], 
     statistics[1] = scale;
 }
 
-/// Gradients of `x`, `gamma` and `beta`.
+/// Gradients of `x`, `gamma` and `beta`; `other` is a gradient of `x` by other ways, which is added.
 ///
 /// With `x̂ = (x − mean) · s` and `h = grad · γ`: `∂x = s · (h − mean(h) − x̂ · mean(h x̂))`.
 pub fn backward(
@@ -107,20 +108,27 @@ pub fn backward(
     gamma: &FlexTensor,
     statistics: &FlexTensor,
     grad: &FlexTensor,
+    other: Option<FlexTensor>,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let shape = x.layout().shape().clone();
     let (_, d) = matrix_dims(x);
     let (x, gamma, statistics, grad) = (contiguous(x), contiguous(gamma), contiguous(statistics), contiguous(grad));
     let (x, gamma, statistics, grad) = (floats(&x), floats(&gamma), floats(&statistics), floats(&grad));
     let mut x_grad = unset(x.len());
+    let other = other.map(|other| contiguous(&other));
+    let other = other.as_ref().map(floats);
     let parts: Vec<Vec<f32>> = x_grad
         .par_chunks_mut(d * ROWS)
         .zip(statistics.par_chunks(2 * ROWS))
         .zip(x.par_chunks(d * ROWS).zip(grad.par_chunks(d * ROWS)))
-        .map(|((x_grad, statistics), (x, grad))| {
+        .enumerate()
+        .map(|(i, ((x_grad, statistics), (x, grad)))| {
             // The gradients of gamma and beta side by side, then room for one row of x̂ and of h.
             let mut sums = vec![0.0; 4 * d];
             backward_rows(x_grad, &mut sums, x, gamma, statistics, grad);
+            if let Some(other) = other {
+                add_numbers(x_grad, &other[i * d * ROWS..][..x_grad.len()]);
+            }
             sums.truncate(2 * d);
             sums
         })
@@ -132,7 +140,7 @@ pub fn backward(
 
 simd! {
     /// `sums`: the gradients of gamma and beta, then room for a row of x̂ and of h.
-    fn backward_rows(x_grad: &mut [f32], sums: &mut [f32], x: &[f32], gamma: &[f32], statistics: &[f32], grad: &[f32]) {
+    pub fn backward_rows(x_grad: &mut [f32], sums: &mut [f32], x: &[f32], gamma: &[f32], statistics: &[f32], grad: &[f32]) {
         let d = gamma.len();
         let (gamma_grad, rest) = sums.split_at_mut(d);
         let (beta_grad, rest) = rest.split_at_mut(d);

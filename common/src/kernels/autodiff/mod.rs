@@ -3,16 +3,22 @@
 //! Only the forward operations are part of the trait. Their gradients are computed by the functions of `flex`, called
 //! from the steps registered here, and are themselves not differentiable.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
+mod steps;
+
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Flex, backend_extension};
 use burn_flex::FlexTensor;
 
-use super::flex::{self, activation, adamw, attention, decode, linear, log_probs, norm};
+use super::flex::branch::{self, Affine, NormState};
+use super::flex::{activation, adamw, attention, decode, embedding, linear, log_probs, norm};
 use super::{Activation, AdamWStep};
+use steps::{
+    AddLayerNormBackward, AttentionBackward, AttentionState, BiasActivationBackward, CrossEntropyBackward,
+    EmbedBackward, EmbedState, Kept, KeptBackward, LayerNormBackward, LinearBackward, LinearNoBiasBackward,
+    LogProbsBackward, LogProbsState, LogitsBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
+};
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
 #[backend_extension(Flex, Autodiff)]
@@ -23,6 +29,46 @@ pub trait FusedOps: Backend {
     /// See [`super::linear`], without a bias: a backend extension takes no optional tensors.
     fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
+    /// See [`super::linear_keeping`].
+    fn fused_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::project_add_norm`].
+    fn fused_project_add_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::mlp_add_norm`].
+    fn fused_mlp_add_norm(
+        x: FloatTensor<Self>,
+        up_weight: FloatTensor<Self>,
+        up_bias: FloatTensor<Self>,
+        activation: Activation,
+        down_weight: FloatTensor<Self>,
+        down_bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::embed`]; `positions` has an entry for each id.
+    fn fused_embed(
+        tokens: FloatTensor<Self>,
+        places: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        positions: Vec<usize>,
+    ) -> FloatTensor<Self>;
+
     /// See [`super::bias_activation`].
     fn fused_bias_activation(
         x: FloatTensor<Self>,
@@ -30,13 +76,13 @@ pub trait FusedOps: Backend {
         activation: Activation,
     ) -> FloatTensor<Self>;
 
-    /// See [`super::layer_norm`].
+    /// See [`super::layer_norm_keeping`].
     fn fused_layer_norm(
         x: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         eps: f64,
-    ) -> FloatTensor<Self>;
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// See [`super::add_layer_norm`].
     fn fused_add_layer_norm(
@@ -88,186 +134,12 @@ pub trait FusedOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
+/// A tensor with its place in the graph, whatever the checkpointing.
+type Traced = FloatTensor<Autodiff<Flex>>;
+
 /// A tensor of the autodiff backend that needs no gradient.
 fn untracked<C: CheckpointStrategy>(tensor: FlexTensor) -> FloatTensor<Autodiff<Flex, C>> {
     <Autodiff<Flex, C> as AutodiffBackend>::from_inner(tensor)
-}
-
-/// Gives `grad()` to a parent that needs a gradient.
-macro_rules! register {
-    ($grads:expr, $parent:expr, $grad:expr) => {
-        if let Some(parent) = $parent {
-            $grads.register::<Flex>(parent.id, $grad);
-        }
-    };
-}
-
-#[derive(Debug)]
-struct LinearBackward;
-
-impl Backward<Flex, 3> for LinearBackward {
-    /// `x`, needed for the gradient of the weight, and the weight, needed for that of `x`.
-    type State = (FlexTensor, FlexTensor);
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, weight_node, bias_node] = ops.parents;
-        let (x, weight) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, bias_node, linear::backward_bias(&grad));
-        register!(grads, weight_node, linear::backward_weight(&x, &grad));
-        drop(x);
-        register!(grads, x_node, linear::backward_x(&weight, &grad));
-    }
-}
-
-#[derive(Debug)]
-struct LinearNoBiasBackward;
-
-impl Backward<Flex, 2> for LinearNoBiasBackward {
-    /// As [`LinearBackward`]'s.
-    type State = (FlexTensor, FlexTensor);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, weight_node] = ops.parents;
-        let (x, weight) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, weight_node, linear::backward_weight(&x, &grad));
-        drop(x);
-        register!(grads, x_node, linear::backward_x(&weight, &grad));
-    }
-}
-
-#[derive(Debug)]
-struct BiasActivationBackward;
-
-impl Backward<Flex, 2> for BiasActivationBackward {
-    /// `x`, the bias, and which function.
-    type State = (FlexTensor, FlexTensor, Activation);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, bias_node] = ops.parents;
-        let (x, bias, activation) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        let (x_grad, bias_grad) = activation::backward(&x, &bias, activation, &grad);
-        register!(grads, x_node, x_grad);
-        register!(grads, bias_node, bias_grad);
-    }
-}
-
-#[derive(Debug)]
-struct LayerNormBackward;
-
-impl Backward<Flex, 3> for LayerNormBackward {
-    /// `x`, gamma, and the statistics of the rows.
-    type State = (FlexTensor, FlexTensor, FlexTensor);
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, gamma_node, beta_node] = ops.parents;
-        let (x, gamma, statistics) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        let (x_grad, gamma_grad, beta_grad) = norm::backward(&x, &gamma, &statistics, &grad);
-        register!(grads, x_node, x_grad);
-        register!(grads, gamma_node, gamma_grad);
-        register!(grads, beta_node, beta_grad);
-    }
-}
-
-/// The addition before a layer norm: both terms get the gradient of the sum.
-#[derive(Debug)]
-struct AddBackward;
-
-impl Backward<Flex, 2> for AddBackward {
-    type State = ();
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, residual_node] = ops.parents;
-        let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, x_node, grad.clone());
-        register!(grads, residual_node, grad);
-    }
-}
-
-#[derive(Debug)]
-struct AttentionBackward;
-
-impl Backward<Flex, 1> for AttentionBackward {
-    type State = AttentionState;
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [node] = ops.parents;
-        let AttentionState { qkv, first_key, n_heads, out, lse } = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, node, attention::backward(&qkv, &first_key, n_heads, &out, &lse, &grad));
-    }
-}
-
-/// What the backward of attention needs.
-#[derive(Debug, Clone)]
-struct AttentionState {
-    qkv: FlexTensor,
-    first_key: Vec<usize>,
-    n_heads: usize,
-    out: FlexTensor,
-    lse: FlexTensor,
-}
-
-#[derive(Debug)]
-struct LogProbsBackward;
-
-impl Backward<Flex, 2> for LogProbsBackward {
-    type State = LogProbsState;
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [hidden_node, head_node] = ops.parents;
-        let LogProbsState { hidden, head, targets, scale, lse } = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        let (hidden_grad, head_grad) = log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
-        register!(grads, hidden_node, hidden_grad);
-        register!(grads, head_node, head_grad);
-    }
-}
-
-/// What the backward of the log-probabilities needs.
-#[derive(Debug, Clone)]
-struct LogProbsState {
-    hidden: FlexTensor,
-    head: FlexTensor,
-    targets: FlexTensor,
-    scale: f64,
-    lse: FlexTensor,
-}
-
-#[derive(Debug)]
-struct CrossEntropyBackward;
-
-impl Backward<Flex, 2> for CrossEntropyBackward {
-    /// The gradients for an output gradient of 1.
-    type State = (FlexTensor, FlexTensor);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [hidden_node, head_node] = ops.parents;
-        let (hidden_grad, head_grad) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, hidden_node, flex::scaled(hidden_grad, &grad));
-        register!(grads, head_node, flex::scaled(head_grad, &grad));
-    }
-}
-
-#[derive(Debug)]
-struct LogitsBackward;
-
-impl Backward<Flex, 2> for LogitsBackward {
-    /// The hidden states and the head.
-    type State = (FlexTensor, FlexTensor);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [hidden_node, head_node] = ops.parents;
-        let (hidden, head) = ops.state;
-        let grad = grads.consume::<Flex>(&ops.node);
-        // logits = hidden · headᵀ: the gradients are grad · head and gradᵀ · hidden.
-        register!(grads, hidden_node, linear::forward(&grad, &head, None));
-        register!(grads, head_node, linear::backward_weight(&grad, &hidden));
-    }
 }
 
 /// Registers `$backward` for an output that was computed from `$nodes`, with the state it needs if it is tracked.
@@ -283,8 +155,94 @@ macro_rules! finish {
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
         let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
-        let state = (x.primitive().clone(), weight.primitive().clone());
+        let state = (x.primitive().clone(), weight.primitive().clone(), Kept::default());
         finish!(LinearBackward, [x, weight, bias], state, out)
+    }
+
+    fn fused_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kept = Kept::default();
+        let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
+        let state = (x.primitive().clone(), weight.primitive().clone(), kept.clone());
+        let out = finish!(LinearBackward, [x, weight, bias], state, out);
+        let x = finish!(KeptBackward, [out], kept, x.into_primitive());
+        (out, x)
+    }
+
+    fn fused_project_add_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kept = Kept::default();
+        let layer = Affine { weight: weight.primitive(), bias: bias.primitive() };
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: beta.primitive(), eps };
+        let (out, sum) = branch::project(x.primitive(), &layer, residual.primitive(), &norm);
+        let norm = NormState { sum: sum.clone(), gamma: gamma.primitive().clone(), statistics: out.statistics };
+        let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
+        let normed = finish!(ProjectAddNormBackward, [x, weight, bias, residual, gamma, beta], state, out.normed);
+        let sum = finish!(KeptBackward, [normed], kept, sum);
+        (normed, sum)
+    }
+
+    fn fused_mlp_add_norm(
+        x: FloatTensor<Self>,
+        up_weight: FloatTensor<Self>,
+        up_bias: FloatTensor<Self>,
+        activation: Activation,
+        down_weight: FloatTensor<Self>,
+        down_bias: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kept = Kept::default();
+        let up = Affine { weight: up_weight.primitive(), bias: up_bias.primitive() };
+        let down = Affine { weight: down_weight.primitive(), bias: down_bias.primitive() };
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: beta.primitive(), eps };
+        let (out, sum, hidden) = branch::mlp(x.primitive(), &up, activation, &down, residual.primitive(), &norm);
+        let state = MlpState {
+            x: x.primitive().clone(),
+            weights: [up_weight.primitive().clone(), down_weight.primitive().clone()],
+            activation,
+            hidden,
+            same: x.id() == residual.id(),
+            norm: NormState { sum: sum.clone(), gamma: gamma.primitive().clone(), statistics: out.statistics },
+            kept: kept.clone(),
+        };
+        let parents = [x, up_weight, up_bias, down_weight, down_bias, residual, gamma, beta];
+        let nodes = parents.each_ref().map(Traced::node);
+        let normed = match MlpAddNormBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(state, out.normed),
+            OpsKind::UnTracked(prep) => prep.finish(out.normed),
+        };
+        let sum = finish!(KeptBackward, [normed], kept, sum);
+        (normed, sum)
+    }
+
+    fn fused_embed(
+        tokens: FloatTensor<Self>,
+        places: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        positions: Vec<usize>,
+    ) -> FloatTensor<Self> {
+        let [n_rows, _] = tokens.primitive().layout().shape().dims();
+        let shape = ids.layout().shape().dims();
+        let ids = embedding::rows_of(&ids, n_rows);
+        let out = embedding::forward(tokens.primitive(), places.primitive(), &ids, &positions, shape);
+        let nodes = [tokens.node(), places.node()];
+        match EmbedBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(EmbedState { tokens, places, ids, positions }, out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
     }
 
     fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -308,10 +266,13 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         eps: f64,
-    ) -> FloatTensor<Self> {
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kept = Kept::default();
         let out = norm::forward(x.primitive(), gamma.primitive(), beta.primitive(), eps);
-        let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics);
-        finish!(LayerNormBackward, [x, gamma, beta], state, out.normed)
+        let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics, kept.clone());
+        let normed = finish!(LayerNormBackward, [x, gamma, beta], state, out.normed);
+        let x = finish!(KeptBackward, [normed], kept, x.into_primitive());
+        (normed, x)
     }
 
     fn fused_add_layer_norm(
@@ -321,11 +282,12 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         beta: FloatTensor<Self>,
         eps: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let kept = Kept::default();
         let (out, sum) =
             norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), beta.primitive(), eps);
-        let sum = finish!(AddBackward, [x, residual], (), sum);
-        let state = (sum.primitive().clone(), gamma.primitive().clone(), out.statistics);
-        let normed = finish!(LayerNormBackward, [sum, gamma, beta], state, out.normed);
+        let state = (sum.clone(), gamma.primitive().clone(), out.statistics, kept.clone());
+        let normed = finish!(AddLayerNormBackward, [x, residual, gamma, beta], state, out.normed);
+        let sum = finish!(KeptBackward, [normed], kept, sum);
         (normed, sum)
     }
 

@@ -1,0 +1,71 @@
+//! The sum of two rows of tables for each token, and its gradients.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::gemm::SharedMut;
+use super::linear::add_numbers;
+use super::{contiguous, exclusive, floats, indices, matrix_dims, tensor, unset};
+
+/// Tokens handled by one task of the forward.
+const TOKENS: usize = 256;
+
+/// Columns handled by one task of the backward.
+const COLUMNS: usize = 32;
+
+/// Which row of its table each token takes, in order.
+pub type Rows = Vec<usize>;
+
+/// The ids as rows of a table of `n_rows`.
+///
+/// # Panics
+/// If an id is not below `n_rows`.
+pub fn rows_of(ids: &FlexTensor, n_rows: usize) -> Rows {
+    let rows = indices(ids);
+    let wrong = rows.iter().find(|&&row| row >= n_rows);
+    assert!(wrong.is_none(), "id {wrong:?} in a table of {n_rows} rows");
+    rows
+}
+
+/// `out_i = tokens[ids_i] + places[positions_i]`, of the shape `[batch, seq, d]`.
+pub fn forward(
+    tokens: &FlexTensor,
+    places: &FlexTensor,
+    ids: &Rows,
+    positions: &Rows,
+    shape: [usize; 2],
+) -> FlexTensor {
+    let (_, d) = matrix_dims(tokens);
+    let (tokens, places) = (contiguous(tokens), contiguous(places));
+    let (tokens, places) = (floats(&tokens), floats(&places));
+    let mut out = unset(ids.len() * d);
+    let rows = ids.par_chunks(TOKENS).zip(positions.par_chunks(TOKENS));
+    out.par_chunks_mut((TOKENS * d).max(1)).zip(rows).for_each(|(out, (ids, positions))| {
+        for ((out, id), position) in out.chunks_exact_mut(d).zip(ids).zip(positions) {
+            out.copy_from_slice(&tokens[id * d..][..d]);
+            add_numbers(out, &places[position * d..][..d]);
+        }
+    });
+    tensor(out, [shape[0], shape[1], d])
+}
+
+/// Adds row `i` of `grad` to row `rows_i` of the gradient of a table, which begins as `total` or as zeros.
+///
+/// A task has its own columns and takes the tokens in their order, so that every sum has one order.
+pub fn backward(n_rows: usize, total: Option<FlexTensor>, rows: &Rows, grad: &FlexTensor) -> FlexTensor {
+    let (_, d) = matrix_dims(grad);
+    let grad = contiguous(grad);
+    let grad = floats(&grad);
+    let mut total = total.map_or_else(|| tensor(vec![0.0; n_rows * d], [n_rows, d]), exclusive);
+    let shared = SharedMut::new(total.storage_mut::<f32>());
+    (0..d.div_ceil(COLUMNS)).into_par_iter().for_each(|i| {
+        let first = i * COLUMNS;
+        let n = COLUMNS.min(d - first);
+        for (row, grad) in rows.iter().zip(grad.chunks_exact(d)) {
+            // SAFETY: tasks have different columns.
+            let to = unsafe { shared.slice(row * d + first, n) };
+            add_numbers(to, &grad[first..first + n]);
+        }
+    });
+    total
+}

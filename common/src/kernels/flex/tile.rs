@@ -1,0 +1,249 @@
+//! The innermost loops of a matrix product: panels of one operand rearranged, and blocks of the output kept in
+//! registers.
+//!
+//! A product `out = a b` runs over panels of `b`: up to [`widest`] neighbouring columns, stored row after row without
+//! gaps and filled up with zeros to whole registers. A tile of the output has the width of its panel and as many rows
+//! as there are registers for; the numbers of `a` are read where they lie and multiplied with whole rows of the panel.
+//! Each element of the output is one chain of fused multiplications and additions over the inner axis, whatever the
+//! tile it lies in.
+
+use super::gemm::{Mat, MatMut};
+use super::simd::{Level, fma, level, simd};
+
+/// Columns that a panel is filled up to a multiple of: one AVX-512 register, two of AVX2.
+pub const LANES: usize = 16;
+
+/// Most numbers in a tile of the output.
+const TILE: usize = 24 * LANES;
+
+/// Columns of a panel, at most: what leaves enough registers for a tile with enough rows.
+pub fn widest() -> usize {
+    match level() {
+        Level::V4 => 4 * LANES,
+        Level::V3 | Level::Baseline => LANES,
+    }
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    /// Nothing.
+    Zero,
+    /// The numbers already in the output.
+    Output,
+    /// This row, in each row of the output.
+    Row(&'a [f32]),
+}
+
+simd! {
+    /// `out = scale · a b`, of the width of one panel, added to what `start` says.
+    ///
+    /// `panel`: the rows of `b`, `panel_stride` apart, each of `out`'s columns filled up to a multiple of [`LANES`].
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn multiply_panel(
+        out: MatMut<'_>,
+        start: Start<'_>,
+        scale: f32,
+        a: Mat<'_>,
+        panel: &[f32],
+        panel_stride: usize,
+    ) {
+        let (rows, cols, row_stride) = out.shape();
+        let (a_rows, k) = a.dims();
+        let width = cols.next_multiple_of(LANES);
+        assert!(a_rows == rows && (k == 0 || panel.len() >= (k - 1) * panel_stride + width), "a panel that does not fit");
+        let mut first = [0.0; 4 * LANES];
+        if let Start::Row(row) = start {
+            first[..cols].copy_from_slice(row);
+        }
+        let add = matches!(start, Start::Output);
+        let block = Block { data: out.as_ptr(), rows, cols, row_stride, add, first: &first, scale, panel, panel_stride };
+        // SAFETY: `a` and `out` are views whose elements lie within their slices, `out` is exclusive, and their
+        // shapes and the panel's were just compared.
+        unsafe {
+            match width / LANES {
+                4 => all_rows::<4, 6>(block, a),
+                3 => all_rows::<3, 8>(block, a),
+                2 => all_rows::<2, 12>(block, a),
+                1 => all_rows::<1, 6>(block, a),
+                other => panic!("a panel of {other} registers"),
+            }
+        }
+    }
+
+    /// Writes `k` rows of a panel, `[k, width]`, from `cols` columns of which each row is contiguous.
+    pub fn pack_rows(panel: &mut [f32], width: usize, cols: usize, from: &[f32], row_stride: usize) {
+        for (to, p) in panel.chunks_exact_mut(width).zip(0..) {
+            let from = &from[p * row_stride..][..cols];
+            if cols == width {
+                for (to, from) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(from.as_chunks::<LANES>().0) {
+                    *to = *from;
+                }
+            } else {
+                to[..cols].copy_from_slice(from);
+                to[cols..].fill(0.0);
+            }
+        }
+    }
+
+    /// Writes the rows of a panel, `[k, width]`, from `cols` columns that are contiguous each, `col_stride` apart.
+    pub fn pack_columns(panel: &mut [f32], width: usize, cols: usize, from: &[f32], col_stride: usize) {
+        let k = panel.len() / width;
+        for start in (0..width).step_by(LANES) {
+            let n = cols.saturating_sub(start).min(LANES);
+            let mut p = 0;
+            // Squares, so that reads and writes are whole registers.
+            while n == LANES && p + LANES <= k {
+                let mut square = [[0.0f32; LANES]; LANES];
+                for (lane, square) in square.iter_mut().enumerate() {
+                    square.copy_from_slice(&from[(start + lane) * col_stride + p..][..LANES]);
+                }
+                for i in 0..LANES {
+                    let to = &mut panel[(p + i) * width + start..][..LANES];
+                    for lane in 0..LANES {
+                        to[lane] = square[lane][i];
+                    }
+                }
+                p += LANES;
+            }
+            for p in p..k {
+                let to = &mut panel[p * width + start..][..LANES];
+                for (lane, to) in to.iter_mut().enumerate() {
+                    *to = if lane < n { from[(start + lane) * col_stride + p] } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
+/// Repeats `$body` for each row `$i` of the array `$totals`, without a loop: the compiler keeps an array in registers
+/// only if every index is a constant.
+macro_rules! unrolled {
+    ($i:ident, $totals:ident, $row:ident => $body:block) => {
+        unrolled!($i, $totals, $row => $body, [0 1 2 3 4 5 6 7 8 9 10 11])
+    };
+    ($i:ident, $totals:ident, $row:ident => $body:block, [$($index:literal)*]) => {$(
+        if let Some($row) = $totals.get_mut($index) {
+            let $i = $index;
+            $body
+        }
+    )*};
+}
+
+/// A block of the output.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    data: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    /// Whether the product is added to what is there, or else to `first`.
+    add: bool,
+    first: &'a [f32; 4 * LANES],
+    scale: f32,
+    panel: &'a [f32],
+    panel_stride: usize,
+}
+
+/// All rows of a block: tiles of `ROWS` rows, then smaller ones.
+///
+/// # Safety
+/// The elements of `out` may be written and are nobody else's; `a` has as many rows; the panel has a row of `WIDTH`
+/// registers, enough for the columns of `out`, for each column of `a`.
+#[inline(always)]
+unsafe fn all_rows<const WIDTH: usize, const ROWS: usize>(out: Block<'_>, a: Mat<'_>) {
+    let mut row = 0;
+    // SAFETY: each tile's rows lie within the block's.
+    unsafe {
+        while row + ROWS <= out.rows {
+            tile_of_block::<WIDTH, ROWS>(out, a, row);
+            row += ROWS;
+        }
+        while row + 4 <= out.rows {
+            tile_of_block::<WIDTH, 4>(out, a, row);
+            row += 4;
+        }
+        if row + 2 <= out.rows {
+            tile_of_block::<WIDTH, 2>(out, a, row);
+            row += 2;
+        }
+        if row < out.rows {
+            tile_of_block::<WIDTH, 1>(out, a, row);
+        }
+    }
+}
+
+/// The tile of the rows `row..row + ROWS`; one that is narrower than its panel goes through a buffer.
+///
+/// # Safety
+/// As of [`all_rows`], and the rows lie within the block.
+#[inline(always)]
+unsafe fn tile_of_block<const WIDTH: usize, const ROWS: usize>(out: Block<'_>, a: Mat<'_>, row: usize) {
+    // SAFETY: the rows are the block's by the caller's promise; the buffer has room for the tile.
+    unsafe {
+        let to = out.data.add(row * out.row_stride);
+        if out.cols == WIDTH * LANES {
+            let (start, stride) = if out.add { (to.cast_const(), out.row_stride) } else { (out.first.as_ptr(), 0) };
+            tile::<WIDTH, ROWS>(to, out.row_stride, start, stride, out, a, row);
+            return;
+        }
+        let mut buffer = [0.0f32; TILE];
+        let start = if out.add { [0.0; 4 * LANES].as_ptr() } else { out.first.as_ptr() };
+        tile::<WIDTH, ROWS>(buffer.as_mut_ptr(), WIDTH * LANES, start, 0, out, a, row);
+        for (i, from) in buffer.chunks_exact(WIDTH * LANES).take(ROWS).enumerate() {
+            let to = std::slice::from_raw_parts_mut(to.add(i * out.row_stride), out.cols);
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = if out.add { *to + from } else { *from };
+            }
+        }
+    }
+}
+
+/// `ROWS` rows, from row `row` of `a` on, of `WIDTH` registers each.
+///
+/// # Safety
+/// `a` has these rows, the block's panel a row of `WIDTH` registers for each column of `a`; and behind `to` lie as many rows of
+/// as many registers, `row_stride` apart, that may be written and are nobody else's.
+#[inline(always)]
+unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
+    to: *mut f32,
+    row_stride: usize,
+    start: *const f32,
+    start_stride: usize,
+    block: Block<'_>,
+    a: Mat<'_>,
+    row: usize,
+) {
+    let mut totals = [[[0.0f32; LANES]; WIDTH]; ROWS];
+    let (_, k) = a.dims();
+    let [a_row, a_col] = a.strides();
+    // SAFETY: all reads and writes are those the caller allows; arrays of f32 need the alignment of f32 only.
+    unsafe {
+        let (mut b, scale) = (block.panel.as_ptr(), block.scale);
+        let mut factors = a.as_ptr().add(row * a_row);
+        for _ in 0..k {
+            let b_row = *b.cast::<[[f32; LANES]; WIDTH]>();
+            unrolled!(i, totals, totals_of_row => {
+                let factor = *factors.add(i * a_row);
+                for j in 0..WIDTH {
+                    for lane in 0..LANES {
+                        totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
+                    }
+                }
+            });
+            b = b.wrapping_add(block.panel_stride);
+            factors = factors.wrapping_add(a_col);
+        }
+        unrolled!(i, totals, totals_of_row => {
+            let to = &mut *to.add(i * row_stride).cast::<[[f32; LANES]; WIDTH]>();
+            for j in 0..WIDTH {
+                let before = *start.add(i * start_stride + j * LANES).cast::<[f32; LANES]>();
+                for lane in 0..LANES {
+                    to[j][lane] = fma(totals_of_row[j][lane], scale, before[lane]);
+                }
+            }
+        });
+    }
+}
