@@ -197,7 +197,7 @@ impl Gpt {
             in_blocks: dropout.is_none(),
             dropout,
         };
-        let x = self.embed(ids, positions, 0);
+        let x = self.embed(ids, positions.as_deref(), 0);
         self.run_blocks(x, &mut pass, None)
     }
 
@@ -221,7 +221,7 @@ impl Gpt {
             let position = |n: usize, t: usize| (start + t).saturating_sub(n);
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
-        let x = self.embed(ids, positions, start);
+        let x = self.embed(ids, positions.as_deref(), start);
         let (kernels, eps) = (self.kernels, self.config.layer_norm_eps);
         let mut pass = Pass { kernels, eps, first_key: None, dropout: None, in_blocks: false };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
@@ -287,16 +287,16 @@ impl Gpt {
     }
 
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.
-    fn embed(&self, ids: Tensor<2, Int>, positions: Option<Vec<usize>>, start: usize) -> Tensor<3> {
+    fn embed(&self, ids: Tensor<2, Int>, positions: Option<&[usize]>, start: usize) -> Tensor<3> {
         let [_, seq] = ids.dims();
         let max_seq_len = self.config.max_seq_len;
-        let last = positions.as_ref().map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
+        let last = positions.map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
         assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
         let places = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
             (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
         };
-        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions.as_deref(), start)
+        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions, start)
     }
 
     /// All blocks and the final norm.
