@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`advantage`], [`rewards`] and [`kl`] are the targets, plain numbers, one response a call;
 //! [`loss`] is the objective, on tensors; `rollout` samples and scores, `update` makes the epochs over a batch of
-//! rollouts, `train` is the loop around both.
+//! rollouts, `iteration` is one after the other, `train` is the loop around it.
 //!
 //! # Source
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
@@ -17,17 +17,23 @@ mod cli;
 mod config;
 mod data;
 mod eval;
+mod iteration;
 pub mod kl;
 pub mod loss;
+mod replay;
 pub mod rewards;
 mod rollout;
 mod train;
+mod trial;
 mod update;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
 pub use config::{DataConfig, PpoConfig, PpoSection, TooLong, TrainConfig, ValueInit};
 pub use eval::{Estimate, Evaluation, evaluate};
+pub use iteration::Seconds;
+pub use replay::{Replay, replay};
 pub use train::train;
+pub use trial::{Measurement, Trial};
 
 use common::stage::{Interrupt, on_pool};
 

@@ -1,21 +1,19 @@
 //! The training loop.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use burn::module::Module;
 use burn::tensor::Device;
 use common::checkpoint::{self, Checkpoint, Stage};
+use common::config;
 use common::data::order::Order;
-use common::kernels::Kernels;
 use common::metrics::{self, names};
 use common::model::Gpt;
-use common::optim::AdamW;
+use common::optim::{AdamW, GradNorm};
 use common::rng::Streams;
 use common::session::{Exported, Extras, Origin, Outcome, Restored, Session};
-use common::stage::Interrupt;
-use common::{backend, config};
+use common::stage::{Interrupt, RuntimeArgs};
 use serde_json::json;
 
 use crate::Gold;
@@ -24,8 +22,9 @@ use crate::cli::TrainArgs;
 use crate::config::{PpoConfig, ValueInit};
 use crate::data::{Prompt, Prompts};
 use crate::eval::open_reward_model;
+use crate::iteration::{Done, Iteration, Seconds};
 use crate::kl::AdaptiveController;
-use crate::rollout::{Experience, Judge, Rollout, Sampling, of_response_tokens, values};
+use crate::rollout::{Experience, Judge, Rollout, Sampling};
 use crate::update::{Learner, UpdateMetrics};
 
 /// Every sampled response, in the output directory.
@@ -42,9 +41,10 @@ const HELD_OUT_ROW: u64 = 1 << 48;
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = backend::open(&args.stage.runtime.backend)?.autodiff();
+    let device = args.stage.runtime.open()?.autodiff();
     let plain_device = device.clone().inner();
     let kernels = args.stage.runtime.kernels();
+    let precision = args.stage.runtime.precision;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
     initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
@@ -64,7 +64,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend.clone(),
+        backend: args.stage.runtime.backend_label(&device),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let resumes = restored.is_some();
@@ -78,10 +78,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         .ppo
         .kl_target
         .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32));
-    let mut learner = Learner::start(&config, &initial, &reward_model, restored, kernels, &device)?;
+    let mut learner = Learner::start(&config, &initial, &reward_model, restored, &args.stage.runtime, &device)?;
     let judge = Judge {
-        reference: initial.load_gpt(&plain_device)?.with_kernels(kernels),
-        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels),
+        reference: initial.load_gpt(&plain_device)?.with_kernels(kernels).with_precision(precision),
+        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels).with_precision(precision),
         gold,
         missing_eos_score: config.ppo.missing_eos_score as f32,
         batch_size: config.micro_batch_size(),
@@ -93,6 +93,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         training.encoded.len(),
         held_out.encoded.len()
     );
+    let iteration = Iteration { config: &config, sampling: &sampling, judge: &judge, streams };
     let held_out = HeldOut { prompts: &held_out, judge: &judge, sampling: &sampling, config: &config };
     if !resumes {
         held_out.evaluate(&mut session, &learner.policy)?;
@@ -103,41 +104,21 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     while session.goes_on() {
         let step = session.progress().step;
         let first = step * batch_size;
-        let clock = Instant::now();
         let prompts: Vec<Prompt> =
             (first..first + batch_size).map(|position| training.encoded[order.item(position)].clone()).collect();
-        let generated = sampling.answer(&learner.policy.valid(), &prompts, first)?;
-        let rollout_seconds = clock.elapsed().as_secs_f64();
-
-        let clock = Instant::now();
-        let rollouts = judge.judge(&prompts, generated, &sampling)?;
-        let old_values = {
-            let value = learner.value.valid();
-            let pairs: Vec<_> = rollouts.iter().map(|r| (&*r.prompt.ids, &*r.response)).collect();
-            of_response_tokens(&pairs, config.micro_batch_size(), |batch| values(&value, batch))?
-        };
-        let batch = Experience::of_batch(rollouts, old_values, kl_coef, &config.ppo);
-        let score_seconds = clock.elapsed().as_secs_f64();
-
-        let clock = Instant::now();
-        let update;
-        (learner, update) = learner.update(&batch, &config, streams, step)?;
-        let update_seconds = clock.elapsed().as_secs_f64();
+        let done = iteration.run(learner, &prompts, step, kl_coef)?;
+        let Done { batch, update, seconds, .. } = done;
+        learner = done.learner;
 
         let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
-        session.count_step(n_tokens as u64, update.policy_grad_norm + update.value_grad_norm)?;
+        session.count_step(n_tokens as u64, GradNorm::Host(update.policy_grad_norm + update.value_grad_norm))?;
         for experience in &batch {
             session.recorder.append_to(ROLLOUTS_FILE, session.progress().step, &experience.rollout.to_json())?;
         }
         let measured = Measured::of(&batch);
         if session.logs() {
-            let timing = [rollout_seconds, score_seconds, update_seconds];
-            session.log(&measured.metrics(
-                kl_coef,
-                &update,
-                timing,
-                config.optimizer.lr_at(step, config.train.steps),
-            ))?;
+            let lr = config.optimizer.lr_at(step, config.train.steps);
+            session.log(&measured.metrics(kl_coef, &update, seconds, lr))?;
         }
         if let Some(controller) = &mut controller {
             kl_coef = controller.update(measured.kl as f32, batch.len());
@@ -153,7 +134,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 }
 
 /// The configuration with absolute paths.
-fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
+pub(crate) fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
     let path = &args.stage.config;
     let mut config: PpoConfig = config::load(path, &args.stage.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
@@ -163,14 +144,15 @@ fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
 
 impl Learner {
     /// The models and optimisers to begin or to go on with.
-    fn start(
+    pub(crate) fn start(
         config: &PpoConfig,
         initial: &Checkpoint,
         reward_model: &Checkpoint,
         restored: Option<Restored>,
-        kernels: Kernels,
+        runtime: &RuntimeArgs,
         device: &Device,
     ) -> anyhow::Result<Self> {
+        let (kernels, precision) = (runtime.kernels(), runtime.precision);
         let plain_device = device.clone().inner();
         let learner = match restored {
             Some(mut restored) => {
@@ -193,7 +175,12 @@ impl Learner {
                 value_optimizer: AdamW::new(&config.value_optimizer, kernels),
             },
         };
-        Ok(Self { policy: learner.policy.with_kernels(kernels), value: learner.value.with_kernels(kernels), ..learner })
+        Ok(Self {
+            policy: learner.policy.with_kernels(kernels).with_precision(precision),
+            value: learner.value.with_kernels(kernels).with_precision(precision),
+            policy_optimizer: learner.policy_optimizer.with_precision(precision),
+            value_optimizer: learner.value_optimizer.with_precision(precision),
+        })
     }
 
     fn optimizers(&self) -> [(&'static str, &AdamW); 2] {
@@ -236,7 +223,7 @@ impl Measured {
     }
 
     /// The line of `metrics.jsonl`.
-    fn metrics(&self, kl_coef: f32, update: &UpdateMetrics, timing: [f64; 3], lr: f64) -> Vec<(&'static str, f64)> {
+    fn metrics(&self, kl_coef: f32, update: &UpdateMetrics, seconds: Seconds, lr: f64) -> Vec<(&'static str, f64)> {
         let non_score_reward = -f64::from(kl_coef) * self.kl;
         let mut metrics = vec![
             (names::OBJECTIVE_KL, self.kl),
@@ -256,9 +243,9 @@ impl Measured {
             (names::VALUE_EXPLAINED_VARIANCE, self.explained_variance),
             (names::ROLLOUT_RESPONSE_LENGTH, self.response_length),
             (names::ROLLOUT_EOS_RATE, self.eos_rate),
-            (names::TIMING_ROLLOUT, timing[0]),
-            (names::TIMING_SCORE, timing[1]),
-            (names::TIMING_UPDATE, timing[2]),
+            (names::TIMING_ROLLOUT, seconds.rollout),
+            (names::TIMING_SCORE, seconds.score),
+            (names::TIMING_UPDATE, seconds.update),
             (names::TRAIN_LR, lr),
             (names::TRAIN_GRAD_NORM, update.policy_grad_norm),
             (names::VALUE_GRAD_NORM, update.value_grad_norm),

@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use burn::tensor::Tensor;
 use common::model::{Gpt, ScalarGpt};
-use common::optim::{AdamW, Grads};
+use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::scoring::by_length;
 
@@ -62,7 +62,7 @@ impl Learner {
             (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
         let mut means: Option<Tensor<1>> = None;
         let mut ratio_max: Option<Tensor<1>> = None;
-        let (mut policy_norms, mut value_norms, mut n_updates) = (0.0, 0.0, 0.0);
+        let (mut policy_norms, mut value_norms, mut n_updates) = (Vec::new(), Vec::new(), 0.0);
         for epoch in 0..config.ppo.epochs {
             let order = streams.get("minibatches", step * config.ppo.epochs + epoch).permutation(batch.len());
             for minibatch in order.chunks(batch.len() / config.ppo.minibatches) {
@@ -90,8 +90,8 @@ impl Learner {
                 let (policy_norm, value_norm);
                 (self.policy, policy_norm) = self.policy_optimizer.step(self.policy, policy_grads, policy_lr);
                 (self.value, value_norm) = self.value_optimizer.step(self.value, value_grads, value_lr);
-                policy_norms += policy_norm;
-                value_norms += value_norm;
+                policy_norms.push(policy_norm);
+                value_norms.push(value_norm);
                 n_updates += 1.0;
             }
         }
@@ -109,8 +109,8 @@ impl Learner {
             value_loss: means[5],
             value_clip_frac: means[6],
             ratio_max: f64::from(host(ratio_max)?[0]),
-            policy_grad_norm: policy_norms / n_updates,
-            value_grad_norm: value_norms / n_updates,
+            policy_grad_norm: GradNorm::mean(&policy_norms),
+            value_grad_norm: GradNorm::mean(&value_norms),
         };
         Ok((self, metrics))
     }
@@ -130,7 +130,7 @@ impl Learner {
             config.ppo.clip_range as f32,
             minibatch_tokens,
         );
-        let policy = Grads::take(&self.policy, of_policy.loss.backward());
+        let policy = Grads::take(&self.policy, self.policy_optimizer.scaled(of_policy.loss.clone()).backward());
         let of_value = value_loss(
             values(&self.value, &part.batch),
             flat(|experience| &experience.values),
@@ -138,7 +138,7 @@ impl Learner {
             config.ppo.value_clip_range as f32,
             minibatch_tokens,
         );
-        let value = Grads::take(&self.value, of_value.loss.backward());
+        let value = Grads::take(&self.value, self.value_optimizer.scaled(of_value.loss.clone()).backward());
         let means: [Tensor<1>; N_MEANS] = [
             of_policy.loss.inner(),
             of_policy.clip_frac,

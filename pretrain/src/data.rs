@@ -39,11 +39,13 @@ pub(crate) struct TokenSet {
 }
 
 /// Windows of `seq_len + 1` tokens: every token but the last is an input, every one but the first a target.
-pub(crate) struct Windows {
-    pub(crate) rows: Vec<Vec<u32>>,
-    pub(crate) seq_len: usize,
+pub struct Windows {
+    /// `seq_len + 1` tokens each.
+    pub rows: Vec<Vec<u32>>,
+    /// How many tokens of a window are predicted.
+    pub seq_len: usize,
     /// The token that begins a document where attention stops at documents' ends.
-    bos: Option<u32>,
+    pub bos: Option<u32>,
 }
 
 impl DataConfig {

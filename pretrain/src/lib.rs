@@ -12,12 +12,15 @@ mod data;
 mod eval;
 mod tokenizer;
 mod train;
+mod windows;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
 pub use config::{DataConfig, PretrainConfig, TrainConfig};
+pub use data::Windows;
 pub use eval::Evaluation;
 pub use tokenizer::train_tokenizer;
-pub use train::train;
+pub use train::{gradients, train};
+pub use windows::first_windows;
 
 use std::io::Write;
 

@@ -46,6 +46,9 @@ fn help_has_an_example_and_version_a_number() {
         ("help.txt", vec!["--help"]),
         ("run-help.txt", vec!["run", "--help"]),
         ("world-help.txt", vec!["world", "--help"]),
+        ("bench-train-help.txt", vec!["bench", "train", "--help"]),
+        ("bench-generate-help.txt", vec!["bench", "generate", "--help"]),
+        ("bench-ppo-help.txt", vec!["bench", "ppo", "--help"]),
     ] {
         let ran = recipe(dir.path(), &args);
         assert_eq!(ran.code, 0, "{}", ran.stderr);
@@ -90,6 +93,15 @@ fn errors_say_what_was_found_and_what_to_do() {
         (&["run", "empty"], 2),
         (&["world", "--out", "filled-world"], 1),
         (&["world", "--out", "w", "--stories", "0"], 1),
+        (&["bench", "train", "--size", "d"], 2),
+        (&["bench", "train", "--backend", "fleks"], 1),
+        (&["bench", "train", "--steps", "0"], 2),
+        (&["bench", "train", "--n-heads", "3"], 2),
+        (&["bench", "generate", "--prefill", "200"], 2),
+        (&["bench", "generate", "--gen", "1"], 2),
+        (&["bench", "ppo", "--kernels", "quick"], 2),
+        (&["bench", "ppo", "--response", "512"], 2),
+        (&["bench", "ppo", "--mini-batches", "5"], 2),
     ] {
         let ran = recipe(dir.path(), args);
         assert_eq!((ran.code, ran.stdout.as_str()), (code, ""), "{args:?}: {}", ran.stderr);
@@ -109,4 +121,59 @@ fn a_world_is_written_as_files_and_described_on_stdout() {
     assert_eq!(summary["files"].as_array().unwrap().len(), fs::read_dir(dir.path().join("w")).unwrap().count());
     let again = recipe(dir.path(), &["world", "--out", "w", "--seed", "5", "--stories", "240", "--overwrite"]);
     assert_eq!((again.code, again.stdout), (0, ran.stdout));
+}
+
+/// The one line of a measurement, whose `names` must be positive.
+#[track_caller]
+fn measured(args: &[&str], names: &[&str]) -> serde_json::Value {
+    let dir = tempfile::tempdir().unwrap();
+    let small = ["--n-layers", "2", "--n-heads", "2", "--d-model", "16", "--ctx", "24", "--vocab", "61"];
+    let args: Vec<&str> = ["bench"].into_iter().chain(args.iter().copied()).chain(small).collect();
+    let ran = recipe(dir.path(), &args);
+    assert_eq!(ran.code, 0, "{args:?}: {}", ran.stderr);
+    assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
+    let line: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    for name in names {
+        let value = line[name].as_f64().unwrap_or_else(|| panic!("`{name}` of {line}"));
+        assert!(value > 0.0 && value.is_finite(), "`{name}` of {line}");
+    }
+    assert_eq!((&line["bench"], &line["size"]), (&args[1].into(), &"custom".into()));
+    line
+}
+
+#[test]
+fn a_measurement_of_training_is_one_line() {
+    let names =
+        ["ms_per_step", "ms_min", "ms_p90", "tokens_per_s", "tokens_per_s_best", "gflop_per_step", "peak_rss_mib"];
+    for (kernels, backend) in [("plain", "flex"), ("fused", "flex"), ("fused", "ndarray")] {
+        let flags =
+            ["train", "--steps", "2", "--threads", "1", "--batch", "3", "--kernels", kernels, "--backend", backend];
+        let line = measured(&flags, &names);
+        assert_eq!((&line["threads"], &line["steps"], &line["batch"]), (&1.into(), &2.into(), &3.into()));
+        assert_eq!((&line["kernels"], &line["backend"]), (&kernels.into(), &backend.into()));
+        // Random tokens: ln 61 nats each, whatever the kernels.
+        assert!((line["loss_first"].as_f64().unwrap() - 61f64.ln()).abs() < 0.05, "{line}");
+        // 2·(12·16² + 13·16) + 2·16 + 61·16 + 24·16 parameters.
+        assert_eq!(line["params"], 2 * (12 * 256 + 208) + 32 + 85 * 16);
+    }
+}
+
+#[test]
+fn a_measurement_of_decoding_has_a_result_for_each_batch_size() {
+    let names = ["ms_per_decode_step", "tokens_per_s", "prefill_ms", "decode_tokens_per_s", "peak_rss_mib"];
+    let flags = ["generate", "--steps", "2", "--batches", "2,1", "--prefill", "8", "--gen", "16", "--top-k", "5"];
+    let line = measured(&flags, &names);
+    let results = line["results"].as_array().unwrap();
+    assert_eq!(results.iter().map(|r| r["batch"].as_u64().unwrap()).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(line["ms_per_decode_step"], results[0]["ms_per_decode_step"]);
+}
+
+#[test]
+fn a_measurement_of_ppo_counts_its_parts() {
+    let names =
+        ["s_per_iteration", "s_per_iteration_min", "rollout_s", "update_s", "rollout_tokens_per_s", "peak_rss_mib"];
+    let flags = ["ppo", "--steps", "2", "--ppo-batch", "4", "--prompt", "5", "--response", "7", "--mini-batches", "2"];
+    let line = measured(&flags, &names);
+    assert_eq!((&line["iterations"], &line["ppo_batch"]), (&2.into(), &4.into()));
+    assert!(line["last_metrics"]["value/loss"].as_f64().unwrap() > 0.0, "{line}");
 }

@@ -2,9 +2,9 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 
-use super::sampling::penalise;
-use super::softmax::{check_finite, log_sum_exp};
+use super::sampling::{check_finite, penalise};
 use super::{Finish, GenerateError, NonFiniteLogit, check_prompt, invalid, last_logits};
+use crate::kernels::softmax::log_sum_exp;
 use crate::model::{Cache, Gpt};
 
 /// How [`beam_search`] searches.

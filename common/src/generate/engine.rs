@@ -3,9 +3,9 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use rayon::prelude::*;
 
 use super::{GenerateError, NonFiniteLogit, Sampler, SamplingConfig, check_prompt, last_logits};
+use crate::kernels;
 use crate::model::{Cache, Gpt};
 use crate::rng::Streams;
 
@@ -115,70 +115,90 @@ fn run_group(
     config: &SamplingConfig,
     on_token: &mut Option<OnToken<'_>>,
 ) -> Result<(), GenerateError> {
-    let device = model.device();
-    let max_seq_len = model.config().max_seq_len;
     let longest = rows.iter().map(|row| row.prompt.len()).max().unwrap_or(0);
     let max_tokens = rows.iter().map(|row| row.max_tokens).max().unwrap_or(0);
     let n_pads: Vec<usize> = rows.iter().map(|row| longest - row.prompt.len()).collect();
-    // The last token is never read back.
-    let mut cache = Cache::new(model, &n_pads, longest + max_tokens - 1);
     let mut ids: Vec<i32> = Vec::with_capacity(rows.len() * longest);
     for (row, &n_pads) in rows.iter().zip(&n_pads) {
         ids.extend(std::iter::repeat_n(0, n_pads)); // any token: padding is never looked at
         ids.extend(row.prompt.iter().map(|&id| id as i32));
     }
+    let mut group = Group {
+        model,
+        stop: &config.stop,
+        // The last token is never read back.
+        cache: Cache::new(model, &n_pads, longest + max_tokens - 1),
+        rows: rows.iter_mut().collect(),
+        n_steps: 0,
+    };
+    if group.step(ids, longest, on_token)? {
+        return Ok(());
+    }
+    kernels::standing_by(|| {
+        loop {
+            let last = |row: &&mut Row<'_>| row.ids[row.ids.len() - 1] as i32;
+            let ids = group.rows.iter().map(last).collect();
+            if group.step(ids, 1, on_token)? {
+                return Ok(());
+            }
+        }
+    })
+}
 
-    // One entry for each row of the cache; finished ones stay until leaving pays.
-    let mut batch: Vec<&mut Row<'_>> = rows.iter_mut().collect();
-    let mut seq = longest;
-    for n_steps in 1.. {
-        let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [batch.len(), seq]), &device);
-        let hidden = model.decode(input, &mut cache); // [batch, seq, d_model]
-        choose(&mut batch, last_logits(model, hidden)?, &config.stop)?;
+/// Rows that are decoded together.
+struct Group<'g, 'p> {
+    model: &'g Gpt,
+    stop: &'g [u32],
+    cache: Cache,
+    /// One entry for each row of the cache; finished ones stay, with their last token and unheeded, until leaving pays.
+    rows: Vec<&'g mut Row<'p>>,
+    n_steps: usize,
+}
+
+impl Group<'_, '_> {
+    /// Reads `seq` tokens of each row and gives each unfinished row one more; returns whether all are finished.
+    ///
+    /// # Shapes
+    /// - `ids`: `n_rows · seq`
+    fn step(&mut self, ids: Vec<i32>, seq: usize, on_token: &mut Option<OnToken<'_>>) -> Result<bool, GenerateError> {
+        let (model, rows) = (self.model, &mut self.rows);
+        let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows.len(), seq]), &model.device());
+        let hidden = model.decode(input, &mut self.cache); // [n_rows, seq, d_model]
+        choose(rows, last_logits(model, hidden)?, self.stop)?;
+        self.n_steps += 1;
+        let n_steps = self.n_steps;
         if let Some(on_token) = on_token {
-            for row in batch.iter_mut().filter(|row| row.ids.len() == n_steps) {
+            for row in rows.iter_mut().filter(|row| row.ids.len() == n_steps) {
                 if on_token(row.prompt_idx, row.ids[n_steps - 1]).is_break() {
                     row.finish = row.finish.or(Some(Finish::Interrupted));
                 }
             }
         }
-
-        let live: Vec<usize> = (0..batch.len()).filter(|&i| batch[i].finish.is_none()).collect();
-        if live.is_empty() {
-            break;
-        }
+        let n_live = rows.iter().filter(|row| row.finish.is_none()).count();
         // A finished row must leave where its context window ends, though others go on.
-        let at_end = |row: &Row<'_>| row.prompt.len() + n_steps > max_seq_len;
-        if live.len() * 4 <= batch.len() * 3 || batch.iter().any(|row| at_end(row)) {
-            cache.keep_rows(&live);
-            batch.retain(|row| row.finish.is_none());
+        let max_seq_len = model.config().max_seq_len;
+        let at_end = rows.iter().any(|row| row.prompt.len() + n_steps > max_seq_len);
+        if n_live > 0 && (n_live * 4 <= rows.len() * 3 || at_end) {
+            let live: Vec<usize> = (0..rows.len()).filter(|&i| rows[i].finish.is_none()).collect();
+            self.cache.keep_rows(&live);
+            rows.retain(|row| row.finish.is_none());
         }
-        // A finished row goes on with its last token, unheeded.
-        ids = batch.iter().map(|row| row.ids[row.ids.len() - 1] as i32).collect();
-        seq = 1;
+        Ok(n_live == 0)
     }
-    Ok(())
 }
 
 /// Gives every unfinished row its next token.
 ///
 /// # Shapes
-/// - `logits`: `batch · vocab_size`, row after row
-fn choose(batch: &mut [&mut Row<'_>], mut logits: Vec<f32>, stop: &[u32]) -> Result<(), GenerateError> {
-    let vocab_size = logits.len() / batch.len();
-    let in_parallel = logits.len() >= PARALLEL_LOGITS;
-    let failed = if in_parallel && batch.len() > 1 {
-        let rows = batch.par_iter_mut().zip(logits.par_chunks_mut(vocab_size));
-        rows.filter_map(|(row, logits)| row.choose(logits, stop).err()).min_by_key(|&(prompt_idx, _)| prompt_idx)
-    } else {
-        let rows = batch.iter_mut().zip(logits.chunks_mut(vocab_size));
-        rows.filter_map(|(row, logits)| row.choose(logits, stop).err()).min_by_key(|&(prompt_idx, _)| prompt_idx)
-    };
+/// - `logits`: `n_rows · vocab_size`, row after row
+fn choose(rows: &mut [&mut Row<'_>], mut logits: Vec<f32>, stop: &[u32]) -> Result<(), GenerateError> {
+    let vocab_size = logits.len() / rows.len();
+    let mut tasks: Vec<_> =
+        rows.iter_mut().zip(logits.chunks_mut(vocab_size)).map(|(row, logits)| (row, logits, None)).collect();
+    kernels::for_each_of(&mut tasks, |(row, logits, failed)| *failed = row.choose(logits, stop).err());
+    let failed = tasks.into_iter().filter_map(|(.., failed)| failed).min_by_key(|&(prompt_idx, _)| prompt_idx);
     failed.map_or(Ok(()), |(_, error)| Err(error))
 }
-
-/// From this many logits on, rows are shared out among threads: below, the hand-over costs more than it saves.
-const PARALLEL_LOGITS: usize = 1 << 15;
 
 impl Row<'_> {
     /// Takes the next token, unless the row is finished. An error comes with the prompt's index.

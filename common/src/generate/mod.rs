@@ -9,7 +9,6 @@
 mod beam;
 mod engine;
 mod sampling;
-mod softmax;
 
 pub use beam::{BeamConfig, Hypothesis, beam_search};
 pub use engine::{Finish, GenerateOptions, Generated, OnToken, generate};

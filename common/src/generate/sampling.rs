@@ -1,7 +1,7 @@
 //! From one row of logits to one token. Pure, on the host.
 
-use super::softmax::{BLOCK, check_finite, exp_nonpositive, max_of, ordered_bits, sum};
 use super::{GenerateError, invalid};
+use crate::kernels::softmax::{self, BLOCK, max_of, ordered_bits};
 use crate::rng::Rng;
 
 /// Logits are divided by `temperature + TEMPERATURE_EPS` (by exactly 1 at temperature 1), in sampling as in every pass
@@ -82,6 +82,14 @@ pub struct NonFiniteLogit {
     pub id: u32,
     /// Its logit.
     pub logit: f32,
+}
+
+/// Refuses a row that holds NaN or infinity.
+pub(super) fn check_finite(logits: &[f32]) -> Result<(), NonFiniteLogit> {
+    match softmax::first_not_finite(logits) {
+        None => Ok(()),
+        Some(id) => Err(NonFiniteLogit { id: id as u32, logit: logits[id] }),
+    }
 }
 
 /// Chooses the tokens of one row; holds its random stream, the tokens it has seen and its buffers.
@@ -208,17 +216,13 @@ impl Sampler {
 
     /// Sets `weights = exp((logits − max)·scale)` and the sums of its blocks; returns `max`.
     fn weigh(&mut self, logits: &[f32], scale: f64) -> f32 {
-        let max = max_of(logits);
-        let scale = scale as f32;
-        self.weights.clear();
-        self.weights.extend(logits.iter().map(|&logit| exp_nonpositive((logit - max) * scale)));
-        self.sum_blocks();
-        max
+        self.weights.resize(logits.len(), 0.0);
+        self.sums.resize(logits.len().div_ceil(BLOCK), 0.0);
+        softmax::weigh(logits, scale as f32, &mut self.weights, &mut self.sums)
     }
 
     fn sum_blocks(&mut self) {
-        self.sums.clear();
-        self.sums.extend(self.weights.chunks(BLOCK).map(sum));
+        softmax::sum_blocks(&self.weights, &mut self.sums);
     }
 
     /// Applies top-k and top-p to the weights.

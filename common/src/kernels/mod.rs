@@ -17,10 +17,17 @@
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]
 
 mod block;
+pub mod fault;
 mod plain;
+mod precision;
+
+pub use precision::Precision;
 
 #[allow(unsafe_code)]
 pub mod memory;
+
+#[allow(unsafe_code, clippy::inline_always)]
+pub(crate) mod softmax;
 
 // `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
 #[cfg(feature = "flex")]
@@ -247,7 +254,8 @@ pub fn attention(
 ///
 /// # Shapes
 /// - `qkv`: `[batch, new, 3 · d_model]`
-/// - `keys`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond the positions written is never read
+/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond the
+///   positions written is never read
 /// - `first_key`: `[batch]`, the first real position of each row (its number of pads)
 /// - returns `([batch, new, d_model], keys, values)`
 ///
@@ -262,10 +270,10 @@ pub fn attention_cached(
     first_key: &[usize],
 ) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
     let [batch, new, width] = qkv.dims();
-    let [_, n_heads, capacity, d_head] = keys.dims();
+    let [_, n_heads, d_head, capacity] = keys.dims();
     assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
-    assert_eq!(keys.dims(), [batch, n_heads, capacity, d_head], "the cache has another batch");
-    assert_eq!(values.dims(), keys.dims(), "keys and values differ in shape");
+    assert_eq!(keys.dims(), [batch, n_heads, d_head, capacity], "the cache has another batch");
+    assert_eq!(values.dims(), [batch, n_heads, capacity, d_head], "keys and values do not fit each other");
     assert_eq!(first_key.len(), batch, "one first key a row");
     assert!(cached + new <= capacity, "{cached} + {new} positions do not fit a cache of {capacity}");
     #[cfg(feature = "flex")]
@@ -280,6 +288,24 @@ pub fn attention_cached(
         return (Tensor::from_dispatch(out), Tensor::from_dispatch(keys), Tensor::from_dispatch(values));
     }
     plain::attention_cached(&qkv, keys, values, cached, first_key)
+}
+
+/// Runs `body` with the CPU's threads standing by: for many short operations in a row, such as decoding token by token.
+///
+/// Changes no result. Longer operations within it have one thread less for each that stands by.
+pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
+    #[cfg(feature = "flex")]
+    return flex::crew::standing_by(body);
+    #[cfg(not(feature = "flex"))]
+    body()
+}
+
+/// Calls `task` with each of `items`, on the threads that [stand by](standing_by) or those of the pool.
+pub(crate) fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
+    #[cfg(feature = "flex")]
+    flex::crew::for_each_of(items, task);
+    #[cfg(not(feature = "flex"))]
+    rayon::prelude::ParallelIterator::for_each(rayon::prelude::IntoParallelRefMutIterator::par_iter_mut(items), task);
 }
 
 /// Log-probability of each target, and the entropy of the distribution it was drawn from, in nats.
@@ -453,6 +479,21 @@ pub fn sum_of_squares<const D: usize>(kernels: Kernels, x: Tensor<D>) -> f64 {
         return flex::adamw::sum_of_squares_of(x);
     }
     plain::sum_of_squares(x)
+}
+
+/// Whether reading `x` waits for nothing: it was computed by the CPU, in the host's memory.
+pub fn is_on_host<const D: usize>(x: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+    let device = x.device();
+    match device.as_dispatch() {
+        DispatchDevice::Autodiff(_) => is_on_host(&x.clone().inner()),
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        #[allow(unreachable_patterns, reason = "with the two backends above there may be no other")]
+        _ => false,
+    }
 }
 
 /// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.

@@ -338,8 +338,8 @@ proptest! {
         let first: Vec<usize> = (0..batch * seq).map(|i| n_pads[i / seq].min(i % seq)).collect();
         let qkv = leaf(&normals(seed, batch * seq * width), &device).reshape([batch, seq, width]);
         let whole = attention(Kernels::Plain, qkv.clone(), Some(int_tensor(&first, [batch, seq], &device)), n_heads, None);
-        let mut keys = Tensor::<4>::full([batch, n_heads, seq + 2, d_head], f32::NAN, &device);
-        let mut values = keys.clone();
+        let mut keys = Tensor::<4>::full([batch, n_heads, d_head, seq + 2], f32::NAN, &device);
+        let mut values = keys.clone().transpose();
         let mut cached = 0;
         for new in [prompt, 1, 2] {
             let piece = qkv.clone().slice([0..batch, cached..cached + new]);

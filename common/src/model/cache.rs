@@ -4,6 +4,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use super::Gpt;
 
+/// Positions that there is room for are a multiple of this, so that each row of keys begins where a cache line does.
+const ALIGNED: usize = 16;
+
 /// The keys and values of every layer for a batch whose rows are padded on the left.
 ///
 /// All rows stand at the same index [`len`](Cache::len), so that one step appends one column for the whole batch;
@@ -16,7 +19,7 @@ pub struct Cache {
     pub(super) capacity: usize,
 }
 
-/// One layer's part of a [`Cache`]: `[batch, n_heads, capacity, d_head]` each.
+/// One layer's part of a [`Cache`]: keys `[batch, n_heads, d_head, capacity]`, values `[batch, n_heads, capacity, d_head]`.
 #[derive(Debug, Clone)]
 pub(super) struct LayerCache {
     /// Taken out while the layer runs, so that it is the only owner and can be written in place.
@@ -40,11 +43,12 @@ impl Cache {
             capacity - most_padding,
             config.max_seq_len
         );
-        let shape = [n_pads.len(), config.n_heads, capacity, config.d_head()];
+        let (batch, n_heads, d_head) = (n_pads.len(), config.n_heads, config.d_head());
+        let room = capacity.next_multiple_of(ALIGNED);
         let device = gpt.device();
-        let layers = (0..config.n_layers)
-            .map(|_| LayerCache { keys_values: Some((Tensor::zeros(shape, &device), Tensor::zeros(shape, &device))) })
-            .collect();
+        let zeros = |shape: [usize; 4]| gpt.precision().narrow(Tensor::zeros(shape, &device));
+        let layer = || (zeros([batch, n_heads, d_head, room]), zeros([batch, n_heads, room, d_head]));
+        let layers = (0..config.n_layers).map(|_| LayerCache { keys_values: Some(layer()) }).collect();
         Self { layers, n_pads: n_pads.to_vec(), len: 0, capacity }
     }
 

@@ -6,12 +6,12 @@ use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
 use super::cache::LayerCache;
 use super::positions::sinusoid_table;
 use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
-use crate::kernels::{self, Affine, Kernels, NormWeights};
+use crate::kernels::{self, Affine, Kernels, NormWeights, Precision};
 use crate::rng::{Rng, Streams};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
-/// Token embedding plus position, `n_layers` [`Block`]s, with pre-norm a final LayerNorm, and an output layer that
+/// Token embedding plus position, `n_layers` blocks, with pre-norm a final LayerNorm, and an output layer that
 /// shares the token embedding's weights or has its own.
 ///
 /// # Source
@@ -33,6 +33,8 @@ pub struct Gpt {
     config: GptConfig,
     #[module(skip)]
     kernels: Kernels,
+    #[module(skip)]
+    precision: Precision,
 }
 
 /// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`]'s.
@@ -77,11 +79,13 @@ struct Norm {
 /// What the layers of one forward pass need besides their weights.
 struct Pass<'a> {
     kernels: Kernels,
+    /// Of the branches; the residual stream and the norms are in f32.
+    precision: Precision,
     eps: f64,
     /// `[batch, seq]`
     first_key: Option<Tensor<2, Int>>,
     dropout: Option<Dropout<'a>>,
-    /// Whether a branch and what follows it are computed together: for many rows, and where nothing is dropped.
+    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
     in_blocks: bool,
 }
 
@@ -164,6 +168,7 @@ impl Gpt {
             head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
             config: config.clone(),
             kernels: Kernels::default(),
+            precision: Precision::default(),
         }
     }
 
@@ -192,9 +197,10 @@ impl Gpt {
         let dropout = rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng });
         let mut pass = Pass {
             kernels: self.kernels,
+            precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
-            in_blocks: dropout.is_none(),
+            in_blocks: dropout.is_none() && self.precision == Precision::F32,
             dropout,
         };
         let x = self.embed(ids, positions.as_deref(), 0);
@@ -217,13 +223,19 @@ impl Gpt {
         assert_eq!(batch, cache.batch(), "a batch of {batch} for a cache of {} rows", cache.batch());
         assert!(cache.len + seq <= cache.capacity, "{} + {seq} exceed the cache's {}", cache.len, cache.capacity);
         let start = cache.len;
-        let positions = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
+        let positions: Option<Vec<usize>> = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
             let position = |n: usize, t: usize| (start + t).saturating_sub(n);
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
         let x = self.embed(ids, positions.as_deref(), start);
-        let (kernels, eps) = (self.kernels, self.config.layer_norm_eps);
-        let mut pass = Pass { kernels, eps, first_key: None, dropout: None, in_blocks: false };
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: None,
+            dropout: None,
+            in_blocks: false,
+        };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
@@ -238,8 +250,9 @@ impl Gpt {
         let [batch, seq, d_model] = hidden.dims();
         let head = self.head_weight();
         let [vocab_size, _] = head.dims();
-        let hidden = hidden.reshape([batch * seq, d_model]);
-        kernels::logits(self.kernels, hidden, head).reshape([batch, seq, vocab_size])
+        let (hidden, head) =
+            (self.precision.narrow(hidden.reshape([batch * seq, d_model])), self.precision.narrow(head));
+        self.precision.widen(kernels::logits(self.kernels, hidden, head)).reshape([batch, seq, vocab_size])
     }
 
     /// Logits of every position: [`logits`](Self::logits) of [`hidden`](Self::hidden).
@@ -271,6 +284,21 @@ impl Gpt {
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
+        self
+    }
+
+    /// What the model computes in.
+    pub const fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The same model computing in `precision`; its weights stay in f32, and so do the numbers it gives.
+    ///
+    /// Matrix products and what lies between them are in `precision`; the residual stream, norms, softmax and
+    /// log-probabilities are in f32.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
         self
     }
 
@@ -320,7 +348,7 @@ impl Gpt {
             NormPlacement::Pre => {
                 let (mut normed, mut x) = self.blocks[0].norm_1.forward_keeping(x, pass);
                 for (i, block) in self.blocks.iter().enumerate() {
-                    let qkv = block.attention.qkv.forward(normed, pass);
+                    let qkv = block.attention.qkv.forward(pass.precision.narrow(normed), pass);
                     let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
                     (normed, x) = block.attention.finish(mixed, x, &block.norm_2, pass);
                     let next_norm = self.blocks.get(i + 1).map_or(self.final_norm.as_ref(), |next| Some(&next.norm_1));
@@ -370,7 +398,7 @@ impl Attention {
         if pass.in_blocks {
             return kernels::project_add_norm(pass.kernels, mixed, self.proj.weights(), residual, norm.weights(pass));
         }
-        let projected = self.proj.forward(mixed, pass);
+        let projected = pass.precision.widen(self.proj.forward(mixed, pass));
         norm.add(pass.drop(projected), residual, pass)
     }
 }
@@ -390,9 +418,10 @@ impl Mlp {
             return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
         }
         // [batch, seq, d_ff]
-        let up = kernels::linear(pass.kernels, x, self.up.weight.val(), None);
-        let active = kernels::bias_activation(pass.kernels, up, self.up.bias.val(), activation);
-        let down = self.down.forward(active, pass);
+        let Pass { kernels, precision, .. } = *pass;
+        let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
+        let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
+        let down = precision.widen(self.down.forward(active, pass));
         norm.add(pass.drop(down), residual, pass)
     }
 }
@@ -402,13 +431,18 @@ impl Linear {
         Affine { weight: self.weight.val(), bias: self.bias.val() }
     }
 
+    /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        kernels::linear(pass.kernels, x, self.weight.val(), Some(self.bias.val()))
+        let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
+        kernels::linear(pass.kernels, x, weight, Some(bias))
     }
 
-    /// The result, and `x` again for the residual addition.
+    /// The result in the precision of the pass, and `x` again for the residual addition.
     fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        kernels::linear_keeping(pass.kernels, x, self.weights())
+        if pass.in_blocks {
+            return kernels::linear_keeping(pass.kernels, x, self.weights());
+        }
+        (self.forward(pass.precision.narrow(x.clone()), pass), x)
     }
 }
 

@@ -1,18 +1,21 @@
 //! Attention of new positions over the cache of keys and values.
+//!
+//! Keys are kept transposed, all positions' numbers of one dimension side by side: the scores of a query then fill
+//! vector registers, and no sum runs across one.
 
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::attention::{QUERIES, Tile, attend};
+use super::crew::for_each;
 use super::gemm::{Mat, SharedMut};
 use super::simd::{add_up, exp, fma, simd};
 use super::{contiguous, floats, tensor, unset, with_scratch};
 
 /// Multiplications below which a task is not worth handing to another thread.
-const TASK: usize = 1 << 16;
+const TASK: usize = 1 << 14;
 
 /// Columns of the output that are summed in registers at a time.
-const COLUMNS: usize = 16;
+const COLUMNS: usize = 32;
 
 /// Writes the new keys and values into the cache, then attends to it.
 pub fn attention_cached(
@@ -23,123 +26,170 @@ pub fn attention_cached(
     first_key: &[usize],
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let [batch, new, width] = qkv.layout().shape().dims();
-    let [_, n_heads, capacity, d_head] = keys.layout().shape().dims();
+    let [_, n_heads, d_head, capacity] = keys.layout().shape().dims();
     let d_model = width / 3;
-    let qkv_tensor = contiguous(qkv);
-    let qkv = floats(&qkv_tensor);
-    let mut caches = [keys, values].map(|cache| {
+    let qkv = contiguous(qkv);
+    let qkv = floats(&qkv);
+    let [mut keys, mut values] = [keys, values].map(|cache| {
         let exact = cache.is_contiguous() && cache.bytes().len() == 4 * cache.layout().num_elements();
         if exact { cache } else { contiguous(&cache) }
     });
-    for (part, cache) in caches.iter_mut().enumerate() {
-        let cache = cache.storage_mut::<f32>();
-        for (i, cache) in cache.chunks_exact_mut(capacity * d_head).enumerate() {
-            let (row, head) = (i / n_heads, i % n_heads);
-            for (position, cache) in cache[cached * d_head..].chunks_exact_mut(d_head).take(new).enumerate() {
-                let start = (row * new + position) * width + (part + 1) * d_model + head * d_head;
-                cache.copy_from_slice(&qkv[start..start + d_head]);
-            }
-        }
-    }
-    let [keys, values] = caches;
     let mut out = unset(batch * new * d_model);
-    let shared = SharedMut::new(&mut out);
+    let shared = [&mut out[..], keys.storage_mut::<f32>(), values.storage_mut::<f32>()].map(SharedMut::new);
     let work = (2 * new * (cached + new) * d_head).max(1);
-    (0..batch * n_heads).into_par_iter().with_min_len((TASK / work).max(1)).for_each(|i| {
-        let (row, head) = (i / n_heads, i % n_heads);
-        let span = i * capacity * d_head..(i + 1) * capacity * d_head;
-        let (keys, values) = (&floats(&keys)[span.clone()], &floats(&values)[span]);
-        let queries = &qkv[row * new * width + head * d_head..];
-        let start = row * new * d_model + head * d_head;
-        if new == 1 {
-            // SAFETY: each task has its own row and head, and writes only that head's numbers of that row.
-            let out = unsafe { shared.slice(start, d_head) };
-            let first = first_key[row].min(cached) * d_head;
-            let end = (cached + 1) * d_head;
-            attend_one(&queries[..d_head], &keys[first..end], &values[first..end], out);
-            return;
-        }
-        for first_query in (0..new).step_by(QUERIES) {
-            let n_queries = QUERIES.min(new - first_query);
-            let mut first = [0; QUERIES];
-            for (query, first) in first[..n_queries].iter_mut().enumerate() {
-                *first = first_key[row].min(cached + first_query + query);
+    let n_each = (TASK / work).max(1);
+    for_each((batch * n_heads).div_ceil(n_each), |task| {
+        for i in task * n_each..(batch * n_heads).min((task + 1) * n_each) {
+            let (row, head) = (i / n_heads, i % n_heads);
+            let of_cache = i * capacity * d_head;
+            let start = row * new * d_model + head * d_head;
+            // SAFETY: each task has its own rows and heads, and touches only these numbers of the two caches.
+            let (keys, values) =
+                unsafe { (shared[1].slice(of_cache, capacity * d_head), shared[2].slice(of_cache, capacity * d_head)) };
+            let qkv = &qkv[row * new * width + head * d_head..];
+            append(qkv, (d_model, width), (keys, values), cached, new, d_head);
+            if new == 1 {
+                // SAFETY: as above, of that head's numbers of that row's output.
+                let out = unsafe { shared[0].slice(start, d_head) };
+                let first = first_key[row].min(cached);
+                let n_keys = cached + 1 - first;
+                let values = &values[first * d_head..][..n_keys * d_head];
+                with_scratch(n_keys, |weights| {
+                    attend_one(&qkv[..d_head], &keys[first..], capacity, values, weights, out);
+                });
+                continue;
             }
-            let tile = Tile { first_query: cached + first_query, first: &first[..n_queries] };
-            let queries = Mat::rows(&queries[first_query * width..], n_queries, d_head, width);
-            // SAFETY: as above.
-            let out = unsafe { shared.mat(start + first_query * d_model, n_queries, d_head, d_model) };
-            with_scratch((cached + new) * n_queries, |scores| {
-                attend(&tile, queries, (keys, values, d_head), scores, out, &mut [0.0; QUERIES]);
-            });
+            for first_query in (0..new).step_by(QUERIES) {
+                let n_queries = QUERIES.min(new - first_query);
+                let mut first = [0; QUERIES];
+                for (query, first) in first[..n_queries].iter_mut().enumerate() {
+                    *first = first_key[row].min(cached + first_query + query);
+                }
+                let tile = Tile { first_query: cached + first_query, first: &first[..n_queries] };
+                let queries = Mat::rows(&qkv[first_query * width..], n_queries, d_head, width);
+                // SAFETY: as above.
+                let out = unsafe { shared[0].mat(start + first_query * d_model, n_queries, d_head, d_model) };
+                let n_keys = cached + new;
+                with_scratch(n_keys * (n_queries + d_head), |scratch| {
+                    let (rows, scores) = scratch.split_at_mut(n_keys * d_head);
+                    for (position, row) in rows.chunks_exact_mut(d_head).enumerate() {
+                        row.iter_mut()
+                            .zip(keys[position..].iter().step_by(capacity))
+                            .for_each(|(to, from)| *to = *from);
+                    }
+                    attend(&tile, queries, (rows, values, d_head), scores, out, &mut [0.0; QUERIES]);
+                });
+            }
         }
     });
     (tensor(out, [batch, new, d_model]), keys, values)
 }
 
-/// One query against `n` keys and values, each `[n, d_head]` without gaps.
-fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
-    let n_keys = keys.len() / query.len();
-    with_scratch(n_keys, |weights| {
-        attend_one_body(query, keys, values, weights, out);
-    });
+/// Copies keys and values of `new` positions into one head's cache, from position `cached` on.
+///
+/// `qkv` begins at the head's first query; `strides`: from its query to its key and from its key to its value, and from
+/// one position to the next.
+fn append(
+    qkv: &[f32],
+    strides: (usize, usize),
+    (keys, values): (&mut [f32], &mut [f32]),
+    cached: usize,
+    new: usize,
+    d_head: usize,
+) {
+    let capacity = keys.len() / d_head;
+    for position in 0..new {
+        let key = &qkv[position * strides.1 + strides.0..][..d_head];
+        let value = &qkv[position * strides.1 + 2 * strides.0..][..d_head];
+        for (column, number) in keys.chunks_exact_mut(capacity).zip(key) {
+            column[cached + position] = *number;
+        }
+        values[(cached + position) * d_head..][..d_head].copy_from_slice(value);
+    }
 }
 
 simd! {
-    fn attend_one_body(query: &[f32], keys: &[f32], values: &[f32], weights: &mut [f32], out: &mut [f32]) {
-        let d_head = query.len();
+    /// One query against `weights.len()` keys and values.
+    ///
+    /// `keys`: `[d_head, n]`, rows `stride` apart; `values`: `[n, d_head]` without gaps.
+    fn attend_one(
+        query: &[f32],
+        keys: &[f32],
+        stride: usize,
+        values: &[f32],
+        weights: &mut [f32],
+        out: &mut [f32],
+    ) {
+        const N: usize = 16;
+        let (d_head, n_keys) = (query.len(), weights.len());
         let scale = 1.0 / (d_head as f32).sqrt();
-        let mut highest = f32::NEG_INFINITY;
-        for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(d_head)) {
-            *weight = short_dot(query, key) * scale;
-            highest = if *weight > highest { *weight } else { highest };
+        weights.fill(0.0);
+        let (fours, rest) = query.as_chunks::<4>();
+        for (i, query) in fours.iter().enumerate() {
+            let row = |j: usize| &keys[(4 * i + j) * stride..][..n_keys];
+            let keys = row(0).iter().zip(row(1)).zip(row(2)).zip(row(3));
+            for (weight, (((k_0, k_1), k_2), k_3)) in weights.iter_mut().zip(keys) {
+                *weight = fma(query[3], *k_3, fma(query[2], *k_2, fma(query[1], *k_1, fma(query[0], *k_0, *weight))));
+            }
         }
-        let mut total = 0.0;
-        for weight in weights.iter_mut() {
-            *weight = exp(*weight - highest);
+        for (i, query) in rest.iter().enumerate() {
+            let keys = &keys[(4 * fours.len() + i) * stride..][..n_keys];
+            for (weight, key) in weights.iter_mut().zip(keys) {
+                *weight = fma(*query, *key, *weight);
+            }
         }
-        for weight in weights.iter() {
-            total += weight;
+
+        let (chunks, others) = weights.as_chunks_mut::<N>();
+        let mut highest = [f32::NEG_INFINITY; N];
+        for chunk in chunks.iter() {
+            for lane in 0..N {
+                highest[lane] = if chunk[lane] > highest[lane] { chunk[lane] } else { highest[lane] };
+            }
+        }
+        let highest = highest.iter().chain(others.iter()).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let mut totals = [0.0f32; N];
+        for chunk in chunks.iter_mut() {
+            for lane in 0..N {
+                chunk[lane] = exp((chunk[lane] - highest) * scale);
+                totals[lane] += chunk[lane];
+            }
+        }
+        let mut total = add_up(totals);
+        for weight in others {
+            *weight = exp((*weight - highest) * scale);
+            total += *weight;
         }
         let inverse = 1.0 / total;
+
         for (start, out) in (0..d_head).step_by(COLUMNS).zip(out.chunks_mut(COLUMNS)) {
             if out.len() == COLUMNS {
-                let mut totals = [0.0f32; COLUMNS];
-                for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
-                    let value = &value[start..start + COLUMNS];
+                // Two sums in turn, so that one addition need not wait for the last.
+                let (mut even, mut odd) = ([0.0f32; COLUMNS], [0.0f32; COLUMNS]);
+                let (pairs, last) = weights.as_chunks::<2>();
+                for (weights, values) in pairs.iter().zip(values.chunks_exact(2 * d_head)) {
+                    let (first, second) = (&values[start..start + COLUMNS], &values[d_head + start..][..COLUMNS]);
                     for lane in 0..COLUMNS {
-                        totals[lane] = fma(*weight, value[lane], totals[lane]);
+                        even[lane] = fma(weights[0], first[lane], even[lane]);
+                        odd[lane] = fma(weights[1], second[lane], odd[lane]);
                     }
                 }
-                for (out, total) in out.iter_mut().zip(totals) {
-                    *out = total * inverse;
+                if let [weight] = last {
+                    let value = &values[(n_keys - 1) * d_head + start..][..COLUMNS];
+                    for lane in 0..COLUMNS {
+                        even[lane] = fma(*weight, value[lane], even[lane]);
+                    }
+                }
+                for lane in 0..COLUMNS {
+                    out[lane] = (even[lane] + odd[lane]) * inverse;
                 }
             } else {
                 out.fill(0.0);
                 for (weight, value) in weights.iter().zip(values.chunks_exact(d_head)) {
                     for (out, value) in out.iter_mut().zip(&value[start..]) {
-                        *out += weight * value * inverse;
+                        *out = fma(*weight * inverse, *value, *out);
                     }
                 }
             }
         }
     }
-}
-
-/// A dot product of few numbers, in 16 lanes.
-#[inline(always)]
-fn short_dot(x: &[f32], y: &[f32]) -> f32 {
-    const N: usize = 16;
-    let mut totals = [0.0f32; N];
-    let (x_chunks, x_rest) = x.as_chunks::<N>();
-    let (y_chunks, y_rest) = y.as_chunks::<N>();
-    for (x, y) in x_chunks.iter().zip(y_chunks) {
-        for lane in 0..N {
-            totals[lane] = fma(x[lane], y[lane], totals[lane]);
-        }
-    }
-    for (total, (x, y)) in totals.iter_mut().zip(x_rest.iter().zip(y_rest)) {
-        *total = fma(*x, *y, *total);
-    }
-    add_up(totals)
 }

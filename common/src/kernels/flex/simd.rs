@@ -95,7 +95,7 @@ macro_rules! simd {
         }
     )*};
 }
-pub(super) use simd;
+pub(in crate::kernels) use simd;
 
 /// Running totals of a reduction: two AVX-512 registers.
 pub const LANES: usize = 32;

@@ -1,28 +1,61 @@
-//! Sums and exponentials over a row of logits: vectorised by the compiler, the same bits on every processor.
+//! Sums and exponentials over a row of logits, for sampling: the same bits on every processor.
 
-use super::NonFiniteLogit;
+#[cfg(feature = "flex")]
+use super::flex::simd::simd;
 
-/// Weights are summed in blocks of this many, so that a draw walks over blocks first.
-pub(super) const BLOCK: usize = 256;
-
-/// `ln Σ exp(logits)`, summed in f64.
-pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = max_of(logits);
-    let total: f64 = logits.chunks(BLOCK).map(|block| sum_of(block, |&logit| exp_nonpositive(logit - max))).sum();
-    max as f64 + total.ln()
+/// Without the flex backend, what the compiler makes of the target's baseline.
+#[cfg(not(feature = "flex"))]
+macro_rules! simd {
+    ($($item:item)*) => { $($item)* };
 }
 
-/// Refuses a row that holds NaN or infinity.
-pub(super) fn check_finite(logits: &[f32]) -> Result<(), NonFiniteLogit> {
-    if logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
-        return Ok(());
+/// Weights are summed in blocks of this many, so that a draw walks over blocks first.
+pub(crate) const BLOCK: usize = 256;
+
+simd! {
+    /// `ln Σ exp(logits)`, summed in f64.
+    pub(crate) fn log_sum_exp(logits: &[f32]) -> f64 {
+        let max = max_of(logits);
+        let mut total = 0.0;
+        for block in logits.chunks(BLOCK) {
+            total += sum_of(block, |&logit| exp_nonpositive(logit - max));
+        }
+        max as f64 + total.ln()
     }
-    let id = logits.iter().position(|logit| !logit.is_finite()).unwrap_or(0);
-    Err(NonFiniteLogit { id: id as u32, logit: logits[id] })
+
+    /// The first index that holds NaN or infinity.
+    pub(crate) fn first_not_finite(logits: &[f32]) -> Option<usize> {
+        let mut finite = true;
+        for logit in logits {
+            finite &= logit.is_finite();
+        }
+        if finite { None } else { logits.iter().position(|logit| !logit.is_finite()) }
+    }
+
+    /// Writes `exp((logit − max) · scale)` to `weights` and the sums of its blocks to `sums`; returns `max`.
+    pub(crate) fn weigh(logits: &[f32], scale: f32, weights: &mut [f32], sums: &mut [f64]) -> f32 {
+        let max = max_of(logits);
+        let blocks = weights.chunks_mut(BLOCK).zip(sums).zip(logits.chunks(BLOCK));
+        for ((weights, sum), logits) in blocks {
+            for (weight, &logit) in weights.iter_mut().zip(logits) {
+                *weight = exp_nonpositive((logit - max) * scale);
+            }
+            *sum = sum_of(weights, |&weight| weight);
+        }
+        max
+    }
+
+    /// The sums of the blocks of `weights`.
+    pub(crate) fn sum_blocks(weights: &[f32], sums: &mut [f64]) {
+        for (sum, block) in sums.iter_mut().zip(weights.chunks(BLOCK)) {
+            *sum = sum_of(block, |&weight| weight);
+        }
+    }
 }
 
 /// The largest of finite numbers.
-pub(super) fn max_of(logits: &[f32]) -> f32 {
+#[inline(always)]
+pub(crate) fn max_of(logits: &[f32]) -> f32 {
     let (chunks, rest) = logits.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in chunks {
@@ -33,11 +66,8 @@ pub(super) fn max_of(logits: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &logit| max.max(logit))
 }
 
-/// The sum in f64.
-pub(super) fn sum(weights: &[f32]) -> f64 {
-    sum_of(weights, |&weight| weight)
-}
-
+/// The sum of `weight` over `values` in f64.
+#[inline(always)]
 fn sum_of(values: &[f32], weight: impl Fn(&f32) -> f32) -> f64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0f64; LANES];
@@ -53,7 +83,7 @@ fn sum_of(values: &[f32], weight: impl Fn(&f32) -> f32) -> f64 {
 const LANES: usize = 16;
 
 /// The bits of a finite number as an integer of the same order; both zeros are equal.
-pub(super) fn ordered_bits(value: f32) -> u32 {
+pub(crate) fn ordered_bits(value: f32) -> u32 {
     let bits = (value + 0.0).to_bits();
     if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
@@ -64,7 +94,8 @@ pub(super) fn ordered_bits(value: f32) -> u32 {
 ///
 /// # Source
 /// Cephes `expf.c` (Moshier): `x = n·ln 2 + r`, a polynomial of degree 7 for `exp(r)`.
-pub(super) fn exp_nonpositive(x: f32) -> f32 {
+#[inline(always)]
+pub(crate) fn exp_nonpositive(x: f32) -> f32 {
     const LOWEST: f32 = -87.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;

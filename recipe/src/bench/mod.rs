@@ -1,0 +1,120 @@
+//! `recipe bench`: how fast this machine trains, decodes and makes steps of PPO.
+//!
+//! Random weights and random tokens go through the code of the stages; one JSON object comes out. Sizes, amounts and
+//! field names are those that `docs/performance.md` compares with `PyTorch`, transformers and TRL.
+
+mod generate;
+mod ppo;
+mod size;
+mod train;
+
+pub use generate::GenerateBenchArgs;
+pub use ppo::PpoBenchArgs;
+pub use size::{Shape, Size};
+pub use train::TrainBenchArgs;
+
+use std::io::Write as _;
+
+use anyhow::Context;
+use burn::tensor::Device;
+use clap::Subcommand;
+use common::kernels::{Kernels, Precision, memory};
+use common::stage::{self, RuntimeArgs, UsageError};
+use serde_json::{Map, Value, json};
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Training steps: forward, backward, clipping, AdamW
+    Train(TrainBenchArgs),
+    /// Sampling over the key/value cache
+    Generate(GenerateBenchArgs),
+    /// Steps of PPO: rollout, scores, updates
+    Ppo(PpoBenchArgs),
+}
+
+/// Measures, and prints one JSON object.
+///
+/// # Errors
+/// For a backend that cannot be opened, numbers that do not fit together, and a computation that fails.
+pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
+    let (name, runtime) = match command {
+        BenchCommand::Train(args) => ("train", &args.runtime),
+        BenchCommand::Generate(args) => ("generate", &args.runtime),
+        BenchCommand::Ppo(args) => ("ppo", &args.runtime),
+    };
+    runtime.start()?;
+    let ground = Ground::new(runtime)?;
+    let measured = match command {
+        BenchCommand::Train(args) => train::measure(args, &ground)?,
+        BenchCommand::Generate(args) => generate::measure(args, &ground)?,
+        BenchCommand::Ppo(args) => ppo::measure(args, &ground)?,
+    };
+    let mut line = Map::new();
+    line.insert("bench".into(), json!(name));
+    line.insert("backend".into(), json!(runtime.backend));
+    line.insert("kernels".into(), json!(runtime.kernels()));
+    line.insert("threads".into(), json!(stage::n_threads()));
+    line.insert("dtype".into(), json!("f32"));
+    line.extend(measured);
+    line.insert("peak_rss_mib".into(), rounded(memory::usage().peak_bytes as f64 / f64::from(1 << 20), 1));
+    writeln!(std::io::stdout(), "{}", Value::Object(line)).context("failed to write the result")
+}
+
+/// On what a measurement runs.
+struct Ground {
+    /// Without autodiff.
+    device: Device,
+    kernels: Kernels,
+}
+
+impl Ground {
+    fn new(runtime: &RuntimeArgs) -> anyhow::Result<Self> {
+        if runtime.precision != Precision::F32 {
+            return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
+        }
+        Ok(Self { device: runtime.open()?, kernels: runtime.kernels() })
+    }
+}
+
+/// `value` to so many decimals.
+fn rounded(value: f64, decimals: i32) -> Value {
+    let unit = 10f64.powi(decimals);
+    json!((value * unit).round() / unit)
+}
+
+/// The `fraction`-quantile; of an even number the median is the mean of the middle two.
+fn quantile(values: &[f64], fraction: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len() - 1;
+    if fraction == 0.5 {
+        return f64::midpoint(sorted[last / 2], sorted[sorted.len() / 2]);
+    }
+    sorted[((fraction * last as f64).round() as usize).min(last)]
+}
+
+fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+fn smallest(values: &[f64]) -> f64 {
+    quantile(values, 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_of_few_values() {
+        assert_eq!(median(&[3.0, 1.0]), 2.0);
+        assert_eq!(median(&[3.0, 1.0, 7.0]), 3.0);
+        assert_eq!((smallest(&[3.0, 1.0, 7.0]), quantile(&[3.0, 1.0, 7.0], 0.9)), (1.0, 7.0));
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_their_decimals() {
+        assert_eq!((rounded(1.2345, 2), rounded(7.0, 1)), (json!(1.23), json!(7.0)));
+    }
+}
