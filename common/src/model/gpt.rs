@@ -85,7 +85,7 @@ struct Pass<'a> {
     /// `[batch, seq]`
     first_key: Option<Tensor<2, Int>>,
     dropout: Option<Dropout<'a>>,
-    /// Whether a branch and what follows it are computed together: for many rows, and where nothing is dropped.
+    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
     in_blocks: bool,
 }
 
@@ -203,7 +203,7 @@ impl Gpt {
             in_blocks: dropout.is_none() && self.precision == Precision::F32,
             dropout,
         };
-        let x = self.embed(ids, positions, 0);
+        let x = self.embed(ids, positions.as_deref(), 0);
         self.run_blocks(x, &mut pass, None)
     }
 
@@ -223,13 +223,19 @@ impl Gpt {
         assert_eq!(batch, cache.batch(), "a batch of {batch} for a cache of {} rows", cache.batch());
         assert!(cache.len + seq <= cache.capacity, "{} + {seq} exceed the cache's {}", cache.len, cache.capacity);
         let start = cache.len;
-        let positions = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
+        let positions: Option<Vec<usize>> = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
             let position = |n: usize, t: usize| (start + t).saturating_sub(n);
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
-        let x = self.embed(ids, positions, start);
-        let (kernels, precision, eps) = (self.kernels, self.precision, self.config.layer_norm_eps);
-        let mut pass = Pass { kernels, precision, eps, first_key: None, dropout: None, in_blocks: false };
+        let x = self.embed(ids, positions.as_deref(), start);
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: None,
+            dropout: None,
+            in_blocks: false,
+        };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
@@ -309,16 +315,16 @@ impl Gpt {
     }
 
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.
-    fn embed(&self, ids: Tensor<2, Int>, positions: Option<Vec<usize>>, start: usize) -> Tensor<3> {
+    fn embed(&self, ids: Tensor<2, Int>, positions: Option<&[usize]>, start: usize) -> Tensor<3> {
         let [_, seq] = ids.dims();
         let max_seq_len = self.config.max_seq_len;
-        let last = positions.as_ref().map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
+        let last = positions.map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
         assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
         let places = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
             (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
         };
-        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions.as_deref(), start)
+        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions, start)
     }
 
     /// All blocks and the final norm.
@@ -431,12 +437,12 @@ impl Linear {
         kernels::linear(pass.kernels, x, weight, Some(bias))
     }
 
-    /// The result, and `x` again for the residual addition.
+    /// The result in the precision of the pass, and `x` again for the residual addition.
     fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        if pass.precision != Precision::F32 {
-            return (self.forward(pass.precision.narrow(x.clone()), pass), x);
+        if pass.in_blocks {
+            return kernels::linear_keeping(pass.kernels, x, self.weights());
         }
-        kernels::linear_keeping(pass.kernels, x, self.weights())
+        (self.forward(pass.precision.narrow(x.clone()), pass), x)
     }
 }
 

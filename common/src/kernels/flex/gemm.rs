@@ -233,9 +233,6 @@ const SMALL: usize = 1 << 19;
 /// Rows of a block of the output: with [`DEPTH`] columns of the left operand they stay in the second cache.
 const ROWS: usize = 128;
 
-/// Most rows for which the right operand is not rearranged.
-const FEW: usize = 48;
-
 /// Columns of the left operand, and rows of the right one, that are taken at a time.
 const DEPTH: usize = 512;
 
@@ -256,16 +253,11 @@ impl Packed {
         if threads == Threads::All && b.rows * b.cols >= SMALL / 4 {
             panels.into_par_iter().for_each(|(panel, span, cols)| pack(panel, b, span, cols));
         } else {
-            panels.into_iter().for_each(|(panel, span, cols)| pack(panel, b, span, cols));
+            for (panel, span, cols) in panels {
+                pack(panel, b, span, cols);
+            }
         }
         Self { data, rows: b.rows, cols: b.cols }
-    }
-
-    /// One panel of all rows of `b`, which has few columns.
-    fn whole(b: Mat<'_>) -> Buffer {
-        let mut panel = Buffer::new(b.rows * padded(b.cols));
-        pack(panel.numbers_mut(), b, 0..b.rows, 0..b.cols);
-        panel
     }
 
     /// The panel of the rows `span` that starts at column `col`.
@@ -282,10 +274,6 @@ impl Packed {
 /// If the shapes do not fit.
 pub fn gemm(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
     assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
-    if a.col_stride == 1 && b.col_stride == 1 && a.rows <= FEW {
-        few_rows(out, output, a, b, scale, threads);
-        return;
-    }
     if threads == Threads::All && a.col_stride == 1 {
         gemm_packed(out, output, a, &Packed::new(b, threads), scale, threads);
         return;
@@ -324,8 +312,7 @@ pub fn gemm_packed(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: &Packed, 
                 let end = cols.end.min(col + widest());
                 let start = if span.start == 0 { output.start(col..end) } else { Start::Output };
                 let out = out.block(0..a.rows, col - cols.start..end - cols.start);
-                let width = padded(end - col);
-                multiply_panel(out, start, scale, a, b.panel(&span, col), width);
+                multiply_panel(out, start, scale, a, b.panel(&span, col));
             }
         }
     };
@@ -334,36 +321,6 @@ pub fn gemm_packed(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: &Packed, 
         blocks.into_iter().for_each(work);
     } else {
         blocks.into_par_iter().for_each(work);
-    }
-}
-
-/// [`gemm`] of so few rows that rearranging the right operand would cost more than it saves.
-fn few_rows(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
-    let shared = out.share();
-    let work = |(rows, cols): Rect| {
-        let a = a.part(rows.clone(), 0..a.cols);
-        for col in cols.clone().step_by(widest()) {
-            let cols = col..cols.end.min(col + widest());
-            // SAFETY: tasks have different elements of the output.
-            let out = unsafe { shared.block(rows.clone(), cols.clone()) };
-            let (start, width) = (output.start(cols.clone()), cols.len());
-            let panel = b.part(0..b.rows, cols);
-            if width == padded(width) {
-                multiply_panel(out, start, scale, a, panel.data, b.row_stride);
-            } else {
-                let panel = Packed::whole(panel);
-                multiply_panel(out, start, scale, a, panel.numbers(), padded(width));
-            }
-        }
-    };
-    let small = threads == Threads::One || out.rows * out.cols * a.cols < SMALL;
-    let n_groups = if small { 1 } else { 4 * rayon::current_num_threads() };
-    let cols_each = out.cols.div_ceil(widest()).div_ceil(n_groups) * widest();
-    let tasks = grid(out.rows, out.cols, out.rows, cols_each);
-    if small {
-        tasks.into_iter().for_each(work);
-    } else {
-        tasks.into_par_iter().for_each(work);
     }
 }
 
@@ -392,8 +349,7 @@ fn on_one_thread(mut out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>
                 let cols = col..b.cols.min(col + widest());
                 let panel = &for_b.numbers()[span.len() * col..][..span.len() * padded(cols.len())];
                 let start = if span.start == 0 { output.start(cols.clone()) } else { Start::Output };
-                let width = padded(cols.len());
-                multiply_panel(out.block(rows.clone(), cols), start, scale, a, panel, width);
+                multiply_panel(out.block(rows.clone(), cols), start, scale, a, panel);
             }
         }
     }

@@ -38,28 +38,21 @@ pub enum Start<'a> {
 simd! {
     /// `out = scale · a b`, of the width of one panel, added to what `start` says.
     ///
-    /// `panel`: the rows of `b`, `panel_stride` apart, each of `out`'s columns filled up to a multiple of [`LANES`].
+    /// `panel`: the rows of `b`, each of `out`'s columns filled up to a multiple of [`LANES`].
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn multiply_panel(
-        out: MatMut<'_>,
-        start: Start<'_>,
-        scale: f32,
-        a: Mat<'_>,
-        panel: &[f32],
-        panel_stride: usize,
-    ) {
+    pub fn multiply_panel(out: MatMut<'_>, start: Start<'_>, scale: f32, a: Mat<'_>, panel: &[f32]) {
         let (rows, cols, row_stride) = out.shape();
         let (a_rows, k) = a.dims();
         let width = cols.next_multiple_of(LANES);
-        assert!(a_rows == rows && (k == 0 || panel.len() >= (k - 1) * panel_stride + width), "a panel that does not fit");
+        assert_eq!((a_rows, panel.len()), (rows, k * width), "a panel that does not fit");
         let mut first = [0.0; 4 * LANES];
         if let Start::Row(row) = start {
             first[..cols].copy_from_slice(row);
         }
         let add = matches!(start, Start::Output);
-        let block = Block { data: out.as_ptr(), rows, cols, row_stride, add, first: &first, scale, panel, panel_stride };
+        let block = Block { data: out.as_ptr(), rows, cols, row_stride, add, first: &first, scale, panel };
         // SAFETY: `a` and `out` are views whose elements lie within their slices, `out` is exclusive, and their
         // shapes and the panel's were just compared.
         unsafe {
@@ -144,7 +137,6 @@ struct Block<'a> {
     first: &'a [f32; 4 * LANES],
     scale: f32,
     panel: &'a [f32],
-    panel_stride: usize,
 }
 
 /// All rows of a block: tiles of `ROWS` rows, then smaller ones.
@@ -233,7 +225,7 @@ unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
                     }
                 }
             });
-            b = b.wrapping_add(block.panel_stride);
+            b = b.wrapping_add(WIDTH * LANES);
             factors = factors.wrapping_add(a_col);
         }
         unrolled!(i, totals, totals_of_row => {
