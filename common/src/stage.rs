@@ -145,6 +145,12 @@ pub fn set_threads(threads: Option<NonZeroUsize>) -> Result<(), StageError> {
     Ok(())
 }
 
+/// Runs `body` on a thread of the pool: its parallel operations then begin at once, where another thread would have to
+/// hand each of them over and wait. For whole trainings, after [`set_threads`].
+pub fn in_pool<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| body())
+}
+
 /// The number of threads of everything that computes on the CPU.
 pub fn n_threads() -> usize {
     rayon::current_num_threads()

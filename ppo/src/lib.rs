@@ -33,7 +33,7 @@ pub use iteration::Seconds;
 pub use train::train;
 pub use trial::{Measurement, Trial};
 
-use common::stage::Interrupt;
+use common::stage::{self, Interrupt};
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
@@ -46,7 +46,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?, None).map(|_| ())
+            let interrupt = Interrupt::install()?;
+            stage::in_pool(|| train(&args, interrupt, None).map(|_| ()))
         }
         Command::Eval(args) => {
             args.runtime.start()?;

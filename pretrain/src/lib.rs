@@ -23,7 +23,7 @@ pub use train::{gradients, train};
 use std::io::Write;
 
 use anyhow::Context;
-use common::stage::Interrupt;
+use common::stage::{self, Interrupt};
 
 /// Carries out one command line.
 ///
@@ -38,7 +38,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            let interrupt = Interrupt::install()?;
+            stage::in_pool(|| train(&args, interrupt).map(|_| ()))
         }
         Command::Eval(args) => {
             args.runtime.start()?;

@@ -43,7 +43,8 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             args.runtime.start()?;
-            run(&args, Interrupt::install()?)
+            let interrupt = Interrupt::install()?;
+            stage::in_pool(|| run(&args, interrupt))
         }
         Command::Bench(command) => bench::run(&command),
         Command::World(args) => {

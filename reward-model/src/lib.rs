@@ -22,7 +22,7 @@ pub use config::{BestBy, DataConfig, NormalisationConfig, RewardModelConfig, Too
 pub use eval::{Evaluation, evaluate};
 pub use train::train;
 
-use common::stage::Interrupt;
+use common::stage::{self, Interrupt};
 
 /// Carries out one command line.
 ///
@@ -32,7 +32,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            let interrupt = Interrupt::install()?;
+            stage::in_pool(|| train(&args, interrupt).map(|_| ()))
         }
         Command::Eval(args) => {
             args.runtime.start()?;

@@ -17,7 +17,7 @@ pub use config::{DataConfig, SftConfig, TooLong, TrainConfig};
 pub use eval::Evaluation;
 pub use train::train;
 
-use common::stage::Interrupt;
+use common::stage::{self, Interrupt};
 
 /// Carries out one command line.
 ///
@@ -27,7 +27,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             args.stage.runtime.start()?;
-            train(&args, Interrupt::install()?).map(|_| ())
+            let interrupt = Interrupt::install()?;
+            stage::in_pool(|| train(&args, interrupt).map(|_| ()))
         }
         Command::Eval(args) => {
             args.runtime.start()?;
