@@ -19,7 +19,7 @@ const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each module of `common` may use of the others, as its `lib.rs` lists it.
 const EDGES: [(&str, &[&str]); 20] = [
-    ("backend", &["config"]),
+    ("backend", &["config", "kernels"]),
     ("checkpoint", &["hash", "hf", "model", "tokenizer"]),
     ("config", &[]),
     ("conversation", &["tokenizer"]),
@@ -35,7 +35,7 @@ const EDGES: [(&str, &[&str]); 20] = [
     ("rng", &[]),
     ("scoring", &["data", "model"]),
     ("session", &["checkpoint", "kernels", "metrics", "model", "optim", "stage", "tokenizer"]),
-    ("stage", &["kernels", "metrics"]),
+    ("stage", &["backend", "kernels", "metrics"]),
     ("testing", &["checkpoint", "model", "rng", "tokenizer"]),
     ("tokenizer", &["hash"]),
     ("lib", &[]),

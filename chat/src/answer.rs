@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::Context;
-use common::backend;
 use common::checkpoint::{Checkpoint, Stage};
 use common::generate::{Finish, GenerateOptions, beam_search, generate};
 use common::model::Gpt;
@@ -62,11 +61,11 @@ impl Answerer {
     /// device, or the directory holds no language model or no tokenizer.
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
-        let device = backend::open(&runtime.backend)?;
+        let device = runtime.open()?;
         let checkpoint = Checkpoint::open(dir)?;
         checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
-        let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels());
+        let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels()).with_precision(runtime.precision);
         // A model that was never taught `<|end|>` ends a document by beginning the next.
         let stop = [tokenizer.eos(), tokenizer.bos()].into_iter().flatten().collect();
         tracing::debug!("loaded `{}` on {}", dir.display(), runtime.backend);

@@ -8,7 +8,7 @@
 //! # Invariants
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
 //!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `scoring` → `model`,
-//!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`; `stage` → `kernels`,
+//!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `stage` → `backend`, `kernels`,
 //!   `metrics`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.

@@ -23,7 +23,8 @@ pub fn token_log_probs(
     targets: Tensor<1, Int>,
     temperature: f64,
 ) -> (Tensor<1>, Tensor<1>) {
-    kernels::token_log_probs(gpt.kernels(), hidden, gpt.head_weight(), targets, temperature)
+    let (hidden, head) = (gpt.precision().narrow(hidden), gpt.precision().narrow(gpt.head_weight()));
+    kernels::token_log_probs(gpt.kernels(), hidden, head, targets, temperature)
 }
 
 /// Cross-entropy in nats, summed over tokens and divided by `denominator`.
@@ -35,7 +36,8 @@ pub fn token_log_probs(
 /// - `hidden`: `[n, d_model]`, `targets`: `[n]`
 /// - returns `[1]`
 pub fn cross_entropy(gpt: &Gpt, hidden: Tensor<2>, targets: Tensor<1, Int>, denominator: usize) -> Tensor<1> {
-    kernels::cross_entropy(gpt.kernels(), hidden, gpt.head_weight(), targets, denominator as f64)
+    let (hidden, head) = (gpt.precision().narrow(hidden), gpt.precision().narrow(gpt.head_weight()));
+    kernels::cross_entropy(gpt.kernels(), hidden, head, targets, denominator as f64)
 }
 
 /// Mean of `values` where `mask` is 1: `Σ mask·values / Σ mask`.

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::kernels::{self, AdamWStep, Kernels};
+use crate::kernels::{self, AdamWStep, Kernels, Precision};
 use crate::model::{HostTensor, NamedTensors};
 
 /// How the learning rate moves after the warm-up.
@@ -202,14 +202,89 @@ impl Grads {
         self
     }
 
-    /// The Euclidean norm over all gradients together.
+    /// The Euclidean norm over all gradients together, read from the device.
     pub fn norm(&self, kernels: Kernels) -> f64 {
         self.by_path.values().map(|grad| kernels::sum_of_squares(kernels, grad.clone())).sum::<f64>().sqrt()
+    }
+
+    /// The same norm as `[1]` on the device, without waiting for it; `None` without gradients.
+    fn norm_on_device(&self) -> Option<Tensor<1>> {
+        let squares: Vec<Tensor<1>> = self.by_path.values().map(|grad| grad.clone().square().sum()).collect();
+        if squares.is_empty() { None } else { Some(Tensor::cat(squares, 0).sum().sqrt()) }
+    }
+
+    /// Whether the gradients can be read without waiting.
+    fn are_on_host(&self) -> bool {
+        self.by_path.values().next().is_none_or(kernels::is_on_host)
     }
 
     /// The gradients on the host, flat, by path.
     pub fn to_named(&self) -> NamedTensors {
         self.by_path.iter().map(|(path, grad)| (path.clone(), HostTensor::of(grad))).collect()
+    }
+}
+
+/// The global norm of one step's gradients before clipping.
+///
+/// On a GPU it stays there until it is asked for, so that a step that logs nothing waits for nothing.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "there is one a step")]
+pub enum GradNorm {
+    /// Known.
+    Host(f64),
+    /// `[1]`, perhaps still being computed.
+    Device(Tensor<1>),
+}
+
+impl GradNorm {
+    /// The norm, if it is known without waiting.
+    pub const fn known(&self) -> Option<f64> {
+        match self {
+            Self::Host(norm) => Some(*norm),
+            Self::Device(_) => None,
+        }
+    }
+
+    /// The norm; waits for the device.
+    pub fn value(&self) -> f64 {
+        Self::mean(std::slice::from_ref(self))
+    }
+
+    /// The mean of several, read at once.
+    pub fn mean(norms: &[Self]) -> f64 {
+        let known: f64 = norms.iter().filter_map(Self::known).sum();
+        let waiting: Vec<Tensor<1>> = norms
+            .iter()
+            .filter_map(|norm| if let Self::Device(norm) = norm { Some(norm.clone()) } else { None })
+            .collect();
+        let waited = if waiting.is_empty() { 0.0 } else { Tensor::cat(waiting, 0).sum().into_scalar::<f32>().into() };
+        (known + waited) / norms.len() as f64
+    }
+}
+
+/// The factor on the loss that keeps small gradients within the range of f16.
+///
+/// # Source
+/// Micikevicius et al., arXiv:1710.03740, section 3.2; start, growth and its interval as in PyTorch's `GradScaler`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct LossScale {
+    factor: f64,
+    /// Steps since it last changed.
+    n_good: u64,
+}
+
+impl LossScale {
+    const START: Self = Self { factor: 65_536.0, n_good: 0 };
+    const GROWTH_INTERVAL: u64 = 2000;
+
+    /// Notes a step whose gradients were finite or not.
+    fn note(&mut self, finite: bool) {
+        self.n_good += 1;
+        if !finite {
+            *self = Self { factor: (self.factor / 2.0).max(1.0), n_good: 0 };
+        } else if self.n_good == Self::GROWTH_INTERVAL {
+            *self = Self { factor: self.factor * 2.0, n_good: 0 };
+        }
     }
 }
 
@@ -228,7 +303,12 @@ pub struct AdamW {
     n_updates: u64,
     /// First and second moment of each parameter, flat.
     moments: BTreeMap<String, [Tensor<1>; 2]>,
+    /// With f16 only.
+    loss_scale: Option<LossScale>,
 }
+
+/// What a saved optimiser calls the factor on the loss.
+const LOSS_SCALE: &str = "loss_scale";
 
 /// Why an optimiser's state cannot be restored.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -244,18 +324,60 @@ pub enum OptimizerStateError {
 impl AdamW {
     /// An optimiser that has made no step.
     pub fn new(config: &OptimizerConfig, kernels: Kernels) -> Self {
-        Self { config: config.clone(), kernels, n_updates: 0, moments: BTreeMap::new() }
+        Self { config: config.clone(), kernels, n_updates: 0, moments: BTreeMap::new(), loss_scale: None }
+    }
+
+    /// The same optimiser for a model that computes in `precision`: with f16 the loss is scaled.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        let scale = self.loss_scale.unwrap_or(LossScale::START);
+        self.loss_scale = (precision == Precision::F16).then_some(scale);
+        self
+    }
+
+    /// What to call `backward` on: the loss, with f16 times the present factor, by which [`step`](Self::step) divides.
+    pub fn scaled(&self, loss: Tensor<1>) -> Tensor<1> {
+        match self.loss_scale {
+            Some(scale) => loss * scale.factor,
+            None => loss,
+        }
+    }
+
+    /// The present factor on the loss; 1 but for f16.
+    pub fn loss_factor(&self) -> f64 {
+        self.loss_scale.map_or(1.0, |scale| scale.factor)
     }
 
     /// Clips `grads` by their global norm, then moves every parameter that has a gradient.
     ///
-    /// Returns the module and the norm before clipping.
-    pub fn step<M: Module>(&mut self, module: M, grads: Grads, lr: f64) -> (M, f64) {
-        let norm = grads.norm(self.kernels);
+    /// Returns the module and the norm before clipping. With f16, gradients that are not finite lower the factor on
+    /// the loss, move nothing and count as a norm of 0; only then does a GPU have to be waited for.
+    pub fn step<M: Module>(&mut self, module: M, grads: Grads, lr: f64) -> (M, GradNorm) {
         let clip = self.config.grad_clip;
-        let grad_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+        let (mut grad_scale, mut device_scale) = (1.0, None);
+        let norm = match (self.loss_scale, grads.norm_on_device().filter(|_| !grads.are_on_host())) {
+            (None, Some(norm)) => {
+                if clip > 0.0 {
+                    device_scale = Some(norm.clone().clamp_min(clip).recip() * clip);
+                }
+                GradNorm::Device(norm)
+            }
+            (scale, _) => {
+                let factor = scale.map_or(1.0, |scale: LossScale| scale.factor);
+                let norm = grads.norm(self.kernels) / factor;
+                if let Some(scale) = &mut self.loss_scale {
+                    scale.note(norm.is_finite());
+                    if !norm.is_finite() {
+                        tracing::debug!("f16 overflowed: the factor on the loss falls to {}", scale.factor);
+                        return (module, GradNorm::Host(0.0));
+                    }
+                }
+                grad_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 } / factor;
+                GradNorm::Host(norm)
+            }
+        };
         self.n_updates += 1;
-        let mut update = Update { optimizer: self, path: Vec::new(), grads, lr, grad_scale };
+        let mut update = Update { optimizer: self, path: Vec::new(), grads, lr, grad_scale, device_scale };
         let module = module.map(&mut update);
         (module, norm)
     }
@@ -272,6 +394,10 @@ impl AdamW {
             named.insert(format!("m.{path}"), HostTensor::of(m));
             named.insert(format!("v.{path}"), HostTensor::of(v));
         }
+        if let Some(LossScale { factor, n_good }) = self.loss_scale {
+            let data = vec![factor as f32, n_good as f32];
+            named.insert(LOSS_SCALE.to_owned(), HostTensor { shape: vec![2], data });
+        }
         named
     }
 
@@ -287,6 +413,10 @@ impl AdamW {
         device: &Device,
     ) -> Result<Self, OptimizerStateError> {
         let mut moments = BTreeMap::new();
+        let loss_scale = named.remove(LOSS_SCALE).and_then(|saved| match saved.data[..] {
+            [factor, n_good] => Some(LossScale { factor: f64::from(factor), n_good: n_good as u64 }),
+            _ => None,
+        });
         while let Some((name, m)) = named.pop_first() {
             let path = name.strip_prefix("m.").map(str::to_owned);
             let pair = path.and_then(|path| Some((named.remove(&format!("v.{path}"))?, path)));
@@ -296,7 +426,7 @@ impl AdamW {
             let flat = |t: HostTensor| Tensor::from_data(TensorData::new(t.data, t.shape), device);
             moments.insert(path, [flat(m), flat(v)]);
         }
-        Ok(Self { config: config.clone(), kernels, n_updates, moments })
+        Ok(Self { config: config.clone(), kernels, n_updates, moments, loss_scale })
     }
 }
 
@@ -307,6 +437,8 @@ struct Update<'a> {
     grads: Grads,
     lr: f64,
     grad_scale: f64,
+    /// The clip where the norm is not known on the host, `[1]`.
+    device_scale: Option<Tensor<1>>,
 }
 
 impl ModuleMapper for Update<'_> {
@@ -322,6 +454,10 @@ impl ModuleMapper for Update<'_> {
         let path = self.path.join(".");
         let Some(grad) = self.grads.by_path.remove(&path) else {
             return param;
+        };
+        let grad = match &self.device_scale {
+            Some(scale) => grad * scale.clone(),
+            None => grad,
         };
         let config = &self.optimizer.config;
         let step = AdamWStep {
@@ -365,6 +501,17 @@ mod tests {
         assert!(lr.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{lr:?}");
         let linear = OptimizerConfig { schedule: Schedule::Linear, min_lr: 0.0, warmup_steps: 0, ..config };
         assert!((linear.lr_at(25, 100) - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_factor_on_the_loss_halves_on_overflow_and_doubles_after_many_good_steps() {
+        let mut scale = LossScale::START;
+        scale.note(false);
+        assert_eq!(scale, LossScale { factor: 32_768.0, n_good: 0 });
+        (0..LossScale::GROWTH_INTERVAL).for_each(|_| scale.note(true));
+        assert_eq!(scale, LossScale { factor: 65_536.0, n_good: 0 });
+        (0..40).for_each(|_| scale.note(false));
+        assert_eq!(scale.factor, 1.0);
     }
 
     #[test]

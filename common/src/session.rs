@@ -16,7 +16,7 @@ use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, Sta
 use crate::kernels::Kernels;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
-use crate::optim::{AdamW, OptimizerConfig};
+use crate::optim::{AdamW, GradNorm, OptimizerConfig};
 use crate::stage::{Interrupt, StageArgs};
 use crate::tokenizer::Tokenizer;
 
@@ -146,6 +146,8 @@ pub struct Session {
     /// Where metrics go.
     pub recorder: Recorder,
     progress: Progress,
+    /// Of the last step.
+    grad_norm: Option<GradNorm>,
     best_weights: Option<NamedTensors>,
 }
 
@@ -203,6 +205,7 @@ impl Session {
             interrupt,
             recorder,
             progress,
+            grad_norm: None,
             best_weights,
         };
         Ok((session, restored))
@@ -243,17 +246,29 @@ impl Session {
     /// Counts a step that was made.
     ///
     /// # Errors
-    /// If its loss or gradient is not finite: the run stops, the last checkpoint stands.
-    pub fn count_step(&mut self, tokens: u64, grad_norm: f64) -> anyhow::Result<()> {
+    /// If its gradient is known not to be finite: the run stops, the last checkpoint stands. Where that would mean to
+    /// wait for a GPU, the next [`log`](Self::log) or [`save`](Self::save) looks.
+    pub fn count_step(&mut self, tokens: u64, grad_norm: GradNorm) -> anyhow::Result<()> {
         self.progress.step += 1;
         self.progress.tokens += tokens;
+        let is_known = grad_norm.known().is_some();
+        self.grad_norm = Some(grad_norm);
+        if is_known {
+            self.check_gradient()?;
+        }
+        self.recorder.advance(self.progress.step);
+        Ok(())
+    }
+
+    /// Checks the last step's gradient; a number that is not finite stays in the weights, so that none is missed.
+    fn check_gradient(&self) -> anyhow::Result<()> {
+        let norm = self.grad_norm.as_ref().map_or(0.0, GradNorm::value);
         ensure!(
-            grad_norm.is_finite(),
-            "the gradient became {grad_norm} at step {}; the last checkpoint is kept\nhint: lower `optimizer.lr`, \
+            norm.is_finite(),
+            "the gradient became {norm} at step {}; the last checkpoint is kept\nhint: lower `optimizer.lr`, \
              lengthen `optimizer.warmup_steps` or lower `optimizer.grad_clip`, then train again or `--resume`",
             self.progress.step
         );
-        self.recorder.advance(self.progress.step);
         Ok(())
     }
 
@@ -266,8 +281,9 @@ impl Session {
     /// Appends a line of metrics for this step.
     ///
     /// # Errors
-    /// If the loss among `values` is not finite, or the file cannot be written.
+    /// If the loss among `values` or the gradient is not finite, or the file cannot be written.
     pub fn log(&mut self, values: &[(&str, f64)]) -> anyhow::Result<()> {
+        self.check_gradient()?;
         let (step, tokens) = (self.progress.step, self.progress.tokens);
         if let Some((name, value)) = values.iter().find(|(name, value)| name.ends_with("loss") && !value.is_finite()) {
             bail!(
@@ -320,13 +336,14 @@ impl Session {
     /// Saves everything a resume needs; `optimizers` by the name of their file.
     ///
     /// # Errors
-    /// If the checkpoint cannot be written; the last one then still stands.
+    /// If the gradient is not finite or the checkpoint cannot be written; the last one then still stands.
     pub fn save(
         &mut self,
         weights: Exported<'_>,
         optimizers: &[(&str, &AdamW)],
         extras: Extras<'_>,
     ) -> anyhow::Result<()> {
+        self.check_gradient()?;
         self.progress.seconds = self.recorder.seconds();
         self.progress.stage = extras.stage;
         self.progress.updates = optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.n_updates())).collect();

@@ -4,19 +4,22 @@
 //! second Ctrl-C. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a directory that
 //! is not empty or holds nothing to resume is the state of the disk, so that is 1.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{ArgAction, Args};
+use burn::tensor::Device;
+use clap::{ArgAction, Args, Parser};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::kernels::{Kernels, memory};
+use crate::backend::{self, BackendError};
+use crate::kernels::{Kernels, Precision, memory};
 use crate::metrics::bars;
 
 /// The flags of every command that trains.
@@ -38,7 +41,7 @@ pub struct StageArgs {
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Override one value of the config; VALUE is TOML, or a string [repeatable]
+    /// Override one value of the config; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 
@@ -54,9 +57,14 @@ pub struct StageArgs {
 /// The flags of every command: on what it runs and how much it says.
 #[derive(Debug, Clone, Args)]
 pub struct RuntimeArgs {
-    /// Device to run on: flex, ndarray, wgpu, vulkan, metal, cuda or cpu, with :INDEX where there are several
+    /// Device to run on: flex, ndarray, wgpu, vulkan, metal, cuda or cpu, with :INDEX where there are several; `list`
+    /// shows what is there
     #[arg(long, value_name = "NAME[:INDEX]", default_value = "flex")]
     pub backend: String,
+
+    /// Float type of the model's computations, where the device has it; weights and optimiser stay in f32
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub precision: Precision,
 
     /// CPU threads [default: one for each core]
     #[arg(long, value_name = "N", value_parser = at_least_1)]
@@ -99,6 +107,22 @@ impl RuntimeArgs {
         self.kernels
     }
 
+    /// Opens the device, without autodiff.
+    ///
+    /// # Errors
+    /// As [`backend::open`], and if the device cannot compute in the precision asked for.
+    pub fn open(&self) -> Result<Device, BackendError> {
+        let device = backend::open(&self.backend)?;
+        backend::check_precision(&self.backend, &device, self.precision)?;
+        Ok(device)
+    }
+
+    /// The backend as a checkpoint records it: as given, with the adapter found, and the precision unless it is f32.
+    pub fn backend_label(&self, device: &Device) -> String {
+        let label = backend::label(&self.backend, device);
+        if self.precision == Precision::F32 { label } else { format!("{label}, {}", self.precision.name()) }
+    }
+
     /// Starts logging and sets the number of threads and what becomes of freed memory: what `main` does first.
     ///
     /// # Errors
@@ -108,6 +132,22 @@ impl RuntimeArgs {
         init_logging(self.verbose, self.quiet);
         set_threads(self.threads)
     }
+}
+
+/// Reads the command line; `--backend list`, wherever it stands, prints the backends instead and ends the program.
+pub fn parse<C: Parser>() -> C {
+    if asks_for_backends(std::env::args_os().skip(1)) {
+        init_logging(0, true);
+        // Nothing is left to try if stdout is gone.
+        let _ = std::io::stdout().write_all(backend::table().as_bytes());
+        std::process::exit(0);
+    }
+    C::parse()
+}
+
+fn asks_for_backends(args: impl Iterator<Item = OsString>) -> bool {
+    let args: Vec<OsString> = args.take_while(|arg| arg != "--").collect();
+    args.iter().any(|arg| arg == "--backend=list") || args.windows(2).any(|pair| pair == ["--backend", "list"])
 }
 
 /// Sends log messages to stderr, above the progress bars.
@@ -440,7 +480,6 @@ where
 mod tests {
     use super::*;
     use anyhow::Context;
-    use clap::Parser;
 
     #[derive(Debug, Parser)]
     struct Cli {
@@ -464,6 +503,13 @@ mod tests {
         assert_eq!(args.overrides, ["a.b=1", "c=d"]);
         assert_eq!(args.runtime.threads.map(NonZeroUsize::get), Some(2));
         assert_eq!((args.runtime.kernels(), args.runtime.verbose), (Kernels::Plain, 2));
+    }
+
+    #[test]
+    fn the_list_of_backends_is_asked_for_anywhere_before_a_double_dash() {
+        let asks = |args: &[&str]| asks_for_backends(args.iter().map(OsString::from));
+        assert!(asks(&["train", "--backend", "list"]) && asks(&["--backend=list"]));
+        assert!(!asks(&["--backend", "flex", "list"]) && !asks(&["--", "--backend", "list"]) && !asks(&[]));
     }
 
     #[test]

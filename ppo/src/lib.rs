@@ -20,6 +20,7 @@ mod eval;
 mod iteration;
 pub mod kl;
 pub mod loss;
+mod replay;
 pub mod rewards;
 mod rollout;
 mod train;
@@ -30,6 +31,7 @@ pub use cli::{Cli, Command, EvalArgs, TrainArgs};
 pub use config::{DataConfig, PpoConfig, PpoSection, TooLong, TrainConfig, ValueInit};
 pub use eval::{Estimate, Evaluation, evaluate};
 pub use iteration::Seconds;
+pub use replay::{Replay, replay};
 pub use train::train;
 pub use trial::{Measurement, Trial};
 

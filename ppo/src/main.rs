@@ -2,11 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(ppo::run(ppo::Cli::parse()))
+    common::stage::report(ppo::run(common::stage::parse::<ppo::Cli>()))
 }

@@ -6,15 +6,14 @@ use anyhow::{Context, ensure};
 use burn::module::Module;
 use burn::tensor::Device;
 use common::checkpoint::{self, Checkpoint, Stage};
+use common::config;
 use common::data::order::Order;
-use common::kernels::Kernels;
 use common::metrics::{self, names};
 use common::model::Gpt;
-use common::optim::AdamW;
+use common::optim::{AdamW, GradNorm};
 use common::rng::Streams;
 use common::session::{Exported, Extras, Origin, Outcome, Restored, Session};
-use common::stage::Interrupt;
-use common::{backend, config};
+use common::stage::{Interrupt, RuntimeArgs};
 use serde_json::json;
 
 use crate::Gold;
@@ -42,9 +41,10 @@ const HELD_OUT_ROW: u64 = 1 << 48;
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = backend::open(&args.stage.runtime.backend)?.autodiff();
+    let device = args.stage.runtime.open()?.autodiff();
     let plain_device = device.clone().inner();
     let kernels = args.stage.runtime.kernels();
+    let precision = args.stage.runtime.precision;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
     initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
@@ -64,7 +64,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend.clone(),
+        backend: args.stage.runtime.backend_label(&device),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let resumes = restored.is_some();
@@ -78,10 +78,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         .ppo
         .kl_target
         .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32));
-    let mut learner = Learner::start(&config, &initial, &reward_model, restored, kernels, &device)?;
+    let mut learner = Learner::start(&config, &initial, &reward_model, restored, &args.stage.runtime, &device)?;
     let judge = Judge {
-        reference: initial.load_gpt(&plain_device)?.with_kernels(kernels),
-        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels),
+        reference: initial.load_gpt(&plain_device)?.with_kernels(kernels).with_precision(precision),
+        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels).with_precision(precision),
         gold,
         missing_eos_score: config.ppo.missing_eos_score as f32,
         batch_size: config.micro_batch_size(),
@@ -111,7 +111,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         learner = done.learner;
 
         let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
-        session.count_step(n_tokens as u64, update.policy_grad_norm + update.value_grad_norm)?;
+        session.count_step(n_tokens as u64, GradNorm::Host(update.policy_grad_norm + update.value_grad_norm))?;
         for experience in &batch {
             session.recorder.append_to(ROLLOUTS_FILE, session.progress().step, &experience.rollout.to_json())?;
         }
@@ -134,7 +134,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 }
 
 /// The configuration with absolute paths.
-fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
+pub(crate) fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
     let path = &args.stage.config;
     let mut config: PpoConfig = config::load(path, &args.stage.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
@@ -144,14 +144,15 @@ fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
 
 impl Learner {
     /// The models and optimisers to begin or to go on with.
-    fn start(
+    pub(crate) fn start(
         config: &PpoConfig,
         initial: &Checkpoint,
         reward_model: &Checkpoint,
         restored: Option<Restored>,
-        kernels: Kernels,
+        runtime: &RuntimeArgs,
         device: &Device,
     ) -> anyhow::Result<Self> {
+        let (kernels, precision) = (runtime.kernels(), runtime.precision);
         let plain_device = device.clone().inner();
         let learner = match restored {
             Some(mut restored) => {
@@ -174,7 +175,12 @@ impl Learner {
                 value_optimizer: AdamW::new(&config.value_optimizer, kernels),
             },
         };
-        Ok(Self { policy: learner.policy.with_kernels(kernels), value: learner.value.with_kernels(kernels), ..learner })
+        Ok(Self {
+            policy: learner.policy.with_kernels(kernels).with_precision(precision),
+            value: learner.value.with_kernels(kernels).with_precision(precision),
+            policy_optimizer: learner.policy_optimizer.with_precision(precision),
+            value_optimizer: learner.value_optimizer.with_precision(precision),
+        })
     }
 
     fn optimizers(&self) -> [(&'static str, &AdamW); 2] {

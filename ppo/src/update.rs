@@ -4,7 +4,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Tensor;
 use common::kernels;
 use common::model::{Gpt, ScalarGpt};
-use common::optim::{AdamW, Grads};
+use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::scoring::by_length;
 
@@ -63,7 +63,7 @@ impl Learner {
             (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
         let mut means: Option<Tensor<1>> = None;
         let mut ratio_max: Option<Tensor<1>> = None;
-        let (mut policy_norms, mut value_norms, mut n_updates) = (0.0, 0.0, 0.0);
+        let (mut policy_norms, mut value_norms, mut n_updates) = (Vec::new(), Vec::new(), 0.0);
         for epoch in 0..config.ppo.epochs {
             let order = streams.get("minibatches", step * config.ppo.epochs + epoch).permutation(batch.len());
             for minibatch in order.chunks(batch.len() / config.ppo.minibatches) {
@@ -96,8 +96,8 @@ impl Learner {
                     || value_optimizer.step(value, value_grads, value_lr),
                 );
                 self = Self { policy, value, policy_optimizer, value_optimizer };
-                policy_norms += policy_norm;
-                value_norms += value_norm;
+                policy_norms.push(policy_norm);
+                value_norms.push(value_norm);
                 n_updates += 1.0;
             }
         }
@@ -115,8 +115,8 @@ impl Learner {
             value_loss: means[5],
             value_clip_frac: means[6],
             ratio_max: f64::from(host(ratio_max)?[0]),
-            policy_grad_norm: policy_norms / n_updates,
-            value_grad_norm: value_norms / n_updates,
+            policy_grad_norm: GradNorm::mean(&policy_norms),
+            value_grad_norm: GradNorm::mean(&value_norms),
         };
         Ok((self, metrics))
     }
@@ -137,7 +137,8 @@ impl Learner {
                 config.ppo.clip_range as f32,
                 minibatch_tokens,
             );
-            (Grads::take(&self.policy, loss.loss.backward()), loss, log_probs, entropy)
+            let gradients = self.policy_optimizer.scaled(loss.loss.clone()).backward();
+            (Grads::take(&self.policy, gradients), loss, log_probs, entropy)
         };
         let learn_value = || {
             let loss = value_loss(
@@ -147,7 +148,8 @@ impl Learner {
                 config.ppo.value_clip_range as f32,
                 minibatch_tokens,
             );
-            (Grads::take(&self.value, loss.loss.backward()), loss)
+            let gradients = self.value_optimizer.scaled(loss.loss.clone()).backward();
+            (Grads::take(&self.value, gradients), loss)
         };
         let ((policy, of_policy, log_probs, entropy), (value, of_value)) =
             kernels::at_once(&device, learn_policy, learn_value);

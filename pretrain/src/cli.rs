@@ -49,7 +49,7 @@ pub struct TokenizerArgs {
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Override one value of the config; VALUE is TOML, or a string [repeatable]
+    /// Override one value of the config; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 

@@ -7,7 +7,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
 use common::data::{collate, ids};
 use common::model::{Gpt, Layout};
-use common::{backend, config, loss};
+use common::{config, loss};
 use serde_json::json;
 
 use crate::cli::EvalArgs;
@@ -39,8 +39,8 @@ impl Evaluation {
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
-    let device = backend::open(&args.runtime.backend)?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels());
+    let device = args.runtime.open()?;
+    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
     let result = match (&args.data, &args.ids) {
         (Some(file), _) => {
             let tokenizer = checkpoint.require_tokenizer()?;

@@ -12,6 +12,7 @@ mod data;
 mod eval;
 mod tokenizer;
 mod train;
+mod windows;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
 pub use config::{DataConfig, PretrainConfig, TrainConfig};
@@ -19,6 +20,7 @@ pub use data::Windows;
 pub use eval::Evaluation;
 pub use tokenizer::train_tokenizer;
 pub use train::{gradients, train};
+pub use windows::first_windows;
 
 use std::io::Write;
 

@@ -2,11 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(pretrain::run(pretrain::Cli::parse()))
+    common::stage::report(pretrain::run(common::stage::parse::<pretrain::Cli>()))
 }

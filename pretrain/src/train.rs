@@ -12,7 +12,7 @@ use common::rng::{Rng, Streams};
 use common::session::{Exported, Extras, Origin, Outcome, Session};
 use common::stage::Interrupt;
 use common::tokenizer::Tokenizer;
-use common::{backend, config, loss};
+use common::{config, loss};
 use serde_json::json;
 
 use crate::cli::TrainArgs;
@@ -26,8 +26,9 @@ use crate::eval;
 /// Whatever stands in the way: configuration, data, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = backend::open(&args.stage.runtime.backend)?.autodiff();
+    let device = args.stage.runtime.open()?.autodiff();
     let kernels = args.stage.runtime.kernels();
+    let precision = args.stage.runtime.precision;
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args)?;
     let model_config = if let Some(init) = &init {
@@ -44,7 +45,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data: corpus.sha256.clone(),
         tokenizer,
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend.clone(),
+        backend: args.stage.runtime.backend_label(&device),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let (mut gpt, mut optimizer) = match (restored, init) {
@@ -56,7 +57,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         (None, Some(init)) => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
         (None, None) => (Gpt::new(&model_config, &streams, &device), AdamW::new(&config.optimizer, kernels)),
     };
-    gpt = gpt.with_kernels(kernels);
+    gpt = gpt.with_kernels(kernels).with_precision(precision);
+    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training tokens, {} held-out tokens",
         gpt.num_params(),
@@ -76,21 +78,21 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             let windows = corpus.train.batch(position..position + micro)?;
             let mut dropout = streams.get("dropout", position);
             // The whole batch's number of targets, so that micro-batches add up to its mean.
-            let (of_windows, loss) = gradients(&gpt, &windows, n_targets, Some(&mut dropout));
+            let (of_windows, loss) = gradients(&gpt, &optimizer, &windows, n_targets, Some(&mut dropout));
             grads = grads.plus(of_windows);
             losses.push(loss);
         }
         let lr = config.optimizer.lr_at(step, config.train.steps);
         let grad_norm;
         (gpt, grad_norm) = optimizer.step(gpt, grads, lr);
-        session.count_step(n_targets as u64, grad_norm)?;
+        session.count_step(n_targets as u64, grad_norm.clone())?;
 
         if session.logs() {
             let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
             session.log(&[
                 (names::TRAIN_LOSS, f64::from(loss)),
                 (names::TRAIN_LR, lr),
-                (names::TRAIN_GRAD_NORM, grad_norm),
+                (names::TRAIN_GRAD_NORM, grad_norm.value()),
             ])?;
         }
         if session.evaluates() {
@@ -103,22 +105,29 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     session.finish(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())
 }
 
-/// The gradients of the windows' cross-entropy, and its value, off the graph.
+/// The gradients of the windows' cross-entropy as `optimizer` takes them, and its value, off the graph.
 ///
 /// The sum over all targets is divided by `n_targets`; dropout is drawn from `dropout`.
 ///
 /// # Shapes
 /// - returns the loss as `[1]`, in nats
-pub fn gradients(gpt: &Gpt, windows: &Windows, n_targets: usize, dropout: Option<&mut Rng>) -> (Grads, Tensor<1>) {
+pub fn gradients(
+    gpt: &Gpt,
+    optimizer: &AdamW,
+    windows: &Windows,
+    n_targets: usize,
+    dropout: Option<&mut Rng>,
+) -> (Grads, Tensor<1>) {
     let (inputs, targets) = windows.tensors(&gpt.device());
     let hidden = gpt.hidden_with_dropout(inputs, &windows.layout(), dropout);
     let [batch, seq, d_model] = hidden.dims();
     let loss = loss::cross_entropy(gpt, hidden.reshape([batch * seq, d_model]), targets, n_targets);
-    (Grads::take(gpt, loss.backward()), loss.inner())
+    let value = loss.clone().inner();
+    (Grads::take(gpt, optimizer.scaled(loss).backward()), value)
 }
 
 /// The configuration with absolute paths.
-fn load_config(args: &TrainArgs) -> anyhow::Result<PretrainConfig> {
+pub(crate) fn load_config(args: &TrainArgs) -> anyhow::Result<PretrainConfig> {
     let path = &args.stage.config;
     let mut config: PretrainConfig = config::load(path, &args.stage.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;

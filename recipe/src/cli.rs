@@ -6,6 +6,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use common::stage::RuntimeArgs;
 
 use crate::bench::BenchCommand;
+use crate::compare::{CompareArgs, ProbeArgs};
 use crate::steps::Step;
 
 /// Run a whole recipe: from text to an aligned chat model
@@ -31,11 +32,16 @@ pub struct Cli {
 pub enum Command {
     /// Run every stage of a recipe in turn, then write report.html and report.json
     Run(RunArgs),
+    /// Run a recipe on several backends and compare every level, from single operations to whole curves
+    Compare(CompareArgs),
     /// Generate the data of configs/tiny as files
     World(WorldArgs),
     /// Measure the speed of training, decoding or PPO on random weights and tokens: one JSON line
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// One backend's part of `compare`
+    #[command(hide = true)]
+    Probe(ProbeArgs),
 }
 
 /// Flags of `recipe run`.
@@ -67,7 +73,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
 
-    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string [repeatable]
+    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 

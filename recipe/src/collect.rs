@@ -8,7 +8,6 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use common::backend;
 use common::checkpoint::{Checkpoint, Stage};
 use common::data::records::{OnBadRecord, Prompt, read_prompts};
 use common::generate::SamplingConfig;
@@ -62,8 +61,8 @@ pub fn collect(
 ) -> Result<Outcome> {
     let checkpoint = Checkpoint::open(sft).context("failed to load the model to sample from")?;
     checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
-    let device = backend::open(&runtime.backend)?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels());
+    let device = runtime.open()?;
+    let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels()).with_precision(runtime.precision);
     let answerer = Answerer {
         gpt: &gpt,
         tokenizer: checkpoint.require_tokenizer()?,

@@ -5,7 +5,6 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::backend;
 use common::checkpoint::Checkpoint;
 use common::conversation::{Message, Role};
 use common::data::records::{OnBadRecord, Pair, read_pairs, read_prompts};
@@ -83,8 +82,9 @@ impl Evaluator<'_> {
     fn answers(&self, policy: Policy, prompts: &[Vec<Message>]) -> Result<Option<Vec<Answer>>> {
         let dir = self.out.join(step_of(policy).name());
         let checkpoint = Checkpoint::open(&dir).with_context(|| format!("failed to load `{}`", dir.display()))?;
-        let device = backend::open(&self.runtime.backend)?;
-        let gpt = checkpoint.load_gpt(&device)?.with_kernels(self.runtime.kernels());
+        let device = self.runtime.open()?;
+        let gpt =
+            checkpoint.load_gpt(&device)?.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
         let tokenizer = checkpoint.require_tokenizer()?;
         let form = if policy == Policy::Base { self.config.base_prompt } else { BasePrompt::Chat };
         let answerer = Answerer {
@@ -105,7 +105,8 @@ impl Evaluator<'_> {
         };
         let scores = if self.stages.contains(&Step::RewardModel) {
             let judge = Checkpoint::open(&self.out.join(Step::RewardModel.name()))?;
-            let model = judge.load_scalar(&device)?.with_kernels(self.runtime.kernels());
+            let model =
+                judge.load_scalar(&device)?.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
             answers::scores(&model, judge.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {
             vec![None; sampled.len()]

@@ -6,13 +6,14 @@
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config`, `run`, `keys` (when a step has to run again), `collect`, `evaluate`, [`report`],
-//! [`gold`] (what an answer is really worth), [`world`] (the generated data of `configs/tiny`) and [`bench`] (how fast all
-//! of it is here).
+//! [`gold`] (what an answer is really worth), [`world`] (the generated data of `configs/tiny`), [`bench`] (how fast all
+//! of it is here) and `compare` (whether backends agree).
 
 mod answers;
 pub mod bench;
 mod cli;
 mod collect;
+mod compare;
 mod config;
 mod evaluate;
 pub mod evaluation;
@@ -25,6 +26,7 @@ pub mod steps;
 pub mod world;
 
 pub use cli::{Cli, Command, RunArgs, WorldArgs};
+pub use compare::{CompareArgs, ProbeArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, Recipe, RecipeConfig};
 pub use run::run;
 
@@ -47,6 +49,14 @@ pub fn execute(cli: Cli) -> Result<()> {
             stage::in_pool(|| run(&args, interrupt))
         }
         Command::Bench(command) => bench::run(&command),
+        Command::Compare(args) => {
+            args.runtime.start()?;
+            compare::compare(&args)
+        }
+        Command::Probe(args) => {
+            args.runtime.start()?;
+            compare::probe(&args)
+        }
         Command::World(args) => {
             stage::init_logging(args.verbose, args.quiet);
             generate_world(&args)

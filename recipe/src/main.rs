@@ -2,11 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(recipe::execute(recipe::Cli::parse()))
+    common::stage::report(recipe::execute(common::stage::parse::<recipe::Cli>()))
 }

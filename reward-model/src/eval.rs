@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use anyhow::{Context, ensure};
-use common::backend;
 use common::checkpoint::{Checkpoint, Stage};
 use common::data::records::OnBadRecord;
 use common::model::ScalarGpt;
@@ -43,8 +42,9 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::RewardModel])?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let device = backend::open(&args.runtime.backend)?;
-    let model = checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels());
+    let device = args.runtime.open()?;
+    let model =
+        checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let pairs = Pairs::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::TruncatePrompt)?;

@@ -2,11 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(reward_model::run(reward_model::Cli::parse()))
+    common::stage::report(reward_model::run(common::stage::parse::<reward_model::Cli>()))
 }

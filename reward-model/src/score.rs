@@ -4,7 +4,6 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
-use common::backend;
 use common::checkpoint::{Checkpoint, Stage};
 use common::conversation::{self, Message};
 use common::data::ids;
@@ -30,8 +29,9 @@ struct Line {
 pub(crate) fn run(args: &ScoreArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::RewardModel])?;
-    let device = backend::open(&args.runtime.backend)?;
-    let model = checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels());
+    let device = args.runtime.open()?;
+    let model =
+        checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
     let (lines, rows) = match (&args.data, &args.ids) {
         (Some(file), _) => of_records(file, checkpoint.require_tokenizer()?, model.config().max_seq_len)?,
         (None, Some(file)) => of_ids(file, &model)?,

@@ -6,6 +6,7 @@ use anyhow::Context;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Stage};
+use common::config;
 use common::data::order::Order;
 use common::metrics::names;
 use common::model::{Layout, ScalarGpt};
@@ -14,7 +15,6 @@ use common::rng::Streams;
 use common::scoring::by_length;
 use common::session::{Exported, Extras, Origin, Outcome, Session};
 use common::stage::Interrupt;
-use common::{backend, config};
 
 use crate::cli::TrainArgs;
 use crate::config::{BestBy, RewardModelConfig};
@@ -32,9 +32,10 @@ use crate::normalisation::{Normalisation, score_samples};
 /// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = backend::open(&args.stage.runtime.backend)?.autodiff();
+    let device = args.stage.runtime.open()?.autodiff();
     let plain_device = device.clone().inner();
     let kernels = args.stage.runtime.kernels();
+    let precision = args.stage.runtime.precision;
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init).context("failed to load the initial model")?;
     init.expect_stage(&[Stage::Sft, Stage::Pretrain]).context("failed to load the initial model")?;
@@ -53,7 +54,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend.clone(),
+        backend: args.stage.runtime.backend_label(&device),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
     if session.progress().finished {
@@ -69,7 +70,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         }
         None => (ScalarGpt::new(init.load_gpt(&device)?, &streams), AdamW::new(&config.optimizer, kernels)),
     };
-    model = model.with_kernels(kernels);
+    model = model.with_kernels(kernels).with_precision(precision);
+    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training pairs, {} held-out ones",
         model.num_params(),
@@ -102,14 +104,14 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             }
             // Each part's mean by its share of the pairs, so that micro-batches add up to the batch's mean.
             let loss = loss * (n_pairs as f64 / batch_size as f64);
-            grads = grads.plus(Grads::take(&model, loss.backward()));
-            losses.push(loss.inner());
+            losses.push(loss.clone().inner());
+            grads = grads.plus(Grads::take(&model, optimizer.scaled(loss).backward()));
             n_tokens += batch.n_tokens();
         }
         let lr = config.optimizer.lr_at(step, n_steps);
         let grad_norm;
         (model, grad_norm) = optimizer.step(model, grads, lr);
-        session.count_step(n_tokens as u64, grad_norm)?;
+        session.count_step(n_tokens as u64, grad_norm.clone())?;
 
         if session.logs() {
             let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
@@ -122,7 +124,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
                 (names::TRAIN_ACCURACY, mean(&|distance| win(distance, 0.0))),
                 (names::TRAIN_MARGIN, mean(&|distance| distance)),
                 (names::TRAIN_LR, lr),
-                (names::TRAIN_GRAD_NORM, grad_norm),
+                (names::TRAIN_GRAD_NORM, grad_norm.value()),
             ])?;
         }
         if session.evaluates() {
@@ -137,12 +139,12 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None
     } else {
         let best = match session.best_weights() {
-            Some(best) => {
-                ScalarGpt::from_named(model.config(), best.clone(), 0.0, &plain_device)?.with_kernels(kernels)
-            }
+            Some(best) => ScalarGpt::from_named(model.config(), best.clone(), 0.0, &plain_device)?
+                .with_kernels(kernels)
+                .with_precision(precision),
             None => model.valid(),
         };
-        let initial = init.load_gpt(&plain_device)?.with_kernels(kernels);
+        let initial = init.load_gpt(&plain_device)?.with_kernels(kernels).with_precision(precision);
         let scores = score_samples(&config.normalisation, &initial, &best, &training, &tokenizer, streams)?;
         let fitted = Normalisation::fit(&scores)?;
         tracing::info!(

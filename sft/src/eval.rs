@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use anyhow::{Context, ensure};
-use common::backend;
 use common::checkpoint::{Checkpoint, Stage};
 use common::data::records::OnBadRecord;
 use common::loss;
@@ -42,8 +41,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let device = backend::open(&args.runtime.backend)?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels());
+    let device = args.runtime.open()?;
+    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let conversations = Conversations::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::Truncate)?;

@@ -15,7 +15,7 @@ use common::optim::{AdamW, Grads};
 use common::rng::Streams;
 use common::session::{Exported, Extras, Origin, Outcome, Session};
 use common::stage::Interrupt;
-use common::{backend, config, loss};
+use common::{config, loss};
 use serde_json::json;
 
 use crate::cli::TrainArgs;
@@ -29,8 +29,9 @@ use crate::eval;
 /// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = backend::open(&args.stage.runtime.backend)?.autodiff();
+    let device = args.stage.runtime.open()?.autodiff();
     let kernels = args.stage.runtime.kernels();
+    let precision = args.stage.runtime.precision;
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init).context("failed to load the initial model")?;
     init.expect_stage(&[Stage::Pretrain, Stage::Sft]).context("failed to load the initial model")?;
@@ -50,7 +51,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend.clone(),
+        backend: args.stage.runtime.backend_label(&device),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
     let (mut gpt, mut optimizer) = match restored {
@@ -61,7 +62,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         }
         None => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
     };
-    gpt = gpt.with_kernels(kernels);
+    gpt = gpt.with_kernels(kernels).with_precision(precision);
+    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training conversations, {} held-out ones",
         gpt.num_params(),
@@ -89,20 +91,20 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
             // The whole batch's number of targets, so that micro-batches add up to its mean.
             let loss = loss::cross_entropy(&gpt, hidden, targets, n_targets);
-            grads = grads.plus(Grads::take(&gpt, loss.backward()));
-            losses.push(loss.inner());
+            losses.push(loss.clone().inner());
+            grads = grads.plus(Grads::take(&gpt, optimizer.scaled(loss).backward()));
         }
         let lr = config.optimizer.lr_at(step, n_steps);
         let grad_norm;
         (gpt, grad_norm) = optimizer.step(gpt, grads, lr);
-        session.count_step(n_targets as u64, grad_norm)?;
+        session.count_step(n_targets as u64, grad_norm.clone())?;
 
         if session.logs() {
             let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
             session.log(&[
                 (names::TRAIN_LOSS, f64::from(loss)),
                 (names::TRAIN_LR, lr),
-                (names::TRAIN_GRAD_NORM, grad_norm),
+                (names::TRAIN_GRAD_NORM, grad_norm.value()),
             ])?;
         }
         if session.evaluates() {

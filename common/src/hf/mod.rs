@@ -99,7 +99,7 @@ pub struct HostModel {
     pub tensors: NamedTensors,
 }
 
-/// Reads the model in `dir`: what [`write`] writes, or transformers for the classes above.
+/// Reads the model in `dir`: what [`write()`] writes, or transformers for the classes above.
 ///
 /// Names may have the prefix `transformer.` or not; the causal-mask buffers of old versions are left out, any other
 /// tensor that has no place is an error. A tied model may carry `lm_head.weight`: where it differs from the token

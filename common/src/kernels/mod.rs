@@ -16,7 +16,11 @@
 // Without the flex backend there is nothing to choose.
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]
 
+pub mod fault;
 mod plain;
+mod precision;
+
+pub use precision::Precision;
 
 #[allow(unsafe_code)]
 pub mod memory;
@@ -470,6 +474,21 @@ pub fn sum_of_squares<const D: usize>(kernels: Kernels, x: Tensor<D>) -> f64 {
         return flex::adamw::sum_of_squares_of(x);
     }
     plain::sum_of_squares(x)
+}
+
+/// Whether reading `x` waits for nothing: it was computed by the CPU, in the host's memory.
+pub fn is_on_host<const D: usize>(x: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+    let device = x.device();
+    match device.as_dispatch() {
+        DispatchDevice::Autodiff(_) => is_on_host(&x.clone().inner()),
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        #[allow(unreachable_patterns, reason = "with the two backends above there may be no other")]
+        _ => false,
+    }
 }
 
 /// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.

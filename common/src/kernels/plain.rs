@@ -1,7 +1,8 @@
 //! The operations of this module as ordinary tensor operations: the definition of what the fused ones compute.
 
-use burn::tensor::{Bool, Int, Tensor, TensorData, activation, s};
+use burn::tensor::{Bool, DType, FloatDType, Int, Tensor, TensorData, activation, s};
 
+use super::fault::{self, Fault};
 use super::{Activation, AdamWStep};
 
 pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
@@ -10,7 +11,7 @@ pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Opti
 
 pub(super) fn bias_activation<const D: usize>(x: Tensor<D>, bias: Tensor<1>, activation: Activation) -> Tensor<D> {
     let x = x + bias.unsqueeze();
-    match activation {
+    let active = match activation {
         Activation::Relu => activation::relu(x),
         Activation::GeluTanh => {
             // √(2/π)
@@ -18,13 +19,14 @@ pub(super) fn bias_activation<const D: usize>(x: Tensor<D>, bias: Tensor<1>, act
             let inner = (x.clone() + x.clone().square() * x.clone() * 0.044_715) * slope;
             x * 0.5 * (inner.tanh() + 1.0)
         }
-    }
+    };
+    fault::apply(Fault::Activation, active)
 }
 
 pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: Tensor<1>, eps: f64) -> Tensor<D> {
     let centred = x.clone() - x.mean_dim(D - 1);
     let variance = centred.clone().square().mean_dim(D - 1); // [.., 1]
-    centred / (variance + eps).sqrt() * gamma.unsqueeze() + beta.unsqueeze()
+    fault::apply(Fault::LayerNorm, centred / (variance + eps).sqrt() * gamma.unsqueeze() + beta.unsqueeze())
 }
 
 pub(super) fn attention(
@@ -98,12 +100,22 @@ fn weigh(
     dropout: Option<Tensor<4>>,
 ) -> Tensor<3> {
     let [batch, n_heads, n_queries, d_head] = queries.dims();
-    let scores = queries.matmul(keys.transpose()) / (d_head as f64).sqrt();
+    let dtype = values.dtype();
+    let scores = in_f32(queries.matmul(keys.transpose()) / (d_head as f64).sqrt());
     let mut weights = activation::softmax(scores.mask_fill(hidden, f32::NEG_INFINITY), 3);
     if let Some(dropout) = dropout {
         weights = weights * dropout;
     }
-    weights.matmul(values).swap_dims(1, 2).reshape([batch, n_queries, n_heads * d_head])
+    if dtype != DType::F32 {
+        weights = weights.cast(FloatDType::from(dtype));
+    }
+    let mixed = weights.matmul(values).swap_dims(1, 2).reshape([batch, n_queries, n_heads * d_head]);
+    fault::apply(Fault::Attention, mixed)
+}
+
+/// `x`, or a copy of it in f32 where it has fewer bits: exponentials and long sums need them.
+fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if x.dtype() == DType::F32 { x } else { x.cast(FloatDType::F32) }
 }
 
 pub(super) fn token_log_probs(
@@ -113,7 +125,7 @@ pub(super) fn token_log_probs(
     scale: f64,
 ) -> (Tensor<1>, Tensor<1>) {
     let [n, _] = hidden.dims();
-    let mut logits = hidden.matmul(head.transpose()); // [n, vocab_size]
+    let mut logits = in_f32(hidden.matmul(head.transpose())); // [n, vocab_size]
     if scale != 1.0 {
         logits = logits * scale;
     }

@@ -46,7 +46,7 @@ impl Cache {
         let (batch, n_heads, d_head) = (n_pads.len(), config.n_heads, config.d_head());
         let room = capacity.next_multiple_of(ALIGNED);
         let device = gpt.device();
-        let zeros = |shape: [usize; 4]| Tensor::zeros(shape, &device);
+        let zeros = |shape: [usize; 4]| gpt.precision().narrow(Tensor::zeros(shape, &device));
         let layer = || (zeros([batch, n_heads, d_head, room]), zeros([batch, n_heads, room, d_head]));
         let layers = (0..config.n_layers).map(|_| LayerCache { keys_values: Some(layer()) }).collect();
         Self { layers, n_pads: n_pads.to_vec(), len: 0, capacity }

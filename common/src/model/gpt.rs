@@ -6,12 +6,12 @@ use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
 use super::cache::LayerCache;
 use super::positions::sinusoid_table;
 use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
-use crate::kernels::{self, Kernels};
+use crate::kernels::{self, Kernels, Precision};
 use crate::rng::{Rng, Streams};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
-/// Token embedding plus position, `n_layers` [`Block`]s, with pre-norm a final LayerNorm, and an output layer that
+/// Token embedding plus position, `n_layers` blocks, with pre-norm a final LayerNorm, and an output layer that
 /// shares the token embedding's weights or has its own.
 ///
 /// # Source
@@ -33,6 +33,8 @@ pub struct Gpt {
     config: GptConfig,
     #[module(skip)]
     kernels: Kernels,
+    #[module(skip)]
+    precision: Precision,
 }
 
 /// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`]'s.
@@ -77,6 +79,8 @@ struct Norm {
 /// What the layers of one forward pass need besides their weights.
 struct Pass<'a> {
     kernels: Kernels,
+    /// Of the branches; the residual stream and the norms are in f32.
+    precision: Precision,
     eps: f64,
     /// `[batch, seq]`
     first_key: Option<Tensor<2, Int>>,
@@ -162,6 +166,7 @@ impl Gpt {
             head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
             config: config.clone(),
             kernels: Kernels::default(),
+            precision: Precision::default(),
         }
     }
 
@@ -189,6 +194,7 @@ impl Gpt {
         let probability = self.config.dropout;
         let mut pass = Pass {
             kernels: self.kernels,
+            precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
             dropout: rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng }),
@@ -218,7 +224,13 @@ impl Gpt {
             cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
         });
         let x = self.embed(ids, positions, start);
-        let mut pass = Pass { kernels: self.kernels, eps: self.config.layer_norm_eps, first_key: None, dropout: None };
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: None,
+            dropout: None,
+        };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.len += seq;
         hidden
@@ -233,8 +245,9 @@ impl Gpt {
         let [batch, seq, d_model] = hidden.dims();
         let head = self.head_weight();
         let [vocab_size, _] = head.dims();
-        let hidden = hidden.reshape([batch * seq, d_model]);
-        kernels::logits(self.kernels, hidden, head).reshape([batch, seq, vocab_size])
+        let (hidden, head) =
+            (self.precision.narrow(hidden.reshape([batch * seq, d_model])), self.precision.narrow(head));
+        self.precision.widen(kernels::logits(self.kernels, hidden, head)).reshape([batch, seq, vocab_size])
     }
 
     /// Logits of every position: [`logits`](Self::logits) of [`hidden`](Self::hidden).
@@ -266,6 +279,21 @@ impl Gpt {
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
+        self
+    }
+
+    /// What the model computes in.
+    pub const fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The same model computing in `precision`; its weights stay in f32, and so do the numbers it gives.
+    ///
+    /// Matrix products and what lies between them are in `precision`; the residual stream, norms, softmax and
+    /// log-probabilities are in f32.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
         self
     }
 
@@ -345,7 +373,7 @@ impl Attention {
     fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
         let [batch, seq, d_model] = x.dims();
         // [batch, seq, 3·d_model]
-        let qkv = self.qkv.forward(x, pass);
+        let qkv = self.qkv.forward(pass.precision.narrow(x), pass);
         let mixed = match cache {
             None => {
                 let dropout_mask = pass.mask::<4>([batch, self.n_heads, seq, seq], &qkv.device());
@@ -361,7 +389,7 @@ impl Attention {
             }
         };
         assert_shape!(mixed, [batch, seq, d_model]);
-        let projected = self.proj.forward(mixed, pass);
+        let projected = pass.precision.widen(self.proj.forward(mixed, pass));
         pass.drop(projected)
     }
 }
@@ -370,16 +398,19 @@ impl Mlp {
     /// `W₂·act(W₁·x + b₁) + b₂`.
     fn forward(&self, x: Tensor<3>, activation: super::Activation, pass: &mut Pass<'_>) -> Tensor<3> {
         // [batch, seq, d_ff]
-        let up = kernels::linear(pass.kernels, x, self.up.weight.val(), None);
-        let active = kernels::bias_activation(pass.kernels, up, self.up.bias.val(), activation);
-        let down = self.down.forward(active, pass);
+        let Pass { kernels, precision, .. } = *pass;
+        let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
+        let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
+        let down = precision.widen(self.down.forward(active, pass));
         pass.drop(down)
     }
 }
 
 impl Linear {
+    /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        kernels::linear(pass.kernels, x, self.weight.val(), Some(self.bias.val()))
+        let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
+        kernels::linear(pass.kernels, x, weight, Some(bias))
     }
 }
 

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use super::{Gpt, GptConfig, HostTensor, Layout, NamedError, NamedTensors};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Precision};
 use crate::rng::{Rng, Streams};
 
 /// The trunk of a [`Gpt`] and a linear layer from its hidden states to one number.
@@ -132,6 +132,13 @@ impl ScalarGpt {
     #[must_use]
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.trunk = self.trunk.with_kernels(kernels);
+        self
+    }
+
+    /// The same model with its trunk computing in `precision`; see [`Gpt::with_precision`].
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.trunk = self.trunk.with_precision(precision);
         self
     }
 

@@ -20,9 +20,8 @@ use std::io::Write as _;
 use anyhow::Context;
 use burn::tensor::Device;
 use clap::Subcommand;
-use common::backend;
-use common::kernels::{Kernels, memory};
-use common::stage::{self, RuntimeArgs};
+use common::kernels::{Kernels, Precision, memory};
+use common::stage::{self, RuntimeArgs, UsageError};
 use serde_json::{Map, Value, json};
 
 /// What to measure.
@@ -77,7 +76,10 @@ struct Ground {
 
 impl Ground {
     fn new(runtime: &RuntimeArgs) -> anyhow::Result<Self> {
-        Ok(Self { device: backend::open(&runtime.backend)?, kernels: runtime.kernels() })
+        if runtime.precision != Precision::F32 {
+            return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
+        }
+        Ok(Self { device: runtime.open()?, kernels: runtime.kernels() })
     }
 }
 

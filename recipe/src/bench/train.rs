@@ -73,7 +73,7 @@ pub fn measure(args: &TrainBenchArgs, ground: &Ground) -> anyhow::Result<Map<Str
             cpu_before = memory::usage().cpu_seconds;
         }
         let clock = Instant::now();
-        let (grads, loss) = gradients(&gpt, &batches[i % N_BATCHES], batch * seq, None);
+        let (grads, loss) = gradients(&gpt, &adamw, &batches[i % N_BATCHES], batch * seq, None);
         (gpt, _) = adamw.step(gpt, grads, optimizer.lr);
         losses.push(loss.into_scalar::<f32>());
         seconds.push(clock.elapsed().as_secs_f64());

@@ -4,9 +4,9 @@
 //! `config.toml`, and what the last step measured (`evaluation.json`, `answers.jsonl`). Writing it again changes nothing.
 
 mod json;
-mod log;
+pub(crate) mod log;
 mod page;
-mod plot;
+pub(crate) mod plot;
 mod stages;
 
 use std::fs;

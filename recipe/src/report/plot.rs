@@ -19,6 +19,10 @@ pub enum Hue {
     Ember,
     /// The second voice.
     Slate,
+    /// The third.
+    Moss,
+    /// The fourth.
+    Plum,
 }
 
 /// How loudly a curve is drawn.
@@ -151,6 +155,8 @@ impl Hue {
         match self {
             Self::Ember => "ember",
             Self::Slate => "slate",
+            Self::Moss => "moss",
+            Self::Plum => "plum",
         }
     }
 
@@ -158,6 +164,8 @@ impl Hue {
         match self {
             Self::Ember => EMBER,
             Self::Slate => SLATE,
+            Self::Moss => MOSS,
+            Self::Plum => PLUM,
         }
     }
 }
@@ -210,12 +218,16 @@ const INK: RGBColor = RGBColor(0x01, 0x01, 0x01);
 const GRID: RGBColor = RGBColor(0x02, 0x02, 0x02);
 const EMBER: RGBColor = RGBColor(0x03, 0x03, 0x03);
 const SLATE: RGBColor = RGBColor(0x04, 0x04, 0x04);
+const MOSS: RGBColor = RGBColor(0x05, 0x05, 0x05);
+const PLUM: RGBColor = RGBColor(0x06, 0x06, 0x06);
 /// Marker colours as the backend writes them, and what stands in their place in the page.
-const THEME: [(&str, &str); 4] = [
+const THEME: [(&str, &str); 6] = [
     ("\"#010101\"", "\"var(--plot-ink, #555)\""),
     ("\"#020202\"", "\"var(--plot-grid, #ddd)\""),
     ("\"#030303\"", "\"var(--ember, #c8501e)\""),
     ("\"#040404\"", "\"var(--slate, #4a6785)\""),
+    ("\"#050505\"", "\"var(--moss, #5f7d3c)\""),
+    ("\"#060606\"", "\"var(--plum, #7d3c6e)\""),
 ];
 
 fn paint(color: RGBColor) -> RGBAColor {

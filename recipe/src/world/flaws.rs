@@ -32,11 +32,11 @@ pub struct FlawRates {
 impl Default for FlawRates {
     fn default() -> Self {
         Self {
-            wrong_thing: 0.25,
-            wrong_colour: 0.2,
-            wrong_mood: 0.3,
-            no_ending: 0.25,
-            repetition: 0.3,
+            wrong_thing: 0.12,
+            wrong_colour: 0.12,
+            wrong_mood: 0.4,
+            no_ending: 0.35,
+            repetition: 0.35,
             too_short: 0.09,
             too_long: 0.08,
         }

@@ -1,0 +1,87 @@
+//! Flags only.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use common::kernels::fault::Fault;
+use common::stage::RuntimeArgs;
+
+use crate::steps::Step;
+
+/// Flags of `recipe compare`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The first backend is the reference; each runs in a process of its own. Exits with 1 if a budget is exceeded.\n\n\
+        Example:\n  \
+        recipe compare configs/tiny --backends flex,ndarray --steps 20\n  \
+        recipe compare configs/tiny --backends flex,wgpu --stage pretrain --set pretrain.model.n_layers=2"
+)]
+pub struct CompareArgs {
+    /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
+    #[arg(value_name = "RECIPE")]
+    pub recipe: String,
+
+    /// Backends to compare, the reference first, as `--backend` takes them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', required = true)]
+    pub backends: Vec<String>,
+
+    /// Compare these stages only: pretrain, sft, reward-model, ppo
+    #[arg(long = "stage", value_name = "STAGES", value_delimiter = ',')]
+    pub stages: Vec<Step>,
+
+    /// Steps of the loss curves
+    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(2..))]
+    pub steps: u64,
+
+    /// Where tables, plots and the backends' records go [default: runs/compare-RECIPE]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Where the paths of the recipe that begin with $DATA/ lie [env: KINDLING_DATA]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+
+    /// Seed of all stages, instead of the recipe's
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+
+    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string [repeatable]
+    #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
+    pub overrides: Vec<String>,
+
+    /// Replace an earlier comparison in --out
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Makes an operation of one backend wrong: a test of the comparison itself
+    #[arg(long, value_name = "BACKEND=OPERATION", hide = true)]
+    pub plant: Option<String>,
+
+    /// Threads, kernels and precision of every backend; `--backend` is not looked at
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of the process that one backend runs in.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// What to compute: the file that `recipe compare` wrote
+    #[arg(long, value_name = "FILE")]
+    pub plan: PathBuf,
+
+    /// Where the records and checkpoints go
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Directory of the reference, unless this is it
+    #[arg(long, value_name = "DIR")]
+    pub reference: Option<PathBuf>,
+
+    /// Operation to make wrong
+    #[arg(long, value_name = "OPERATION")]
+    pub plant: Option<Fault>,
+
+    /// On what to run
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}

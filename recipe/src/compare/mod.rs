@@ -1,0 +1,183 @@
+//! `recipe compare`: the same recipe on several backends, level by level, each in a process of its own.
+//!
+//! The first backend is the reference: it also trains the short checkpoints that the other backends' stages start from,
+//! and gives the activations and answers that they compute with, so that a difference shows where it arises and not
+//! everywhere after. A process that crashes is a row that says so.
+//!
+//! In reading order: `args`, `probe` (what one backend computes), `operations`, `tokens`, `record` (what is handed over),
+//! `judge` (budgets), `output`.
+
+mod args;
+mod judge;
+mod operations;
+mod output;
+mod probe;
+mod record;
+mod tokens;
+
+pub use args::{CompareArgs, ProbeArgs};
+pub use probe::probe;
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+use common::backend;
+use common::kernels::Kernels;
+use common::stage::UsageError;
+
+use crate::config::Recipe;
+use crate::steps::Step;
+use crate::world;
+use output::{Comparison, Run};
+use probe::Plan;
+use record::Records;
+
+/// Compares the backends and writes what was found.
+///
+/// # Errors
+/// If the recipe is not valid, a backend cannot be opened, or a budget is exceeded.
+pub fn compare(args: &CompareArgs) -> Result<()> {
+    if args.backends.len() < 2 {
+        return Err(UsageError("`--backends` needs at least two, the reference first".to_owned()).into());
+    }
+    if let Some(twice) = args.backends.iter().enumerate().find(|(i, name)| args.backends[..*i].contains(name)) {
+        return Err(UsageError(format!("`--backends` names `{}` twice", twice.1)).into());
+    }
+    // A backend that is not compiled in or has no device is refused before anything is computed.
+    for name in &args.backends {
+        backend::open(name)?;
+    }
+    let recipe_name =
+        Path::new(&args.recipe).file_name().map_or_else(|| "recipe".into(), |name| name.to_string_lossy());
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("compare-{recipe_name}")));
+    empty(&out, args.overwrite)?;
+    let plan = prepare(args, &out)?;
+    let plan_path = out.join("plan.json");
+    fs::write(&plan_path, serde_json::to_string_pretty(&plan)?).context("failed to write the plan")?;
+
+    let mut runs: Vec<Run> = Vec::new();
+    let reference = out.join(directory(&args.backends[0]));
+    for (i, name) in args.backends.iter().enumerate() {
+        tracing::info!("[{}/{}] {name}", i + 1, args.backends.len());
+        let dir = out.join(directory(name));
+        let failure = run_probe(args, name, &plan_path, &dir, (i > 0).then_some(&reference))?;
+        let records = Records::read(&dir)?;
+        let log = dir.join("log.txt");
+        if i == 0
+            && let Some(failure) = failure
+        {
+            bail!("the reference `{name}` {failure}\nhint: see `{}`", log.display());
+        }
+        let failure = failure.map(|failure| format!("{failure}; see `{}`", log.display()));
+        if let Some(failure) = &failure {
+            tracing::warn!("`{name}` {failure}");
+        }
+        runs.push(Run { name: name.clone(), records, failure });
+    }
+    let rows = runs[1..]
+        .iter()
+        .flat_map(|run| judge::judge(&runs[0].records, &run.name, &run.records, &plan.stages))
+        .collect();
+    let comparison =
+        Comparison { recipe: recipe_name.into_owned(), steps: args.steps, stages: plan.stages, runs, rows };
+    comparison.write(&out)?;
+    std::io::stdout().write_all(comparison.table().as_bytes()).context("failed to write the result")?;
+    tracing::info!("the tables are in `{}`", out.join("compare.md").display());
+    if comparison.passed() { Ok(()) } else { Err(anyhow!("the backends differ by more than the budgets allow")) }
+}
+
+/// Makes `out` an empty directory; an earlier comparison goes if `overwrite` says so.
+fn empty(out: &Path, overwrite: bool) -> Result<()> {
+    let is_filled =
+        out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
+    if is_filled && !(overwrite && out.join("plan.json").is_file()) {
+        bail!(
+            "output directory `{}` is not empty\nhint: pass `--overwrite` to replace an earlier comparison, or another `--out`",
+            out.display()
+        );
+    }
+    if is_filled {
+        fs::remove_dir_all(out).with_context(|| format!("failed to empty `{}`", out.display()))?;
+    }
+    fs::create_dir_all(out).with_context(|| format!("failed to make `{}`", out.display()))
+}
+
+/// Generates the recipe's data where it does that, and learns its tokenizer.
+fn prepare(args: &CompareArgs, out: &Path) -> Result<Plan> {
+    let prepared = std::path::absolute(out.join("prepared")).context("the working directory is unknown")?;
+    fs::create_dir_all(&prepared).with_context(|| format!("failed to make `{}`", prepared.display()))?;
+    let recipe = Recipe::open(&args.recipe, &prepared, args.data.as_deref(), &args.overrides, args.seed)?;
+    let mut stages = recipe.config.stages.clone();
+    if stages.first() != Some(&Step::Pretrain) {
+        bail!("the recipe `{}` has no stage `pretrain`, whose model and text a comparison needs", recipe.name);
+    }
+    if let Some(step) = args.stages.iter().find(|step| !stages.contains(step)) {
+        let known: Vec<&str> = stages.iter().map(|step| step.name()).collect();
+        return Err(UsageError(format!("`--stage` names `{step}`, expected some of {}", known.join(", "))).into());
+    }
+    if !args.stages.is_empty() {
+        stages.retain(|step| args.stages.contains(step));
+    }
+    if let Some(world) = &recipe.config.world {
+        world::write(&prepared.join("data"), world)?;
+    }
+    pretrain::train_tokenizer(&pretrain::TokenizerArgs {
+        config: recipe.stage_config(Step::Tokenizer),
+        out: prepared.join(Step::Tokenizer.name()),
+        overwrite: true,
+        overrides: recipe.stage_overrides(Step::Tokenizer),
+        data: recipe.data.clone(),
+        runtime: args.runtime.clone(),
+    })?;
+    let folder = recipe.dir.canonicalize().with_context(|| format!("failed to find `{}`", recipe.dir.display()))?;
+    Ok(Plan {
+        recipe: folder,
+        prepared,
+        data: args.data.clone(),
+        overrides: args.overrides.clone(),
+        seed: args.seed,
+        stages,
+        steps: args.steps,
+    })
+}
+
+/// Runs one backend to its end; returns how it ended, unless well. What it says goes to `log.txt`.
+fn run_probe(
+    args: &CompareArgs,
+    name: &str,
+    plan: &Path,
+    dir: &Path,
+    reference: Option<&PathBuf>,
+) -> Result<Option<String>> {
+    fs::create_dir_all(dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+    let log = File::create(dir.join("log.txt")).context("failed to write a log")?;
+    let program = std::env::current_exe().context("this program has no path")?;
+    let mut command = Command::new(program);
+    command.arg("probe").arg("--plan").arg(plan).arg("--out").arg(dir).args(["--backend", name, "-v"]);
+    if let Some(reference) = reference {
+        command.arg("--reference").arg(reference);
+    }
+    if let Some(threads) = args.runtime.threads {
+        command.arg("--threads").arg(threads.to_string());
+    }
+    command.args(["--precision", args.runtime.precision.name()]);
+    if args.runtime.kernels() == Kernels::Plain {
+        command.args(["--kernels", "plain"]);
+    }
+    if let Some((backend, operation)) = args.plant.as_ref().and_then(|plant| plant.split_once('='))
+        && backend == name
+    {
+        command.args(["--plant", operation]);
+    }
+    let status =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).status().context("failed to start a probe")?;
+    Ok(if status.success() { None } else { Some(format!("ended with {status}")) })
+}
+
+/// A backend's directory.
+fn directory(name: &str) -> String {
+    name.replace(':', "-")
+}

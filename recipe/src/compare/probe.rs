@@ -1,0 +1,404 @@
+//! One backend's part of a comparison, in a process of its own.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use common::checkpoint::Checkpoint;
+use common::kernels::{self, Precision};
+use common::loss;
+use common::metrics::names;
+use common::model::{Gpt, HostTensor, Layout, NamedTensors};
+use common::optim::{AdamW, Grads};
+use common::rng::Streams;
+use common::scoring::score_rows;
+use common::stage::{Interrupt, RuntimeArgs, StageArgs};
+use common::tokenizer::Tokenizer;
+use pretrain::PretrainConfig;
+use serde::{Deserialize, Serialize};
+
+use super::args::ProbeArgs;
+use super::operations::{Ids, Walk, check_walk};
+use super::record::{Level, Recorder, Records};
+use super::tokens::continuations;
+use crate::config::Recipe;
+use crate::report::log::MetricsLog;
+use crate::steps::Step;
+
+/// Windows of the batch that the levels below a training run are computed on.
+const N_WINDOWS: usize = 4;
+/// Tokens of a window that a prompt takes.
+const PROMPT: usize = 8;
+/// Tokens that are sampled after it.
+const CONTINUED: usize = 16;
+/// Answers of the PPO iteration, as far as the recipe's batch has as many.
+const N_ANSWERS: usize = 16;
+/// Greedy decoding for its speed: rows and tokens.
+const DECODED: (usize, usize) = (8, 32);
+
+/// What every backend's process computes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// The recipe's folder.
+    pub recipe: PathBuf,
+    /// Where data and tokenizer were prepared.
+    pub prepared: PathBuf,
+    /// What `$DATA/` means, where the recipe does not generate its data.
+    pub data: Option<PathBuf>,
+    /// As given.
+    pub overrides: Vec<String>,
+    /// As given.
+    pub seed: Option<u64>,
+    /// Stages to compare.
+    pub stages: Vec<Step>,
+    /// Steps of the loss curves.
+    pub steps: u64,
+}
+
+/// Computes everything and records it.
+///
+/// # Errors
+/// Whatever fails; what was recorded before stays.
+pub fn probe(args: &ProbeArgs) -> Result<()> {
+    let text =
+        std::fs::read_to_string(&args.plan).with_context(|| format!("failed to read `{}`", args.plan.display()))?;
+    let plan: Plan = serde_json::from_str(&text)?;
+    if let Some(fault) = args.plant {
+        kernels::fault::plant(fault);
+    }
+    let recipe = plan.recipe.display().to_string();
+    let recipe = Recipe::open(&recipe, &plan.prepared, plan.data.as_deref(), &plan.overrides, plan.seed)?;
+    let device = args.runtime.open()?;
+    let recorder = Recorder::create(&args.out, args.runtime.backend_label(&device))?;
+    let reference = args.reference.as_deref().map(Records::read).transpose()?;
+    let parents = args.reference.clone().unwrap_or_else(|| args.out.clone());
+    let mut runtime = args.runtime.clone();
+    runtime.quiet = true;
+    let mut probe = Probe { plan, recipe, out: args.out.clone(), parents, reference, runtime, device, recorder };
+    probe.run()?;
+    probe.recorder.done()
+}
+
+struct Probe {
+    plan: Plan,
+    recipe: Recipe,
+    out: PathBuf,
+    /// Where the checkpoints lie that stages start from: with the reference.
+    parents: PathBuf,
+    /// Absent in the reference itself.
+    reference: Option<Records>,
+    runtime: RuntimeArgs,
+    device: Device,
+    recorder: Recorder,
+}
+
+impl Probe {
+    fn run(&mut self) -> Result<()> {
+        let is_reference = self.reference.is_none();
+        for step in self.recipe.config.stages.clone() {
+            let wanted = self.plan.stages.contains(&step);
+            // The reference also makes the checkpoints that the stages wanted start from.
+            let is_parent = is_reference && self.plan.stages.iter().any(|&later| later > step) && step != Step::Ppo;
+            if !wanted && !is_parent {
+                continue;
+            }
+            tracing::info!("{step}");
+            if step == Step::Ppo {
+                self.ppo()?;
+            } else {
+                self.curve(step)?;
+            }
+            match step {
+                Step::Pretrain if wanted => self.language_model()?,
+                Step::Sft if wanted => self.tokens(step)?,
+                Step::RewardModel if wanted => self.scores()?,
+                _ => {}
+            }
+            self.memory(step)?;
+        }
+        Ok(())
+    }
+
+    fn streams(&self) -> Streams {
+        Streams::new(self.recipe.config.seed)
+    }
+
+    fn stage_args(&self, step: Step, more: &[String]) -> StageArgs {
+        let mut overrides = self.recipe.stage_overrides(step);
+        overrides.extend_from_slice(more);
+        StageArgs {
+            config: self.recipe.stage_config(step),
+            out: self.out.join(step.name()),
+            resume: false,
+            overwrite: true,
+            overrides,
+            data: self.recipe.data.clone(),
+            runtime: self.runtime.clone(),
+        }
+    }
+
+    fn pretrain_args(&self, more: &[String]) -> pretrain::TrainArgs {
+        let tokenizer = Some(self.plan.prepared.join(Step::Tokenizer.name()));
+        pretrain::TrainArgs { tokenizer, init: None, stage: self.stage_args(Step::Pretrain, more) }
+    }
+
+    /// Trains a stage by its own loop and records its losses and its speed.
+    fn curve(&mut self, step: Step) -> Result<()> {
+        let mut more = vec![format!("train.steps={}", self.plan.steps)];
+        more.extend(["run.log_every=1", "run.eval_every=0", "run.save_every=0"].map(str::to_owned));
+        match step {
+            Step::Pretrain => more.push("train.sample_prompts=[]".to_owned()),
+            Step::Sft => more.push("train.n_samples=0".to_owned()),
+            _ => more.extend(["normalisation.samples=8", "normalisation.max_tokens=16"].map(str::to_owned)),
+        }
+        let never = Interrupt::never();
+        let init = |stage: Step| self.parents.join(stage.name());
+        match step {
+            Step::Pretrain => pretrain::train(&self.pretrain_args(&more), never),
+            Step::Sft => {
+                sft::train(&sft::TrainArgs { init: init(Step::Pretrain), stage: self.stage_args(step, &more) }, never)
+            }
+            _ => reward_model::train(
+                &reward_model::TrainArgs { init: init(Step::Sft), stage: self.stage_args(step, &more) },
+                never,
+            ),
+        }
+        .with_context(|| format!("failed to train the stage `{step}`"))?;
+        let log = MetricsLog::read(&self.out.join(step.name()))?;
+        let series = |name: &str| log.series(name).into_iter().map(|(_, value)| value).collect::<Vec<f64>>();
+        let losses = series(names::TRAIN_LOSS);
+        ensure!(losses.len() as u64 == self.plan.steps, "{} losses of {} steps", losses.len(), self.plan.steps);
+        let (seconds, tokens) = (series("seconds"), series("tokens"));
+        self.recorder.measure(step, "first_step_s", seconds[0])?;
+        let last = losses.len() - 1;
+        self.recorder.measure(step, "tokens_per_s", (tokens[last] - tokens[0]) / (seconds[last] - seconds[0]))?;
+        let losses = losses.into_iter().map(|loss| loss as f32).collect();
+        self.recorder.numbers(step, Level::Curve, "train/loss", losses)
+    }
+
+    /// A language model of the reference, and the same on this backend.
+    fn load_gpt(&self, step: Step) -> Result<(Checkpoint, Gpt)> {
+        let checkpoint = Checkpoint::open(&self.parents.join(step.name()))?;
+        let gpt = checkpoint.load_gpt(&self.device.clone().autodiff())?;
+        let gpt = gpt.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+        Ok((checkpoint, gpt))
+    }
+
+    /// The first windows of the training text, as inputs and targets.
+    fn windows(&self, n: usize) -> Result<Vec<(Ids, Vec<i64>)>> {
+        let rows = pretrain::first_windows(&self.pretrain_args(&[]), n)?;
+        Ok(rows
+            .chunks(N_WINDOWS)
+            .map(|rows| {
+                let seq = rows[0].len() - 1;
+                let cut = |skip: usize| -> Vec<i64> {
+                    rows.iter().flat_map(|row| row[skip..skip + seq].iter().map(|&id| i64::from(id))).collect()
+                };
+                (Ids { flat: cut(0), batch: rows.len(), seq }, cut(1))
+            })
+            .collect())
+    }
+
+    /// Everything below a training run, on the model that the reference's run left.
+    fn language_model(&mut self) -> Result<()> {
+        let stage = Step::Pretrain;
+        let tokenizer = Tokenizer::load(&self.plan.prepared.join(Step::Tokenizer.name()))?;
+        let args = self.pretrain_args(&[]);
+        let config: PretrainConfig = common::config::load(&args.stage.config, &args.stage.overrides)?;
+        let initial = Gpt::new(&config.model.resolve(tokenizer.vocab_size())?, &self.streams(), &self.device);
+        self.named(stage, Level::InitialWeights, &initial.to_named())?;
+
+        let (_, gpt) = self.load_gpt(stage)?;
+        let batches = self.windows(10 * N_WINDOWS)?;
+        let (ids, targets) = &batches[0];
+        let input = || ids.tensor(&self.device.clone().autodiff());
+        let hidden = gpt.hidden(input(), &Layout::right_padded());
+        let model_hidden = HostTensor::of(&hidden.clone().inner());
+        self.operations(&gpt, ids, targets, &model_hidden)?;
+        let logits = HostTensor::of(&gpt.logits(hidden.clone()).inner());
+        self.recorder.tensor(stage, Level::Logits, "logits", &logits)?;
+
+        let mut optimizer =
+            AdamW::new(&config.optimizer, self.runtime.kernels()).with_precision(self.runtime.precision);
+        let before = gpt.to_named();
+        let mut gpt = gpt;
+        for (i, (ids, targets)) in batches.iter().enumerate() {
+            let value = self.loss(&gpt, ids, targets);
+            let of_loss = HostTensor::of(&value.clone().inner());
+            let grads = Grads::take(&gpt, optimizer.scaled(value).backward());
+            if i == 0 {
+                self.recorder.tensor(stage, Level::Loss, "loss", &of_loss)?;
+                let factor = optimizer.loss_factor() as f32;
+                let mut named = grads.to_named();
+                for x in named.values_mut().flat_map(|grad| &mut grad.data) {
+                    *x /= factor;
+                }
+                self.named(stage, Level::Gradients, &named)?;
+            }
+            (gpt, _) = optimizer.step(gpt, grads, config.optimizer.lr_at(i as u64, config.train.steps));
+            if i == 0 {
+                self.named(stage, Level::OneStep, &change(&gpt.to_named(), &before))?;
+            }
+        }
+        self.named(stage, Level::TenSteps, &change(&gpt.to_named(), &before))?;
+        self.tokens(stage)
+    }
+
+    fn loss(&self, gpt: &Gpt, ids: &Ids, targets: &[i64]) -> Tensor<1> {
+        let device = self.device.clone().autodiff();
+        let hidden = gpt.hidden(ids.tensor(&device), &Layout::right_padded());
+        let [batch, seq, d_model] = hidden.dims();
+        let targets = Tensor::from_data(TensorData::new(targets.to_vec(), [batch * seq]), &device);
+        loss::cross_entropy(gpt, hidden.reshape([batch * seq, d_model]), targets, batch * seq)
+    }
+
+    /// Each operation on the reference's activations.
+    fn operations(&mut self, gpt: &Gpt, ids: &Ids, targets: &[i64], model_hidden: &HostTensor) -> Result<()> {
+        let stage = Step::Pretrain;
+        let (config, weights, kernels) = (gpt.config().clone(), gpt.to_named(), self.runtime.kernels());
+        let device = self.device.clone();
+        let (mut operations, walked) = Walk::operations(&config, &weights, ids, targets, kernels, &device)?;
+        if self.runtime.precision == Precision::F32 {
+            check_walk(&walked, model_hidden)?;
+        }
+        for operation in &mut operations {
+            for (i, input) in operation.inputs.iter_mut().enumerate() {
+                let name = format!("{} input {i}", operation.name);
+                match &self.reference {
+                    None => self.recorder.tensor(stage, Level::Activations, &name, input)?,
+                    Some(reference) => {
+                        let known = reference.find(stage, Level::Activations, &name);
+                        *input = known.with_context(|| format!("the reference did not record `{name}`"))?.clone();
+                    }
+                }
+            }
+            let outcome = operation.run(kernels, &self.device);
+            self.recorder.tensor(stage, Level::Operations, &operation.name, &outcome.output)?;
+            for (i, gradient) in outcome.gradients {
+                let name = format!("{} by input {i}", operation.name);
+                self.recorder.tensor(stage, Level::OperationGradients, &name, &gradient)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn named(&mut self, stage: Step, level: Level, tensors: &NamedTensors) -> Result<()> {
+        tensors.iter().try_for_each(|(path, tensor)| self.recorder.tensor(stage, level, path, tensor))
+    }
+
+    /// Continuations of the first windows' beginnings, and how fast tokens come.
+    fn tokens(&mut self, stage: Step) -> Result<()> {
+        let (_, gpt) = self.load_gpt(stage)?;
+        let gpt = gpt.valid();
+        let args = self.pretrain_args(&[]);
+        let rows = pretrain::first_windows(&args, DECODED.0)?;
+        let prompts: Vec<Vec<u32>> = rows.iter().map(|row| row[..PROMPT.min(row.len() - 1)].to_vec()).collect();
+        let streams = self.streams();
+        for (name, temperature) in [("greedy", 0.0), ("seeded", 1.0)] {
+            let continued = continuations(&gpt, &prompts, CONTINUED, temperature, &streams)?;
+            self.recorder.tensor(stage, Level::Tokens, name, &continued.ids)?;
+            self.recorder.tensor(stage, Level::Margins, name, &continued.margins)?;
+        }
+        let config = common::generate::SamplingConfig::greedy(DECODED.1, Vec::new());
+        // Once to compile and tune, once for the time.
+        for timed in [false, true] {
+            let clock = Instant::now();
+            let answers = common::generate::generate(
+                &gpt,
+                &prompts,
+                &config,
+                &streams,
+                0,
+                common::generate::GenerateOptions::default(),
+            )?;
+            if timed {
+                let n: usize = answers.iter().map(|answer| answer.ids.len()).sum();
+                self.recorder.measure(stage, "decode_tokens_per_s", n as f64 / clock.elapsed().as_secs_f64())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Scores of rows of all lengths.
+    fn scores(&mut self) -> Result<()> {
+        let stage = Step::RewardModel;
+        let checkpoint = Checkpoint::open(&self.parents.join(stage.name()))?;
+        let model = checkpoint.load_scalar(&self.device)?;
+        let model = model.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+        let rows = pretrain::first_windows(&self.pretrain_args(&[]), DECODED.0)?;
+        let n = rows.len();
+        let rows: Vec<&[u32]> = rows.iter().enumerate().map(|(i, row)| &row[..row.len() * (i + 1) / n]).collect();
+        let scores = score_rows(&model, &rows, 4).context("failed to read the scores")?;
+        self.recorder.numbers(stage, Level::Scores, "scores", scores)
+    }
+
+    /// One PPO iteration on the reference's answers.
+    fn ppo(&mut self) -> Result<()> {
+        let stage = Step::Ppo;
+        let args = ppo::TrainArgs {
+            policy: self.parents.join(Step::Sft.name()),
+            reward_model: self.parents.join(Step::RewardModel.name()),
+            stage: self.stage_args(stage, &[]),
+        };
+        let given = match &self.reference {
+            None => None,
+            Some(reference) => {
+                let answers =
+                    reference.entries.iter().filter(|entry| entry.stage == stage && entry.level == Level::Activations);
+                Some(
+                    answers
+                        .map(|entry| entry.tensor.data.iter().map(|&id| id as u32).collect())
+                        .collect::<Vec<Vec<u32>>>(),
+                )
+            }
+        };
+        let clock = Instant::now();
+        // The divergence is from the pretrained model: from itself the policy is not divergent yet.
+        let base = self.parents.join(Step::Pretrain.name());
+        let iteration = ppo::replay(&args, &base, N_ANSWERS, given.as_deref()).context("failed to iterate PPO")?;
+        self.recorder.measure(stage, "iteration_s", clock.elapsed().as_secs_f64())?;
+        if given.is_none() {
+            for (i, answer) in iteration.responses.iter().enumerate() {
+                let ids = answer.iter().map(|&id| id as f32).collect();
+                self.recorder.numbers(stage, Level::Activations, &format!("answer {i}"), ids)?;
+            }
+        }
+        for (name, numbers) in iteration.before {
+            self.recorder.numbers(stage, Level::PpoIteration, name, numbers)?;
+        }
+        for (name, numbers) in iteration.losses {
+            self.recorder.numbers(stage, Level::PpoUpdates, name, numbers)?;
+        }
+        self.recorder.numbers(stage, Level::PpoRatios, "ratio", iteration.ratio)
+    }
+
+    /// The most host memory so far, and what the device's pools hold now.
+    fn memory(&mut self, step: Step) -> Result<()> {
+        const MIB: f64 = 1024.0 * 1024.0;
+        self.recorder.measure(step, "peak_host_mib", kernels::memory::usage().peak_bytes as f64 / MIB)?;
+        if let Some(usage) = self.device.memory_pool_usage() {
+            self.recorder.measure(step, "device_mib", usage.bytes_reserved as f64 / MIB)?;
+        }
+        Ok(())
+    }
+}
+
+/// What training changed, tensor by tensor, the keys' biases left out.
+///
+/// Their gradient is zero: a constant added to all keys of a query cancels in the softmax. What is there instead is
+/// rounding, which differs between backends and which AdamW makes as large as any other step.
+fn change(after: &NamedTensors, before: &NamedTensors) -> NamedTensors {
+    after
+        .iter()
+        .map(|(path, tensor)| {
+            let mut data: Vec<f32> = tensor.data.iter().zip(&before[path].data).map(|(a, b)| a - b).collect();
+            if path.ends_with("attention.qkv.bias") {
+                let d_model = data.len() / 3;
+                data[d_model..2 * d_model].fill(0.0);
+            }
+            (path.clone(), HostTensor { shape: tensor.shape.clone(), data })
+        })
+        .collect()
+}
