@@ -55,7 +55,7 @@ pub fn for_each(n: usize, task: impl Fn(usize) + Sync) {
     }
     let crew = CREW.replace(ptr::null()); // a task's own calls go elsewhere: the crew is busy with this one
     if crew.is_null() {
-        return (0..n).into_par_iter().for_each(|i| task(i));
+        return (0..n).into_par_iter().for_each(&task);
     }
     // SAFETY: the pointer was set by `standing_by` on this thread, which clears it before the crew is dropped.
     let shared = unsafe { &*crew };

@@ -47,7 +47,7 @@ pub fn times_matrix(x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_out: usiz
         let n_columns = n_columns.min(d_out - first);
         let bias = bias.map(|bias| &bias[first..first + n_columns]);
         let product = Product { out: shared, out_start: first, out_stride: d_out, x, d_in };
-        Arch::new().dispatch(Columns { product, weight: &weight[first..], stride: d_out, n_columns, bias });
+        Arch::new().dispatch(Tiles { product, weight: &weight[first..], stride: d_out, n_columns, bias });
     });
     out
 }
@@ -80,7 +80,7 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
         }
         with_scratch(n_rows * n, |results| {
             let product = Product { out: SharedMut::new(results), out_start: 0, out_stride: n, x: matrix, d_in: d };
-            Arch::new().dispatch(Columns { product, weight: &columns, stride: n, n_columns: n, bias: None });
+            Arch::new().dispatch(Tiles { product, weight: &columns, stride: n, n_columns: n, bias: None });
             for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * n)) {
                 for row in 0..n {
                     let out = &mut out(row)[start..start + results.len() / n];
@@ -193,7 +193,7 @@ struct Product<'a> {
 
 /// Some columns of `x W + b`, a tile of rows and columns at a time. Products are added in the order of the rows of `W`,
 /// whatever the tile and the registers.
-struct Columns<'a> {
+struct Tiles<'a> {
     product: Product<'a>,
     /// Begins at the first column; rows are `stride` apart.
     weight: &'a [f32],
@@ -202,7 +202,7 @@ struct Columns<'a> {
     bias: Option<&'a [f32]>,
 }
 
-impl WithSimd for Columns<'_> {
+impl WithSimd for Tiles<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -219,7 +219,7 @@ impl WithSimd for Columns<'_> {
     }
 }
 
-impl Columns<'_> {
+impl Tiles<'_> {
     /// All rows of the columns from `column` on, as many at a time as there are registers for their results.
     #[inline(always)]
     fn tiles<S: Simd, const FULL: bool>(&self, simd: S, n: usize, column: usize) {
