@@ -134,14 +134,6 @@ impl RuntimeArgs {
     }
 }
 
-/// Runs `work` on a thread of the pool that everything computes on.
-///
-/// An operation that starts outside of the pool puts its thread to sleep and wakes another, hundreds of times a step;
-/// one that starts inside begins at once, and the other threads join in.
-pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| work())
-}
-
 /// Reads the command line; `--backend list`, wherever it stands, prints the backends instead and ends the program.
 pub fn parse<C: Parser>() -> C {
     if asks_for_backends(std::env::args_os().skip(1)) {
@@ -156,6 +148,14 @@ pub fn parse<C: Parser>() -> C {
 fn asks_for_backends(args: impl Iterator<Item = OsString>) -> bool {
     let args: Vec<OsString> = args.take_while(|arg| arg != "--").collect();
     args.iter().any(|arg| arg == "--backend=list") || args.windows(2).any(|pair| pair == ["--backend", "list"])
+}
+
+/// Runs `work` on a thread of the pool that everything computes on.
+///
+/// An operation that starts outside of the pool puts its thread to sleep and wakes another, hundreds of times a step;
+/// one that starts inside begins at once, and the other threads join in.
+pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }
 
 /// Sends log messages to stderr, above the progress bars.

@@ -3,6 +3,7 @@
 use anyhow::{Context, ensure};
 use burn::tensor::Tensor;
 use common::generate::{Finish, GenerateOptions, Generated, SamplingConfig, generate};
+use common::kernels;
 use common::loss;
 use common::model::{Gpt, Layout, ScalarGpt};
 use common::rng::Streams;
@@ -115,14 +116,18 @@ impl Judge<'_> {
             prompts.iter().zip(&generated).map(|(prompt, answer)| (&*prompt.ids, &*answer.ids)).collect();
         let rows: Vec<Vec<u32>> = pairs.iter().map(|(prompt, response)| [*prompt, response].concat()).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-        let scores = score_rows(&self.reward_model, &rows, self.batch_size)?;
+        let temperature = sampling.config.temperature;
+        let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
+        let (ref_log_probs, scores) = kernels::at_once(
+            &reference.device(),
+            || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature).0),
+            || score_rows(reward_model, &rows, batch_size),
+        );
+        let (ref_log_probs, scores) = (ref_log_probs?, scores?);
         ensure!(
             scores.iter().all(|score| score.is_finite()),
             "a score is not finite: the reward model's weights have diverged"
         );
-        let temperature = sampling.config.temperature;
-        let ref_log_probs =
-            of_response_tokens(&pairs, self.batch_size, |batch| log_probs(&self.reference, batch, temperature).0)?;
         let rollouts = prompts.iter().zip(generated).zip(scores).zip(ref_log_probs);
         Ok(rollouts
             .map(|(((prompt, answer), raw_score), ref_log_probs)| {

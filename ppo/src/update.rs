@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use burn::tensor::Tensor;
+use common::kernels;
 use common::model::{Gpt, ScalarGpt};
 use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
@@ -87,9 +88,14 @@ impl Learner {
                         None => gradients.ratio_max,
                     });
                 }
-                let (policy_norm, value_norm);
-                (self.policy, policy_norm) = self.policy_optimizer.step(self.policy, policy_grads, policy_lr);
-                (self.value, value_norm) = self.value_optimizer.step(self.value, value_grads, value_lr);
+                let device = self.policy.device();
+                let Self { policy, value, mut policy_optimizer, mut value_optimizer } = self;
+                let ((policy, policy_norm), (value, value_norm)) = kernels::at_once(
+                    &device,
+                    || policy_optimizer.step(policy, policy_grads, policy_lr),
+                    || value_optimizer.step(value, value_grads, value_lr),
+                );
+                self = Self { policy, value, policy_optimizer, value_optimizer };
                 policy_norms.push(policy_norm);
                 value_norms.push(value_norm);
                 n_updates += 1.0;
@@ -122,23 +128,31 @@ impl Learner {
             let flat: Vec<f32> = part.experiences.iter().flat_map(|experience| numbers(experience)).copied().collect();
             Tensor::from_floats(flat.as_slice(), &device)
         };
-        let (log_probs, entropy) = log_probs(&self.policy, &part.batch, config.ppo.temperature); // [n_tokens]
-        let of_policy = policy_loss(
-            log_probs.clone(),
-            flat(|experience| &experience.rollout.log_probs),
-            flat(|experience| &experience.advantages),
-            config.ppo.clip_range as f32,
-            minibatch_tokens,
-        );
-        let policy = Grads::take(&self.policy, self.policy_optimizer.scaled(of_policy.loss.clone()).backward());
-        let of_value = value_loss(
-            values(&self.value, &part.batch),
-            flat(|experience| &experience.values),
-            flat(|experience| &experience.returns),
-            config.ppo.value_clip_range as f32,
-            minibatch_tokens,
-        );
-        let value = Grads::take(&self.value, self.value_optimizer.scaled(of_value.loss.clone()).backward());
+        let learn_policy = || {
+            let (log_probs, entropy) = log_probs(&self.policy, &part.batch, config.ppo.temperature); // [n_tokens]
+            let loss = policy_loss(
+                log_probs.clone(),
+                flat(|experience| &experience.rollout.log_probs),
+                flat(|experience| &experience.advantages),
+                config.ppo.clip_range as f32,
+                minibatch_tokens,
+            );
+            let gradients = self.policy_optimizer.scaled(loss.loss.clone()).backward();
+            (Grads::take(&self.policy, gradients), loss, log_probs, entropy)
+        };
+        let learn_value = || {
+            let loss = value_loss(
+                values(&self.value, &part.batch),
+                flat(|experience| &experience.values),
+                flat(|experience| &experience.returns),
+                config.ppo.value_clip_range as f32,
+                minibatch_tokens,
+            );
+            let gradients = self.value_optimizer.scaled(loss.loss.clone()).backward();
+            (Grads::take(&self.value, gradients), loss)
+        };
+        let ((policy, of_policy, log_probs, entropy), (value, of_value)) =
+            kernels::at_once(&device, learn_policy, learn_value);
         let means: [Tensor<1>; N_MEANS] = [
             of_policy.loss.inner(),
             of_policy.clip_frac,

@@ -45,9 +45,11 @@ fn help_has_an_example_and_version_a_number() {
     for (name, args) in [
         ("help.txt", vec!["--help"]),
         ("run-help.txt", vec!["run", "--help"]),
+        ("compare-help.txt", vec!["compare", "--help"]),
         ("world-help.txt", vec!["world", "--help"]),
         ("bench-train-help.txt", vec!["bench", "train", "--help"]),
         ("bench-generate-help.txt", vec!["bench", "generate", "--help"]),
+        ("bench-gemm-help.txt", vec!["bench", "gemm", "--help"]),
         ("bench-ppo-help.txt", vec!["bench", "ppo", "--help"]),
     ] {
         let ran = recipe(dir.path(), &args);
@@ -176,4 +178,11 @@ fn a_measurement_of_ppo_counts_its_parts() {
     let line = measured(&flags, &names);
     assert_eq!((&line["iterations"], &line["ppo_batch"]), (&2.into(), &4.into()));
     assert!(line["last_metrics"]["value/loss"].as_f64().unwrap() > 0.0, "{line}");
+}
+
+#[test]
+fn a_measurement_of_products_has_a_rate_for_each_shape() {
+    let line = measured(&["gemm", "--steps", "2"], &["gflops", "peak_rss_mib"]);
+    let best = line["results"].as_array().unwrap().iter().map(|r| r["gflops"].as_f64().unwrap()).fold(0.0, f64::max);
+    assert_eq!(line["gflops"].as_f64(), Some(best));
 }

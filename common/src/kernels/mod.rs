@@ -38,7 +38,7 @@ mod flex;
 #[allow(clippy::too_many_arguments)]
 mod autodiff;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
 
@@ -300,6 +300,22 @@ pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 
+/// Runs two computations that have nothing to do with each other, at the same time where `device` is the CPU and its
+/// kernels are ours: what one does on a single thread overlaps with the other.
+///
+/// Changes no result; both hold their memory at once.
+pub fn at_once<A: Send, B: Send>(
+    device: &Device,
+    first: impl FnOnce() -> A + Send,
+    second: impl FnOnce() -> B + Send,
+) -> (A, B) {
+    #[cfg(feature = "flex")]
+    if is_flex(device) {
+        return rayon::join(first, second);
+    }
+    (first(), second())
+}
+
 /// Calls `task` with each of `items`, on the threads that [stand by](standing_by) or those of the pool.
 pub(crate) fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
     #[cfg(feature = "flex")]
@@ -499,11 +515,13 @@ pub fn is_on_host<const D: usize>(x: &Tensor<D>) -> bool {
 /// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.
 #[cfg(feature = "flex")]
 fn is_fused<const D: usize>(kernels: Kernels, x: &Tensor<D>) -> bool {
+    kernels == Kernels::Fused && x.dtype() == burn::tensor::DType::F32 && is_flex(&x.device())
+}
+
+#[cfg(feature = "flex")]
+fn is_flex(device: &Device) -> bool {
     use burn::backend::DispatchDevice;
-    if kernels == Kernels::Plain || x.dtype() != burn::tensor::DType::F32 {
-        return false;
-    }
-    match x.device().as_dispatch() {
+    match device.as_dispatch() {
         DispatchDevice::Autodiff(device) => matches!(**device, DispatchDevice::Flex(_)),
         device => matches!(device, DispatchDevice::Flex(_)),
     }

@@ -3,11 +3,13 @@
 //! Random weights and random tokens go through the code of the stages; one JSON object comes out. Sizes, amounts and
 //! field names are those that `docs/performance.md` compares with `PyTorch`, transformers and TRL.
 
+mod gemm;
 mod generate;
 mod ppo;
 mod size;
 mod train;
 
+pub use gemm::GemmBenchArgs;
 pub use generate::GenerateBenchArgs;
 pub use ppo::PpoBenchArgs;
 pub use size::{Shape, Size};
@@ -31,6 +33,8 @@ pub enum BenchCommand {
     Generate(GenerateBenchArgs),
     /// Steps of PPO: rollout, scores, updates
     Ppo(PpoBenchArgs),
+    /// Matrix products of the sizes of training: what the machine could do at most
+    Gemm(GemmBenchArgs),
 }
 
 /// Measures, and prints one JSON object.
@@ -42,14 +46,16 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Train(args) => ("train", &args.runtime),
         BenchCommand::Generate(args) => ("generate", &args.runtime),
         BenchCommand::Ppo(args) => ("ppo", &args.runtime),
+        BenchCommand::Gemm(args) => ("gemm", &args.runtime),
     };
     runtime.start()?;
     let ground = Ground::new(runtime)?;
-    let measured = match command {
-        BenchCommand::Train(args) => train::measure(args, &ground)?,
-        BenchCommand::Generate(args) => generate::measure(args, &ground)?,
-        BenchCommand::Ppo(args) => ppo::measure(args, &ground)?,
-    };
+    let measured = stage::on_pool(|| match command {
+        BenchCommand::Train(args) => train::measure(args, &ground),
+        BenchCommand::Generate(args) => generate::measure(args, &ground),
+        BenchCommand::Ppo(args) => ppo::measure(args, &ground),
+        BenchCommand::Gemm(args) => gemm::measure(args, &ground),
+    })?;
     let mut line = Map::new();
     line.insert("bench".into(), json!(name));
     line.insert("backend".into(), json!(runtime.backend));

@@ -57,7 +57,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "BACKEND=OPERATION", hide = true)]
     pub plant: Option<String>,
 
-    /// Threads, kernels and precision of every backend; `--backend` is not looked at
+    /// Threads, kernels and precision of every backend
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

@@ -63,9 +63,9 @@ impl Operation {
         let i = |at: usize| &self.inputs[at];
         match &self.kind {
             Kind::Embedding { ids } => {
-                let weight = leaf::<2>(i(0), &device);
-                let out = kernels::embedding(kernels, weight.clone(), ids.tensor(&device));
-                self.finish(out, &device, |g| vec![(0, grad(&weight, g))])
+                let (tokens, places) = (leaf::<2>(i(0), &device), leaf::<2>(i(1), &device));
+                let out = kernels::embed(kernels, tokens.clone(), places.clone(), ids.tensor(&device), None, 0);
+                self.finish(out, &device, |g| vec![(0, grad(&tokens, g)), (1, grad(&places, g))])
             }
             Kind::Linear => {
                 let (x, w, b) = (leaf::<3>(i(0), &device), leaf::<2>(i(1), &device), leaf::<1>(i(2), &device));
@@ -242,15 +242,14 @@ impl<'a> Walk<'a> {
     /// Everything below the output layer.
     fn blocks(&mut self, ids: &Ids) -> Result<HostTensor> {
         let (d_model, max_seq_len) = (self.config.d_model, self.config.max_seq_len);
-        let table = self.weight("token_embedding")?;
-        let tokens = self.step("embedding".to_owned(), Kind::Embedding { ids: ids.clone() }, vec![table]);
-        let positions = match self.config.positions {
-            Positions::Learned => self.weight("position_embedding")?.data,
-            Positions::Sinusoidal => sinusoid_table(max_seq_len, d_model),
+        let tokens = self.weight("token_embedding")?;
+        let places = match self.config.positions {
+            Positions::Learned => self.weight("position_embedding")?,
+            Positions::Sinusoidal => {
+                HostTensor { shape: vec![max_seq_len, d_model], data: sinusoid_table(max_seq_len, d_model) }
+            }
         };
-        let placed =
-            tokens.data.chunks(ids.seq * d_model).flat_map(|row| row.iter().zip(&positions).map(|(a, b)| a + b));
-        let mut x = HostTensor { shape: tokens.shape.clone(), data: placed.collect() };
+        let mut x = self.step("embedding".to_owned(), Kind::Embedding { ids: ids.clone() }, vec![tokens, places]);
         let names: Vec<String> = (0..self.config.n_layers).map(|i| format!("blocks.{i}")).collect();
         match self.config.norm {
             NormPlacement::Post => {

@@ -9,7 +9,7 @@ use super::words::{CHARACTERS, COLOURS, OBJECTS, PLACES};
 
 /// How often an answer has each flaw: probabilities, independent of each other.
 ///
-/// With the defaults one answer in five is without a flaw, and the mean gold score is near 0.67.
+/// With the defaults the mean gold score is near 0.67.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FlawRates {

@@ -8,7 +8,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::crew::for_each;
 use super::gemm::SharedMut;
 use super::simd::{add_assign, add_up, fma, simd};
-use super::{transpose, unset, with_scratch};
+use super::{transpose_columns, unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
 pub const ROWS: usize = 64;
@@ -64,7 +64,7 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
     let shared = SharedMut::new(&mut out);
     let mut columns = unset(if n > STREAMED { x.len() } else { 0 });
     if n > STREAMED {
-        transpose(&mut columns, x, n, d);
+        transpose_columns(&mut columns, x, n, d, 0);
     }
     for_each(n_out.div_ceil(n_rows), |i| {
         let first = i * n_rows;
@@ -210,33 +210,42 @@ impl WithSimd for Columns<'_> {
         let width = 2 * S::F32_LANES;
         let n = self.product.x.len() / self.product.d_in.max(1);
         for column in (0..self.n_columns).step_by(width) {
-            let mut row = 0;
-            // As many results as there are registers for.
-            while S::F32_LANES >= 16 && row + 8 <= n {
-                self.tile::<S, 8>(simd, row, column);
-                row += 8;
-            }
-            while row + 4 <= n {
-                self.tile::<S, 4>(simd, row, column);
-                row += 4;
-            }
-            while row < n {
-                self.tile::<S, 1>(simd, row, column);
-                row += 1;
+            if column + width <= self.n_columns {
+                self.tiles::<S, true>(simd, n, column);
+            } else {
+                self.tiles::<S, false>(simd, n, column);
             }
         }
     }
 }
 
 impl Columns<'_> {
-    /// `R` rows from `row` on of two registers of columns from `column` on.
+    /// All rows of the columns from `column` on, as many at a time as there are registers for their results.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize>(&self, simd: S, row: usize, column: usize) {
+    fn tiles<S: Simd, const FULL: bool>(&self, simd: S, n: usize, column: usize) {
+        let mut row = 0;
+        while S::F32_LANES >= 16 && row + 8 <= n {
+            self.tile::<S, 8, FULL>(simd, row, column);
+            row += 8;
+        }
+        while row + 4 <= n {
+            self.tile::<S, 4, FULL>(simd, row, column);
+            row += 4;
+        }
+        while row < n {
+            self.tile::<S, 1, FULL>(simd, row, column);
+            row += 1;
+        }
+    }
+
+    /// `R` rows from `row` on, two registers of columns from `column` on; fewer columns unless `FULL`.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const FULL: bool>(&self, simd: S, row: usize, column: usize) {
         let (d_in, stride) = (self.product.d_in, self.stride);
-        let n_columns = (self.n_columns - column).min(2 * S::F32_LANES);
+        let n_columns = if FULL { 2 * S::F32_LANES } else { self.n_columns - column };
         let n_first = n_columns.min(S::F32_LANES);
         let load = |from: &[f32]| -> [S::f32s; 2] {
-            if n_columns == 2 * S::F32_LANES {
+            if FULL {
                 let (registers, _) = S::as_simd_f32s(&from[..2 * S::F32_LANES]);
                 [registers[0], registers[1]]
             } else {
@@ -246,12 +255,11 @@ impl Columns<'_> {
         };
         let start = self.bias.map_or([simd.splat_f32s(0.0); 2], |bias| load(&bias[column..]));
         let mut totals = [start; R];
-        let x = &self.product.x[row * d_in..(row + R) * d_in];
-        let weight = &self.weight[column..];
-        for k in 0..d_in {
-            let [first, second] = load(&weight[k * stride..]);
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.product.x[(row + r) * d_in..][..d_in]);
+        for (k, weight) in self.weight[column..].chunks(stride).take(d_in).enumerate() {
+            let [first, second] = load(weight);
             for r in 0..R {
-                let x = simd.splat_f32s(x[r * d_in + k]);
+                let x = simd.splat_f32s(x[r][k]);
                 totals[r] = [simd.mul_add_f32s(x, first, totals[r][0]), simd.mul_add_f32s(x, second, totals[r][1])];
             }
         }
@@ -259,9 +267,14 @@ impl Columns<'_> {
             let start = self.product.out_start + (row + r) * self.product.out_stride + column;
             // SAFETY: whoever made the product gave it these columns of each row to itself.
             let out = unsafe { self.product.out.slice(start, n_columns) };
-            let (out_first, out_second) = out.split_at_mut(n_first);
-            simd.partial_store_f32s(out_first, first);
-            simd.partial_store_f32s(out_second, second);
+            if FULL {
+                let (registers, _) = S::as_mut_simd_f32s(out);
+                (registers[0], registers[1]) = (first, second);
+            } else {
+                let (out_first, out_second) = out.split_at_mut(n_first);
+                simd.partial_store_f32s(out_first, first);
+                simd.partial_store_f32s(out_second, second);
+            }
         }
     }
 }

@@ -228,12 +228,7 @@ fn unset(n: usize) -> Vec<f32> {
     data
 }
 
-/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`.
-fn transpose(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
-    transpose_columns(to, from, rows, cols, 0);
-}
-
-/// [`transpose`], shared out among threads if it is large.
+/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`, shared out among threads if it is large.
 fn transpose_on_all_threads(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
     /// Numbers handled by one task.
     const TASK: usize = 1 << 14;
