@@ -16,8 +16,8 @@ const POSITIONS: usize = 96;
 const TOKENS: usize = 256;
 /// Most positions that the backward takes at once.
 const BLOCK: usize = 512;
-/// Most logits, or gradients of logits, that are held at once: 128 MiB of them.
-const HELD: usize = 1 << 25;
+/// Most logits, or gradients of logits, that are held at once: 64 MiB of them.
+const HELD: usize = 1 << 24;
 
 /// What the forward gives, each `[n]`.
 pub struct LogProbs {
