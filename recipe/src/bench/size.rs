@@ -9,11 +9,11 @@ use std::num::NonZeroUsize;
 /// A model of the preset `gpt2`, and how much it trains on at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Size {
-    /// 4 layers, 4 heads, d_model 128, context 256, vocabulary 4096; 16 rows a step
+    /// 4 layers, 4 heads, width 128, context 256, vocabulary 4096; 16 rows a step
     A,
-    /// 6 layers, 6 heads, d_model 384, context 256, vocabulary 8192; 8 rows a step
+    /// 6 layers, 6 heads, width 384, context 256, vocabulary 8192; 8 rows a step
     B,
-    /// GPT-2 (124M): 12 layers, 12 heads, d_model 768, context 256, vocabulary 50257; 2 rows a step
+    /// GPT-2 (124M): 12 layers, 12 heads, width 768, context 256, vocabulary 50257; 2 rows a step
     C,
 }
 
