@@ -173,7 +173,11 @@ impl Probe {
         let (seconds, tokens) = (series("seconds"), series("tokens"));
         self.recorder.measure(step, "first_step_s", seconds[0])?;
         let last = losses.len() - 1;
-        self.recorder.measure(step, "tokens_per_s", (tokens[last] - tokens[0]) / (seconds[last] - seconds[0]))?;
+        // A few steps of a very small model can pass within the clock's resolution in the metrics.
+        let elapsed = seconds[last] - seconds[0];
+        if elapsed > 0.0 {
+            self.recorder.measure(step, "tokens_per_s", (tokens[last] - tokens[0]) / elapsed)?;
+        }
         let losses = losses.into_iter().map(|loss| loss as f32).collect();
         self.recorder.numbers(step, Level::Curve, "train/loss", losses)
     }
