@@ -10,7 +10,7 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::kernels::{self, AdamWStep, Kernels, Precision};
+use crate::kernels::{self, AdamWParam, AdamWStep, Kernels, Precision};
 use crate::model::{HostTensor, NamedTensors};
 
 /// How the learning rate moves after the warm-up.
@@ -204,7 +204,8 @@ impl Grads {
 
     /// The Euclidean norm over all gradients together, read from the device.
     pub fn norm(&self, kernels: Kernels) -> f64 {
-        self.by_path.values().map(|grad| kernels::sum_of_squares(kernels, grad.clone())).sum::<f64>().sqrt()
+        let grads: Vec<Tensor<1>> = self.by_path.values().cloned().collect();
+        kernels::sum_of_squares(kernels, &grads).sqrt()
     }
 
     /// The same norm as `[1]` on the device, without waiting for it; `None` without gradients.
@@ -377,9 +378,24 @@ impl AdamW {
             }
         };
         self.n_updates += 1;
-        let mut update = Update { optimizer: self, path: Vec::new(), grads, lr, grad_scale, device_scale };
-        let module = module.map(&mut update);
-        (module, norm)
+        let mut take = Take {
+            optimizer: self,
+            path: Vec::new(),
+            grads,
+            lr,
+            grad_scale,
+            device_scale,
+            paths: Vec::new(),
+            params: Vec::new(),
+        };
+        let module = module.map(&mut take);
+        let Take { paths, params, .. } = take;
+        let mut moved = BTreeMap::new();
+        for (path, [param, m, v]) in paths.into_iter().zip(kernels::adamw_update(self.kernels, params)) {
+            self.moments.insert(path.clone(), [m, v]);
+            moved.insert(path, param);
+        }
+        (module.map(&mut Put { path: Vec::new(), moved }), norm)
     }
 
     /// How many steps were made.
@@ -430,8 +446,9 @@ impl AdamW {
     }
 }
 
-/// One step's walk through the parameters.
-struct Update<'a> {
+/// Takes the parameters that have gradients out of a module, so that nobody else holds them and they can be updated in
+/// place; [`Put`] puts them back.
+struct Take<'a> {
     optimizer: &'a mut AdamW,
     path: Vec<String>,
     grads: Grads,
@@ -439,9 +456,12 @@ struct Update<'a> {
     grad_scale: f64,
     /// The clip where the norm is not known on the host, `[1]`.
     device_scale: Option<Tensor<1>>,
+    /// Where what was taken comes from.
+    paths: Vec<String>,
+    params: Vec<AdamWParam>,
 }
 
-impl ModuleMapper for Update<'_> {
+impl ModuleMapper for Take<'_> {
     fn enter_module(&mut self, name: &str, _container: &str) {
         self.path.push(name.to_owned());
     }
@@ -477,10 +497,35 @@ impl ModuleMapper for Update<'_> {
             let zeros = || Tensor::zeros([n], &value.device());
             [zeros(), zeros()]
         });
-        let (value, m, v) = kernels::adamw_update(self.optimizer.kernels, value, grad, m, v, step);
-        self.optimizer.moments.insert(path, [m, v]);
-        let value = Tensor::from_inner(value.reshape(shape)).require_grad();
-        Param::from_mapped_value(id, value, mapper)
+        // One number, seen in the parameter's shape.
+        let place = Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
+        self.paths.push(path);
+        self.params.push(AdamWParam { param: value, grad, m, v, step });
+        Param::from_mapped_value(id, place, mapper)
+    }
+}
+
+/// Puts parameters into the places that [`Take`] left.
+struct Put {
+    path: Vec<String>,
+    moved: BTreeMap<String, Tensor<1>>,
+}
+
+impl ModuleMapper for Put {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.moved.remove(&self.path.join(".")) else {
+            return param;
+        };
+        let (id, place, mapper) = param.consume();
+        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(place.dims())).require_grad(), mapper)
     }
 }
 

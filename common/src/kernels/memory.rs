@@ -3,18 +3,19 @@
 /// The number of `mi_option_purge_delay` in mimalloc's list of options, the same in its versions 2 and 3.
 const PURGE_DELAY: i32 = 15;
 
-/// How long freed memory is kept, in milliseconds: longer than most training steps take. Kept for ever, what a large step
-/// leaves behind in many sizes would make the peak a tenth higher.
-const KEEP: std::ffi::c_long = 300;
+/// Freed memory is never given back.
+const NEVER: std::ffi::c_long = -1;
 
-/// Tells the allocator to keep freed memory for a while instead of giving it back to the system at once.
+/// Tells the allocator to keep freed memory instead of giving it back to the system.
 ///
-/// Every training step frees and asks for the same large tensors; clearing pages that were given back took a quarter of
-/// the time of a step. For the start of a program whose allocator is mimalloc; with another allocator it does nothing.
+/// Every training step frees and asks for the same large tensors; clearing pages that were given back took a third of
+/// the time of a step. Kept only for a time, it must be a longer one than the longest step, and what that saves is small:
+/// a tenth of the peak of a large model. For the start of a program whose allocator is mimalloc; with another allocator
+/// it does nothing.
 pub fn keep_freed() {
     // SAFETY: sets a number in mimalloc's table of options, in one store; nothing else here sets any. The option is
     // documented to take a number of milliseconds.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, KEEP) };
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, NEVER) };
 }
 
 /// What the process has used since it began.

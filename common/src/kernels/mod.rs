@@ -87,6 +87,21 @@ pub struct AdamWStep {
     pub grad_scale: f64,
 }
 
+/// One parameter in an `AdamW` step; all tensors `[n]`, none tracked by autodiff.
+#[derive(Debug, Clone)]
+pub struct AdamWParam {
+    /// The parameter.
+    pub param: Tensor<1>,
+    /// Its gradient.
+    pub grad: Tensor<1>,
+    /// First moment.
+    pub m: Tensor<1>,
+    /// Second moment.
+    pub v: Tensor<1>,
+    /// The numbers of the step.
+    pub step: AdamWStep,
+}
+
 impl AdamWStep {
     /// `1 − β₁^step` and `1 − β₂^step`.
     pub(crate) fn corrections(&self) -> [f64; 2] {
@@ -449,52 +464,39 @@ pub fn embed(
     plain::embed(tokens, places, ids, positions, start)
 }
 
-/// One `AdamW` step on one flat parameter: returns the new `(param, m, v)`.
+/// One `AdamW` step of many parameters: where fused, in one pass that the threads share.
 ///
-/// With `g = grad_scale · grad`: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
+/// With `g = grad · grad_scale`: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 /// `param ← (1 − lr · weight_decay) · param − lr · m̂ / (√v̂ + eps)`, with `m̂ = m / (1 − β₁^step)` and
 /// `v̂ = v / (1 − β₂^step)`. Tensors that nobody else holds are updated in place.
 ///
-/// # Shapes
-/// - all `[n]`, none tracked by autodiff
+/// Returns `param`, `m` and `v` of each.
 ///
 /// # Panics
-/// If the lengths differ.
+/// If the lengths of a parameter's tensors differ.
 ///
 /// # Source
 /// Loshchilov & Hutter, arXiv:1711.05101, with the decay scaled by `lr` as in `PyTorch`.
-pub fn adamw_update(
-    kernels: Kernels,
-    param: Tensor<1>,
-    grad: Tensor<1>,
-    m: Tensor<1>,
-    v: Tensor<1>,
-    step: AdamWStep,
-) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
-    assert_eq!(param.dims(), grad.dims(), "param and grad differ in length");
-    assert_eq!(param.dims(), m.dims(), "param and m differ in length");
-    assert_eq!(param.dims(), v.dims(), "param and v differ in length");
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &param) {
-        let (param, m, v) = Dispatch::fused_adamw(
-            param.into_dispatch(),
-            grad.into_dispatch(),
-            m.into_dispatch(),
-            v.into_dispatch(),
-            step,
-        );
-        return (Tensor::from_dispatch(param), Tensor::from_dispatch(m), Tensor::from_dispatch(v));
+pub fn adamw_update(kernels: Kernels, params: Vec<AdamWParam>) -> Vec<[Tensor<1>; 3]> {
+    for AdamWParam { param, grad, m, v, .. } in &params {
+        assert_eq!(param.dims(), grad.dims(), "param and grad differ in length");
+        assert_eq!(param.dims(), m.dims(), "param and m differ in length");
+        assert_eq!(param.dims(), v.dims(), "param and v differ in length");
     }
-    plain::adamw_update(param, grad, m, v, step)
+    #[cfg(feature = "flex")]
+    if params.iter().all(|p| is_fused(kernels, &p.param)) {
+        return flex::adamw::update(params);
+    }
+    params.into_iter().map(plain::adamw_update).collect()
 }
 
-/// `Σ x²`, for the norm of all gradients: on the host, added in f64 in a fixed order where fused.
-pub fn sum_of_squares<const D: usize>(kernels: Kernels, x: Tensor<D>) -> f64 {
+/// `Σ x²` over all tensors, for the norm of all gradients: on the host, added in f64 in a fixed order where fused.
+pub fn sum_of_squares(kernels: Kernels, tensors: &[Tensor<1>]) -> f64 {
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
-        return flex::adamw::sum_of_squares_of(x);
+    if tensors.iter().all(|x| is_fused(kernels, x)) {
+        return flex::adamw::sum_of_squares(tensors);
     }
-    plain::sum_of_squares(x)
+    tensors.iter().cloned().map(plain::sum_of_squares).sum()
 }
 
 /// Whether reading `x` waits for nothing: it was computed by the CPU, in the host's memory.

@@ -3,7 +3,7 @@
 use burn::tensor::{Bool, DType, FloatDType, Int, Tensor, TensorData, activation, module, s};
 
 use super::fault::{self, Fault};
-use super::{Activation, AdamWStep};
+use super::{Activation, AdamWParam};
 
 pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     burn::tensor::module::linear(x, weight, bias)
@@ -157,21 +157,16 @@ pub(super) fn token_log_probs(
     (log_probs.gather(1, targets.reshape([n, 1])).reshape([n]), entropy)
 }
 
-pub(super) fn adamw_update(
-    param: Tensor<1>,
-    grad: Tensor<1>,
-    m: Tensor<1>,
-    v: Tensor<1>,
-    step: AdamWStep,
-) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+pub(super) fn adamw_update(param: AdamWParam) -> [Tensor<1>; 3] {
+    let AdamWParam { param, grad, m, v, step } = param;
     let grad = grad * step.grad_scale;
     let m = m * step.beta_1 + grad.clone() * (1.0 - step.beta_1);
     let v = v * step.beta_2 + grad.square() * (1.0 - step.beta_2);
     let [correction_1, correction_2] = step.corrections();
     let direction = (m.clone() / correction_1) / ((v.clone() / correction_2).sqrt() + step.eps);
-    (param * (1.0 - step.lr * step.weight_decay) - direction * step.lr, m, v)
+    [param * (1.0 - step.lr * step.weight_decay) - direction * step.lr, m, v]
 }
 
-pub(super) fn sum_of_squares<const D: usize>(x: Tensor<D>) -> f64 {
+pub(super) fn sum_of_squares(x: Tensor<1>) -> f64 {
     f64::from(x.square().sum().into_scalar::<f32>())
 }

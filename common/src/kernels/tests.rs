@@ -5,9 +5,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::{
-    Activation, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention, attention_cached,
-    bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits, mlp_add_norm,
-    project_add_norm, sum_of_squares, token_log_probs,
+    Activation, AdamWParam, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention,
+    attention_cached, bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits,
+    mlp_add_norm, project_add_norm, sum_of_squares, token_log_probs,
 };
 use crate::rng::Streams;
 
@@ -406,26 +406,34 @@ proptest! {
     }
 
     #[test]
-    fn fused_adamw_agrees(n in prop_oneof![Just(1usize), Just(65), Just(40_000)], seed: u64) {
+    fn fused_adamw_agrees(sizes in proptest::collection::vec(prop_oneof![Just(1usize), Just(65), Just(40_000)], 1..4), seed: u64) {
         let device = Device::flex();
+        let numbers = |seed: u64| -> Vec<Tensor<1>> {
+            sizes.iter().zip(seed..).map(|(&n, seed)| leaf(&normals(seed, n), &device)).collect()
+        };
         let run = |kernels| {
-            let mut state = (leaf(&normals(seed, n), &device), leaf(&vec![0.0; n], &device), leaf(&vec![0.0; n], &device));
+            let zeros = || Tensor::<1>::zeros([1], &device);
+            let mut state: Vec<[Tensor<1>; 3]> =
+                numbers(seed).into_iter().zip(&sizes).map(|(x, &n)| [x, zeros().expand([n]), zeros().expand([n])]).collect();
             for step in 1..=3 {
-                let settings = AdamWStep {
-                    lr: 1e-2, beta_1: 0.9, beta_2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5,
-                };
-                let grad = leaf(&normals(seed ^ step, n), &device);
-                state = adamw_update(kernels, state.0, grad, state.1, state.2, settings);
+                let params = state.into_iter().zip(numbers(seed ^ step)).zip([0.1, 0.0, 0.2]);
+                let params = params.map(|(([param, m, v], grad), weight_decay)| AdamWParam {
+                    param, grad, m, v,
+                    step: AdamWStep {
+                        lr: 1e-2, beta_1: 0.9, beta_2: 0.95, eps: 1e-8, weight_decay, step, grad_scale: 0.5,
+                    },
+                });
+                state = adamw_update(kernels, params.collect());
             }
-            [host(state.0), host(state.1), host(state.2)]
+            state.into_iter().flatten().map(host).collect::<Vec<_>>()
         };
         for (fused, plain) in run(Kernels::Fused).iter().zip(&run(Kernels::Plain)) {
             assert_near("adamw", fused, plain, 1e-6 * largest(plain).max(1.0));
         }
-        let x = leaf(&normals(seed, n), &device);
-        let squares: f64 = normals(seed, n).into_iter().map(|x| f64::from(x).powi(2)).sum();
-        assert!((sum_of_squares(Kernels::Fused, x.clone()) - squares).abs() <= 1e-12 * squares);
-        assert!((sum_of_squares(Kernels::Plain, x) - squares).abs() <= 1e-5 * squares);
+        let all = numbers(seed);
+        let squares: f64 = all.iter().flat_map(|x| host(x.clone())).map(|x| f64::from(x).powi(2)).sum();
+        assert!((sum_of_squares(Kernels::Fused, &all) - squares).abs() <= 1e-12 * squares);
+        assert!((sum_of_squares(Kernels::Plain, &all) - squares).abs() <= 1e-5 * squares);
     }
 }
 

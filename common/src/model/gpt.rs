@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
+use rayon::prelude::*;
 
 use super::cache::LayerCache;
 use super::positions::sinusoid_table;
@@ -111,7 +112,7 @@ impl Gpt {
     /// as in tensor2tensor's transformer.
     pub fn new(config: &GptConfig, streams: &Streams, device: &Device) -> Self {
         let values = super::named::param_paths(&Self::blank(config, &device.clone().inner()))
-            .into_iter()
+            .into_par_iter()
             .map(|(path, shape)| {
                 let data = initial_values(config, &path, &shape, streams);
                 (path, super::HostTensor { shape, data })
@@ -131,21 +132,21 @@ impl Gpt {
         super::named::load(Self::blank(config, device), named)
     }
 
-    /// A model of zeros, to be filled.
+    /// A model whose parameters have their shapes only, to be [loaded](super::named::load): each is one number, repeated
+    /// without taking up memory.
     pub(super) fn blank(config: &GptConfig, device: &Device) -> Self {
         if let Err(error) = config.validate() {
             panic!("{error}");
         }
         let (d_model, d_ff) = (config.d_model, config.d_ff);
-        let table = |n| Param::from_tensor(Tensor::zeros([n, d_model], device));
+        let number = Tensor::<1>::zeros([1], device);
+        let vector = |n| Param::from_tensor(number.clone().expand([n]));
+        let table = |n| Param::from_tensor(number.clone().expand([n, d_model]));
         let linear = |d_in, d_out| Linear {
-            weight: Param::from_tensor(Tensor::zeros([d_in, d_out], device)),
-            bias: Param::from_tensor(Tensor::zeros([d_out], device)),
+            weight: Param::from_tensor(number.clone().expand([d_in, d_out])),
+            bias: vector(d_out),
         };
-        let norm = || Norm {
-            gamma: Param::from_tensor(Tensor::ones([d_model], device)),
-            beta: Param::from_tensor(Tensor::zeros([d_model], device)),
-        };
+        let norm = || Norm { gamma: vector(d_model), beta: vector(d_model) };
         let block = |_| Block {
             norm_1: norm(),
             attention: Attention {

@@ -11,9 +11,9 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Flex, backend_extension};
 use burn_flex::FlexTensor;
 
+use super::Activation;
 use super::flex::branch::{self, Affine, NormState};
-use super::flex::{activation, adamw, attention, decode, embedding, linear, log_probs, norm};
-use super::{Activation, AdamWStep};
+use super::flex::{activation, attention, decode, embedding, linear, log_probs, norm};
 use steps::{
     AddLayerNormBackward, AttentionBackward, AttentionState, BiasActivationBackward, CrossEntropyBackward,
     EmbedBackward, EmbedState, Kept, KeptBackward, LayerNormBackward, LinearBackward, LinearNoBiasBackward,
@@ -123,15 +123,6 @@ pub trait FusedOps: Backend {
 
     /// See [`super::logits`].
     fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self>;
-
-    /// See [`super::adamw_update`].
-    fn fused_adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: AdamWStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
 /// A tensor with its place in the graph, whatever the checkpointing.
@@ -349,17 +340,5 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         let out = linear::logits(hidden.primitive(), head.primitive());
         let state = (hidden.primitive().clone(), head.primitive().clone());
         finish!(LogitsBackward, [hidden, head], state, out)
-    }
-
-    fn fused_adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: AdamWStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let (param, m, v) =
-            adamw::update(param.into_primitive(), grad.primitive(), m.into_primitive(), v.into_primitive(), &step);
-        (untracked::<C>(param), untracked::<C>(m), untracked::<C>(v))
     }
 }

@@ -1,4 +1,4 @@
-//! `AdamW` over one flat parameter in one pass, and the sum of squares of a gradient.
+//! `AdamW` over all parameters in one pass, and the sum of squares of all gradients.
 
 use burn::backend::Flex;
 use burn::tensor::Tensor;
@@ -7,32 +7,33 @@ use rayon::prelude::*;
 
 use super::simd::{LANES, fma, simd};
 use super::{contiguous, exclusive, floats};
-use crate::kernels::AdamWStep;
+use crate::kernels::{AdamWParam, AdamWStep};
 
 /// Numbers handled by one task.
 const CHUNK: usize = 16_384;
 
+/// A tensor's numbers on the flex backend.
+fn primitive(x: Tensor<1>) -> FlexTensor {
+    x.try_into_primitive::<Flex>().expect("a tensor on the flex backend")
+}
+
 /// One step; tensors that nobody else holds are updated in place, others are copied first.
-pub fn update(
-    param: FlexTensor,
-    grad: &FlexTensor,
-    m: FlexTensor,
-    v: FlexTensor,
-    step: &AdamWStep,
-) -> (FlexTensor, FlexTensor, FlexTensor) {
-    let grad = contiguous(grad);
-    let [mut param, mut m, mut v] = [param, m, v].map(exclusive);
-    let factors = Factors::new(step);
-    param
-        .storage_mut::<f32>()
-        .par_chunks_mut(CHUNK)
-        .zip(m.storage_mut::<f32>().par_chunks_mut(CHUNK))
-        .zip(v.storage_mut::<f32>().par_chunks_mut(CHUNK))
-        .zip(floats(&grad).par_chunks(CHUNK))
-        .for_each(|(((param, m), v), grad)| {
-            update_chunk(param, m, v, grad, factors);
-        });
-    (param, m, v)
+pub fn update(params: Vec<AdamWParam>) -> Vec<[Tensor<1>; 3]> {
+    let mut states: Vec<([FlexTensor; 3], FlexTensor, Factors)> = params
+        .into_iter()
+        .map(|AdamWParam { param, grad, m, v, step }| {
+            let state = [param, m, v].map(|x| exclusive(primitive(x)));
+            (state, contiguous(&primitive(grad)), Factors::new(&step))
+        })
+        .collect();
+    let mut tasks = Vec::new();
+    for (state, grad, factors) in &mut states {
+        let [param, m, v] = state.each_mut().map(|x| x.storage_mut::<f32>().chunks_mut(CHUNK));
+        let chunks = param.zip(m).zip(v).zip(floats(grad).chunks(CHUNK));
+        tasks.extend(chunks.map(|(((param, m), v), grad)| (param, m, v, grad, *factors)));
+    }
+    tasks.into_par_iter().for_each(|(param, m, v, grad, factors)| update_chunk(param, m, v, grad, factors));
+    states.into_iter().map(|(state, ..)| state.map(Tensor::from_primitive::<Flex>)).collect()
 }
 
 /// The numbers of a step, in f32.
@@ -92,15 +93,10 @@ simd! {
     }
 }
 
-/// `Σ x²` of a tensor on the flex backend, added in f64.
-pub fn sum_of_squares_of<const D: usize>(x: Tensor<D>) -> f64 {
-    let x = if x.device().is_autodiff() { x.inner() } else { x };
-    let x = x.try_into_primitive::<Flex>().expect("a tensor on the flex backend");
-    sum_of_squares(floats(&contiguous(&x)))
-}
-
 /// `Σ x²` added in f64: each chunk in lanes, then the chunks in order.
-fn sum_of_squares(x: &[f32]) -> f64 {
-    let parts: Vec<f64> = x.par_chunks(CHUNK).map(squares).collect();
+pub fn sum_of_squares(tensors: &[Tensor<1>]) -> f64 {
+    let tensors: Vec<FlexTensor> = tensors.iter().map(|x| contiguous(&primitive(x.clone()))).collect();
+    let chunks: Vec<&[f32]> = tensors.iter().flat_map(|x| floats(x).chunks(CHUNK)).collect();
+    let parts: Vec<f64> = chunks.into_par_iter().map(squares).collect();
     parts.iter().sum()
 }

@@ -8,7 +8,8 @@ use pulp::{Arch, Simd, WithSimd};
 use super::crew::for_each;
 use super::gemm::SharedMut;
 use super::simd::{add_assign, add_up, fma, simd};
-use super::{transpose_columns, unset, with_scratch};
+use super::transpose::transpose_columns;
+use super::{unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
 pub const ROWS: usize = 64;

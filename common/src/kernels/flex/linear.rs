@@ -2,7 +2,8 @@
 
 use super::gemm::{Mat, MatMut, Output, Threads, gemm};
 use super::simd::{add_assign, simd};
-use super::{contiguous, few, floats, matrix_dims, tensor, transpose_on_all_threads, unset};
+use super::transpose::transpose_on_all_threads;
+use super::{contiguous, few, floats, matrix_dims, tensor, unset};
 use burn_flex::FlexTensor;
 
 /// `x W + b`.

@@ -17,6 +17,7 @@ pub mod log_probs;
 pub mod norm;
 pub mod simd;
 mod tile;
+mod transpose;
 
 use std::cell::Cell;
 
@@ -27,8 +28,8 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use self::branch::{Affine, Norm};
+use super::Activation;
 use super::autodiff::FusedOps;
-use super::{Activation, AdamWStep};
 
 impl FusedOps for Flex {
     fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -155,16 +156,6 @@ impl FusedOps for Flex {
     fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self> {
         linear::logits(&hidden, &head)
     }
-
-    fn fused_adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: AdamWStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        adamw::update(param, &grad, m, v, &step)
-    }
 }
 
 /// The tensor's numbers in order, copied only if they do not lie so.
@@ -226,34 +217,6 @@ fn unset(n: usize) -> Vec<f32> {
     // writes every element of its output before anything reads it.
     unsafe { data.set_len(n) };
     data
-}
-
-/// Writes the transpose of `from: [rows, cols]` to `to: [cols, rows]`, shared out among threads if it is large.
-fn transpose_on_all_threads(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
-    /// Numbers handled by one task.
-    const TASK: usize = 1 << 14;
-    let n_cols = (TASK / rows.max(1)).next_multiple_of(16);
-    to.par_chunks_mut((n_cols * rows).max(1)).enumerate().for_each(|(i, to)| {
-        transpose_columns(to, from, rows, cols, i * n_cols);
-    });
-}
-
-/// Writes the columns of `from: [rows, cols]` from `first` on to the rows of `to`, as many as it has.
-fn transpose_columns(to: &mut [f32], from: &[f32], rows: usize, cols: usize, first: usize) {
-    /// Numbers of a side of the squares it is cut into, so that reads and writes both stay in the first cache.
-    const SIDE: usize = 16;
-    let n_cols = to.len().checked_div(rows).unwrap_or(0);
-    for start_row in (0..rows).step_by(SIDE) {
-        let end_row = rows.min(start_row + SIDE);
-        for start_col in (0..n_cols).step_by(SIDE) {
-            for col in start_col..n_cols.min(start_col + SIDE) {
-                let to = &mut to[col * rows + start_row..col * rows + end_row];
-                for (to, row) in to.iter_mut().zip(start_row..) {
-                    *to = from[row * cols + first + col];
-                }
-            }
-        }
-    }
 }
 
 /// Gives `body` a buffer of `n` numbers of any value, kept by the thread from one call to the next.

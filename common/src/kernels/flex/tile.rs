@@ -9,6 +9,7 @@
 
 use super::gemm::{Mat, MatMut};
 use super::simd::{Level, fma, level, simd};
+use super::transpose::transpose_square;
 
 /// Columns that a panel is filled up to a multiple of: one AVX-512 register, two of AVX2.
 pub const LANES: usize = 16;
@@ -87,18 +88,9 @@ simd! {
         for start in (0..width).step_by(LANES) {
             let n = cols.saturating_sub(start).min(LANES);
             let mut p = 0;
-            // Squares, so that reads and writes are whole registers.
             while n == LANES && p + LANES <= k {
-                let mut square = [[0.0f32; LANES]; LANES];
-                for (lane, square) in square.iter_mut().enumerate() {
-                    square.copy_from_slice(&from[(start + lane) * col_stride + p..][..LANES]);
-                }
-                for i in 0..LANES {
-                    let to = &mut panel[(p + i) * width + start..][..LANES];
-                    for lane in 0..LANES {
-                        to[lane] = square[lane][i];
-                    }
-                }
+                let to = &mut panel[p * width + start..];
+                transpose_square(to, width, &from[start * col_stride + p..], col_stride);
                 p += LANES;
             }
             for p in p..k {
