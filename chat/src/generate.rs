@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, ensure};
 use common::conversation::{Message, Role, encode_prompt};
-use common::stage::UsageError;
+use common::stage::{UsageError, on_pool};
 use serde::Serialize;
 
 use crate::answer::{Answer, Answerer};
@@ -15,6 +15,10 @@ use crate::terminal;
 /// Carries out `chat generate`: the answer as it comes, or one JSON object, on stdout.
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
+    on_pool(|| answer_once(args))
+}
+
+fn answer_once(args: &GenerateArgs) -> anyhow::Result<()> {
     let answerer = Answerer::load(&args.checkpoint, &args.sampling, &args.runtime)?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&answerer, &prompt)? } else { encode_chat(&answerer, args, prompt)? };

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
+use common::stage::on_pool;
 use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
@@ -24,6 +25,10 @@ Anything else is a message. Ctrl-C ends an answer.";
 /// Carries out `chat`: answers on stdout, all else on stderr.
 pub(crate) fn run(args: &ConversationArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
+    on_pool(|| converse(args))
+}
+
+fn converse(args: &ConversationArgs) -> anyhow::Result<()> {
     let checkpoint = args.checkpoint.as_deref().expect("clap requires --checkpoint where there is no command");
     let answerer = Answerer::load(checkpoint, &args.sampling, &args.runtime)?;
     let mut conversation = Conversation { answerer, history: History::new(args.system.clone()), n_answers: 0 };

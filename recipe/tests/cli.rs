@@ -161,6 +161,23 @@ fn a_measurement_of_training_is_one_line() {
 }
 
 #[test]
+fn memory_of_training_grows_with_the_context_not_with_its_square() {
+    let peak = |ctx: &str| {
+        let flags = [
+            &["bench", "train", "--n-layers", "1", "--n-heads", "1", "--d-model", "32", "--vocab", "64"][..],
+            &["--batch", "1", "--steps", "1", "--warmup", "1", "--threads", "1", "--ctx", ctx],
+        ];
+        let ran = recipe(tempfile::tempdir().unwrap().path(), &flags.concat());
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let line: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+        line["peak_rss_mib"].as_f64().unwrap()
+    };
+    let (quarter, whole) = (peak("2048"), peak("8192"));
+    // The scores of one head alone would be 256 MiB more.
+    assert!(whole - quarter < 64.0, "{quarter} MiB at 2,048 tokens, {whole} at 8,192");
+}
+
+#[test]
 fn a_measurement_of_decoding_has_a_result_for_each_batch_size() {
     let names = ["ms_per_decode_step", "tokens_per_s", "prefill_ms", "decode_tokens_per_s", "peak_rss_mib"];
     let flags = ["generate", "--steps", "2", "--batches", "2,1", "--prefill", "8", "--gen", "16", "--top-k", "5"];

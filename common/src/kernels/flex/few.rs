@@ -7,7 +7,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::crew::for_each;
 use super::gemm::SharedMut;
-use super::simd::{add_assign, add_up, fma, simd};
+use super::simd::{self, add_assign, add_up, fma, simd};
 use super::transpose::transpose_columns;
 use super::{unset, with_scratch};
 
@@ -48,9 +48,20 @@ pub fn times_matrix(x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_out: usiz
         let n_columns = n_columns.min(d_out - first);
         let bias = bias.map(|bias| &bias[first..first + n_columns]);
         let product = Product { out: shared, out_start: first, out_stride: d_out, x, d_in };
-        Arch::new().dispatch(Tiles { product, weight: &weight[first..], stride: d_out, n_columns, bias });
+        arch().dispatch(Tiles { product, weight: &weight[first..], stride: d_out, n_columns, bias });
     });
     out
+}
+
+/// The instructions that [`simd::level`] says.
+fn arch() -> Arch {
+    match simd::level() {
+        #[cfg(target_arch = "x86_64")]
+        simd::Level::V3 => pulp::x86::V3::try_new().map_or(Arch::Scalar, Arch::V3),
+        #[cfg(target_arch = "x86_64")]
+        simd::Level::Baseline => Arch::Scalar,
+        _ => Arch::new(),
+    }
 }
 
 /// `x · matrixᵀ` with `x: [n, d]` and `matrix: [n_out, d]`; returns `[n, n_out]`.
@@ -81,7 +92,7 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
         }
         with_scratch(n_rows * n, |results| {
             let product = Product { out: SharedMut::new(results), out_start: 0, out_stride: n, x: matrix, d_in: d };
-            Arch::new().dispatch(Tiles { product, weight: &columns, stride: n, n_columns: n, bias: None });
+            arch().dispatch(Tiles { product, weight: &columns, stride: n, n_columns: n, bias: None });
             for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * n)) {
                 for row in 0..n {
                     let out = &mut out(row)[start..start + results.len() / n];

@@ -26,7 +26,7 @@ pub fn level() -> Level {
     static LEVEL: AtomicU8 = AtomicU8::new(0);
     match LEVEL.load(Ordering::Relaxed) {
         0 => {
-            let level = detect();
+            let level = limited(detect());
             LEVEL.store(level as u8, Ordering::Relaxed);
             level
         }
@@ -34,6 +34,21 @@ pub fn level() -> Level {
         3 => Level::V4,
         _ => Level::Baseline,
     }
+}
+
+/// A test process can be told to use less than the processor has.
+#[cfg(test)]
+fn limited(level: Level) -> Level {
+    match std::env::var(tests::LIMIT).as_deref() {
+        Ok("v3") if level == Level::V4 => Level::V3,
+        Ok("baseline") => Level::Baseline,
+        _ => level,
+    }
+}
+
+#[cfg(not(test))]
+fn limited(level: Level) -> Level {
+    level
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -226,6 +241,33 @@ pub fn add_assign(to: &mut [f32], from: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The variable that tells a test process to use no more than `v3` or `baseline`.
+    pub(super) const LIMIT: &str = "KINDLING_TEST_LEVEL";
+
+    /// Runs the tests of the kernels in a process of lesser instructions.
+    #[track_caller]
+    fn kernels_hold_with(limit: &str, tests: &[&str]) {
+        let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(tests)
+            .args(["--skip", "instructions_too"])
+            .env(LIMIT, limit)
+            .output()
+            .expect("this program can be started");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "with {limit}: {said}");
+        assert!(!said.contains("running 0 tests"), "no test is called {tests:?}");
+    }
+
+    #[test]
+    fn kernels_hold_with_avx2_instructions_too() {
+        kernels_hold_with("v3", &["kernels::", "model::", "generate::"]);
+    }
+
+    #[test]
+    fn kernels_hold_with_baseline_instructions_too() {
+        kernels_hold_with("baseline", &["kernels::"]);
+    }
 
     /// Units in the last place between `x` and the correctly rounded value.
     fn ulps(x: f32, exact: f64) -> f64 {
