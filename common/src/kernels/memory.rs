@@ -10,7 +10,7 @@ const NEVER: std::ffi::c_long = -1;
 ///
 /// Every training step frees and asks for the same large tensors; clearing pages that were given back took a third of
 /// the time of a step. Kept only for a time, it must be a longer one than the longest step, and what that saves is small:
-/// a tenth of the peak of a large model. For the start of a program whose allocator is mimalloc; with another allocator
+/// six percent of the peak of a large model. For the start of a program whose allocator is mimalloc; with another allocator
 /// it does nothing.
 pub fn keep_freed() {
     // SAFETY: sets a number in mimalloc's table of options, in one store; nothing else here sets any. The option is
