@@ -260,6 +260,16 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_is_kept() {
+        let most = match std::env::var(LIMIT).as_deref() {
+            Ok("baseline") => Level::Baseline,
+            Ok("v3") => Level::V3,
+            _ => Level::V4,
+        };
+        assert!(level() as u8 <= most as u8);
+    }
+
+    #[test]
     fn kernels_hold_with_avx2_instructions_too() {
         kernels_hold_with("v3", &["kernels::", "model::", "generate::"]);
     }

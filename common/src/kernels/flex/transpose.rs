@@ -68,7 +68,7 @@ pub fn transpose_square(to: &mut [f32], to_stride: usize, from: &[f32], from_str
 
 /// [`transpose_square`] in sixteen registers: neighbours are interleaved, then pairs, then quarters of registers twice.
 ///
-/// The compiler's own code for the loops above moves single numbers and takes three times as long.
+/// The compiler's own code for the loops above moves single numbers and takes more than twice as long.
 ///
 /// # Safety
 /// The processor has AVX-512F; both squares may be accessed, and that of `to` is nobody else's.
