@@ -16,20 +16,14 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod config;
-pub mod conversation;
-pub mod data;
-pub mod generate;
-pub mod hash;
-pub mod hf;
-pub mod kernels;
-pub mod loss;
 pub mod metrics;
-pub mod model;
-pub mod optim;
-pub mod rng;
 pub mod scoring;
 pub mod session;
 pub mod stage;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-pub mod tokenizer;
+
+pub use base::{hash, rng};
+pub use kernels;
+pub use model::{self, generate, hf, loss, optim};
+pub use text::{conversation, data, tokenizer};

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use common::stage::RuntimeArgs;
 
-use crate::bench::BenchCommand;
 use crate::compare::{CompareArgs, ProbeArgs};
 use crate::steps::Step;
+use bench::BenchCommand;
 
 /// Run a whole recipe: from text to an aligned chat model
 #[derive(Debug, Parser)]

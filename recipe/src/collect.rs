@@ -1,7 +1,7 @@
 //! Preference pairs of the SFT model's own answers.
 //!
 //! Two answers to the same prompt are shown to the simulated labeller, who prefers the first with probability
-//! `σ((gold_a − gold_b) / temperature)` ([`crate::world::label_pair`]). A reward model that is to judge this model's
+//! `σ((gold_a − gold_b) / temperature)` ([`toy::label_pair`]). A reward model that is to judge this model's
 //! answers learns most from pairs of exactly such answers.
 
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ use crate::answers::{Answerer, Sampled};
 use crate::config::{BasePrompt, CollectConfig};
 use crate::gold::GoldScorer;
 use crate::steps::write_whole;
-use crate::world::label_pair;
+use toy::label_pair;
 
 /// Sampling streams from here on belong to this step; those of the stages begin at 0.
 const FIRST_ROW: u64 = 1 << 48;

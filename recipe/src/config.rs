@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gold::GoldConfig;
 use crate::steps::{Step, write_whole};
-use crate::world::WorldConfig;
+use toy::WorldConfig;
 
 /// A recipe's own TOML file; the stages have one each beside it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,7 +70,7 @@ impl Default for CollectConfig {
             samples_per_prompt: 2,
             temperature: 1.0,
             max_tokens: 128,
-            label_temperature: crate::world::labeller::TEMPERATURE,
+            label_temperature: toy::labeller::TEMPERATURE,
             least_difference: 0.02,
             batch_size: 64,
         }

@@ -6,11 +6,10 @@
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config`, `run`, `keys` (when a step has to run again), `collect`, `evaluate`, [`report`],
-//! [`gold`] (what an answer is really worth), [`world`] (the generated data of `configs/tiny`), [`bench`] (how fast all
+//! [`gold`] (what an answer is really worth), [`toy`] (the generated data of `configs/tiny`), [`bench`] (how fast all
 //! of it is here) and `compare` (whether backends agree).
 
 mod answers;
-pub mod bench;
 mod cli;
 mod collect;
 mod compare;
@@ -23,7 +22,6 @@ pub mod report;
 mod run;
 pub mod stats;
 pub mod steps;
-pub mod world;
 
 pub use cli::{Cli, Command, RunArgs, WorldArgs};
 pub use compare::{CompareArgs, ProbeArgs};
@@ -35,7 +33,7 @@ use std::io::Write as _;
 use anyhow::{Context, Result, bail};
 use common::stage::{self, Interrupt};
 
-use crate::world::WorldConfig;
+use toy::WorldConfig;
 
 /// Carries out one command line.
 ///
@@ -75,6 +73,6 @@ fn generate_world(args: &WorldArgs) -> Result<()> {
         );
     }
     let stories = args.stories.unwrap_or(WorldConfig::default().stories);
-    let summary = world::write(out, &WorldConfig::with_stories(args.seed, stories))?;
+    let summary = toy::write(out, &WorldConfig::with_stories(args.seed, stories))?;
     writeln!(std::io::stdout(), "{}", serde_json::to_string(&summary)?).context("failed to write the result")
 }

@@ -18,7 +18,6 @@ use crate::gold::{GoldKind, GoldScorer};
 use crate::keys::Key;
 use crate::report;
 use crate::steps::{RunRecord, Step, StepRecord};
-use crate::world;
 
 /// Runs a recipe from where it stands to its end, or to where the user stops it.
 ///
@@ -151,7 +150,7 @@ impl<'a> Run<'a> {
         match step {
             Step::World => {
                 let world = config.world.as_ref().context("the recipe has no `[world]`")?;
-                let summary = world::write(&self.data_dir(), world)?;
+                let summary = toy::write(&self.data_dir(), world)?;
                 let n: usize = summary.files.iter().map(|(_, n)| n).sum();
                 tracing::info!("{n} records in {} files in `{}`", summary.files.len(), self.data_dir().display());
                 Ok(Outcome::Finished)

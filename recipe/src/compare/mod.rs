@@ -30,7 +30,6 @@ use common::stage::UsageError;
 
 use crate::config::Recipe;
 use crate::steps::Step;
-use crate::world;
 use output::{Comparison, Run};
 use probe::Plan;
 use record::Records;
@@ -122,7 +121,7 @@ fn prepare(args: &CompareArgs, out: &Path) -> Result<Plan> {
         stages.retain(|step| args.stages.contains(step));
     }
     if let Some(world) = &recipe.config.world {
-        world::write(&prepared.join("data"), world)?;
+        toy::write(&prepared.join("data"), world)?;
     }
     pretrain::train_tokenizer(&pretrain::TokenizerArgs {
         config: recipe.stage_config(Step::Tokenizer),

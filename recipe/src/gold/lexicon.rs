@@ -72,7 +72,7 @@ impl Lexicon {
 }
 
 fn words(text: &str) -> Vec<String> {
-    crate::world::text::words(&text.replace('\u{2019}', "'"))
+    toy::text::words(&text.replace('\u{2019}', "'"))
 }
 
 #[cfg(test)]

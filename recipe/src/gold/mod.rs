@@ -13,9 +13,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub mod grammar;
 pub mod lexicon;
-pub mod world;
 
 pub use lexicon::Lexicon;
 
@@ -34,7 +32,7 @@ pub struct GoldConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GoldKind {
-    /// [`world::score`]: does a story do what its request asks?
+    /// [`toy::gold::score`]: does a story do what its request asks?
     World,
     /// [`Lexicon::score`]: how pleasant are the words of a text?
     Lexicon,
@@ -74,7 +72,7 @@ impl GoldConfig {
 /// A judge of answers, from their text alone.
 #[derive(Debug, Clone)]
 pub enum GoldScorer {
-    /// See [`world::score`].
+    /// See [`toy::gold::score`].
     World,
     /// See [`Lexicon::score`].
     Lexicon(Lexicon),
@@ -87,7 +85,7 @@ impl GoldScorer {
     /// only and always answers.
     pub fn score(&self, prompt: &str, response: &str) -> Option<f64> {
         match self {
-            Self::World => world::score(prompt, response),
+            Self::World => toy::gold::score(prompt, response),
             Self::Lexicon(lexicon) => Some(lexicon.score(response)),
         }
     }

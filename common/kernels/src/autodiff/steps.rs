@@ -1,0 +1,312 @@
+//! The backward steps of the fused operations: what each saves, and which function of `flex` computes its gradients.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::backend::Flex;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops};
+use burn_flex::FlexTensor;
+
+use super::Traced;
+use crate::Activation;
+use crate::flex::branch::{self, NormState};
+use crate::flex::{self, activation, attention, embedding, linear, log_probs, norm};
+
+/// Gives `grad()` to a parent that needs a gradient.
+macro_rules! register {
+    ($grads:expr, $parent:expr, $grad:expr) => {
+        if let Some(parent) = $parent {
+            $grads.register::<Flex>(parent.id, $grad);
+        }
+    };
+}
+
+/// The gradient of a tensor that an operation hands on beside its result: it waits here for the operation's own
+/// backward, which runs later and adds it in a pass that it makes anyway. Burn's sum would be a pass of its own.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Kept(Arc<Mutex<Option<FlexTensor>>>);
+
+impl Kept {
+    fn take(&self) -> Option<FlexTensor> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The backward of the tensor handed on. Its node is a child of the operation's result, so that this runs first.
+#[derive(Debug)]
+pub(super) struct KeptBackward;
+
+impl Backward<Flex, 1> for KeptBackward {
+    type State = Kept;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<Flex>(&ops.node);
+        *ops.state.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(grad);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct ProjectAddNormBackward;
+
+impl Backward<Flex, 6> for ProjectAddNormBackward {
+    /// `x`, the weight, the norm's state, and the gradient of the sum.
+    type State = (FlexTensor, FlexTensor, NormState, Kept);
+
+    fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, weight_node, bias_node, residual_node, gamma_node, beta_node] = ops.parents;
+        let (x, weight, state, kept) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (layer, norm) = branch::project_backward(&x, &weight, state, &grad, kept.take());
+        register!(grads, x_node, layer.x);
+        register!(grads, weight_node, layer.weight);
+        register!(grads, bias_node, layer.bias);
+        register!(grads, residual_node, norm.sum);
+        register!(grads, gamma_node, norm.gamma);
+        register!(grads, beta_node, norm.beta);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct MlpAddNormBackward;
+
+impl Backward<Flex, 8> for MlpAddNormBackward {
+    type State = MlpState;
+
+    fn backward(self, ops: Ops<Self::State, 8>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, up_weight, up_bias, down_weight, down_bias, residual_node, gamma_node, beta_node] = ops.parents;
+        let MlpState { x, weights: [up, down], activation, hidden, same, norm, kept } = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let ([up, down], norm) =
+            branch::mlp_backward(&x, [&up, &down], activation, hidden, same, norm, &grad, kept.take());
+        register!(grads, x_node, up.x);
+        register!(grads, up_weight, up.weight);
+        register!(grads, up_bias, up.bias);
+        register!(grads, down_weight, down.weight);
+        register!(grads, down_bias, down.bias);
+        if !same {
+            register!(grads, residual_node, norm.sum);
+        }
+        register!(grads, gamma_node, norm.gamma);
+        register!(grads, beta_node, norm.beta);
+    }
+}
+
+/// What the backward of the feed-forward layer needs.
+#[derive(Debug, Clone)]
+pub(super) struct MlpState {
+    pub(super) x: FlexTensor,
+    pub(super) weights: [FlexTensor; 2],
+    pub(super) activation: Activation,
+    pub(super) hidden: FlexTensor,
+    /// Whether the residual is `x` itself.
+    pub(super) same: bool,
+    pub(super) norm: NormState,
+    pub(super) kept: Kept,
+}
+
+#[derive(Debug)]
+pub(super) struct EmbedBackward;
+
+impl Backward<Flex, 2> for EmbedBackward {
+    type State = EmbedState;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [tokens_node, places_node] = ops.parents;
+        let EmbedState { tokens, places, ids, positions } = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        for (node, table, rows) in [(tokens_node, tokens, ids), (places_node, places, positions)] {
+            if let Some(node) = node {
+                let [n_rows, _] = table.primitive().layout().shape().dims();
+                let earlier = grads.remove::<Flex>(&table);
+                grads.register::<Flex>(node.id, embedding::backward(n_rows, earlier, &rows, &grad));
+            }
+        }
+    }
+}
+
+/// What the backward of the embedding needs.
+///
+/// The tables are here to find the gradients that they have already, as output weights say, and to add to these in
+/// place. A step should not hold on to its parents in general, lest abandoned graphs stay; these are leaves, which the
+/// model holds on to anyway.
+#[derive(Debug, Clone)]
+pub(super) struct EmbedState {
+    pub(super) tokens: Traced,
+    pub(super) places: Traced,
+    pub(super) ids: embedding::Rows,
+    pub(super) positions: embedding::Rows,
+}
+
+#[derive(Debug)]
+pub(super) struct LinearBackward;
+
+impl Backward<Flex, 3> for LinearBackward {
+    /// `x`, needed for the gradient of the weight, the weight, needed for that of `x`, and what else `x` gets.
+    type State = (FlexTensor, FlexTensor, Kept);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, weight_node, bias_node] = ops.parents;
+        let (x, weight, kept) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let affine = branch::affine_backward(&x, &weight, &grad, kept.take());
+        register!(grads, x_node, affine.x);
+        register!(grads, weight_node, affine.weight);
+        register!(grads, bias_node, affine.bias);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LinearNoBiasBackward;
+
+impl Backward<Flex, 2> for LinearNoBiasBackward {
+    /// As [`LinearBackward`]'s.
+    type State = (FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, weight_node] = ops.parents;
+        let (x, weight) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register!(grads, weight_node, linear::backward_weight(&x, &grad));
+        drop(x);
+        register!(grads, x_node, linear::backward_x(&weight, &grad));
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct BiasActivationBackward;
+
+impl Backward<Flex, 2> for BiasActivationBackward {
+    /// `x`, the bias, and which function.
+    type State = (FlexTensor, FlexTensor, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, bias_node] = ops.parents;
+        let (x, bias, activation) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (x_grad, bias_grad) = activation::backward(&x, &bias, activation, &grad);
+        register!(grads, x_node, x_grad);
+        register!(grads, bias_node, bias_grad);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LayerNormBackward;
+
+impl Backward<Flex, 3> for LayerNormBackward {
+    /// `x`, gamma, the statistics of the rows, and what else `x` gets.
+    type State = (FlexTensor, FlexTensor, FlexTensor, Kept);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, gamma_node, beta_node] = ops.parents;
+        let (x, gamma, statistics, kept) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (x_grad, gamma_grad, beta_grad) = norm::backward(&x, &gamma, &statistics, &grad, kept.take());
+        register!(grads, x_node, x_grad);
+        register!(grads, gamma_node, gamma_grad);
+        register!(grads, beta_node, beta_grad);
+    }
+}
+
+/// The layer norm of a sum.
+#[derive(Debug)]
+pub(super) struct AddLayerNormBackward;
+
+impl Backward<Flex, 4> for AddLayerNormBackward {
+    /// As [`LayerNormBackward`]'s.
+    type State = (FlexTensor, FlexTensor, FlexTensor, Kept);
+
+    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_node, residual_node, gamma_node, beta_node] = ops.parents;
+        let (sum, gamma, statistics, kept) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (sum_grad, gamma_grad, beta_grad) = norm::backward(&sum, &gamma, &statistics, &grad, kept.take());
+        register!(grads, x_node, sum_grad.clone());
+        register!(grads, residual_node, sum_grad);
+        register!(grads, gamma_node, gamma_grad);
+        register!(grads, beta_node, beta_grad);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct AttentionBackward;
+
+impl Backward<Flex, 1> for AttentionBackward {
+    type State = AttentionState;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node] = ops.parents;
+        let AttentionState { qkv, first_key, n_heads, out, lse } = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register!(grads, node, attention::backward(&qkv, &first_key, n_heads, &out, &lse, &grad));
+    }
+}
+
+/// What the backward of attention needs.
+#[derive(Debug, Clone)]
+pub(super) struct AttentionState {
+    pub(super) qkv: FlexTensor,
+    pub(super) first_key: Vec<usize>,
+    pub(super) n_heads: usize,
+    pub(super) out: FlexTensor,
+    pub(super) lse: FlexTensor,
+}
+
+#[derive(Debug)]
+pub(super) struct LogProbsBackward;
+
+impl Backward<Flex, 2> for LogProbsBackward {
+    type State = LogProbsState;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [hidden_node, head_node] = ops.parents;
+        let LogProbsState { hidden, head, targets, scale, lse } = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        let (hidden_grad, head_grad) = log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
+        register!(grads, hidden_node, hidden_grad);
+        register!(grads, head_node, head_grad);
+    }
+}
+
+/// What the backward of the log-probabilities needs.
+#[derive(Debug, Clone)]
+pub(super) struct LogProbsState {
+    pub(super) hidden: FlexTensor,
+    pub(super) head: FlexTensor,
+    pub(super) targets: FlexTensor,
+    pub(super) scale: f64,
+    pub(super) lse: FlexTensor,
+}
+
+#[derive(Debug)]
+pub(super) struct CrossEntropyBackward;
+
+impl Backward<Flex, 2> for CrossEntropyBackward {
+    /// The gradients for an output gradient of 1.
+    type State = (FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [hidden_node, head_node] = ops.parents;
+        let (hidden_grad, head_grad) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register!(grads, hidden_node, flex::scaled(hidden_grad, &grad));
+        register!(grads, head_node, flex::scaled(head_grad, &grad));
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LogitsBackward;
+
+impl Backward<Flex, 2> for LogitsBackward {
+    /// The hidden states and the head.
+    type State = (FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [hidden_node, head_node] = ops.parents;
+        let (hidden, head) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        // logits = hidden · headᵀ: the gradients are grad · head and gradᵀ · hidden.
+        register!(grads, hidden_node, linear::forward(&grad, &head, None));
+        register!(grads, head_node, linear::backward_weight(&grad, &hidden));
+    }
+}

@@ -1,0 +1,324 @@
+//! A branch of a transformer block with what follows it: linear layers, the residual addition and the layer norm, a
+//! block of rows at a time.
+//!
+//! While a block of rows goes through all steps it stays in the cache, and threads meet once, not after every step.
+//! Blocks depend on the number of rows alone, and what is summed over rows is summed block by block in their order.
+
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::activation;
+use super::gemm::{Mat, MatMut, Output, Packed, SharedMut, Threads, gemm_packed};
+use super::linear::{add_in_order, add_numbers, add_rows, backward_weight};
+use super::norm::{self, Normed};
+use super::{contiguous, exclusive, floats, matrix_dims, tensor, unset, with_scratch};
+use crate::Activation;
+
+/// Rows of a block, unless there are few.
+const ROWS: usize = 128;
+
+/// Rows of each block, of `n` in all: enough blocks for a few threads.
+fn rows_of_blocks(n: usize) -> usize {
+    (n / 4).clamp(24, ROWS)
+}
+
+/// Weight and bias of a linear layer.
+pub struct Affine<'a> {
+    pub weight: &'a FlexTensor,
+    pub bias: &'a FlexTensor,
+}
+
+/// Gain, offset and ε of a layer norm.
+pub struct Norm<'a> {
+    pub gamma: &'a FlexTensor,
+    pub beta: &'a FlexTensor,
+    pub eps: f64,
+}
+
+/// The rows of a matrix with `d` columns in blocks.
+fn blocks(x: &[f32], rows: usize, d: usize) -> rayon::slice::Chunks<'_, f32> {
+    x.par_chunks((rows * d).max(1))
+}
+
+/// As [`blocks`], to write.
+fn blocks_mut(x: &mut [f32], rows: usize, d: usize) -> rayon::slice::ChunksMut<'_, f32> {
+    x.par_chunks_mut((rows * d).max(1))
+}
+
+/// `out = x · weight (+ what output says)` for one block of rows.
+fn times(out: &mut [f32], output: Output<'_>, x: &[f32], weight: &Packed, d_in: usize, d_out: usize) {
+    let n = out.len() / d_out;
+    let x = Mat::rows(x, n, d_in, d_in);
+    gemm_packed(MatMut::rows(out, n, d_out, d_out), output, x, weight, 1.0, Threads::One);
+}
+
+/// A weight `[d_in, d_out]`, rearranged for products with it, or with its transpose.
+fn packed(weight: &FlexTensor, transposed: bool) -> Packed {
+    let (d_in, d_out) = matrix_dims(weight);
+    let weight = contiguous(weight);
+    let weight = Mat::rows(floats(&weight), d_in, d_out, d_out);
+    Packed::new(if transposed { weight.t() } else { weight }, Threads::All)
+}
+
+/// `x W + b + residual` and its layer norm.
+pub fn project(x: &FlexTensor, layer: &Affine<'_>, residual: &FlexTensor, norm: &Norm<'_>) -> (Normed, FlexTensor) {
+    let (_, d_in) = matrix_dims(x);
+    let (weight, bias, x) = (packed(layer.weight, false), contiguous(layer.bias), contiguous(x));
+    let x = floats(&x);
+    add_and_norm(residual, norm, |first_row, n, out| {
+        let (_, d) = matrix_dims(residual);
+        let x = &x[first_row * d_in..][..n * d_in];
+        times(out, Output::AddRow(floats(&bias)), x, &weight, d_in, d);
+    })
+}
+
+/// `act(x W₁ + b₁) W₂ + b₂ + residual` and its layer norm; also what the backward needs of the hidden layer: its
+/// values for `ReLU`, what the activation is applied to otherwise.
+pub fn mlp(
+    x: &FlexTensor,
+    up: &Affine<'_>,
+    activation: Activation,
+    down: &Affine<'_>,
+    residual: &FlexTensor,
+    norm: &Norm<'_>,
+) -> (Normed, FlexTensor, FlexTensor) {
+    let (n, d) = matrix_dims(x);
+    let (_, d_ff) = matrix_dims(up.weight);
+    let (up_weight, down_weight) = (packed(up.weight, false), packed(down.weight, false));
+    let (up_bias, down_bias, x) = (contiguous(up.bias), contiguous(down.bias), contiguous(x));
+    let x = floats(&x);
+    let mut saved = unset(n * d_ff);
+    let shared = SharedMut::new(&mut saved);
+    let (normed, sum) = add_and_norm(residual, norm, |first_row, n, out| {
+        // SAFETY: blocks have different rows.
+        let saved = unsafe { shared.slice(first_row * d_ff, n * d_ff) };
+        let x = &x[first_row * d..][..n * d];
+        times(saved, Output::AddRow(floats(&up_bias)), x, &up_weight, d, d_ff);
+        let mut finish = |active: &[f32]| times(out, Output::AddRow(floats(&down_bias)), active, &down_weight, d_ff, d);
+        match activation {
+            Activation::Relu => {
+                activation::relu(saved);
+                finish(saved);
+            }
+            Activation::GeluTanh => with_scratch(saved.len(), |active| {
+                activation::gelu(active, saved);
+                finish(active);
+            }),
+        }
+    });
+    (normed, sum, tensor(saved, [n, d_ff]))
+}
+
+/// For each block of rows: `branch` computes what is added to `residual`, then the sum is normalised.
+///
+/// `branch` gets the first row, the number of rows, and where to write them.
+fn add_and_norm(
+    residual: &FlexTensor,
+    norm: &Norm<'_>,
+    branch: impl Fn(usize, usize, &mut [f32]) + Sync,
+) -> (Normed, FlexTensor) {
+    let shape = residual.layout().shape().clone();
+    let (n, d) = matrix_dims(residual);
+    let rows = rows_of_blocks(n);
+    let (residual, gamma, beta) = (contiguous(residual), contiguous(norm.gamma), contiguous(norm.beta));
+    let (gamma, beta) = (floats(&gamma), floats(&beta));
+    let (mut normed, mut sum, mut statistics) = (unset(n * d), unset(n * d), unset(n * 2));
+    blocks_mut(&mut normed, rows, d)
+        .zip(blocks_mut(&mut sum, rows, d))
+        .zip(blocks_mut(&mut statistics, rows, 2))
+        .zip(blocks(floats(&residual), rows, d))
+        .enumerate()
+        .for_each(|(i, (((normed, sum), statistics), residual))| {
+            branch(i * rows, sum.len() / d, sum);
+            add_numbers(sum, residual);
+            norm::normalize_rows(normed, statistics, sum, gamma, beta, norm.eps as f32);
+        });
+    let normed = Normed { normed: tensor(normed, shape.clone()), statistics: tensor(statistics, [n, 2]) };
+    (normed, tensor(sum, shape))
+}
+
+/// What the backward needs of the residual addition and the layer norm.
+#[derive(Debug, Clone)]
+pub struct NormState {
+    pub sum: FlexTensor,
+    pub gamma: FlexTensor,
+    pub statistics: FlexTensor,
+}
+
+/// Gradients of the layer norm's gain and offset, and of the sum that it normalised.
+pub struct NormGrads {
+    pub gamma: FlexTensor,
+    pub beta: FlexTensor,
+    pub sum: FlexTensor,
+}
+
+/// Gradients of a linear layer.
+pub struct AffineGrads {
+    pub x: FlexTensor,
+    pub weight: FlexTensor,
+    pub bias: FlexTensor,
+}
+
+/// Gradients of [`project`], from that of the norm and, if there is one, that of the sum by other ways.
+pub fn project_backward(
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    state: NormState,
+    grad: &FlexTensor,
+    sum_grad: Option<FlexTensor>,
+) -> (AffineGrads, NormGrads) {
+    let x_shape = x.layout().shape().clone();
+    let (n, d_in) = matrix_dims(x);
+    let (_, d) = matrix_dims(weight);
+    let transposed = packed(weight, true);
+    let mut x_grad = unset(n * d_in);
+    let rows = rows_of_blocks(n);
+    let (norm, sums) = through_norm(state, grad, sum_grad, 0, blocks_mut(&mut x_grad, rows, d_in), |out, grad, _| {
+        times(out, Output::Overwrite, grad, &transposed, d, d_in);
+    });
+    let [bias, _] = sums;
+    let weight = backward_weight(x, &norm.sum);
+    (AffineGrads { x: tensor(x_grad, x_shape), weight, bias: tensor(bias, [d]) }, norm)
+}
+
+/// Gradients of [`mlp`], from that of the norm and, if there is one, that of the sum by other ways.
+///
+/// `saved`: what the forward gave. `same`: the residual was `x` itself; then the gradient of `x` holds both parts.
+#[allow(clippy::too_many_arguments)]
+pub fn mlp_backward(
+    x: &FlexTensor,
+    weights: [&FlexTensor; 2],
+    activation: Activation,
+    saved: FlexTensor,
+    same: bool,
+    state: NormState,
+    grad: &FlexTensor,
+    sum_grad: Option<FlexTensor>,
+) -> ([AffineGrads; 2], NormGrads) {
+    let [up, down] = weights;
+    let x_shape = x.layout().shape().clone();
+    let (n, d) = matrix_dims(x);
+    let (_, d_ff) = matrix_dims(up);
+    let (up, down) = (packed(up, true), packed(down, true));
+    let rows = rows_of_blocks(n);
+    let mut active = exclusive(saved);
+    let (mut hidden_grad, mut x_grad) = (unset(n * d_ff), unset(n * d));
+    let outs = blocks_mut(&mut hidden_grad, rows, d_ff)
+        .zip(blocks_mut(active.storage_mut::<f32>(), rows, d_ff))
+        .zip(blocks_mut(&mut x_grad, rows, d));
+    let (norm, sums) =
+        through_norm(state, grad, sum_grad, d_ff, outs, |((hidden, active), x_grad), grad, bias_grad| {
+            times(hidden, Output::Overwrite, grad, &down, d, d_ff);
+            match activation {
+                Activation::Relu => activation::relu_backward(hidden, bias_grad, active),
+                Activation::GeluTanh => activation::gelu_backward(hidden, bias_grad, active),
+            }
+            let output = if same {
+                x_grad.copy_from_slice(grad);
+                Output::Accumulate
+            } else {
+                Output::Overwrite
+            };
+            times(x_grad, output, hidden, &up, d_ff, d);
+        });
+    let [down_bias, up_bias] = sums;
+    let hidden_grad = tensor(hidden_grad, [n, d_ff]);
+    let down = AffineGrads {
+        weight: backward_weight(&active, &norm.sum),
+        bias: tensor(down_bias, [d]),
+        x: hidden_grad.clone(),
+    };
+    drop(active);
+    let up = AffineGrads {
+        weight: backward_weight(x, &hidden_grad),
+        bias: tensor(up_bias, [d_ff]),
+        x: tensor(x_grad, x_shape),
+    };
+    ([up, down], norm)
+}
+
+/// The gradient through the layer norm and the addition, and on through `branch`, a block of rows at a time.
+///
+/// `branch` gets its block of `outs`, the gradient of the sum in these rows, and room for `width` sums over rows.
+/// Also returns the sum of the sum's gradient over all rows, and that of what `branch` summed.
+fn through_norm<P, T>(
+    state: NormState,
+    grad: &FlexTensor,
+    sum_grad: Option<FlexTensor>,
+    width: usize,
+    outs: P,
+    branch: impl Fn(T, &[f32], &mut [f32]) + Sync,
+) -> (NormGrads, [Vec<f32>; 2])
+where
+    P: IndexedParallelIterator<Item = T>,
+    T: Send,
+{
+    let shape = state.sum.layout().shape().clone();
+    let (n, d) = matrix_dims(&state.sum);
+    let rows = rows_of_blocks(n);
+    let (sum, gamma) = (contiguous(&state.sum), contiguous(&state.gamma));
+    let (statistics, grad) = (contiguous(&state.statistics), contiguous(grad));
+    let other = sum_grad.map(|other| contiguous(&other));
+    let other = other.as_ref().map(floats);
+    let mut total = unset(n * d);
+    let inputs =
+        blocks(floats(&sum), rows, d).zip(blocks(floats(&grad), rows, d)).zip(blocks(floats(&statistics), rows, 2));
+    let parts: Vec<Vec<f32>> = blocks_mut(&mut total, rows, d)
+        .zip(inputs)
+        .zip(outs)
+        .enumerate()
+        .map(|(i, ((total, ((sum, grad), statistics)), out))| {
+            // The gradients of gamma and beta, room for two rows, the sums of the sum's gradient and of the branch.
+            let mut sums = vec![0.0; 5 * d + width];
+            let (of_norm, others) = sums.split_at_mut(4 * d);
+            norm::backward_rows(total, of_norm, sum, floats(&gamma), statistics, grad);
+            if let Some(other) = other {
+                add_numbers(total, &other[i * rows * d..][..total.len()]);
+            }
+            let (bias, of_branch) = others.split_at_mut(d);
+            add_rows(bias, total);
+            branch(out, total, of_branch);
+            sums.drain(2 * d..4 * d);
+            sums
+        })
+        .collect();
+    let mut gamma_grad = add_in_order(parts, 3 * d + width);
+    let of_branch = gamma_grad.split_off(3 * d);
+    let bias = gamma_grad.split_off(2 * d);
+    let beta_grad = gamma_grad.split_off(d);
+    let norm = NormGrads { gamma: tensor(gamma_grad, [d]), beta: tensor(beta_grad, [d]), sum: tensor(total, shape) };
+    (norm, [bias, of_branch])
+}
+
+/// Gradients of a linear layer, in one pass over the rows but for that of the weight.
+///
+/// `x_grad`: the gradient of `x` by other ways, which is added.
+pub fn affine_backward(
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    grad: &FlexTensor,
+    x_grad: Option<FlexTensor>,
+) -> AffineGrads {
+    let x_shape = x.layout().shape().clone();
+    let (n, d_out) = matrix_dims(grad);
+    let (_, d_in) = matrix_dims(x);
+    let transposed = packed(weight, true);
+    let output = if x_grad.is_some() { Output::Accumulate } else { Output::Overwrite };
+    let mut x_grad = x_grad.map_or_else(|| tensor(unset(n * d_in), [n, d_in]), exclusive);
+    let grad = contiguous(grad);
+    let rows = rows_of_blocks(n);
+    let parts: Vec<Vec<f32>> = blocks_mut(x_grad.storage_mut::<f32>(), rows, d_in)
+        .zip(blocks(floats(&grad), rows, d_out))
+        .map(|(x_grad, grad)| {
+            let mut bias_grad = vec![0.0; d_out];
+            add_rows(&mut bias_grad, grad);
+            times(x_grad, output, grad, &transposed, d_out, d_in);
+            bias_grad
+        })
+        .collect();
+    AffineGrads {
+        x: x_grad.reshape(x_shape),
+        weight: backward_weight(x, &grad),
+        bias: tensor(add_in_order(parts, d_out), [d_out]),
+    }
+}

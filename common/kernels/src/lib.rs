@@ -1,0 +1,548 @@
+//! The operations a training step spends its time in, each in two versions that give the same numbers.
+//!
+//! - **Plain**: ordinary tensor operations, on every backend, differentiated by Burn. This is the definition.
+//! - **Fused**: on the `flex` backend in f32, one pass over memory and a hand-written backward; nothing of the size
+//!   `[batch, n_heads, seq, seq]` or `[n, vocab_size]` is ever stored.
+//!
+//! Callers choose with [`Kernels`]. `Fused` silently means plain wherever there is no fused body (other backends,
+//! other float types), so model code never asks where it runs.
+//!
+//! # Invariants
+//! - Fused results have the same bits whatever the number of threads: work is cut into pieces that do not depend on
+//!   it, and partial sums are added in the order of the pieces.
+//! - Fused operations are differentiable once; the backward itself is not tracked.
+//! - All `unsafe` of the project is in `kernels::flex`.
+
+// Without the flex backend there is nothing to choose.
+#![cfg_attr(not(feature = "flex"), allow(unused_variables))]
+
+mod block;
+pub mod fault;
+mod plain;
+mod precision;
+
+pub use precision::Precision;
+
+#[allow(unsafe_code)]
+pub mod memory;
+
+#[allow(unsafe_code, clippy::inline_always)]
+pub mod softmax;
+
+// `inline(always)`: a function that is not inlined is not compiled for the instruction set of its caller.
+#[cfg(feature = "flex")]
+#[allow(unsafe_code, clippy::inline_always, clippy::needless_pass_by_value, clippy::too_many_arguments)]
+mod flex;
+
+#[cfg(feature = "flex")]
+#[allow(clippy::too_many_arguments)]
+mod autodiff;
+
+use burn::tensor::{Device, Int, Tensor};
+
+pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
+
+#[cfg(feature = "flex")]
+use autodiff::FusedOps as _;
+#[cfg(feature = "flex")]
+use burn::backend::Dispatch;
+
+/// Which version of the operations of this module runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kernels {
+    /// Ordinary tensor operations of the backend.
+    Plain,
+    /// Fused operations where there are any, else the plain ones.
+    #[default]
+    Fused,
+}
+
+/// The non-linearity between the two projections of the feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activation {
+    /// `max(x, 0)`, with gradient 0 at 0.
+    Relu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715·x³)))`, GPT-2's GELU (Hendrycks & Gimpel, arXiv:1606.08415).
+    GeluTanh,
+}
+
+/// What one `AdamW` step needs besides the tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta_1: f64,
+    /// Decay of the second moment.
+    pub beta_2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, as a fraction of `lr`.
+    pub weight_decay: f64,
+    /// Number of this step, the first being 1; sets the bias corrections `1 − β^step`.
+    pub step: u64,
+    /// Factor on the gradient before it is used: the clip of the global norm, or 1.
+    pub grad_scale: f64,
+}
+
+/// One parameter in an `AdamW` step; all tensors `[n]`, none tracked by autodiff.
+#[derive(Debug, Clone)]
+pub struct AdamWParam {
+    /// The parameter.
+    pub param: Tensor<1>,
+    /// Its gradient.
+    pub grad: Tensor<1>,
+    /// First moment.
+    pub m: Tensor<1>,
+    /// Second moment.
+    pub v: Tensor<1>,
+    /// The numbers of the step.
+    pub step: AdamWStep,
+}
+
+impl AdamWStep {
+    /// `1 − β₁^step` and `1 − β₂^step`.
+    pub(crate) fn corrections(&self) -> [f64; 2] {
+        [self.beta_1, self.beta_2].map(|beta| 1.0 - beta.powf(self.step as f64))
+    }
+}
+
+/// `x W + b` over the last axis.
+///
+/// # Shapes
+/// - `x`: `[.., d_in]`, `weight`: `[d_in, d_out]`, `bias`: `[d_out]`
+/// - returns `[.., d_out]`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn linear<const D: usize>(kernels: Kernels, x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let [d_in, d_out] = weight.dims();
+    assert_eq!(x.dims()[D - 1], d_in, "the last axis of x is not the first of the weight");
+    if let Some(bias) = &bias {
+        assert_eq!(bias.dims(), [d_out], "bias and weight disagree");
+    }
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        return Tensor::from_dispatch(match bias {
+            Some(bias) => Dispatch::fused_linear(x, weight, bias.into_dispatch()),
+            None => Dispatch::fused_linear_no_bias(x, weight),
+        });
+    }
+    plain::linear(x, weight, bias)
+}
+
+/// `activation(x + b)`, the bias added over the last axis.
+///
+/// # Shapes
+/// - `x`: `[.., d]`, `bias`: `[d]`
+/// - returns the shape of `x`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn bias_activation<const D: usize>(
+    kernels: Kernels,
+    x: Tensor<D>,
+    bias: Tensor<1>,
+    activation: Activation,
+) -> Tensor<D> {
+    assert_eq!(x.dims()[D - 1..], bias.dims(), "bias and the last axis of x disagree");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        return Tensor::from_dispatch(Dispatch::fused_bias_activation(
+            x.into_dispatch(),
+            bias.into_dispatch(),
+            activation,
+        ));
+    }
+    plain::bias_activation(x, bias, activation)
+}
+
+/// Layer normalisation over the last axis: `(x − mean) / √(var + eps) · γ + β`.
+///
+/// # Shapes
+/// - `x`: `[.., d]`, `gamma`, `beta`: `[d]`
+/// - returns the shape of `x`
+///
+/// # Panics
+/// If the shapes do not fit.
+///
+/// # Source
+/// Ba et al., arXiv:1607.06450; the variance is the biased one (divided by `d`), as in `PyTorch`.
+pub fn layer_norm<const D: usize>(
+    kernels: Kernels,
+    x: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+    eps: f64,
+) -> Tensor<D> {
+    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
+    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        return layer_norm_keeping(kernels, x, NormWeights { gamma, beta, eps }).0;
+    }
+    plain::layer_norm(x, gamma, beta, eps)
+}
+
+/// The residual addition and the layer norm after it: `(layer_norm(x + residual), x + residual)`.
+///
+/// A post-norm block uses the first output alone; a pre-norm block carries the second on as the residual stream. The
+/// gradient of the sum by other ways counts as in [`linear_keeping`]: only together with one of the norm.
+///
+/// # Shapes
+/// - `x`, `residual`: `[.., d]`, `gamma`, `beta`: `[d]`
+/// - returns two tensors of the shape of `x`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn add_layer_norm<const D: usize>(
+    kernels: Kernels,
+    x: Tensor<D>,
+    residual: Tensor<D>,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+    eps: f64,
+) -> (Tensor<D>, Tensor<D>) {
+    assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
+    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
+    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &x) {
+        let (normed, sum) = Dispatch::fused_add_layer_norm(
+            x.into_dispatch(),
+            residual.into_dispatch(),
+            gamma.into_dispatch(),
+            beta.into_dispatch(),
+            eps,
+        );
+        return (Tensor::from_dispatch(normed), Tensor::from_dispatch(sum));
+    }
+    let sum = x + residual;
+    (plain::layer_norm(sum.clone(), gamma, beta, eps), sum)
+}
+
+/// Causal multi-head self-attention over the packed projection.
+///
+/// Query `t` of row `b` sees keys `first_key[b][t]..=t`: 0 for a right-padded row, the number of pads for a
+/// left-padded one, the start of the document in a packed one. Scores are divided by `√d_head`.
+///
+/// # Shapes
+/// - `qkv`: `[batch, seq, 3 · d_model]`, queries, keys and values side by side, each `[n_heads, d_head]`
+/// - `first_key`: `[batch, seq]`, at most `t` in column `t`; `None` = 0 everywhere
+/// - `dropout`: `[batch, n_heads, seq, seq]`, factors on the attention weights (0 or `1 / (1 − p)`); always plain
+/// - returns `[batch, seq, d_model]`
+///
+/// # Panics
+/// If the shapes do not fit; fused, also if `first_key[b][t] > t`, where plain gives NaN rather than wait for the device.
+///
+/// # Source
+/// Vaswani et al., arXiv:1706.03762. The fused version keeps a tile of scores at a time and recomputes them in the
+/// backward from the saved log-sum-exp, as Dao et al., arXiv:2205.14135.
+pub fn attention(
+    kernels: Kernels,
+    qkv: Tensor<3>,
+    first_key: Option<Tensor<2, Int>>,
+    n_heads: usize,
+    dropout: Option<Tensor<4>>,
+) -> Tensor<3> {
+    let [batch, seq, width] = qkv.dims();
+    assert_eq!(width % (3 * n_heads), 0, "{width} columns do not hold queries, keys and values of {n_heads} heads");
+    if let Some(first_key) = &first_key {
+        assert_eq!(first_key.dims(), [batch, seq], "first_key does not fit qkv");
+    }
+    #[cfg(feature = "flex")]
+    if dropout.is_none() && is_fused(kernels, &qkv) {
+        let first_key = first_key.map_or_else(|| vec![0; batch * seq], first_keys);
+        return Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), first_key, n_heads));
+    }
+    plain::attention(&qkv, first_key, n_heads, dropout)
+}
+
+/// Attention of new positions over a cache of keys and values, for decoding; not differentiable.
+///
+/// The keys and values of the new positions are written at indices `cached..cached + new`, in place if nobody else
+/// holds the cache. New position `i` then sees keys `first_key[b]..=cached + i` of its row, or only itself if it
+/// stands in the padding.
+///
+/// # Shapes
+/// - `qkv`: `[batch, new, 3 · d_model]`
+/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond the
+///   positions written is never read
+/// - `first_key`: `[batch]`, the first real position of each row (its number of pads)
+/// - returns `([batch, new, d_model], keys, values)`
+///
+/// # Panics
+/// If the shapes do not fit or `cached + new > capacity`.
+pub fn attention_cached(
+    kernels: Kernels,
+    qkv: Tensor<3>,
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    cached: usize,
+    first_key: &[usize],
+) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
+    let [batch, new, width] = qkv.dims();
+    let [_, n_heads, d_head, capacity] = keys.dims();
+    assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
+    assert_eq!(keys.dims(), [batch, n_heads, d_head, capacity], "the cache has another batch");
+    assert_eq!(values.dims(), [batch, n_heads, capacity, d_head], "keys and values do not fit each other");
+    assert_eq!(first_key.len(), batch, "one first key a row");
+    assert!(cached + new <= capacity, "{cached} + {new} positions do not fit a cache of {capacity}");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &qkv) {
+        let (out, keys, values) = Dispatch::fused_attention_cached(
+            qkv.into_dispatch(),
+            keys.into_dispatch(),
+            values.into_dispatch(),
+            cached,
+            first_key,
+        );
+        return (Tensor::from_dispatch(out), Tensor::from_dispatch(keys), Tensor::from_dispatch(values));
+    }
+    plain::attention_cached(&qkv, keys, values, cached, first_key)
+}
+
+/// Runs `body` with the CPU's threads standing by: for many short operations in a row, such as decoding token by token.
+///
+/// Changes no result. Longer operations within it have one thread less for each that stands by.
+pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
+    #[cfg(feature = "flex")]
+    return flex::crew::standing_by(body);
+    #[cfg(not(feature = "flex"))]
+    body()
+}
+
+/// Runs two computations that have nothing to do with each other, at the same time where `device` is the CPU and its
+/// kernels are ours: what one does on a single thread overlaps with the other.
+///
+/// Changes no result; both hold their memory at once.
+pub fn at_once<A: Send, B: Send>(
+    device: &Device,
+    first: impl FnOnce() -> A + Send,
+    second: impl FnOnce() -> B + Send,
+) -> (A, B) {
+    #[cfg(feature = "flex")]
+    if is_flex(device) {
+        return rayon::join(first, second);
+    }
+    (first(), second())
+}
+
+/// Calls `task` with each of `items`, on the threads that [stand by](standing_by) or those of the pool.
+pub(crate) fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
+    #[cfg(feature = "flex")]
+    flex::crew::for_each_of(items, task);
+    #[cfg(not(feature = "flex"))]
+    rayon::prelude::ParallelIterator::for_each(rayon::prelude::IntoParallelRefMutIterator::par_iter_mut(items), task);
+}
+
+/// Log-probability of each target, and the entropy of the distribution it was drawn from, in nats.
+///
+/// With `z = hidden · headᵀ / τ`: `log_probs_i = z_{i, target_i} − log Σ_v exp z_{i, v}` and
+/// `entropy_i = −Σ_v p_{i, v} log p_{i, v}`. `τ` is `temperature + 1e-7`, or exactly 1 for a temperature of exactly 1.
+/// The gradient flows through `log_probs` to `hidden` and `head`; `entropy` has none.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`, `targets`: `[n]`, ids below `vocab_size`
+/// - returns `(log_probs, entropy)`, both `[n]`
+///
+/// # Panics
+/// If the shapes do not fit or a target is not below `vocab_size`.
+///
+/// # Source
+/// The `+ 1e-7` is that of lm-human-preferences' and TRL's PPO (Huang et al., arXiv:2403.17031).
+pub fn token_log_probs(
+    kernels: Kernels,
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    targets: Tensor<1, Int>,
+    temperature: f64,
+) -> (Tensor<1>, Tensor<1>) {
+    let [n, d_model] = hidden.dims();
+    let [_, d_head] = head.dims();
+    assert_eq!(d_model, d_head, "hidden and head differ in d_model");
+    assert_eq!(targets.dims(), [n], "one target a row");
+    let scale = if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) };
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        let (log_probs, entropy) = Dispatch::fused_token_log_probs(
+            hidden.into_dispatch(),
+            head.into_dispatch(),
+            targets.into_dispatch(),
+            scale,
+        );
+        return (Tensor::from_dispatch(log_probs), Tensor::from_dispatch(entropy));
+    }
+    plain::token_log_probs(hidden, head, targets, scale)
+}
+
+/// Cross-entropy in nats: `−Σ_i log p_i[target_i] / denominator`, with `p` the softmax of `hidden · headᵀ`.
+///
+/// The fused version computes the gradients together with the value, so the logits only once: prefer it to summing
+/// [`token_log_probs`] wherever the loss is this sum.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`, `targets`: `[n]`, ids below `vocab_size`
+/// - returns `[1]`
+///
+/// # Panics
+/// If the shapes do not fit or a target is not below `vocab_size`.
+pub fn cross_entropy(
+    kernels: Kernels,
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    targets: Tensor<1, Int>,
+    denominator: f64,
+) -> Tensor<1> {
+    let [n, d_model] = hidden.dims();
+    let [_, d_head] = head.dims();
+    assert_eq!(d_model, d_head, "hidden and head differ in d_model");
+    assert_eq!(targets.dims(), [n], "one target a row");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        return Tensor::from_dispatch(Dispatch::fused_cross_entropy(
+            hidden.into_dispatch(),
+            head.into_dispatch(),
+            targets.into_dispatch(),
+            1.0 / denominator,
+        ));
+    }
+    let (log_probs, _) = plain::token_log_probs(hidden, head, targets, 1.0);
+    log_probs.sum() * (-1.0 / denominator)
+}
+
+/// `hidden · headᵀ`.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`
+/// - returns `[n, vocab_size]`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
+    assert_eq!(hidden.dims()[1], head.dims()[1], "hidden and head differ in d_model");
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &hidden) {
+        return Tensor::from_dispatch(Dispatch::fused_logits(hidden.into_dispatch(), head.into_dispatch()));
+    }
+    hidden.matmul(head.transpose())
+}
+
+/// The embedding of tokens at their positions: `out[b][t] = tokens[ids[b][t]] + places[position of (b, t)]`.
+///
+/// # Shapes
+/// - `tokens`: `[vocab_size, d]`, `places`: `[n_positions, d]`, `ids`: `[batch, seq]`
+/// - `positions`: `[batch · seq]`, each below `n_positions`; `None` where token `t` stands at `start + t`
+/// - returns `[batch, seq, d]`
+///
+/// # Panics
+/// If the shapes do not fit, or an id or a position has no row.
+pub fn embed(
+    kernels: Kernels,
+    tokens: Tensor<2>,
+    places: Tensor<2>,
+    ids: Tensor<2, Int>,
+    positions: Option<&[usize]>,
+    start: usize,
+) -> Tensor<3> {
+    let [batch, seq] = ids.dims();
+    let [n_positions, d] = places.dims();
+    assert_eq!(tokens.dims()[1], d, "the tables differ in width");
+    assert_eq!(positions.map_or(batch * seq, <[usize]>::len), batch * seq, "one position a token");
+    let last = positions.map_or(start + seq, |positions| positions.iter().max().map_or(0, |last| last + 1));
+    assert!(last <= n_positions, "position {} in a table of {n_positions}", last - 1);
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &tokens) {
+        let positions =
+            positions.map_or_else(|| (0..batch * seq).map(|i| start + i % seq).collect(), <[usize]>::to_vec);
+        let (tokens, places) = (tokens.into_dispatch(), places.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_embed(tokens, places, ids.into_dispatch(), positions));
+    }
+    plain::embed(tokens, places, ids, positions, start)
+}
+
+/// One `AdamW` step of many parameters: where fused, in one pass that the threads share.
+///
+/// With `g = grad · grad_scale`: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
+/// `param ← (1 − lr · weight_decay) · param − lr · m̂ / (√v̂ + eps)`, with `m̂ = m / (1 − β₁^step)` and
+/// `v̂ = v / (1 − β₂^step)`. Tensors that nobody else holds are updated in place.
+///
+/// Returns `param`, `m` and `v` of each.
+///
+/// # Panics
+/// If the lengths of a parameter's tensors differ.
+///
+/// # Source
+/// Loshchilov & Hutter, arXiv:1711.05101, with the decay scaled by `lr` as in `PyTorch`.
+pub fn adamw_update(kernels: Kernels, params: Vec<AdamWParam>) -> Vec<[Tensor<1>; 3]> {
+    for AdamWParam { param, grad, m, v, .. } in &params {
+        assert_eq!(param.dims(), grad.dims(), "param and grad differ in length");
+        assert_eq!(param.dims(), m.dims(), "param and m differ in length");
+        assert_eq!(param.dims(), v.dims(), "param and v differ in length");
+    }
+    #[cfg(feature = "flex")]
+    if params.iter().all(|p| is_fused(kernels, &p.param)) {
+        return flex::adamw::update(params);
+    }
+    params.into_iter().map(plain::adamw_update).collect()
+}
+
+/// `Σ x²` over all tensors, for the norm of all gradients: on the host, added in f64 in a fixed order where fused.
+pub fn sum_of_squares(kernels: Kernels, tensors: &[Tensor<1>]) -> f64 {
+    #[cfg(feature = "flex")]
+    if tensors.iter().all(|x| is_fused(kernels, x)) {
+        return flex::adamw::sum_of_squares(tensors);
+    }
+    tensors.iter().cloned().map(plain::sum_of_squares).sum()
+}
+
+/// Whether reading `x` waits for nothing: it was computed by the CPU, in the host's memory.
+pub fn is_on_host<const D: usize>(x: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+    let device = x.device();
+    match device.as_dispatch() {
+        DispatchDevice::Autodiff(_) => is_on_host(&x.clone().inner()),
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        #[allow(unreachable_patterns, reason = "with the two backends above there may be no other")]
+        _ => false,
+    }
+}
+
+/// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.
+#[cfg(feature = "flex")]
+fn is_fused<const D: usize>(kernels: Kernels, x: &Tensor<D>) -> bool {
+    kernels == Kernels::Fused && x.dtype() == burn::tensor::DType::F32 && is_flex(&x.device())
+}
+
+#[cfg(feature = "flex")]
+fn is_flex(device: &Device) -> bool {
+    use burn::backend::DispatchDevice;
+    match device.as_dispatch() {
+        DispatchDevice::Autodiff(device) => matches!(**device, DispatchDevice::Flex(_)),
+        device => matches!(device, DispatchDevice::Flex(_)),
+    }
+}
+
+/// The first key of each position on the host.
+///
+/// # Panics
+/// If a query's first key comes after the query.
+#[cfg(feature = "flex")]
+fn first_keys(first_key: Tensor<2, Int>) -> Vec<usize> {
+    let [_, seq] = first_key.dims();
+    let check = |(i, first): (usize, i64)| {
+        let query = i % seq;
+        assert!((0..=query as i64).contains(&first), "query {query} with first key {first} sees no key");
+        first as usize
+    };
+    first_key.into_data().iter::<i64>().enumerate().map(check).collect()
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests;

@@ -1,0 +1,267 @@
+//! Architecture: presets, every switch between them, and what makes a configuration valid.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use kernels::Activation;
+
+/// How a token's place in the sequence enters the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Positions {
+    /// Fixed sines and cosines (Vaswani et al. 2017, section 3.5).
+    Sinusoidal,
+    /// A learned vector per position (GPT-2).
+    Learned,
+}
+
+/// Where LayerNorm stands relative to a residual branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NormPlacement {
+    /// `LayerNorm(x + SubLayer(x))` (Vaswani et al. 2017, GPT-1).
+    Post,
+    /// `x + SubLayer(LayerNorm(x))` with a final LayerNorm (GPT-2).
+    Pre,
+}
+
+/// A named architecture that a configuration starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preset {
+    /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, `ReLU`, tied output weights.
+    #[default]
+    Transformer,
+    /// GPT-2: learned positions, pre-norm, tanh-GELU, tied output weights.
+    Gpt2,
+}
+
+/// Everything that fixes the architecture of a [`Gpt`](super::Gpt).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GptConfig {
+    /// Number of token ids.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Attention heads per block; divides `d_model`.
+    pub n_heads: usize,
+    /// Width of the feed-forward layer.
+    pub d_ff: usize,
+    /// Longest sequence in tokens.
+    pub max_seq_len: usize,
+    /// Probability that dropout zeroes a number, in training.
+    pub dropout: f64,
+    /// How positions enter.
+    pub positions: Positions,
+    /// Where LayerNorm stands.
+    pub norm: NormPlacement,
+    /// The feed-forward non-linearity.
+    pub activation: Activation,
+    /// Whether the output weights are the token embeddings.
+    pub tie_embeddings: bool,
+    /// Added to the variance in LayerNorm.
+    pub layer_norm_eps: f64,
+}
+
+/// The `[model]` section of a configuration file: a preset and what overrides it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSection {
+    /// The architecture to start from.
+    pub preset: Preset,
+    /// Width of the residual stream; 128 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_model: Option<usize>,
+    /// Number of blocks; 4 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_layers: Option<usize>,
+    /// Attention heads per block; 4 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_heads: Option<usize>,
+    /// Feed-forward width; `4 · d_model` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_ff: Option<usize>,
+    /// Longest sequence in tokens; 256 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_seq_len: Option<usize>,
+    /// Dropout probability; 0 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
+    /// Overrides the preset's positions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
+    /// Overrides the preset's norm placement.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm: Option<NormPlacement>,
+    /// Overrides the preset's activation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activation: Option<Activation>,
+    /// Overrides whether output weights are tied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tie_embeddings: Option<bool>,
+}
+
+impl ModelSection {
+    /// The architecture this section describes for a vocabulary of `vocab_size` tokens.
+    ///
+    /// # Errors
+    /// If the numbers do not fit together, see [`GptConfig::validate`].
+    pub fn resolve(&self, vocab_size: usize) -> Result<GptConfig, ModelConfigError> {
+        let base = match self.preset {
+            Preset::Transformer => GptConfig::transformer(vocab_size),
+            Preset::Gpt2 => GptConfig::gpt2(vocab_size),
+        };
+        let d_model = self.d_model.unwrap_or(base.d_model);
+        let config = GptConfig {
+            vocab_size,
+            d_model,
+            n_layers: self.n_layers.unwrap_or(base.n_layers),
+            n_heads: self.n_heads.unwrap_or(base.n_heads),
+            d_ff: self.d_ff.unwrap_or(4 * d_model),
+            max_seq_len: self.max_seq_len.unwrap_or(base.max_seq_len),
+            dropout: self.dropout.unwrap_or(base.dropout),
+            positions: self.positions.unwrap_or(base.positions),
+            norm: self.norm.unwrap_or(base.norm),
+            activation: self.activation.unwrap_or(base.activation),
+            tie_embeddings: self.tie_embeddings.unwrap_or(base.tie_embeddings),
+            layer_norm_eps: base.layer_norm_eps,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// Why an architecture cannot be built.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum ModelConfigError {
+    /// A size is zero.
+    #[error("model: `{name}` must be at least 1")]
+    Zero {
+        /// The configuration key.
+        name: &'static str,
+    },
+    /// The heads do not divide the width.
+    #[error("model: `d_model` {d_model} is not a multiple of `n_heads` {n_heads}")]
+    Heads {
+        /// Width of the residual stream.
+        d_model: usize,
+        /// Attention heads.
+        n_heads: usize,
+    },
+    /// Sinusoidal positions pair sines with cosines.
+    #[error("model: sinusoidal positions need an even `d_model`, found {d_model}")]
+    OddWidth {
+        /// Width of the residual stream.
+        d_model: usize,
+    },
+    /// Not a probability below one.
+    #[error("model: `dropout` must lie in [0, 1), found {dropout}")]
+    Dropout {
+        /// The value found.
+        dropout: f64,
+    },
+}
+
+impl GptConfig {
+    /// The preset `transformer` at its default size.
+    ///
+    /// # Source
+    /// Vaswani et al., arXiv:1706.03762, decoder only. Two deviations: the embeddings are not multiplied by √d, and
+    /// there is no cross-attention.
+    pub fn transformer(vocab_size: usize) -> Self {
+        Self {
+            vocab_size,
+            d_model: 128,
+            n_layers: 4,
+            n_heads: 4,
+            d_ff: 512,
+            max_seq_len: 256,
+            dropout: 0.0,
+            positions: Positions::Sinusoidal,
+            norm: NormPlacement::Post,
+            activation: Activation::Relu,
+            tie_embeddings: true,
+            layer_norm_eps: 1e-5,
+        }
+    }
+
+    /// The preset `gpt2` at the default size (not that of the 124M model).
+    ///
+    /// # Source
+    /// Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3.
+    pub fn gpt2(vocab_size: usize) -> Self {
+        Self {
+            positions: Positions::Learned,
+            norm: NormPlacement::Pre,
+            activation: Activation::GeluTanh,
+            ..Self::transformer(vocab_size)
+        }
+    }
+
+    /// Width of one head.
+    pub const fn d_head(&self) -> usize {
+        self.d_model / self.n_heads
+    }
+
+    /// Checks that the numbers fit together.
+    ///
+    /// # Errors
+    /// If a size is zero, the heads do not divide the width, sinusoids meet an odd width, or `dropout` is no
+    /// probability below one.
+    pub fn validate(&self) -> Result<(), ModelConfigError> {
+        for (name, value) in [
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("n_layers", self.n_layers),
+            ("n_heads", self.n_heads),
+            ("d_ff", self.d_ff),
+            ("max_seq_len", self.max_seq_len),
+        ] {
+            if value == 0 {
+                return Err(ModelConfigError::Zero { name });
+            }
+        }
+        let (d_model, n_heads, dropout) = (self.d_model, self.n_heads, self.dropout);
+        if d_model % n_heads != 0 {
+            return Err(ModelConfigError::Heads { d_model, n_heads });
+        }
+        if self.positions == Positions::Sinusoidal && d_model % 2 != 0 {
+            return Err(ModelConfigError::OddWidth { d_model });
+        }
+        if !(0.0..1.0).contains(&dropout) {
+            return Err(ModelConfigError::Dropout { dropout });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_override_changes_one_switch_of_the_preset() {
+        let section =
+            ModelSection { preset: Preset::Gpt2, d_model: Some(64), tie_embeddings: Some(false), ..Default::default() };
+        let config = section.resolve(100).expect("valid");
+        assert_eq!(config, GptConfig { d_model: 64, d_ff: 256, tie_embeddings: false, ..GptConfig::gpt2(100) });
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() {
+        let with = |f: fn(&mut GptConfig)| {
+            let mut config = GptConfig::transformer(10);
+            f(&mut config);
+            config.validate().expect_err("invalid").to_string()
+        };
+        assert_eq!(with(|c| c.n_heads = 3), "model: `d_model` 128 is not a multiple of `n_heads` 3");
+        assert_eq!(with(|c| c.n_layers = 0), "model: `n_layers` must be at least 1");
+        assert_eq!(with(|c| c.dropout = 1.0), "model: `dropout` must lie in [0, 1), found 1");
+        assert_eq!(
+            with(|c| (c.d_model, c.n_heads) = (9, 3)),
+            "model: sinusoidal positions need an even `d_model`, found 9"
+        );
+    }
+}

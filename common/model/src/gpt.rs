@@ -1,0 +1,514 @@
+//! The decoder-only transformer.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
+use rayon::prelude::*;
+
+use super::cache::LayerCache;
+use super::positions::sinusoid_table;
+use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
+use base::rng::{Rng, Streams};
+use kernels::{self, Affine, Kernels, NormWeights, Precision};
+
+/// A decoder-only transformer with either preset's architecture or any mixture of their switches.
+///
+/// Token embedding plus position, `n_layers` blocks, with pre-norm a final LayerNorm, and an output layer that
+/// shares the token embedding's weights or has its own.
+///
+/// # Source
+/// Vaswani et al., arXiv:1706.03762 (preset `transformer`); Radford et al. 2019, GPT-2 (preset `gpt2`).
+#[derive(Module, Debug)]
+pub struct Gpt {
+    /// `[vocab_size, d_model]`
+    token_embedding: Param<Tensor<2>>,
+    /// `[max_seq_len, d_model]`, with learned positions only
+    position_embedding: Option<Param<Tensor<2>>>,
+    /// `[max_seq_len, d_model]`, with fixed positions only; no parameter
+    sinusoids: Option<Tensor<2>>,
+    blocks: Vec<Block>,
+    /// With pre-norm only.
+    final_norm: Option<Norm>,
+    /// `[vocab_size, d_model]`, where not tied
+    head: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    config: GptConfig,
+    #[module(skip)]
+    kernels: Kernels,
+    #[module(skip)]
+    precision: Precision,
+}
+
+/// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`]'s.
+#[derive(Module, Debug)]
+struct Block {
+    norm_1: Norm,
+    attention: Attention,
+    norm_2: Norm,
+    mlp: Mlp,
+}
+
+/// Causal multi-head self-attention.
+#[derive(Module, Debug)]
+struct Attention {
+    /// `[d_model, 3·d_model]`: queries, keys and values side by side, each with its heads in order
+    qkv: Linear,
+    proj: Linear,
+    n_heads: usize,
+}
+
+/// The position-wise feed-forward layer: up, non-linearity, down.
+#[derive(Module, Debug)]
+struct Mlp {
+    up: Linear,
+    down: Linear,
+}
+
+/// `y = x·W + b` with `W: [d_in, d_out]`.
+#[derive(Module, Debug)]
+struct Linear {
+    weight: Param<Tensor<2>>,
+    bias: Param<Tensor<1>>,
+}
+
+/// LayerNorm with gain and offset.
+#[derive(Module, Debug)]
+struct Norm {
+    gamma: Param<Tensor<1>>,
+    beta: Param<Tensor<1>>,
+}
+
+/// What the layers of one forward pass need besides their weights.
+struct Pass<'a> {
+    kernels: Kernels,
+    /// Of the branches; the residual stream and the norms are in f32.
+    precision: Precision,
+    eps: f64,
+    /// `[batch, seq]`
+    first_key: Option<Tensor<2, Int>>,
+    dropout: Option<Dropout<'a>>,
+    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
+    in_blocks: bool,
+}
+
+/// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
+struct Dropout<'a> {
+    probability: f64,
+    rng: &'a mut Rng,
+}
+
+impl Gpt {
+    /// A model with random weights, the same on every backend.
+    ///
+    /// `gpt2`: all weights N(0, 0.02), those that project into the residual stream `N(0, 0.02/√(2·n_layers))`.
+    /// `transformer` (that is, post-norm): linear layers Glorot-uniform; tied embeddings `N(0, 1/√d_model)`, so that
+    /// output logits begin with unit variance; untied ones `N(0, 1)`, so that they begin as long as the sinusoids they
+    /// are added to, which have length `√(d_model/2)` and are not scaled down. Biases are 0, norms the identity.
+    ///
+    /// # Panics
+    /// If `config` is invalid, see [`GptConfig::validate`].
+    ///
+    /// # Source
+    /// GPT-2: Radford et al. 2019, section 2.3, with nanoGPT's reading of the residual scale. Glorot & Bengio 2010,
+    /// as in tensor2tensor's transformer.
+    pub fn new(config: &GptConfig, streams: &Streams, device: &Device) -> Self {
+        let values = super::named::param_paths(&Self::blank(config, &device.clone().inner()))
+            .into_par_iter()
+            .map(|(path, shape)| {
+                let data = initial_values(config, &path, &shape, streams);
+                (path, super::HostTensor { shape, data })
+            })
+            .collect();
+        Self::from_named(config, values, device).expect("initial values are made from the model's own paths and shapes")
+    }
+
+    /// A model with the given weights.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unused or has another shape than `config` asks for.
+    ///
+    /// # Panics
+    /// If `config` is invalid, see [`GptConfig::validate`].
+    pub fn from_named(config: &GptConfig, named: NamedTensors, device: &Device) -> Result<Self, NamedError> {
+        super::named::load(Self::blank(config, device), named)
+    }
+
+    /// A model whose parameters have their shapes only, to be [loaded](super::named::load): each is one number, repeated
+    /// without taking up memory.
+    pub(super) fn blank(config: &GptConfig, device: &Device) -> Self {
+        if let Err(error) = config.validate() {
+            panic!("{error}");
+        }
+        let (d_model, d_ff) = (config.d_model, config.d_ff);
+        let number = Tensor::<1>::zeros([1], device);
+        let vector = |n| Param::from_tensor(number.clone().expand([n]));
+        let table = |n| Param::from_tensor(number.clone().expand([n, d_model]));
+        let linear = |d_in, d_out| Linear {
+            weight: Param::from_tensor(number.clone().expand([d_in, d_out])),
+            bias: vector(d_out),
+        };
+        let norm = || Norm { gamma: vector(d_model), beta: vector(d_model) };
+        let block = |_| Block {
+            norm_1: norm(),
+            attention: Attention {
+                qkv: linear(d_model, 3 * d_model),
+                proj: linear(d_model, d_model),
+                n_heads: config.n_heads,
+            },
+            norm_2: norm(),
+            mlp: Mlp { up: linear(d_model, d_ff), down: linear(d_ff, d_model) },
+        };
+        Self {
+            token_embedding: table(config.vocab_size),
+            position_embedding: (config.positions == Positions::Learned).then(|| table(config.max_seq_len)),
+            sinusoids: (config.positions == Positions::Sinusoidal).then(|| {
+                let table = sinusoid_table(config.max_seq_len, d_model);
+                Tensor::from_data(TensorData::new(table, [config.max_seq_len, d_model]), device)
+            }),
+            blocks: (0..config.n_layers).map(block).collect(),
+            final_norm: (config.norm == NormPlacement::Pre).then(norm),
+            head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
+            config: config.clone(),
+            kernels: Kernels::default(),
+            precision: Precision::default(),
+        }
+    }
+
+    /// Hidden states of every position, after the last norm.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, seq]`, each in `0..vocab_size`
+    /// - returns `[batch, seq, d_model]`
+    ///
+    /// # Panics
+    /// If a position reaches `max_seq_len` or `layout` was made for another batch.
+    pub fn hidden(&self, ids: Tensor<2, Int>, layout: &Layout) -> Tensor<3> {
+        self.hidden_with_dropout(ids, layout, None)
+    }
+
+    /// [`hidden`](Self::hidden) with dropout at the configured probability, drawn from `rng`.
+    ///
+    /// Dropout acts on the embeddings, on the attention weights and on what each branch adds to the residual stream.
+    ///
+    /// # Source
+    /// Vaswani et al., section 5.4; GPT-2 drops at the same places.
+    pub fn hidden_with_dropout(&self, ids: Tensor<2, Int>, layout: &Layout, rng: Option<&mut Rng>) -> Tensor<3> {
+        let [batch, seq] = ids.dims();
+        let positions = layout.positions(seq);
+        let probability = self.config.dropout;
+        let dropout = rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng });
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: layout.first_key_tensor(batch, seq, &ids.device()),
+            in_blocks: dropout.is_none() && self.precision == Precision::F32,
+            dropout,
+        };
+        let x = self.embed(ids, positions.as_deref(), 0);
+        self.run_blocks(x, &mut pass, None)
+    }
+
+    /// Hidden states of new positions behind those in `cache`, which they are appended to.
+    ///
+    /// The same numbers as [`hidden`](Self::hidden) over the whole sequence gives for these positions: several at
+    /// once for a prompt, one at a time after it.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, seq]`
+    /// - returns `[batch, seq, d_model]`
+    ///
+    /// # Panics
+    /// If `cache` has no room left or holds another number of rows.
+    pub fn decode(&self, ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
+        let [batch, seq] = ids.dims();
+        assert_eq!(batch, cache.batch(), "a batch of {batch} for a cache of {} rows", cache.batch());
+        assert!(cache.len + seq <= cache.capacity, "{} + {seq} exceed the cache's {}", cache.len, cache.capacity);
+        let start = cache.len;
+        let positions: Option<Vec<usize>> = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
+            let position = |n: usize, t: usize| (start + t).saturating_sub(n);
+            cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
+        });
+        let x = self.embed(ids, positions.as_deref(), start);
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: None,
+            dropout: None,
+            in_blocks: false,
+        };
+        let hidden = self.run_blocks(x, &mut pass, Some(cache));
+        cache.len += seq;
+        hidden
+    }
+
+    /// Output logits of hidden states.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, seq, d_model]`
+    /// - returns `[batch, seq, vocab_size]`
+    pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
+        let [batch, seq, d_model] = hidden.dims();
+        let head = self.head_weight();
+        let [vocab_size, _] = head.dims();
+        let (hidden, head) =
+            (self.precision.narrow(hidden.reshape([batch * seq, d_model])), self.precision.narrow(head));
+        self.precision.widen(kernels::logits(self.kernels, hidden, head)).reshape([batch, seq, vocab_size])
+    }
+
+    /// Logits of every position: [`logits`](Self::logits) of [`hidden`](Self::hidden).
+    pub fn forward(&self, ids: Tensor<2, Int>, layout: &Layout) -> Tensor<3> {
+        self.logits(self.hidden(ids, layout))
+    }
+
+    /// The output layer's weights, `[vocab_size, d_model]`: the token embedding where tied.
+    pub fn head_weight(&self) -> Tensor<2> {
+        self.head.as_ref().unwrap_or(&self.token_embedding).val()
+    }
+
+    /// The architecture.
+    pub const fn config(&self) -> &GptConfig {
+        &self.config
+    }
+
+    /// The device the weights are on.
+    pub fn device(&self) -> Device {
+        self.token_embedding.val().device()
+    }
+
+    /// Which kernels the model computes with.
+    pub const fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// The same model computing with `kernels`.
+    #[must_use]
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.kernels = kernels;
+        self
+    }
+
+    /// What the model computes in.
+    pub const fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The same model computing in `precision`; its weights stay in f32, and so do the numbers it gives.
+    ///
+    /// Matrix products and what lies between them are in `precision`; the residual stream, norms, softmax and
+    /// log-probabilities are in f32.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// The same model without output weights of its own: the trunk of a [`ScalarGpt`](super::ScalarGpt).
+    #[must_use]
+    pub(super) fn without_head(mut self) -> Self {
+        self.head = None;
+        self
+    }
+
+    /// All weights by path, on the host.
+    pub fn to_named(&self) -> NamedTensors {
+        super::named::collect(self)
+    }
+
+    /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.
+    fn embed(&self, ids: Tensor<2, Int>, positions: Option<&[usize]>, start: usize) -> Tensor<3> {
+        let [_, seq] = ids.dims();
+        let max_seq_len = self.config.max_seq_len;
+        let last = positions.map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
+        assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
+        let places = match (&self.position_embedding, &self.sinusoids) {
+            (Some(learned), _) => learned.val(),
+            (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
+        };
+        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions, start)
+    }
+
+    /// All blocks and the final norm.
+    ///
+    /// A norm that follows a residual addition takes the addition along, so with pre-norm each block's second branch
+    /// is added by the norm of the next block.
+    fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Cache>) -> Tensor<3> {
+        let x = pass.drop(x);
+        let act = self.config.activation;
+        match self.config.norm {
+            NormPlacement::Post => {
+                let mut x = x;
+                for (i, block) in self.blocks.iter().enumerate() {
+                    let (qkv, residual) = block.attention.qkv.forward_keeping(x, pass);
+                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
+                    x = block.attention.finish(mixed, residual, &block.norm_1, pass).0;
+                    x = block.mlp.forward(x.clone(), act, x, &block.norm_2, pass).0;
+                }
+                x
+            }
+            NormPlacement::Pre => {
+                let (mut normed, mut x) = self.blocks[0].norm_1.forward_keeping(x, pass);
+                for (i, block) in self.blocks.iter().enumerate() {
+                    let qkv = block.attention.qkv.forward(pass.precision.narrow(normed), pass);
+                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
+                    (normed, x) = block.attention.finish(mixed, x, &block.norm_2, pass);
+                    let next_norm = self.blocks.get(i + 1).map_or(self.final_norm.as_ref(), |next| Some(&next.norm_1));
+                    let next_norm = next_norm.expect("pre-norm has a final norm");
+                    (normed, x) = block.mlp.forward(normed, act, x, next_norm, pass);
+                }
+                normed
+            }
+        }
+    }
+}
+
+impl Attention {
+    /// `softmax(QKᵀ/√d_head)·V` over what each query sees.
+    ///
+    /// # Shapes
+    /// - `qkv`: `[batch, seq, 3·d_model]`
+    /// - returns `[batch, seq, d_model]`
+    fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
+        let [batch, seq, width] = qkv.dims();
+        let mixed = match cache {
+            None => {
+                let dropout_mask = pass.mask::<4>([batch, self.n_heads, seq, seq], &qkv.device());
+                kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.n_heads, dropout_mask)
+            }
+            Some(cache) => {
+                let LayerCache { keys_values } = &mut cache.layers[layer];
+                let (keys, values) = keys_values.take().expect("each layer's cache is put back after use");
+                let (mixed, keys, values) =
+                    kernels::attention_cached(pass.kernels, qkv, keys, values, cache.len, &cache.n_pads);
+                *keys_values = Some((keys, values));
+                mixed
+            }
+        };
+        assert_shape!(mixed, [batch, seq, width / 3]);
+        mixed
+    }
+
+    /// The output projection, what it is added to, and the norm after that: see [`Norm::add`].
+    fn finish(
+        &self,
+        mixed: Tensor<3>,
+        residual: Tensor<3>,
+        norm: &Norm,
+        pass: &mut Pass<'_>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if pass.in_blocks {
+            return kernels::project_add_norm(pass.kernels, mixed, self.proj.weights(), residual, norm.weights(pass));
+        }
+        let projected = pass.precision.widen(self.proj.forward(mixed, pass));
+        norm.add(pass.drop(projected), residual, pass)
+    }
+}
+
+impl Mlp {
+    /// `W₂·act(W₁·x + b₁) + b₂`, what it is added to, and the norm after that: see [`Norm::add`].
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        activation: super::Activation,
+        residual: Tensor<3>,
+        norm: &Norm,
+        pass: &mut Pass<'_>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if pass.in_blocks {
+            let (up, down, norm) = (self.up.weights(), self.down.weights(), norm.weights(pass));
+            return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
+        }
+        // [batch, seq, d_ff]
+        let Pass { kernels, precision, .. } = *pass;
+        let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
+        let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
+        let down = precision.widen(self.down.forward(active, pass));
+        norm.add(pass.drop(down), residual, pass)
+    }
+}
+
+impl Linear {
+    fn weights(&self) -> Affine {
+        Affine { weight: self.weight.val(), bias: self.bias.val() }
+    }
+
+    /// In the precision of the pass, `x` and what is returned.
+    fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
+        let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
+        kernels::linear(pass.kernels, x, weight, Some(bias))
+    }
+
+    /// The result in the precision of the pass, and `x` again for the residual addition.
+    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+        if pass.in_blocks {
+            return kernels::linear_keeping(pass.kernels, x, self.weights());
+        }
+        (self.forward(pass.precision.narrow(x.clone()), pass), x)
+    }
+}
+
+impl Norm {
+    fn weights(&self, pass: &Pass<'_>) -> NormWeights {
+        NormWeights { gamma: self.gamma.val(), beta: self.beta.val(), eps: pass.eps }
+    }
+
+    /// The result, and `x` again for the residual addition.
+    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+        kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass))
+    }
+
+    /// `(LayerNorm(branch + residual), branch + residual)`.
+    fn add(&self, branch: Tensor<3>, residual: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+        kernels::add_layer_norm(pass.kernels, branch, residual, self.gamma.val(), self.beta.val(), pass.eps)
+    }
+}
+
+impl Pass<'_> {
+    /// A mask of zeros and `1/(1 − p)`, or `None` where nothing is dropped.
+    fn mask<const D: usize>(&mut self, shape: [usize; D], device: &Device) -> Option<Tensor<D>> {
+        let dropout = self.dropout.as_mut()?;
+        let keep = 1.0 / (1.0 - dropout.probability) as f32;
+        let n = shape.iter().product();
+        let draw = |_| if dropout.rng.uniform() < dropout.probability { 0.0 } else { keep };
+        let mask: Vec<f32> = (0..n).map(draw).collect();
+        Some(Tensor::from_data(TensorData::new(mask, shape), device))
+    }
+
+    fn drop(&mut self, x: Tensor<3>) -> Tensor<3> {
+        match self.mask(x.dims(), &x.device()) {
+            Some(mask) => x * mask,
+            None => x,
+        }
+    }
+}
+
+/// The numbers a parameter starts from, drawn from the stream that bears its path.
+fn initial_values(config: &GptConfig, path: &str, shape: &[usize], streams: &Streams) -> Vec<f32> {
+    let n = shape.iter().product();
+    if path.ends_with("gamma") {
+        return vec![1.0; n];
+    }
+    if path.ends_with("beta") || path.ends_with("bias") {
+        return vec![0.0; n];
+    }
+    let mut rng = streams.get(&format!("init/{path}"), 0);
+    let residual = path.ends_with("proj.weight") || path.ends_with("down.weight");
+    let embedding = !path.ends_with("weight");
+    match config.norm {
+        NormPlacement::Pre => {
+            let std = if residual { 0.02 / ((2 * config.n_layers) as f64).sqrt() } else { 0.02 };
+            (0..n).map(|_| (std * rng.normal()) as f32).collect()
+        }
+        NormPlacement::Post if embedding => {
+            let unit_logits = 1.0 / (config.d_model as f64).sqrt();
+            let std = if config.tie_embeddings || path == "head" { unit_logits } else { 1.0 };
+            (0..n).map(|_| (std * rng.normal()) as f32).collect()
+        }
+        NormPlacement::Post => {
+            // The packed projection holds three square matrices, each initialised as one.
+            let fan_out = if path.ends_with("qkv.weight") { shape[1] / 3 } else { shape[1] };
+            let bound = (6.0 / (shape[0] + fan_out) as f64).sqrt();
+            (0..n).map(|_| (bound * (2.0 * rng.uniform() - 1.0)) as f32).collect()
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The one transformer of Kindling: configuration, forward pass, key/value cache and scalar heads.
+
+mod cache;
+mod config;
+pub mod generate;
+mod gpt;
+pub mod hf;
+mod layout;
+pub mod loss;
+mod named;
+pub mod optim;
+mod positions;
+mod scalar;
+
+#[cfg(test)]
+mod tests;
+
+pub use cache::Cache;
+pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormPlacement, Positions, Preset};
+pub use gpt::Gpt;
+pub use layout::Layout;
+pub use named::{HostTensor, NamedError, NamedTensors, param_paths};
+pub use positions::sinusoid_table;
+pub use scalar::ScalarGpt;

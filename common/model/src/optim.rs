@@ -1,0 +1,577 @@
+//! AdamW with parameter groups, clipping by the global norm, and learning-rate schedules.
+//!
+//! Burn's own optimisers clip tensor by tensor and know no groups by name, so the update is ours; the arithmetic of one
+//! step is [`kernels::adamw_update`].
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{HostTensor, NamedTensors};
+use kernels::{self, AdamWParam, AdamWStep, Kernels, Precision};
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// Half a cosine from `lr` to `min_lr`.
+    #[default]
+    Cosine,
+    /// A straight line from `lr` to `min_lr`.
+    Linear,
+    /// `lr` throughout.
+    Constant,
+}
+
+/// The `[optimizer]` section of every training stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Learning rate at the end of the schedule.
+    pub min_lr: f64,
+    /// How the rate moves after the warm-up.
+    pub schedule: Schedule,
+    /// Steps over which the rate rises from 0.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay, on matrices only.
+    pub weight_decay: f64,
+    /// Decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest global gradient norm; 0 for no clipping.
+    pub grad_clip: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            min_lr: 0.0,
+            schedule: Schedule::Cosine,
+            warmup_steps: 0,
+            weight_decay: 0.1,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            grad_clip: 1.0,
+        }
+    }
+}
+
+impl OptimizerConfig {
+    /// The defaults of reward models and PPO: `lr` 1e-5 falling in a straight line to 0, no weight decay, `eps` 1e-5.
+    ///
+    /// # Source
+    /// lm-human-preferences, `launch.py`; "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031. The
+    /// `betas` are PyTorch's, as there.
+    pub fn rlhf() -> Self {
+        Self {
+            lr: 1e-5,
+            schedule: Schedule::Linear,
+            weight_decay: 0.0,
+            betas: [0.9, 0.999],
+            eps: 1e-5,
+            ..Self::default()
+        }
+    }
+}
+
+/// Reads an [`OptimizerConfig`] whose missing keys take the values of [`OptimizerConfig::rlhf`]:
+/// `#[serde(with = "RlhfDefaults")]`.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "OptimizerConfig", deny_unknown_fields, default = "OptimizerConfig::rlhf")]
+pub struct RlhfDefaults {
+    lr: f64,
+    min_lr: f64,
+    schedule: Schedule,
+    warmup_steps: u64,
+    weight_decay: f64,
+    betas: [f64; 2],
+    eps: f64,
+    grad_clip: f64,
+}
+
+/// A value of [`OptimizerConfig`] that makes no sense.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[error("optimizer: `{name}` must be {expected}, found {found}")]
+pub struct OptimizerConfigError {
+    /// The configuration key.
+    pub name: &'static str,
+    /// What would be accepted.
+    pub expected: &'static str,
+    /// The value found.
+    pub found: f64,
+}
+
+impl OptimizerConfig {
+    /// Checks every value's range.
+    ///
+    /// # Errors
+    /// Naming the first key whose value is out of range.
+    pub fn validate(&self) -> Result<(), OptimizerConfigError> {
+        let [beta_1, beta_2] = self.betas;
+        let non_negative = |x: f64| x >= 0.0 && x.is_finite();
+        let checks = [
+            ("lr", "a positive number", self.lr, self.lr > 0.0 && self.lr.is_finite()),
+            ("min_lr", "between 0 and `lr`", self.min_lr, (0.0..=self.lr).contains(&self.min_lr)),
+            ("weight_decay", "0 or more", self.weight_decay, non_negative(self.weight_decay)),
+            ("betas", "in [0, 1)", beta_1, (0.0..1.0).contains(&beta_1)),
+            ("betas", "in [0, 1)", beta_2, (0.0..1.0).contains(&beta_2)),
+            ("eps", "a positive number", self.eps, self.eps > 0.0 && self.eps.is_finite()),
+            ("grad_clip", "0 or more", self.grad_clip, non_negative(self.grad_clip)),
+        ];
+        match checks.into_iter().find(|(.., ok)| !ok) {
+            Some((name, expected, found, _)) => Err(OptimizerConfigError { name, expected, found }),
+            None => Ok(()),
+        }
+    }
+
+    /// The learning rate of step `step` (the first is 0) out of `n_steps`.
+    ///
+    /// During the warm-up `lr·(step + 1)/(warmup_steps + 1)`; after it, with `p` the fraction of the remaining steps
+    /// already done, `min_lr + (lr − min_lr)·(1 + cos πp)/2` or `lr − (lr − min_lr)·p` or `lr`.
+    ///
+    /// # Source
+    /// nanoGPT's `get_lr` for the cosine; the straight line is RLHF practice (`lr·(1 − (u − 1)/U)` from
+    /// lm-human-preferences, whose `u` counts from 1).
+    pub fn lr_at(&self, step: u64, n_steps: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.lr * (step + 1) as f64 / (self.warmup_steps + 1) as f64;
+        }
+        let remaining = n_steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / remaining as f64).min(1.0);
+        let span = self.lr - self.min_lr;
+        match self.schedule {
+            Schedule::Cosine => self.min_lr + span * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+            Schedule::Linear => self.lr - span * progress,
+            Schedule::Constant => self.lr,
+        }
+    }
+}
+
+/// Gradients by parameter path, each flat, off the autodiff graph.
+#[derive(Debug, Default)]
+pub struct Grads {
+    by_path: BTreeMap<String, Tensor<1>>,
+}
+
+impl Grads {
+    /// Takes the gradients of `module`'s parameters out of a backward pass.
+    ///
+    /// A parameter the loss does not depend on has none.
+    pub fn take<M: Module>(module: &M, gradients: Gradients) -> Self {
+        struct Take {
+            path: Vec<String>,
+            gradients: Gradients,
+            by_path: BTreeMap<String, Tensor<1>>,
+        }
+        impl ModuleVisitor for Take {
+            fn enter_module(&mut self, name: &str, _container: &str) {
+                self.path.push(name.to_owned());
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.path.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if let Some(grad) = param.val().grad_remove(&mut self.gradients) {
+                    let n = grad.shape().num_elements();
+                    self.by_path.insert(self.path.join("."), grad.reshape([n]));
+                }
+            }
+        }
+        let mut take = Take { path: Vec::new(), gradients, by_path: BTreeMap::new() };
+        module.visit(&mut take);
+        Self { by_path: take.by_path }
+    }
+
+    /// Adds another micro-batch's gradients.
+    #[must_use]
+    pub fn plus(mut self, other: Self) -> Self {
+        for (path, grad) in other.by_path {
+            let sum = match self.by_path.remove(&path) {
+                Some(earlier) => earlier + grad,
+                None => grad,
+            };
+            self.by_path.insert(path, sum);
+        }
+        self
+    }
+
+    /// The Euclidean norm over all gradients together, read from the device.
+    pub fn norm(&self, kernels: Kernels) -> f64 {
+        let grads: Vec<Tensor<1>> = self.by_path.values().cloned().collect();
+        kernels::sum_of_squares(kernels, &grads).sqrt()
+    }
+
+    /// The same norm as `[1]` on the device, without waiting for it; `None` without gradients.
+    fn norm_on_device(&self) -> Option<Tensor<1>> {
+        let squares: Vec<Tensor<1>> = self.by_path.values().map(|grad| grad.clone().square().sum()).collect();
+        if squares.is_empty() { None } else { Some(Tensor::cat(squares, 0).sum().sqrt()) }
+    }
+
+    /// Whether the gradients can be read without waiting.
+    fn are_on_host(&self) -> bool {
+        self.by_path.values().next().is_none_or(kernels::is_on_host)
+    }
+
+    /// The gradients on the host, flat, by path.
+    pub fn to_named(&self) -> NamedTensors {
+        self.by_path.iter().map(|(path, grad)| (path.clone(), HostTensor::of(grad))).collect()
+    }
+}
+
+/// The global norm of one step's gradients before clipping.
+///
+/// On a GPU it stays there until it is asked for, so that a step that logs nothing waits for nothing.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "there is one a step")]
+pub enum GradNorm {
+    /// Known.
+    Host(f64),
+    /// `[1]`, perhaps still being computed.
+    Device(Tensor<1>),
+}
+
+impl GradNorm {
+    /// The norm, if it is known without waiting.
+    pub const fn known(&self) -> Option<f64> {
+        match self {
+            Self::Host(norm) => Some(*norm),
+            Self::Device(_) => None,
+        }
+    }
+
+    /// The norm; waits for the device.
+    pub fn value(&self) -> f64 {
+        Self::mean(std::slice::from_ref(self))
+    }
+
+    /// The mean of several, read at once.
+    pub fn mean(norms: &[Self]) -> f64 {
+        let known: f64 = norms.iter().filter_map(Self::known).sum();
+        let waiting: Vec<Tensor<1>> = norms
+            .iter()
+            .filter_map(|norm| if let Self::Device(norm) = norm { Some(norm.clone()) } else { None })
+            .collect();
+        let waited = if waiting.is_empty() { 0.0 } else { Tensor::cat(waiting, 0).sum().into_scalar::<f32>().into() };
+        (known + waited) / norms.len() as f64
+    }
+}
+
+/// The factor on the loss that keeps small gradients within the range of f16.
+///
+/// # Source
+/// Micikevicius et al., arXiv:1710.03740, section 3.2; start, growth and its interval as in PyTorch's `GradScaler`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct LossScale {
+    factor: f64,
+    /// Steps since it last changed.
+    n_good: u64,
+}
+
+impl LossScale {
+    const START: Self = Self { factor: 65_536.0, n_good: 0 };
+    const GROWTH_INTERVAL: u64 = 2000;
+
+    /// Notes a step whose gradients were finite or not.
+    fn note(&mut self, finite: bool) {
+        self.n_good += 1;
+        if !finite {
+            *self = Self { factor: (self.factor / 2.0).max(1.0), n_good: 0 };
+        } else if self.n_good == Self::GROWTH_INTERVAL {
+            *self = Self { factor: self.factor * 2.0, n_good: 0 };
+        }
+    }
+}
+
+/// AdamW over all parameters of a module.
+///
+/// Two groups: linear layers' matrices decay; norms, biases and embeddings (a tied output layer with them) do not.
+///
+/// # Source
+/// Loshchilov & Hutter, arXiv:1711.05101, algorithm 2, with the decay multiplied by the learning rate as in PyTorch.
+/// Clipping: Pascanu et al., arXiv:1211.5063, over the global norm as in `torch.nn.utils.clip_grad_norm_`, but without
+/// its 1e-6 in the denominator.
+#[derive(Debug, Clone)]
+pub struct AdamW {
+    config: OptimizerConfig,
+    kernels: Kernels,
+    n_updates: u64,
+    /// First and second moment of each parameter, flat.
+    moments: BTreeMap<String, [Tensor<1>; 2]>,
+    /// With f16 only.
+    loss_scale: Option<LossScale>,
+}
+
+/// What a saved optimiser calls the factor on the loss.
+const LOSS_SCALE: &str = "loss_scale";
+
+/// Why an optimiser's state cannot be restored.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum OptimizerStateError {
+    /// A moment without its partner, or a name that is none.
+    #[error("optimizer state: `{name}` has no counterpart")]
+    Unpaired {
+        /// The tensor's name.
+        name: String,
+    },
+}
+
+impl AdamW {
+    /// An optimiser that has made no step.
+    pub fn new(config: &OptimizerConfig, kernels: Kernels) -> Self {
+        Self { config: config.clone(), kernels, n_updates: 0, moments: BTreeMap::new(), loss_scale: None }
+    }
+
+    /// The same optimiser for a model that computes in `precision`: with f16 the loss is scaled.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        let scale = self.loss_scale.unwrap_or(LossScale::START);
+        self.loss_scale = (precision == Precision::F16).then_some(scale);
+        self
+    }
+
+    /// What to call `backward` on: the loss, with f16 times the present factor, by which [`step`](Self::step) divides.
+    pub fn scaled(&self, loss: Tensor<1>) -> Tensor<1> {
+        match self.loss_scale {
+            Some(scale) => loss * scale.factor,
+            None => loss,
+        }
+    }
+
+    /// The present factor on the loss; 1 but for f16.
+    pub fn loss_factor(&self) -> f64 {
+        self.loss_scale.map_or(1.0, |scale| scale.factor)
+    }
+
+    /// Clips `grads` by their global norm, then moves every parameter that has a gradient.
+    ///
+    /// Returns the module and the norm before clipping. With f16, gradients that are not finite lower the factor on
+    /// the loss, move nothing and count as a norm of 0; only then does a GPU have to be waited for.
+    pub fn step<M: Module>(&mut self, module: M, grads: Grads, lr: f64) -> (M, GradNorm) {
+        let clip = self.config.grad_clip;
+        let (mut grad_scale, mut device_scale) = (1.0, None);
+        let norm = match (self.loss_scale, grads.norm_on_device().filter(|_| !grads.are_on_host())) {
+            (None, Some(norm)) => {
+                if clip > 0.0 {
+                    device_scale = Some(norm.clone().clamp_min(clip).recip() * clip);
+                }
+                GradNorm::Device(norm)
+            }
+            (scale, _) => {
+                let factor = scale.map_or(1.0, |scale: LossScale| scale.factor);
+                let norm = grads.norm(self.kernels) / factor;
+                if let Some(scale) = &mut self.loss_scale {
+                    scale.note(norm.is_finite());
+                    if !norm.is_finite() {
+                        tracing::debug!("f16 overflowed: the factor on the loss falls to {}", scale.factor);
+                        return (module, GradNorm::Host(0.0));
+                    }
+                }
+                grad_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 } / factor;
+                GradNorm::Host(norm)
+            }
+        };
+        self.n_updates += 1;
+        let mut take = Take {
+            optimizer: self,
+            path: Vec::new(),
+            grads,
+            lr,
+            grad_scale,
+            device_scale,
+            paths: Vec::new(),
+            params: Vec::new(),
+        };
+        let module = module.map(&mut take);
+        let Take { paths, params, .. } = take;
+        let mut moved = BTreeMap::new();
+        for (path, [param, m, v]) in paths.into_iter().zip(kernels::adamw_update(self.kernels, params)) {
+            self.moments.insert(path.clone(), [m, v]);
+            moved.insert(path, param);
+        }
+        (module.map(&mut Put { path: Vec::new(), moved }), norm)
+    }
+
+    /// How many steps were made.
+    pub const fn n_updates(&self) -> u64 {
+        self.n_updates
+    }
+
+    /// The moments as `m.<path>` and `v.<path>`, for a checkpoint.
+    pub fn to_named(&self) -> NamedTensors {
+        let mut named = NamedTensors::new();
+        for (path, [m, v]) in &self.moments {
+            named.insert(format!("m.{path}"), HostTensor::of(m));
+            named.insert(format!("v.{path}"), HostTensor::of(v));
+        }
+        if let Some(LossScale { factor, n_good }) = self.loss_scale {
+            let data = vec![factor as f32, n_good as f32];
+            named.insert(LOSS_SCALE.to_owned(), HostTensor { shape: vec![2], data });
+        }
+        named
+    }
+
+    /// The optimiser as it was after `n_updates` steps.
+    ///
+    /// # Errors
+    /// If a moment lacks its partner.
+    pub fn from_named(
+        config: &OptimizerConfig,
+        kernels: Kernels,
+        n_updates: u64,
+        mut named: NamedTensors,
+        device: &Device,
+    ) -> Result<Self, OptimizerStateError> {
+        let mut moments = BTreeMap::new();
+        let loss_scale = named.remove(LOSS_SCALE).and_then(|saved| match saved.data[..] {
+            [factor, n_good] => Some(LossScale { factor: f64::from(factor), n_good: n_good as u64 }),
+            _ => None,
+        });
+        while let Some((name, m)) = named.pop_first() {
+            let path = name.strip_prefix("m.").map(str::to_owned);
+            let pair = path.and_then(|path| Some((named.remove(&format!("v.{path}"))?, path)));
+            let Some((v, path)) = pair else {
+                return Err(OptimizerStateError::Unpaired { name });
+            };
+            let flat = |t: HostTensor| Tensor::from_data(TensorData::new(t.data, t.shape), device);
+            moments.insert(path, [flat(m), flat(v)]);
+        }
+        Ok(Self { config: config.clone(), kernels, n_updates, moments, loss_scale })
+    }
+}
+
+/// Takes the parameters that have gradients out of a module, so that nobody else holds them and they can be updated in
+/// place; [`Put`] puts them back.
+struct Take<'a> {
+    optimizer: &'a mut AdamW,
+    path: Vec<String>,
+    grads: Grads,
+    lr: f64,
+    grad_scale: f64,
+    /// The clip where the norm is not known on the host, `[1]`.
+    device_scale: Option<Tensor<1>>,
+    /// Where what was taken comes from.
+    paths: Vec<String>,
+    params: Vec<AdamWParam>,
+}
+
+impl ModuleMapper for Take<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let path = self.path.join(".");
+        let Some(grad) = self.grads.by_path.remove(&path) else {
+            return param;
+        };
+        let grad = match &self.device_scale {
+            Some(scale) => grad * scale.clone(),
+            None => grad,
+        };
+        let config = &self.optimizer.config;
+        let step = AdamWStep {
+            lr: self.lr,
+            beta_1: config.betas[0],
+            beta_2: config.betas[1],
+            eps: config.eps,
+            weight_decay: if decays(&path) { config.weight_decay } else { 0.0 },
+            step: self.optimizer.n_updates,
+            grad_scale: self.grad_scale,
+        };
+        let (id, value, mapper) = param.consume();
+        let shape = value.dims();
+        let n = shape.iter().product::<usize>();
+        let value = value.inner().reshape([n]);
+        let [m, v] = self.optimizer.moments.remove(&path).unwrap_or_else(|| {
+            let zeros = || Tensor::zeros([n], &value.device());
+            [zeros(), zeros()]
+        });
+        // One number, seen in the parameter's shape.
+        let place = Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
+        self.paths.push(path);
+        self.params.push(AdamWParam { param: value, grad, m, v, step });
+        Param::from_mapped_value(id, place, mapper)
+    }
+}
+
+/// Puts parameters into the places that [`Take`] left.
+struct Put {
+    path: Vec<String>,
+    moved: BTreeMap<String, Tensor<1>>,
+}
+
+impl ModuleMapper for Put {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.moved.remove(&self.path.join(".")) else {
+            return param;
+        };
+        let (id, place, mapper) = param.consume();
+        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(place.dims())).require_grad(), mapper)
+    }
+}
+
+/// Whether weight decay acts on the parameter at `path`.
+fn decays(path: &str) -> bool {
+    path.ends_with(".weight") || path == "head"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schedule_warms_up_then_falls_to_its_minimum() {
+        let config = OptimizerConfig { lr: 1.0, min_lr: 0.1, warmup_steps: 4, ..Default::default() };
+        let lr: Vec<f64> = [0, 3, 4, 54, 104, 200].map(|step| config.lr_at(step, 104)).to_vec();
+        let expected = [0.2, 0.8, 1.0, 0.55, 0.1, 0.1];
+        assert!(lr.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{lr:?}");
+        let linear = OptimizerConfig { schedule: Schedule::Linear, min_lr: 0.0, warmup_steps: 0, ..config };
+        assert!((linear.lr_at(25, 100) - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_factor_on_the_loss_halves_on_overflow_and_doubles_after_many_good_steps() {
+        let mut scale = LossScale::START;
+        scale.note(false);
+        assert_eq!(scale, LossScale { factor: 32_768.0, n_good: 0 });
+        (0..LossScale::GROWTH_INTERVAL).for_each(|_| scale.note(true));
+        assert_eq!(scale, LossScale { factor: 65_536.0, n_good: 0 });
+        (0..40).for_each(|_| scale.note(false));
+        assert_eq!(scale.factor, 1.0);
+    }
+
+    #[test]
+    fn only_matrices_of_linear_layers_decay() {
+        for path in ["blocks.0.attention.qkv.weight", "blocks.1.mlp.down.weight", "head", "score.weight"] {
+            assert!(decays(path), "{path}");
+        }
+        for path in ["token_embedding", "position_embedding", "blocks.0.norm_1.gamma", "blocks.0.mlp.up.bias"] {
+            assert!(!decays(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_named() {
+        let error = OptimizerConfig { betas: [0.9, 1.0], ..Default::default() }.validate().expect_err("invalid");
+        assert_eq!(error.to_string(), "optimizer: `betas` must be in [0, 1), found 1");
+    }
+}

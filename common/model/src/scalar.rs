@@ -1,0 +1,170 @@
+//! A GPT that gives one number a position: reward models and value models.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use super::{Gpt, GptConfig, HostTensor, Layout, NamedError, NamedTensors};
+use base::rng::{Rng, Streams};
+use kernels::{Kernels, Precision};
+
+/// The trunk of a [`Gpt`] and a linear layer from its hidden states to one number.
+///
+/// `score_t = w · h_t + b`, where `b` is a constant of the checkpoint (the reward normalisation's bias), not trained.
+#[derive(Module, Debug)]
+pub struct ScalarGpt {
+    trunk: Gpt,
+    score: ScoreHead,
+    score_bias: f64,
+}
+
+#[derive(Module, Debug)]
+struct ScoreHead {
+    weight: Param<Tensor<2>>,
+}
+
+impl ScalarGpt {
+    /// Puts a fresh head on `trunk`, whose output weights are dropped.
+    ///
+    /// The head's weights are drawn from `N(0, 1/√(d_model + 1))`, standard deviation.
+    ///
+    /// # Source
+    /// lm-human-preferences, `fc_layer`; Stiennon et al. 2020 print `1/(d + 1)`, their code has the square root.
+    pub fn new(trunk: Gpt, streams: &Streams) -> Self {
+        let d_model = trunk.config().d_model;
+        let mut rng = streams.get("init/score.weight", 0);
+        let std = 1.0 / ((d_model + 1) as f64).sqrt();
+        let weight: Vec<f32> = (0..d_model).map(|_| (std * rng.normal()) as f32).collect();
+        let device = trunk.device();
+        let weight = Param::from_data(TensorData::new(weight, [1, d_model]), &device);
+        Self { trunk: trunk.without_head(), score: ScoreHead { weight }, score_bias: 0.0 }
+    }
+
+    /// One number for every position.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, seq]`
+    /// - returns `[batch, seq]`
+    pub fn forward(&self, ids: Tensor<2, Int>, layout: &Layout) -> Tensor<2> {
+        self.forward_with_dropout(ids, layout, None)
+    }
+
+    /// [`forward`](Self::forward) with dropout drawn from `rng`.
+    pub fn forward_with_dropout(&self, ids: Tensor<2, Int>, layout: &Layout, rng: Option<&mut Rng>) -> Tensor<2> {
+        let hidden = self.trunk.hidden_with_dropout(ids, layout, rng);
+        let [batch, seq, d_model] = hidden.dims();
+        self.score_rows(hidden.reshape([batch * seq, d_model])).reshape([batch, seq])
+    }
+
+    /// [`forward_with_dropout`](Self::forward_with_dropout) at chosen positions only.
+    ///
+    /// # Shapes
+    /// - `ids`: `[batch, seq]`
+    /// - `positions`: `[n]`, indices into `[batch · seq]`
+    /// - returns `[n]`
+    pub fn forward_at(
+        &self,
+        ids: Tensor<2, Int>,
+        layout: &Layout,
+        positions: Tensor<1, Int>,
+        rng: Option<&mut Rng>,
+    ) -> Tensor<1> {
+        let hidden = self.trunk.hidden_with_dropout(ids, layout, rng);
+        let [batch, seq, d_model] = hidden.dims();
+        self.score_rows(hidden.reshape([batch * seq, d_model]).select(0, positions))
+    }
+
+    /// The numbers of chosen hidden states, for callers that need few positions.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[n, d_model]`, rows of [`Gpt::hidden`] of the [`trunk`](Self::trunk)
+    /// - returns `[n]`
+    pub fn score_rows(&self, hidden: Tensor<2>) -> Tensor<1> {
+        let [n, _] = hidden.dims();
+        hidden.matmul(self.score.weight.val().transpose()).reshape([n]) + self.score_bias
+    }
+
+    /// The transformer below the head.
+    pub fn trunk(&self) -> &Gpt {
+        &self.trunk
+    }
+
+    /// The architecture of the trunk.
+    pub fn config(&self) -> &GptConfig {
+        self.trunk.config()
+    }
+
+    /// The device the weights are on.
+    pub fn device(&self) -> Device {
+        self.trunk.device()
+    }
+
+    /// The constant added to every score.
+    pub const fn score_bias(&self) -> f64 {
+        self.score_bias
+    }
+
+    /// The same model with another constant.
+    #[must_use]
+    pub fn with_score_bias(mut self, score_bias: f64) -> Self {
+        self.score_bias = score_bias;
+        self
+    }
+
+    /// The same model with the head's weights multiplied by `gain`.
+    #[must_use]
+    pub fn with_gain(mut self, gain: f64) -> Self {
+        self.score.weight = self.score.weight.map(|w| {
+            // Off the graph and back: `map` makes the result a parameter again, which only a leaf can be.
+            let tracked = w.is_autodiff();
+            let scaled = w.inner() * gain;
+            if tracked { Tensor::from_inner(scaled) } else { scaled }
+        });
+        self
+    }
+
+    /// The same model with the head's weights and constant set to zero.
+    #[must_use]
+    pub fn with_zero_head(self) -> Self {
+        self.with_gain(0.0).with_score_bias(0.0)
+    }
+
+    /// The same model computing with `kernels`.
+    #[must_use]
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.trunk = self.trunk.with_kernels(kernels);
+        self
+    }
+
+    /// The same model with its trunk computing in `precision`; see [`Gpt::with_precision`].
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.trunk = self.trunk.with_precision(precision);
+        self
+    }
+
+    /// All weights by path, on the host.
+    pub fn to_named(&self) -> NamedTensors {
+        super::named::collect(self)
+    }
+
+    /// A model with the given weights.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unused or has another shape than `config` asks for.
+    pub fn from_named(
+        config: &GptConfig,
+        named: NamedTensors,
+        score_bias: f64,
+        device: &Device,
+    ) -> Result<Self, NamedError> {
+        let trunk = Gpt::blank(config, device).without_head();
+        let weight = Param::from_tensor(Tensor::zeros([1, config.d_model], device));
+        let blank = Self { trunk, score: ScoreHead { weight }, score_bias };
+        super::named::load(blank, named)
+    }
+
+    /// The weights of the head, `[1, d_model]`.
+    pub fn head(&self) -> HostTensor {
+        HostTensor::of(&self.score.weight.val())
+    }
+}

@@ -1,0 +1,131 @@
+//! Training steps on random tokens.
+
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use burn::module::Module;
+use clap::Args;
+use common::kernels::memory;
+use common::model::Gpt;
+use common::optim::{AdamW, OptimizerConfig};
+use common::rng::Streams;
+use common::stage::{RuntimeArgs, at_least_1};
+use pretrain::{Windows, gradients};
+use serde_json::{Map, Value, json};
+
+use super::{Ground, Shape, median, quantile, rounded, smallest};
+
+/// Different batches, taken in turn.
+const N_BATCHES: usize = 8;
+
+/// Flags of `recipe bench train`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  recipe bench train --size a --steps 20\n  \
+    recipe bench train --size c --steps 5 --kernels plain --threads 1")]
+pub struct TrainBenchArgs {
+    /// The model
+    #[command(flatten)]
+    pub shape: Shape,
+
+    /// Rows of a step, instead of the size's
+    #[arg(long, value_name = "N", value_parser = at_least_1)]
+    pub batch: Option<NonZeroUsize>,
+
+    /// Measured steps
+    #[arg(long, value_name = "N", default_value = "20", value_parser = at_least_1)]
+    pub steps: NonZeroUsize,
+
+    /// Steps before them
+    #[arg(long, value_name = "N", default_value = "3", value_parser = at_least_1)]
+    pub warmup: NonZeroUsize,
+
+    /// Of the weights and tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// On what to run
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Times single steps: the loss with its gradients, clipping by the global norm, AdamW, and reading the loss.
+pub fn measure(args: &TrainBenchArgs, ground: &Ground) -> anyhow::Result<Map<String, Value>> {
+    let model = args.shape.model()?;
+    let batch = args.batch.map_or(args.shape.size.batch(), NonZeroUsize::get);
+    let (seq, streams) = (model.max_seq_len, Streams::new(args.seed));
+    let optimizer = OptimizerConfig { lr: 6e-4, ..OptimizerConfig::default() };
+    let mut gpt = Gpt::new(&model, &streams, &ground.device.clone().autodiff()).with_kernels(ground.kernels);
+    let n_params = gpt.num_params();
+    let mut adamw = AdamW::new(&optimizer, ground.kernels);
+    let mut rng = streams.get("bench/tokens", 0);
+    let batches: Vec<Windows> = (0..N_BATCHES)
+        .map(|_| {
+            let rows = (0..batch).map(|_| (0..=seq).map(|_| rng.below(model.vocab_size) as u32).collect());
+            Windows { rows: rows.collect(), seq_len: seq, bos: None }
+        })
+        .collect();
+
+    let warmup = args.warmup.get();
+    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let mut cpu_before = 0.0;
+    for i in 0..warmup + args.steps.get() {
+        if i == warmup {
+            cpu_before = memory::usage().cpu_seconds;
+        }
+        let clock = Instant::now();
+        let (grads, loss) = gradients(&gpt, &adamw, &batches[i % N_BATCHES], batch * seq, None);
+        (gpt, _) = adamw.step(gpt, grads, optimizer.lr);
+        losses.push(loss.into_scalar::<f32>());
+        seconds.push(clock.elapsed().as_secs_f64());
+    }
+    let cpu = memory::usage().cpu_seconds - cpu_before;
+    let first_step = seconds[0];
+    let seconds = &seconds[warmup..];
+
+    let tokens = (batch * seq) as f64;
+    let flops = tokens * flops_of_token(n_params, &model);
+    let (median, smallest) = (median(seconds), smallest(seconds));
+    let mut fields = args.shape.describe(&model);
+    let own = [
+        ("batch", json!(batch)),
+        ("params", json!(n_params)),
+        ("first_step_s", rounded(first_step, 3)),
+        ("steps", json!(args.steps)),
+        ("ms_per_step", rounded(median * 1e3, 3)),
+        ("ms_min", rounded(smallest * 1e3, 3)),
+        ("ms_p90", rounded(quantile(seconds, 0.9) * 1e3, 3)),
+        ("cpu_ms_per_step", rounded(cpu * 1e3 / seconds.len() as f64, 3)),
+        ("tokens_per_s", rounded(tokens / median, 1)),
+        ("tokens_per_s_best", rounded(tokens / smallest, 1)),
+        ("gflop_per_step", rounded(flops / 1e9, 6)),
+        ("gflops", rounded(flops / median / 1e9, 2)),
+        ("loss_first", rounded(f64::from(losses[0]), 4)),
+        ("loss_last", rounded(f64::from(losses[losses.len() - 1]), 4)),
+    ];
+    fields.extend(own.map(|(name, value)| (name.to_owned(), value)));
+    Ok(fields)
+}
+
+/// Floating-point operations of a trained token: `6·N + 12·n_layers·d_model·seq`, where `N` leaves out the positions and
+/// counts the tied table once, as the output layer.
+///
+/// # Source
+/// nanoGPT's `estimate_mfu`; causality is not taken off the attention's part.
+fn flops_of_token(n_params: usize, model: &common::model::GptConfig) -> f64 {
+    let (seq, d_model) = (model.max_seq_len as f64, model.d_model as f64);
+    6.0 * (n_params as f64 - seq * d_model) + 12.0 * model.n_layers as f64 * d_model * seq
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Size;
+
+    #[test]
+    fn a_step_of_each_size_costs_what_the_formula_says() {
+        // Parameters by hand: wte + wpe + layers·(12d² + 13d) + 2d.
+        let n = |layers: usize, d: usize, vocab: usize| vocab * d + 256 * d + layers * (12 * d * d + 13 * d) + 2 * d;
+        assert_eq!(flops_of_token(n(4, 128, 4096), &Size::A.model()), 6.0 * 1_317_632.0 + 1_572_864.0);
+        assert_eq!(n(12, 768, 50257) - 256 * 768, 123_653_376);
+    }
+}
