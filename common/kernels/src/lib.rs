@@ -332,7 +332,7 @@ pub fn at_once<A: Send, B: Send>(
 }
 
 /// Calls `task` with each of `items`, on the threads that [stand by](standing_by) or those of the pool.
-pub(crate) fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
+pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
     #[cfg(feature = "flex")]
     flex::crew::for_each_of(items, task);
     #[cfg(not(feature = "flex"))]
