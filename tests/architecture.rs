@@ -18,24 +18,29 @@ const MAX_LINES: usize = 600;
 const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each module of `common` may use of the others, as its `lib.rs` lists it.
-const EDGES: [(&str, &[&str]); 20] = [
+const EDGES: [(&str, &[&str]); 25] = [
     ("backend", &["config", "kernels"]),
+    ("cli", &["backend", "kernels", "logging", "out_dir", "runtime"]),
     ("checkpoint", &["hash", "hf", "model", "tokenizer"]),
     ("config", &[]),
     ("conversation", &["tokenizer"]),
     ("data", &["conversation", "hash", "rng"]),
+    ("exit", &["logging"]),
     ("generate", &["kernels", "model", "rng"]),
     ("hash", &[]),
     ("hf", &["hash", "model"]),
+    ("interrupt", &[]),
     ("kernels", &[]),
+    ("logging", &[]),
     ("loss", &["kernels", "model"]),
-    ("metrics", &[]),
+    ("metrics", &["logging"]),
     ("model", &["kernels", "rng"]),
     ("optim", &["kernels", "model"]),
+    ("out_dir", &[]),
     ("rng", &[]),
+    ("runtime", &["backend", "checkpoint", "kernels", "model", "optim", "rng"]),
     ("scoring", &["data", "model"]),
-    ("session", &["checkpoint", "kernels", "metrics", "model", "optim", "stage", "tokenizer"]),
-    ("stage", &["backend", "kernels", "metrics"]),
+    ("session", &["checkpoint", "cli", "interrupt", "metrics", "model", "optim", "runtime", "tokenizer"]),
     ("testing", &["checkpoint", "model", "rng", "tokenizer"]),
     ("tokenizer", &["hash"]),
     ("lib", &[]),
@@ -190,6 +195,15 @@ fn to_know_one_stage_is_to_know_all() {
             assert!(root().join(stage).join("src").join(file).is_file(), "`{stage}` has no src/{file}");
         }
         assert!(root().join(stage).join("tests/cli.rs").is_file(), "`{stage}` has no tests/cli.rs");
+    }
+}
+
+#[test]
+fn every_crate_of_ours_is_heard_at_the_level_asked_for() {
+    let logging = std::fs::read_to_string(root().join("common/src/logging.rs")).unwrap();
+    for package in packages().iter().filter(|package| package["name"] != "pipeline-tests") {
+        let name = package["name"].as_str().unwrap().replace('-', "_");
+        assert!(logging.contains(&format!("\"{name}\"")), "common/src/logging.rs does not list `{name}`");
     }
 }
 

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Context;
 use common::checkpoint::{Checkpoint, Stage};
+use common::cli::RuntimeArgs;
 use common::generate::{Finish, GenerateOptions, beam_search, generate};
 use common::model::Gpt;
 use common::rng::Streams;
-use common::stage::RuntimeArgs;
 use common::tokenizer::{StreamDecoder, Tokenizer};
 use serde::Serialize;
 
@@ -57,18 +57,19 @@ impl Answerer {
     /// Loads the checkpoint in `dir`.
     ///
     /// # Errors
-    /// [`UsageError`](common::stage::UsageError) for flags that contradict each other; else if there is no such
+    /// [`UsageError`](common::exit::UsageError) for flags that contradict each other; else if there is no such
     /// device, or the directory holds no language model or no tokenizer.
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
-        let device = runtime.open()?;
+        let backend = &runtime.backend;
+        let runtime = runtime.open()?;
         let checkpoint = Checkpoint::open(dir)?;
         checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
-        let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels()).with_precision(runtime.precision);
+        let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.
         let stop = [tokenizer.eos(), tokenizer.bos()].into_iter().flatten().collect();
-        tracing::debug!("loaded `{}` on {}", dir.display(), runtime.backend);
+        tracing::debug!("loaded `{}` on {}", dir.display(), backend);
         Ok(Self {
             gpt,
             tokenizer,

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use common::cli::RuntimeArgs;
+use common::exit::UsageError;
 use common::generate::{BeamConfig, SamplingConfig};
-use common::stage::{RuntimeArgs, UsageError};
 
 /// Talk to a model
 ///

@@ -5,7 +5,8 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, ensure};
 use common::conversation::{Message, Role, encode_prompt};
-use common::stage::{UsageError, on_pool};
+use common::exit::UsageError;
+use common::runtime::on_pool;
 use serde::Serialize;
 
 use crate::answer::{Answer, Answerer};

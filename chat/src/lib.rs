@@ -19,7 +19,7 @@ pub use stop_text::StopText;
 /// Carries out one command line.
 ///
 /// # Errors
-/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+/// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Some(Command::Generate(args)) => generate::run(args),

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(chat::run(&common::stage::parse::<chat::Cli>()))
+    common::exit::report(chat::run(&common::cli::parse::<chat::Cli>()))
 }

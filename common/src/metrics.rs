@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
+
+use crate::logging::bars;
 
 /// The file of metrics in an output directory.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -116,13 +117,6 @@ pub mod names {
         TRAIN_LR,
         TRAIN_TOKENS_PER_SECOND,
     ];
-}
-
-/// The progress bars of this process. Whoever writes to stderr goes through its `suspend`, so that text and bars do
-/// not overwrite each other.
-pub fn bars() -> &'static MultiProgress {
-    static BARS: OnceLock<MultiProgress> = OnceLock::new();
-    BARS.get_or_init(MultiProgress::new)
 }
 
 /// Where an interrupted stage stood, from its checkpoint.

@@ -8,16 +8,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, State, Weights};
-use crate::kernels::Kernels;
+use crate::cli::StageArgs;
+use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, GradNorm, OptimizerConfig};
-use crate::stage::{Interrupt, StageArgs};
+use crate::runtime::Runtime;
 use crate::tokenizer::Tokenizer;
 
 /// The part of a stage's `[train]` section that says how often things happen.
@@ -123,15 +123,11 @@ impl Restored {
     ///
     /// # Errors
     /// If the checkpoint has no such optimiser or its moments do not pair up.
-    pub fn optimizer(
-        &mut self,
-        name: &str,
-        config: &OptimizerConfig,
-        kernels: Kernels,
-        device: &Device,
-    ) -> anyhow::Result<AdamW> {
+    pub fn optimizer(&mut self, name: &str, config: &OptimizerConfig, runtime: &Runtime) -> anyhow::Result<AdamW> {
         let n_updates = *self.updates.get(name).with_context(|| format!("the checkpoint lacks optimiser `{name}`"))?;
-        Ok(AdamW::from_named(config, kernels, n_updates, self.tensors(name)?, device)?)
+        let device = runtime.device.clone().inner();
+        let optimizer = AdamW::from_named(config, runtime.kernels, n_updates, self.tensors(name)?, &device)?;
+        Ok(optimizer.with_precision(runtime.precision))
     }
 }
 

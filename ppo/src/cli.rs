@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::stage::{RuntimeArgs, StageArgs, at_least_1};
+use common::cli::{RuntimeArgs, StageArgs, at_least_1};
 
 /// Improve a policy against a reward model by PPO
 #[derive(Debug, Parser)]

@@ -6,8 +6,8 @@ use anyhow::{Context, ensure};
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::config;
 use common::data::records::OnBadRecord;
+use common::exit::UsageError;
 use common::rng::Streams;
-use common::stage::UsageError;
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
@@ -175,16 +175,15 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let files = std::slice::from_ref(&args.data);
     let prompts = Prompts::read(files, tokenizer, max_seq_len, max_tokens, OnBadRecord::Fail, TooLong::Fail)?;
 
-    let device = args.runtime.open()?;
-    let kernels = args.runtime.kernels();
+    let runtime = args.runtime.open()?;
     let judge = Judge {
-        reference: reference.load_gpt(&device)?.with_kernels(kernels).with_precision(args.runtime.precision),
-        reward_model: reward_model.load_scalar(&device)?.with_kernels(kernels).with_precision(args.runtime.precision),
+        reference: runtime.gpt(&reference)?,
+        reward_model: runtime.scalar(&reward_model)?,
         gold: None,
         missing_eos_score: 0.0,
         batch_size: args.batch_size.get(),
     };
-    let policy = policy.load_gpt(&device)?.with_kernels(kernels).with_precision(args.runtime.precision);
+    let policy = runtime.gpt(&policy)?;
     let sampling = Sampling::new(temperature, max_tokens, Streams::new(args.seed), tokenizer);
     let answers = |model| -> anyhow::Result<Vec<Rollout>> {
         let generated = sampling.answer(model, &prompts.encoded, 0)?;

@@ -35,7 +35,8 @@ pub use replay::{Replay, replay};
 pub use train::train;
 pub use trial::{Measurement, Trial};
 
-use common::stage::{Interrupt, on_pool};
+use common::interrupt::Interrupt;
+use common::runtime::on_pool;
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
@@ -43,7 +44,7 @@ pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
 /// Carries out one command line.
 ///
 /// # Errors
-/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+/// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(ppo::run(common::stage::parse::<ppo::Cli>()))
+    common::exit::report(ppo::run(common::cli::parse::<ppo::Cli>()))
 }

@@ -45,9 +45,7 @@ pub fn replay(
     responses: Option<&[Vec<u32>]>,
 ) -> anyhow::Result<Replay> {
     let config = load_config(args)?;
-    let device = args.stage.runtime.open()?.autodiff();
-    let plain_device = device.clone().inner();
-    let (kernels, precision) = (args.stage.runtime.kernels(), args.stage.runtime.precision);
+    let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
     initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
@@ -61,13 +59,10 @@ pub fn replay(
     let mut order = Order::new(all.encoded.len(), streams, "order");
     let prompts: Vec<Prompt> = (0..n as u64).map(|position| all.encoded[order.item(position)].clone()).collect();
 
-    let mut learner = Learner::start(&config, &initial, &reward_model, None, &args.stage.runtime, &device)?;
+    let mut learner = Learner::start(&config, &initial, &reward_model, None, &runtime.autodiff())?;
     let judge = Judge {
-        reference: Checkpoint::open(reference)?
-            .load_gpt(&plain_device)?
-            .with_kernels(kernels)
-            .with_precision(precision),
-        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels).with_precision(precision),
+        reference: runtime.gpt(&Checkpoint::open(reference)?)?,
+        reward_model: runtime.scalar(&reward_model)?,
         gold: None,
         missing_eos_score: config.ppo.missing_eos_score as f32,
         batch_size: config.micro_batch_size(),

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, ensure};
 use burn::module::Module;
-use burn::tensor::Device;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::config;
 use common::data::order::Order;
+use common::interrupt::Interrupt;
 use common::metrics::{self, names};
 use common::model::Gpt;
 use common::optim::{AdamW, GradNorm};
 use common::rng::Streams;
+use common::runtime::Runtime;
 use common::session::{Exported, Extras, Origin, Outcome, Restored, Session};
-use common::stage::{Interrupt, RuntimeArgs};
 use serde_json::json;
 
 use crate::Gold;
@@ -41,10 +41,7 @@ const HELD_OUT_ROW: u64 = 1 << 48;
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = args.stage.runtime.open()?.autodiff();
-    let plain_device = device.clone().inner();
-    let kernels = args.stage.runtime.kernels();
-    let precision = args.stage.runtime.precision;
+    let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
     initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
@@ -64,7 +61,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend_label(&device),
+        backend: runtime.label.clone(),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let resumes = restored.is_some();
@@ -78,10 +75,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         .ppo
         .kl_target
         .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32));
-    let mut learner = Learner::start(&config, &initial, &reward_model, restored, &args.stage.runtime, &device)?;
+    let mut learner = Learner::start(&config, &initial, &reward_model, restored, &runtime.autodiff())?;
     let judge = Judge {
-        reference: initial.load_gpt(&plain_device)?.with_kernels(kernels).with_precision(precision),
-        reward_model: reward_model.load_scalar(&plain_device)?.with_kernels(kernels).with_precision(precision),
+        reference: runtime.gpt(&initial)?,
+        reward_model: runtime.scalar(&reward_model)?,
         gold,
         missing_eos_score: config.ppo.missing_eos_score as f32,
         batch_size: config.micro_batch_size(),
@@ -149,37 +146,28 @@ impl Learner {
         initial: &Checkpoint,
         reward_model: &Checkpoint,
         restored: Option<Restored>,
-        runtime: &RuntimeArgs,
-        device: &Device,
+        runtime: &Runtime,
     ) -> anyhow::Result<Self> {
-        let (kernels, precision) = (runtime.kernels(), runtime.precision);
-        let plain_device = device.clone().inner();
-        let learner = match restored {
+        Ok(match restored {
             Some(mut restored) => {
                 let weights = restored.tensors("weights")?;
                 let value_config = &config.value_optimizer;
                 Self {
-                    policy: Gpt::from_named(restored.checkpoint.model_config(), weights, device)?,
-                    value: restored.checkpoint.load_value(device)?,
-                    policy_optimizer: restored.optimizer("optimizer", &config.optimizer, kernels, &plain_device)?,
-                    value_optimizer: restored.optimizer("value_optimizer", value_config, kernels, &plain_device)?,
+                    policy: runtime.gpt_of(restored.checkpoint.model_config(), weights)?,
+                    value: runtime.value(&restored.checkpoint)?,
+                    policy_optimizer: restored.optimizer("optimizer", &config.optimizer, runtime)?,
+                    value_optimizer: restored.optimizer("value_optimizer", value_config, runtime)?,
                 }
             }
             None => Self {
-                policy: initial.load_gpt(device)?,
+                policy: runtime.gpt(initial)?,
                 value: match config.ppo.value_init {
-                    ValueInit::RewardModel => reward_model.load_scalar(device)?,
-                    ValueInit::ZeroHead => reward_model.load_scalar(device)?.with_zero_head(),
+                    ValueInit::RewardModel => runtime.scalar(reward_model)?,
+                    ValueInit::ZeroHead => runtime.scalar(reward_model)?.with_zero_head(),
                 },
-                policy_optimizer: AdamW::new(&config.optimizer, kernels),
-                value_optimizer: AdamW::new(&config.value_optimizer, kernels),
+                policy_optimizer: runtime.optimizer(&config.optimizer),
+                value_optimizer: runtime.optimizer(&config.value_optimizer),
             },
-        };
-        Ok(Self {
-            policy: learner.policy.with_kernels(kernels).with_precision(precision),
-            value: learner.value.with_kernels(kernels).with_precision(precision),
-            policy_optimizer: learner.policy_optimizer.with_precision(precision),
-            value_optimizer: learner.value_optimizer.with_precision(precision),
         })
     }
 

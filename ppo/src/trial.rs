@@ -1,10 +1,8 @@
 //! Steps of PPO on random models and prompts, for measuring how long they take.
 
-use burn::tensor::Device;
-use common::kernels::Kernels;
-use common::model::{Gpt, GptConfig, ScalarGpt};
-use common::optim::AdamW;
+use common::model::{GptConfig, ScalarGpt};
 use common::rng::Streams;
+use common::runtime::Runtime;
 use common::tokenizer::Tokenizer;
 
 use crate::PpoConfig;
@@ -43,7 +41,7 @@ pub struct Measurement {
 }
 
 impl<'a> Trial<'a> {
-    /// Four models of `model`'s size on `device`, which is without autodiff.
+    /// Four models of `model`'s size on a device without autodiff.
     ///
     /// `tokenizer` only turns responses into text; tokens it does not know are left out of it.
     ///
@@ -54,21 +52,20 @@ impl<'a> Trial<'a> {
         config: PpoConfig,
         prompt_tokens: usize,
         tokenizer: &'a Tokenizer,
-        device: &Device,
-        kernels: Kernels,
+        runtime: &Runtime,
     ) -> Self {
         assert_eq!(config.train.batch_size % config.ppo.minibatches, 0, "minibatches divide the batch");
         let streams = Streams::new(config.seed);
-        let gpt = |seed: u64, device: &Device| Gpt::new(model, &Streams::new(seed), device).with_kernels(kernels);
-        let scalar = |seed: u64, device: &Device| ScalarGpt::new(gpt(seed, device), &Streams::new(seed));
-        let autodiff = device.clone().autodiff();
+        let gpt = |seed: u64, runtime: &Runtime| runtime.new_gpt(model, &Streams::new(seed));
+        let scalar = |seed: u64, runtime: &Runtime| ScalarGpt::new(gpt(seed, runtime), &Streams::new(seed));
+        let autodiff = runtime.autodiff();
         let mut sampling = Sampling::new(config.ppo.temperature, config.ppo.response_length, streams, tokenizer);
         sampling.config.stop.clear();
         Self {
             sampling,
             judge: Judge {
-                reference: gpt(config.seed, device),
-                reward_model: scalar(config.seed + 1, device),
+                reference: gpt(config.seed, runtime),
+                reward_model: scalar(config.seed + 1, runtime),
                 gold: None,
                 missing_eos_score: config.ppo.missing_eos_score as f32,
                 batch_size: config.micro_batch_size(),
@@ -76,8 +73,8 @@ impl<'a> Trial<'a> {
             learner: Some(Learner {
                 policy: gpt(config.seed, &autodiff),
                 value: scalar(config.seed + 2, &autodiff),
-                policy_optimizer: AdamW::new(&config.optimizer, kernels),
-                value_optimizer: AdamW::new(&config.value_optimizer, kernels),
+                policy_optimizer: runtime.optimizer(&config.optimizer),
+                value_optimizer: runtime.optimizer(&config.value_optimizer),
             }),
             streams,
             model: model.clone(),

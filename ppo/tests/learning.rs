@@ -6,8 +6,8 @@ use std::path::Path;
 
 use clap::Parser;
 use common::checkpoint::{Checkpoint, Stage, Weights};
+use common::interrupt::Interrupt;
 use common::model::{HostTensor, NamedTensors};
-use common::stage::Interrupt;
 use common::testing::{save_tiny, save_weights, tiny_config};
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use ppo::{Cli, Command};

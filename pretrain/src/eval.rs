@@ -39,8 +39,7 @@ impl Evaluation {
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
-    let device = args.runtime.open()?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
+    let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let result = match (&args.data, &args.ids) {
         (Some(file), _) => {
             let tokenizer = checkpoint.require_tokenizer()?;

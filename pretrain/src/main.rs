@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(pretrain::run(common::stage::parse::<pretrain::Cli>()))
+    common::exit::report(pretrain::run(common::cli::parse::<pretrain::Cli>()))
 }

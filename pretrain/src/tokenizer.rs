@@ -3,7 +3,7 @@
 use anyhow::Context;
 use common::config::{self, PathResolver};
 use common::data::records;
-use common::stage;
+use common::out_dir;
 use common::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -37,7 +37,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
     } else {
         read(&config.data.val)?
     };
-    stage::prepare_out(&args.out, false, args.overwrite, &[])?;
+    out_dir::prepare(&args.out, false, args.overwrite, &[])?;
     let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.runtime.quiet)?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");

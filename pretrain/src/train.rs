@@ -5,12 +5,12 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::interrupt::Interrupt;
 use common::metrics::names;
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
 use common::rng::{Rng, Streams};
 use common::session::{Exported, Extras, Origin, Outcome, Session};
-use common::stage::Interrupt;
 use common::tokenizer::Tokenizer;
 use common::{config, loss};
 use serde_json::json;
@@ -26,9 +26,7 @@ use crate::eval;
 /// Whatever stands in the way: configuration, data, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = args.stage.runtime.open()?.autodiff();
-    let kernels = args.stage.runtime.kernels();
-    let precision = args.stage.runtime.precision;
+    let runtime = args.stage.runtime.open()?.autodiff();
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args)?;
     let model_config = if let Some(init) = &init {
@@ -45,20 +43,18 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data: corpus.sha256.clone(),
         tokenizer,
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend_label(&device),
+        backend: runtime.label.clone(),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
     let (mut gpt, mut optimizer) = match (restored, init) {
         (Some(mut restored), _) => {
             let weights = restored.tensors("weights")?;
-            let gpt = Gpt::from_named(restored.checkpoint.model_config(), weights, &device)?;
-            (gpt, restored.optimizer("optimizer", &config.optimizer, kernels, &device.clone().inner())?)
+            let gpt = runtime.gpt_of(restored.checkpoint.model_config(), weights)?;
+            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        (None, Some(init)) => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
-        (None, None) => (Gpt::new(&model_config, &streams, &device), AdamW::new(&config.optimizer, kernels)),
+        (None, Some(init)) => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
+        (None, None) => (runtime.new_gpt(&model_config, &streams), runtime.optimizer(&config.optimizer)),
     };
-    gpt = gpt.with_kernels(kernels).with_precision(precision);
-    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training tokens, {} held-out tokens",
         gpt.num_params(),

@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result};
 use common::conversation::{self, Message};
 use common::generate::{Finish, GenerateOptions, SamplingConfig, generate};
-use common::metrics::bars;
+use common::interrupt::Interrupt;
+use common::logging::bars;
 use common::model::{Gpt, ScalarGpt};
 use common::rng::Streams;
 use common::scoring::score_rows;
-use common::stage::Interrupt;
 use common::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use common::stage::RuntimeArgs;
+use common::cli::RuntimeArgs;
 
 use crate::compare::{CompareArgs, ProbeArgs};
 use crate::steps::Step;

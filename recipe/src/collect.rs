@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use common::checkpoint::{Checkpoint, Stage};
+use common::cli::RuntimeArgs;
 use common::data::records::{OnBadRecord, Prompt, read_prompts};
 use common::generate::SamplingConfig;
+use common::interrupt::Interrupt;
 use common::rng::Streams;
 use common::session::Outcome;
-use common::stage::{Interrupt, RuntimeArgs};
 use serde_json::json;
 
 use crate::answers::{Answerer, Sampled};
@@ -61,8 +62,7 @@ pub fn collect(
 ) -> Result<Outcome> {
     let checkpoint = Checkpoint::open(sft).context("failed to load the model to sample from")?;
     checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
-    let device = runtime.open()?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(runtime.kernels()).with_precision(runtime.precision);
+    let gpt = runtime.open()?.gpt(&checkpoint)?;
     let answerer = Answerer {
         gpt: &gpt,
         tokenizer: checkpoint.require_tokenizer()?,

@@ -353,7 +353,7 @@ fn divide(overrides: &[String]) -> Result<Overrides> {
         match Step::ALL.into_iter().find(|step| step.trains() && step.name() == name) {
             Some(step) => divided.stages.push((step, rest.to_owned())),
             None if name == "recipe" => divided.own.push(rest.to_owned()),
-            None => return Err(common::stage::UsageError(format!(
+            None => return Err(common::exit::UsageError(format!(
                 "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
                  `reward-model.` or `ppo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the key in its file"
             ))
@@ -392,7 +392,7 @@ mod tests {
     #[test]
     fn an_override_of_no_stage_is_wrong_usage() {
         let error = open("", &["train.lr=1"], None).unwrap_err();
-        assert!(error.is::<common::stage::UsageError>() && error.to_string().contains("`reward-model.`"), "{error}");
+        assert!(error.is::<common::exit::UsageError>() && error.to_string().contains("`reward-model.`"), "{error}");
     }
 
     #[test]

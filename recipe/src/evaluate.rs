@@ -6,12 +6,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use common::checkpoint::Checkpoint;
+use common::cli::RuntimeArgs;
 use common::conversation::{Message, Role};
 use common::data::records::{OnBadRecord, Pair, read_pairs, read_prompts};
 use common::generate::SamplingConfig;
+use common::interrupt::Interrupt;
 use common::rng::Streams;
 use common::session::Outcome;
-use common::stage::{Interrupt, RuntimeArgs};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -82,9 +83,8 @@ impl Evaluator<'_> {
     fn answers(&self, policy: Policy, prompts: &[Vec<Message>]) -> Result<Option<Vec<Answer>>> {
         let dir = self.out.join(step_of(policy).name());
         let checkpoint = Checkpoint::open(&dir).with_context(|| format!("failed to load `{}`", dir.display()))?;
-        let device = self.runtime.open()?;
-        let gpt =
-            checkpoint.load_gpt(&device)?.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+        let runtime = self.runtime.open()?;
+        let gpt = runtime.gpt(&checkpoint)?;
         let tokenizer = checkpoint.require_tokenizer()?;
         let form = if policy == Policy::Base { self.config.base_prompt } else { BasePrompt::Chat };
         let answerer = Answerer {
@@ -105,8 +105,7 @@ impl Evaluator<'_> {
         };
         let scores = if self.stages.contains(&Step::RewardModel) {
             let judge = Checkpoint::open(&self.out.join(Step::RewardModel.name()))?;
-            let model =
-                judge.load_scalar(&device)?.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+            let model = runtime.scalar(&judge)?;
             answers::scores(&model, judge.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {
             vec![None; sampled.len()]

@@ -31,19 +31,20 @@ pub use run::run;
 use std::io::Write as _;
 
 use anyhow::{Context, Result, bail};
-use common::stage::{self, Interrupt};
+use common::interrupt::Interrupt;
+use common::runtime::on_pool;
 
 use toy::WorldConfig;
 
 /// Carries out one command line.
 ///
 /// # Errors
-/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+/// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             args.runtime.start()?;
-            stage::on_pool(|| run(&args, Interrupt::install()?))
+            on_pool(|| run(&args, Interrupt::install()?))
         }
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {
@@ -55,7 +56,7 @@ pub fn execute(cli: Cli) -> Result<()> {
             compare::probe(&args)
         }
         Command::World(args) => {
-            stage::init_logging(args.verbose, args.quiet);
+            common::logging::init(args.verbose, args.quiet);
             generate_world(&args)
         }
     }

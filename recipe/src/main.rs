@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(recipe::execute(common::stage::parse::<recipe::Cli>()))
+    common::exit::report(recipe::execute(common::cli::parse::<recipe::Cli>()))
 }

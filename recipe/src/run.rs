@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use common::cli::StageArgs;
+use common::interrupt::Interrupt;
 use common::session::Outcome;
-use common::stage::{Interrupt, StageArgs};
 
 use crate::cli::RunArgs;
 use crate::collect::{PairFiles, collect};

@@ -42,9 +42,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::RewardModel])?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let device = args.runtime.open()?;
-    let model =
-        checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
+    let model = args.runtime.open()?.scalar(&checkpoint)?;
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let pairs = Pairs::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::TruncatePrompt)?;

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(reward_model::run(common::stage::parse::<reward_model::Cli>()))
+    common::exit::report(reward_model::run(common::cli::parse::<reward_model::Cli>()))
 }

@@ -29,9 +29,7 @@ struct Line {
 pub(crate) fn run(args: &ScoreArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::RewardModel])?;
-    let device = args.runtime.open()?;
-    let model =
-        checkpoint.load_scalar(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
+    let model = args.runtime.open()?.scalar(&checkpoint)?;
     let (lines, rows) = match (&args.data, &args.ids) {
         (Some(file), _) => of_records(file, checkpoint.require_tokenizer()?, model.config().max_seq_len)?,
         (None, Some(file)) => of_ids(file, &model)?,

@@ -8,13 +8,13 @@ use burn::tensor::Tensor;
 use common::checkpoint::{self, Stage};
 use common::config;
 use common::data::order::Order;
+use common::interrupt::Interrupt;
 use common::metrics::names;
 use common::model::{Layout, ScalarGpt};
-use common::optim::{AdamW, Grads};
+use common::optim::Grads;
 use common::rng::Streams;
 use common::scoring::by_length;
 use common::session::{Exported, Extras, Origin, Outcome, Session};
-use common::stage::Interrupt;
 
 use crate::cli::TrainArgs;
 use crate::config::{BestBy, RewardModelConfig};
@@ -32,10 +32,9 @@ use crate::normalisation::{Normalisation, score_samples};
 /// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = args.stage.runtime.open()?.autodiff();
-    let plain_device = device.clone().inner();
-    let kernels = args.stage.runtime.kernels();
-    let precision = args.stage.runtime.precision;
+    let plain = args.stage.runtime.open()?;
+    let runtime = plain.autodiff();
+    let device = runtime.device.clone();
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init).context("failed to load the initial model")?;
     init.expect_stage(&[Stage::Sft, Stage::Pretrain]).context("failed to load the initial model")?;
@@ -54,7 +53,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend_label(&device),
+        backend: runtime.label.clone(),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
     if session.progress().finished {
@@ -65,13 +64,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let (mut model, mut optimizer) = match restored {
         Some(mut restored) => {
             let weights = restored.tensors("weights")?;
-            let model = ScalarGpt::from_named(restored.checkpoint.model_config(), weights, 0.0, &device)?;
-            (model, restored.optimizer("optimizer", &config.optimizer, kernels, &plain_device)?)
+            let model = runtime.scalar_of(restored.checkpoint.model_config(), weights)?;
+            (model, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        None => (ScalarGpt::new(init.load_gpt(&device)?, &streams), AdamW::new(&config.optimizer, kernels)),
+        None => (ScalarGpt::new(runtime.gpt(&init)?, &streams), runtime.optimizer(&config.optimizer)),
     };
-    model = model.with_kernels(kernels).with_precision(precision);
-    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training pairs, {} held-out ones",
         model.num_params(),
@@ -139,12 +136,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None
     } else {
         let best = match session.best_weights() {
-            Some(best) => ScalarGpt::from_named(model.config(), best.clone(), 0.0, &plain_device)?
-                .with_kernels(kernels)
-                .with_precision(precision),
+            Some(best) => plain.scalar_of(model.config(), best.clone())?,
             None => model.valid(),
         };
-        let initial = init.load_gpt(&plain_device)?.with_kernels(kernels).with_precision(precision);
+        let initial = plain.gpt(&init)?;
         let scores = score_samples(&config.normalisation, &initial, &best, &training, &tokenizer, streams)?;
         let fitted = Normalisation::fit(&scores)?;
         tracing::info!(

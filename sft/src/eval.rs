@@ -41,8 +41,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let device = args.runtime.open()?;
-    let gpt = checkpoint.load_gpt(&device)?.with_kernels(args.runtime.kernels()).with_precision(args.runtime.precision);
+    let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let conversations = Conversations::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::Truncate)?;

@@ -17,12 +17,13 @@ pub use config::{DataConfig, SftConfig, TooLong, TrainConfig};
 pub use eval::Evaluation;
 pub use train::train;
 
-use common::stage::{Interrupt, on_pool};
+use common::interrupt::Interrupt;
+use common::runtime::on_pool;
 
 /// Carries out one command line.
 ///
 /// # Errors
-/// Whatever went wrong, with its context; [`common::stage::report`] prints it.
+/// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {

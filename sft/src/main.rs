@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::stage::report(sft::run(common::stage::parse::<sft::Cli>()))
+    common::exit::report(sft::run(common::cli::parse::<sft::Cli>()))
 }

@@ -9,12 +9,12 @@ use common::checkpoint::{self, Stage};
 use common::conversation::{self, Role};
 use common::data::order::Order;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::interrupt::Interrupt;
 use common::metrics::names;
 use common::model::Gpt;
-use common::optim::{AdamW, Grads};
+use common::optim::Grads;
 use common::rng::Streams;
 use common::session::{Exported, Extras, Origin, Outcome, Session};
-use common::stage::Interrupt;
 use common::{config, loss};
 use serde_json::json;
 
@@ -29,9 +29,8 @@ use crate::eval;
 /// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = load_config(args)?;
-    let device = args.stage.runtime.open()?.autodiff();
-    let kernels = args.stage.runtime.kernels();
-    let precision = args.stage.runtime.precision;
+    let runtime = args.stage.runtime.open()?.autodiff();
+    let device = runtime.device.clone();
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init).context("failed to load the initial model")?;
     init.expect_stage(&[Stage::Pretrain, Stage::Sft]).context("failed to load the initial model")?;
@@ -51,19 +50,17 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         data,
         tokenizer: tokenizer.clone(),
         config_toml: config::to_toml(&config)?,
-        backend: args.stage.runtime.backend_label(&device),
+        backend: runtime.label.clone(),
     };
     let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
     let (mut gpt, mut optimizer) = match restored {
         Some(mut restored) => {
             let weights = restored.tensors("weights")?;
-            let gpt = Gpt::from_named(restored.checkpoint.model_config(), weights, &device)?;
-            (gpt, restored.optimizer("optimizer", &config.optimizer, kernels, &device.clone().inner())?)
+            let gpt = runtime.gpt_of(restored.checkpoint.model_config(), weights)?;
+            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        None => (init.load_gpt(&device)?, AdamW::new(&config.optimizer, kernels)),
+        None => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
     };
-    gpt = gpt.with_kernels(kernels).with_precision(precision);
-    optimizer = optimizer.with_precision(precision);
     tracing::info!(
         "{} parameters, {} training conversations, {} held-out ones",
         gpt.num_params(),

@@ -6,11 +6,12 @@ use std::time::Instant;
 use anyhow::Context;
 use burn::tensor::{Tensor, TensorData};
 use clap::Args;
+use common::cli::{RuntimeArgs, at_least_1};
 use common::rng::Streams;
-use common::stage::{RuntimeArgs, at_least_1};
+use common::runtime::Runtime;
 use serde_json::{Map, Value, json};
 
-use super::{Ground, Shape, median, rounded, smallest};
+use super::{Shape, median, rounded, smallest};
 
 /// Flags of `recipe bench gemm`.
 #[derive(Debug, Args)]
@@ -30,7 +31,7 @@ pub struct GemmBenchArgs {
 }
 
 /// Times the backend's own product, for the linear layers and the output layer of a training step.
-pub fn measure(args: &GemmBenchArgs, ground: &Ground) -> anyhow::Result<Map<String, Value>> {
+pub fn measure(args: &GemmBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
     let (rows, d) = (args.shape.size.batch() * model.max_seq_len, model.d_model);
     let shapes =
@@ -41,7 +42,7 @@ pub fn measure(args: &GemmBenchArgs, ground: &Ground) -> anyhow::Result<Map<Stri
         let random = |stream: u64, rows: usize, columns: usize| {
             let mut rng = Streams::new(0).get("bench/gemm", stream);
             let data: Vec<f32> = (0..rows * columns).map(|_| rng.uniform() as f32 - 0.5).collect();
-            Tensor::<2>::from_data(TensorData::new(data, [rows, columns]), &ground.device)
+            Tensor::<2>::from_data(TensorData::new(data, [rows, columns]), &runtime.device)
         };
         let (x, weight) = (random(0, n, d_in), random(1, d_in, d_out));
         let once = || -> anyhow::Result<f64> {

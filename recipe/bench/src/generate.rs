@@ -7,13 +7,15 @@ use std::time::Instant;
 use anyhow::bail;
 use burn::module::Module;
 use clap::Args;
+use common::cli::{RuntimeArgs, at_least_1};
+use common::exit::UsageError;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::model::{Gpt, GptConfig};
 use common::rng::Streams;
-use common::stage::{RuntimeArgs, UsageError, at_least_1};
+use common::runtime::Runtime;
 use serde_json::{Map, Value, json};
 
-use super::{Ground, Shape, median, rounded, smallest};
+use super::{Shape, median, rounded, smallest};
 
 /// New tokens of the run that warms up.
 const WARMUP_TOKENS: usize = 16;
@@ -62,7 +64,7 @@ pub struct GenerateBenchArgs {
 }
 
 /// Times whole runs: a prefill and then one token a step; no token stops an answer.
-pub fn measure(args: &GenerateBenchArgs, ground: &Ground) -> anyhow::Result<Map<String, Value>> {
+pub fn measure(args: &GenerateBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
     let (prefill, new) = (args.prefill.get(), args.new_tokens.get());
     if prefill + new > model.max_seq_len {
@@ -76,7 +78,7 @@ pub fn measure(args: &GenerateBenchArgs, ground: &Ground) -> anyhow::Result<Map<
         bail!(UsageError("`--gen` must be at least 2: the first token belongs to the prefill".to_owned()));
     }
     let streams = Streams::new(args.seed);
-    let gpt = Gpt::new(&model, &streams, &ground.device).with_kernels(ground.kernels);
+    let gpt = runtime.new_gpt(&model, &streams);
     let results: Vec<Map<String, Value>> = args
         .batches
         .iter()

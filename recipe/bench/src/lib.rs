@@ -18,10 +18,10 @@ pub use train::TrainBenchArgs;
 use std::io::Write as _;
 
 use anyhow::Context;
-use burn::tensor::Device;
 use clap::Subcommand;
-use common::kernels::{Kernels, Precision, memory};
-use common::stage::{self, RuntimeArgs, UsageError};
+use common::exit::UsageError;
+use common::kernels::{Precision, memory};
+use common::runtime::{n_threads, on_pool};
 use serde_json::{Map, Value, json};
 
 /// What to measure.
@@ -42,45 +42,32 @@ pub enum BenchCommand {
 /// # Errors
 /// For a backend that cannot be opened, numbers that do not fit together, and a computation that fails.
 pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
-    let (name, runtime) = match command {
+    let (name, flags) = match command {
         BenchCommand::Train(args) => ("train", &args.runtime),
         BenchCommand::Generate(args) => ("generate", &args.runtime),
         BenchCommand::Ppo(args) => ("ppo", &args.runtime),
         BenchCommand::Gemm(args) => ("gemm", &args.runtime),
     };
-    runtime.start()?;
-    let ground = Ground::new(runtime)?;
-    let measured = stage::on_pool(|| match command {
-        BenchCommand::Train(args) => train::measure(args, &ground),
-        BenchCommand::Generate(args) => generate::measure(args, &ground),
-        BenchCommand::Ppo(args) => ppo::measure(args, &ground),
-        BenchCommand::Gemm(args) => gemm::measure(args, &ground),
+    flags.start()?;
+    if flags.precision != Precision::F32 {
+        return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
+    }
+    let runtime = flags.open()?;
+    let measured = on_pool(|| match command {
+        BenchCommand::Train(args) => train::measure(args, &runtime),
+        BenchCommand::Generate(args) => generate::measure(args, &runtime),
+        BenchCommand::Ppo(args) => ppo::measure(args, &runtime),
+        BenchCommand::Gemm(args) => gemm::measure(args, &runtime),
     })?;
     let mut line = Map::new();
     line.insert("bench".into(), json!(name));
-    line.insert("backend".into(), json!(runtime.backend));
-    line.insert("kernels".into(), json!(runtime.kernels()));
-    line.insert("threads".into(), json!(stage::n_threads()));
+    line.insert("backend".into(), json!(flags.backend));
+    line.insert("kernels".into(), json!(runtime.kernels));
+    line.insert("threads".into(), json!(n_threads()));
     line.insert("dtype".into(), json!("f32"));
     line.extend(measured);
     line.insert("peak_rss_mib".into(), rounded(memory::usage().peak_bytes as f64 / f64::from(1 << 20), 1));
     writeln!(std::io::stdout(), "{}", Value::Object(line)).context("failed to write the result")
-}
-
-/// On what a measurement runs.
-struct Ground {
-    /// Without autodiff.
-    device: Device,
-    kernels: Kernels,
-}
-
-impl Ground {
-    fn new(runtime: &RuntimeArgs) -> anyhow::Result<Self> {
-        if runtime.precision != Precision::F32 {
-            return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
-        }
-        Ok(Self { device: runtime.open()?, kernels: runtime.kernels() })
-    }
 }
 
 /// `value` to so many decimals.

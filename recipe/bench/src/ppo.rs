@@ -5,15 +5,17 @@ use std::num::NonZeroUsize;
 use anyhow::bail;
 use burn::module::Module;
 use clap::Args;
+use common::cli::{RuntimeArgs, at_least_1};
+use common::exit::UsageError;
 use common::model::Gpt;
 use common::optim::{OptimizerConfig, Schedule};
 use common::rng::Streams;
-use common::stage::{RuntimeArgs, UsageError, at_least_1};
+use common::runtime::Runtime;
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use ppo::{Measurement, PpoConfig, Trial};
 use serde_json::{Map, Value, json};
 
-use super::{Ground, Shape, median, rounded, smallest};
+use super::{Shape, median, rounded, smallest};
 
 /// Flags of `recipe bench ppo`.
 #[derive(Debug, Args)]
@@ -61,7 +63,7 @@ pub struct PpoBenchArgs {
 }
 
 /// Times whole steps and their parts.
-pub fn measure(args: &PpoBenchArgs, ground: &Ground) -> anyhow::Result<Map<String, Value>> {
+pub fn measure(args: &PpoBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
     let (batch, prompt, response) = (args.ppo_batch.get(), args.prompt.get(), args.response.get());
     if prompt + response > model.max_seq_len {
@@ -85,7 +87,7 @@ pub fn measure(args: &PpoBenchArgs, ground: &Ground) -> anyhow::Result<Map<Strin
     let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
     let tokenizer = Tokenizer::train(&bytes, std::iter::empty::<String>(), true)?;
 
-    let mut trial = Trial::new(&model, config, prompt, &tokenizer, &ground.device, ground.kernels);
+    let mut trial = Trial::new(&model, config, prompt, &tokenizer, runtime);
     let mut measured: Vec<Measurement> = Vec::new();
     for step in 0..args.warmup.get() + args.steps.get() {
         let of_step = trial.step(step as u64)?;
@@ -99,7 +101,7 @@ pub fn measure(args: &PpoBenchArgs, ground: &Ground) -> anyhow::Result<Map<Strin
     let update = median(&of(|m| m.seconds.update));
     let totals = of(|m| m.seconds.rollout + m.seconds.score + m.seconds.update);
     let last = measured[measured.len() - 1];
-    let n_params = Gpt::new(&model, &Streams::new(args.seed), &ground.device).num_params();
+    let n_params = Gpt::new(&model, &Streams::new(args.seed), &runtime.device).num_params();
     let mut fields = args.shape.describe(&model);
     let own = [
         ("params_policy", json!(n_params)),

@@ -1,8 +1,8 @@
 //! The sizes that are compared.
 
 use clap::{Args, ValueEnum};
+use common::exit::UsageError;
 use common::model::GptConfig;
-use common::stage::UsageError;
 use serde_json::{Map, Value, json};
 use std::num::NonZeroUsize;
 
@@ -62,23 +62,23 @@ pub struct Shape {
     pub size: Size,
 
     /// Layers, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::stage::at_least_1)]
+    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
     pub n_layers: Option<NonZeroUsize>,
 
     /// Heads, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::stage::at_least_1)]
+    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
     pub n_heads: Option<NonZeroUsize>,
 
     /// Width, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::stage::at_least_1)]
+    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
     pub d_model: Option<NonZeroUsize>,
 
     /// Context in tokens, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::stage::at_least_1)]
+    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
     pub ctx: Option<NonZeroUsize>,
 
     /// Vocabulary, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::stage::at_least_1)]
+    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
     pub vocab: Option<NonZeroUsize>,
 }
 

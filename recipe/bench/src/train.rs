@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use burn::module::Module;
 use clap::Args;
+use common::cli::{RuntimeArgs, at_least_1};
 use common::kernels::memory;
-use common::model::Gpt;
-use common::optim::{AdamW, OptimizerConfig};
+use common::optim::OptimizerConfig;
 use common::rng::Streams;
-use common::stage::{RuntimeArgs, at_least_1};
+use common::runtime::Runtime;
 use pretrain::{Windows, gradients};
 use serde_json::{Map, Value, json};
 
-use super::{Ground, Shape, median, quantile, rounded, smallest};
+use super::{Shape, median, quantile, rounded, smallest};
 
 /// Different batches, taken in turn.
 const N_BATCHES: usize = 8;
@@ -49,14 +49,14 @@ pub struct TrainBenchArgs {
 }
 
 /// Times single steps: the loss with its gradients, clipping by the global norm, AdamW, and reading the loss.
-pub fn measure(args: &TrainBenchArgs, ground: &Ground) -> anyhow::Result<Map<String, Value>> {
+pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
     let batch = args.batch.map_or(args.shape.size.batch(), NonZeroUsize::get);
     let (seq, streams) = (model.max_seq_len, Streams::new(args.seed));
     let optimizer = OptimizerConfig { lr: 6e-4, ..OptimizerConfig::default() };
-    let mut gpt = Gpt::new(&model, &streams, &ground.device.clone().autodiff()).with_kernels(ground.kernels);
+    let mut gpt = runtime.autodiff().new_gpt(&model, &streams);
     let n_params = gpt.num_params();
-    let mut adamw = AdamW::new(&optimizer, ground.kernels);
+    let mut adamw = runtime.optimizer(&optimizer);
     let mut rng = streams.get("bench/tokens", 0);
     let batches: Vec<Windows> = (0..N_BATCHES)
         .map(|_| {

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use common::cli::RuntimeArgs;
 use common::kernels::fault::Fault;
-use common::stage::RuntimeArgs;
 
 use crate::steps::Step;
 

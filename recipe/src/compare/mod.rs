@@ -25,8 +25,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
 use common::backend;
+use common::exit::UsageError;
 use common::kernels::Kernels;
-use common::stage::UsageError;
 
 use crate::config::Recipe;
 use crate::steps::Step;

@@ -5,16 +5,18 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use common::checkpoint::Checkpoint;
+use common::cli::{RuntimeArgs, StageArgs};
+use common::interrupt::Interrupt;
 use common::kernels::{self, Precision};
 use common::loss;
 use common::metrics::names;
 use common::model::{Gpt, HostTensor, Layout, NamedTensors};
-use common::optim::{AdamW, Grads};
+use common::optim::Grads;
 use common::rng::Streams;
+use common::runtime::Runtime;
 use common::scoring::score_rows;
-use common::stage::{Interrupt, RuntimeArgs, StageArgs};
 use common::tokenizer::Tokenizer;
 use pretrain::PretrainConfig;
 use serde::{Deserialize, Serialize};
@@ -70,13 +72,13 @@ pub fn probe(args: &ProbeArgs) -> Result<()> {
     }
     let recipe = plan.recipe.display().to_string();
     let recipe = Recipe::open(&recipe, &plan.prepared, plan.data.as_deref(), &plan.overrides, plan.seed)?;
-    let device = args.runtime.open()?;
-    let recorder = Recorder::create(&args.out, args.runtime.backend_label(&device))?;
+    let runtime = args.runtime.open()?;
+    let recorder = Recorder::create(&args.out, runtime.label.clone())?;
     let reference = args.reference.as_deref().map(Records::read).transpose()?;
     let parents = args.reference.clone().unwrap_or_else(|| args.out.clone());
-    let mut runtime = args.runtime.clone();
-    runtime.quiet = true;
-    let mut probe = Probe { plan, recipe, out: args.out.clone(), parents, reference, runtime, device, recorder };
+    let mut flags = args.runtime.clone();
+    flags.quiet = true;
+    let mut probe = Probe { plan, recipe, out: args.out.clone(), parents, reference, flags, runtime, recorder };
     probe.run()?;
     probe.recorder.done()
 }
@@ -89,8 +91,9 @@ struct Probe {
     parents: PathBuf,
     /// Absent in the reference itself.
     reference: Option<Records>,
-    runtime: RuntimeArgs,
-    device: Device,
+    flags: RuntimeArgs,
+    /// Without autodiff.
+    runtime: Runtime,
     recorder: Recorder,
 }
 
@@ -135,7 +138,7 @@ impl Probe {
             overwrite: true,
             overrides,
             data: self.recipe.data.clone(),
-            runtime: self.runtime.clone(),
+            runtime: self.flags.clone(),
         }
     }
 
@@ -185,8 +188,7 @@ impl Probe {
     /// A language model of the reference, and the same on this backend.
     fn load_gpt(&self, step: Step) -> Result<(Checkpoint, Gpt)> {
         let checkpoint = Checkpoint::open(&self.parents.join(step.name()))?;
-        let gpt = checkpoint.load_gpt(&self.device.clone().autodiff())?;
-        let gpt = gpt.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+        let gpt = self.runtime.autodiff().gpt(&checkpoint)?;
         Ok((checkpoint, gpt))
     }
 
@@ -211,21 +213,20 @@ impl Probe {
         let tokenizer = Tokenizer::load(&self.plan.prepared.join(Step::Tokenizer.name()))?;
         let args = self.pretrain_args(&[]);
         let config: PretrainConfig = common::config::load(&args.stage.config, &args.stage.overrides)?;
-        let initial = Gpt::new(&config.model.resolve(tokenizer.vocab_size())?, &self.streams(), &self.device);
+        let initial = Gpt::new(&config.model.resolve(tokenizer.vocab_size())?, &self.streams(), &self.runtime.device);
         self.named(stage, Level::InitialWeights, &initial.to_named())?;
 
         let (_, gpt) = self.load_gpt(stage)?;
         let batches = self.windows(10 * N_WINDOWS)?;
         let (ids, targets) = &batches[0];
-        let input = || ids.tensor(&self.device.clone().autodiff());
+        let input = || ids.tensor(&self.runtime.device.clone().autodiff());
         let hidden = gpt.hidden(input(), &Layout::right_padded());
         let model_hidden = HostTensor::of(&hidden.clone().inner());
         self.operations(&gpt, ids, targets, &model_hidden)?;
         let logits = HostTensor::of(&gpt.logits(hidden.clone()).inner());
         self.recorder.tensor(stage, Level::Logits, "logits", &logits)?;
 
-        let mut optimizer =
-            AdamW::new(&config.optimizer, self.runtime.kernels()).with_precision(self.runtime.precision);
+        let mut optimizer = self.runtime.optimizer(&config.optimizer);
         let before = gpt.to_named();
         let mut gpt = gpt;
         for (i, (ids, targets)) in batches.iter().enumerate() {
@@ -251,7 +252,7 @@ impl Probe {
     }
 
     fn loss(&self, gpt: &Gpt, ids: &Ids, targets: &[i64]) -> Tensor<1> {
-        let device = self.device.clone().autodiff();
+        let device = self.runtime.device.clone().autodiff();
         let hidden = gpt.hidden(ids.tensor(&device), &Layout::right_padded());
         let [batch, seq, d_model] = hidden.dims();
         let targets = Tensor::from_data(TensorData::new(targets.to_vec(), [batch * seq]), &device);
@@ -261,8 +262,8 @@ impl Probe {
     /// Each operation on the reference's activations.
     fn operations(&mut self, gpt: &Gpt, ids: &Ids, targets: &[i64], model_hidden: &HostTensor) -> Result<()> {
         let stage = Step::Pretrain;
-        let (config, weights, kernels) = (gpt.config().clone(), gpt.to_named(), self.runtime.kernels());
-        let device = self.device.clone();
+        let (config, weights, kernels) = (gpt.config().clone(), gpt.to_named(), self.runtime.kernels);
+        let device = self.runtime.device.clone();
         let (mut operations, walked) = Walk::operations(&config, &weights, ids, targets, kernels, &device)?;
         if self.runtime.precision == Precision::F32 {
             check_walk(&walked, model_hidden)?;
@@ -278,7 +279,7 @@ impl Probe {
                     }
                 }
             }
-            let outcome = operation.run(kernels, &self.device);
+            let outcome = operation.run(kernels, &self.runtime.device);
             self.recorder.tensor(stage, Level::Operations, &operation.name, &outcome.output)?;
             for (i, gradient) in outcome.gradients {
                 let name = format!("{} by input {i}", operation.name);
@@ -329,8 +330,7 @@ impl Probe {
     fn scores(&mut self) -> Result<()> {
         let stage = Step::RewardModel;
         let checkpoint = Checkpoint::open(&self.parents.join(stage.name()))?;
-        let model = checkpoint.load_scalar(&self.device)?;
-        let model = model.with_kernels(self.runtime.kernels()).with_precision(self.runtime.precision);
+        let model = self.runtime.scalar(&checkpoint)?;
         let rows = pretrain::first_windows(&self.pretrain_args(&[]), DECODED.0)?;
         let n = rows.len();
         let rows: Vec<&[u32]> = rows.iter().enumerate().map(|(i, row)| &row[..row.len() * (i + 1) / n]).collect();
@@ -382,7 +382,7 @@ impl Probe {
     fn memory(&mut self, step: Step) -> Result<()> {
         const MIB: f64 = 1024.0 * 1024.0;
         self.recorder.measure(step, "peak_host_mib", kernels::memory::usage().peak_bytes as f64 / MIB)?;
-        if let Some(usage) = self.device.memory_pool_usage() {
+        if let Some(usage) = self.runtime.device.memory_pool_usage() {
             self.recorder.measure(step, "device_mib", usage.bytes_reserved as f64 / MIB)?;
         }
         Ok(())

@@ -1,0 +1,92 @@
+//! The end of a program: the error on stderr and the exit code.
+//!
+//! 0 done, 1 failed, 2 wrong usage. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
+//! directory that is not empty or holds nothing to resume is the state of the disk, so that is 1.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use crate::logging::bars;
+
+/// Wrong usage that clap cannot see, such as flags that depend on another's value: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Prints what went wrong, if anything did, and gives the exit code.
+///
+/// The chain becomes `error: outer: inner`; the lines `hint: …` of all its errors follow.
+pub fn report(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let text = error_text(&error);
+    // Nothing is left to try if stderr itself is gone.
+    let _ = bars().suspend(|| writeln!(std::io::stderr(), "{text}"));
+    ExitCode::from(if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 })
+}
+
+/// The error chain on one line where it fits, hints last.
+fn error_text(error: &anyhow::Error) -> String {
+    let mut text = String::from("error: ");
+    let mut hints = Vec::new();
+    let mut outer = String::new();
+    for cause in error.chain() {
+        let full = cause.to_string();
+        let mut message = Vec::new();
+        for line in full.lines() {
+            match line.strip_prefix("hint: ") {
+                Some(hint) if !hints.contains(&hint.to_owned()) => hints.push(hint.to_owned()),
+                Some(_) => {}
+                None => message.push(line),
+            }
+        }
+        let message = message.join("\n");
+        // Many errors print their source themselves.
+        if outer.ends_with(&message) {
+            continue;
+        }
+        if !outer.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&message);
+        outer = message;
+    }
+    for hint in hints {
+        text.push_str("\nhint: ");
+        text.push_str(&hint);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_chain_is_one_line_and_its_hints_come_last() {
+        let inner = anyhow::anyhow!("file is short\nhint: copy it again");
+        let error = inner.context("failed to load `a`\nhint: pass another").context("failed to start");
+        assert_eq!(
+            error_text(&error),
+            "error: failed to start: failed to load `a`: file is short\nhint: pass another\nhint: copy it again"
+        );
+    }
+
+    #[test]
+    fn a_source_that_the_outer_message_repeats_is_not_said_twice() {
+        let missing = std::fs::read("/does/not/exist").expect_err("missing");
+        let reason = missing.to_string();
+        let error = crate::config::ConfigError::Read { path: "o".into(), source: missing };
+        assert_eq!(error_text(&error.into()), format!("error: failed to read `o`: {reason}"));
+    }
+
+    #[test]
+    fn exit_codes_tell_wrong_usage_from_failure() {
+        let code = |code: ExitCode| format!("{code:?}");
+        assert_eq!(code(report(Ok(()))), code(ExitCode::SUCCESS));
+        assert_eq!(code(report(Err(anyhow::anyhow!("failed")))), code(ExitCode::from(1)));
+        let usage = Err(UsageError("`--ids` and `--data`".into())).context("outer");
+        assert_eq!(code(report(usage)), code(ExitCode::from(2)));
+    }
+}

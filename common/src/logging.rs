@@ -1,0 +1,98 @@
+//! Log messages and progress bars, both on stderr.
+
+use std::io::Write;
+use std::sync::OnceLock;
+
+use indicatif::MultiProgress;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, MakeWriter};
+use tracing_subscriber::registry::LookupSpan;
+
+/// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
+const OURS: [&str; 13] = [
+    "base",
+    "bench",
+    "chat",
+    "common",
+    "kernels",
+    "model",
+    "ppo",
+    "pretrain",
+    "recipe",
+    "reward_model",
+    "sft",
+    "text",
+    "toy",
+];
+
+/// Sends log messages to stderr, above the progress bars.
+///
+/// `verbose` counts `-v`. The variable `RUST_LOG` goes before both flags. A second call does nothing.
+pub fn init(verbose: u8, quiet: bool) {
+    let level = match (quiet, verbose) {
+        (true, _) => "warn",
+        (false, 0) => "info",
+        (false, 1) => "debug",
+        (false, _) => "trace",
+    };
+    let default = OURS.map(|name| format!("{name}={level}")).join(",") + if verbose > 1 { ",info" } else { ",warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(AboveBars).event_format(Plain);
+    // An error means that logging was set up before, by a test or by the recipe that runs this stage.
+    let _ = subscriber.try_init();
+}
+
+/// The progress bars of this process. Anything else that writes to stderr goes through its `suspend`, so that text and
+/// bars do not overwrite each other.
+pub fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// stderr, written to while the bars step aside.
+#[derive(Clone, Copy)]
+struct AboveBars;
+
+impl Write for AboveBars {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        bars().suspend(|| std::io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+impl MakeWriter<'_> for AboveBars {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        *self
+    }
+}
+
+/// A message as a person wrote it; its level only where it is not `info`, in the style of the error line.
+struct Plain;
+
+impl<S, N> FormatEvent<S, N> for Plain
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        match *event.metadata().level() {
+            tracing::Level::ERROR => writer.write_str("error: ")?,
+            tracing::Level::WARN => writer.write_str("warning: ")?,
+            tracing::Level::INFO => {}
+            level => write!(writer, "{} {}: ", level.as_str().to_lowercase(), event.metadata().target())?,
+        }
+        context.field_format().format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
+}

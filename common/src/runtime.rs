@@ -1,0 +1,147 @@
+//! The device, and models placed on it.
+
+use std::num::NonZeroUsize;
+
+use burn::tensor::Device;
+
+use crate::backend::{self, BackendError};
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::kernels::{Kernels, Precision};
+use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
+use crate::optim::{AdamW, OptimizerConfig};
+use crate::rng::Streams;
+
+/// A device, and how models compute on it. Every model it gives is on the device and ready to run.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    /// Where tensors live; with autodiff where it is for training.
+    pub device: Device,
+    /// Which implementation of the model's operations to use.
+    pub kernels: Kernels,
+    /// Float type of the model's computations.
+    pub precision: Precision,
+    /// The backend as a checkpoint records it: as given, with the adapter found, and the precision unless it is f32.
+    pub label: String,
+}
+
+impl Runtime {
+    /// Opens the device `NAME[:INDEX]`, without autodiff.
+    ///
+    /// # Errors
+    /// As [`backend::open`], and if the device cannot compute in `precision`.
+    pub fn open(backend: &str, kernels: Kernels, precision: Precision) -> Result<Self, BackendError> {
+        let device = backend::open(backend)?;
+        backend::check_precision(backend, &device, precision)?;
+        let mut label = backend::label(backend, &device);
+        if precision != Precision::F32 {
+            label = format!("{label}, {}", precision.name());
+        }
+        Ok(Self { device, kernels, precision, label })
+    }
+
+    /// The same device with autodiff, for the models that are trained.
+    #[must_use]
+    pub fn autodiff(&self) -> Self {
+        Self { device: self.device.clone().autodiff(), ..self.clone() }
+    }
+
+    /// The language model of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load_gpt`].
+    pub fn gpt(&self, checkpoint: &Checkpoint) -> Result<Gpt, CheckpointError> {
+        Ok(self.ready(checkpoint.load_gpt(&self.device)?))
+    }
+
+    /// The reward model of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load_scalar`].
+    pub fn scalar(&self, checkpoint: &Checkpoint) -> Result<ScalarGpt, CheckpointError> {
+        Ok(self.ready_scalar(checkpoint.load_scalar(&self.device)?))
+    }
+
+    /// The value model of a checkpoint of PPO.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load_value`].
+    pub fn value(&self, checkpoint: &Checkpoint) -> Result<ScalarGpt, CheckpointError> {
+        Ok(self.ready_scalar(checkpoint.load_value(&self.device)?))
+    }
+
+    /// A language model with random weights, see [`Gpt::new`].
+    pub fn new_gpt(&self, config: &GptConfig, streams: &Streams) -> Gpt {
+        self.ready(Gpt::new(config, streams, &self.device))
+    }
+
+    /// A language model with the given weights.
+    ///
+    /// # Errors
+    /// As [`Gpt::from_named`].
+    pub fn gpt_of(&self, config: &GptConfig, named: NamedTensors) -> Result<Gpt, NamedError> {
+        Ok(self.ready(Gpt::from_named(config, named, &self.device)?))
+    }
+
+    /// A reward or value model with the given weights and no score bias.
+    ///
+    /// # Errors
+    /// As [`ScalarGpt::from_named`].
+    pub fn scalar_of(&self, config: &GptConfig, named: NamedTensors) -> Result<ScalarGpt, NamedError> {
+        Ok(self.ready_scalar(ScalarGpt::from_named(config, named, 0.0, &self.device)?))
+    }
+
+    /// An optimiser that has made no step.
+    pub fn optimizer(&self, config: &OptimizerConfig) -> AdamW {
+        AdamW::new(config, self.kernels).with_precision(self.precision)
+    }
+
+    fn ready(&self, gpt: Gpt) -> Gpt {
+        gpt.with_kernels(self.kernels).with_precision(self.precision)
+    }
+
+    fn ready_scalar(&self, scalar: ScalarGpt) -> ScalarGpt {
+        scalar.with_kernels(self.kernels).with_precision(self.precision)
+    }
+}
+
+/// Runs `work` on a thread of the pool that everything computes on.
+///
+/// An operation that starts outside of the pool puts its thread to sleep and wakes another, hundreds of times a step;
+/// one that starts inside begins at once, and the other threads join in.
+pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
+/// Sets the number of threads of everything that computes on the CPU: our kernels and Burn's flex backend.
+///
+/// `None` takes one for each core. `ndarray` multiplies matrices with threads of its own, which only the variable
+/// `MATMUL_NUM_THREADS` counts.
+///
+/// # Errors
+/// If the pool runs already with another number of threads.
+pub fn set_threads(threads: Option<NonZeroUsize>) -> Result<(), ThreadsError> {
+    /// As large as that of the main thread, whose work [`on_pool`] hands over.
+    const STACK: usize = 8 << 20;
+    // 0 is one for each core.
+    let wanted = threads.map_or(0, NonZeroUsize::get);
+    let built = rayon::ThreadPoolBuilder::new().num_threads(wanted).stack_size(STACK).build_global();
+    if built.is_err() && wanted != 0 && rayon::current_num_threads() != wanted {
+        return Err(ThreadsError { wanted, running: rayon::current_num_threads() });
+    }
+    Ok(())
+}
+
+/// The number of threads of everything that computes on the CPU.
+pub fn n_threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// The thread pool cannot change its size once it runs.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use {wanted} threads: {running} are running already")]
+pub struct ThreadsError {
+    /// Asked for.
+    pub wanted: usize,
+    /// Running.
+    pub running: usize,
+}
