@@ -66,7 +66,11 @@ impl Answerer<'_> {
             let row = first_row + (chunk_idx * n_at_a_time) as u64;
             let mut stop_if_asked =
                 |_, _| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            let options = GenerateOptions { max_batch: self.batch_size, on_token: Some(&mut stop_if_asked) };
+            let options = GenerateOptions {
+                max_batch: self.batch_size,
+                on_token: Some(&mut stop_if_asked),
+                ..GenerateOptions::default()
+            };
             let generated = generate(self.gpt, chunk, &sampling, &streams, row, options)
                 .with_context(|| format!("failed to sample answers from prompt {} on", answers.len() + 1))?;
             if interrupt.requested() {

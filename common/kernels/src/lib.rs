@@ -58,6 +58,15 @@ pub enum Kernels {
     Fused,
 }
 
+/// The numbers of rows for which [`linear`], [`logits`] and [`attention_cached`] of one new position give each row the
+/// same bits, fused: fewer and more rows are computed by other loops, whose sums differ in the last bits.
+pub const BATCH_INVARIANT_ROWS: std::ops::RangeInclusive<usize> = 4..=64;
+
+#[cfg(feature = "flex")]
+const _: () = assert!(flex::few::STREAMED + 1 == *BATCH_INVARIANT_ROWS.start());
+#[cfg(feature = "flex")]
+const _: () = assert!(flex::few::ROWS == *BATCH_INVARIANT_ROWS.end());
+
 /// The non-linearity between the two projections of the feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -226,8 +235,8 @@ pub fn add_layer_norm<const D: usize>(
 
 /// Causal multi-head self-attention over the packed projection.
 ///
-/// Query `t` of row `b` sees keys `first_key[b][t]..=t`: 0 for a right-padded row, the number of pads for a
-/// left-padded one, the start of the document in a packed one. Scores are divided by `√d_head`.
+/// Query `t` of row `b` sees keys `first_key[b][t]..=t`: 0 for a row padded behind, the start of the document in a packed
+/// one. Scores are divided by `√d_head`.
 ///
 /// # Shapes
 /// - `qkv`: `[batch, seq, 3 · d_model]`, queries, keys and values side by side, each `[n_heads, d_head]`
@@ -263,46 +272,40 @@ pub fn attention(
 
 /// Attention of new positions over a cache of keys and values, for decoding; not differentiable.
 ///
-/// The keys and values of the new positions are written at indices `cached..cached + new`, in place if nobody else
-/// holds the cache. New position `i` then sees keys `first_key[b]..=cached + i` of its row, or only itself if it
-/// stands in the padding.
+/// The keys and values of row `b`'s new positions are written at indices `cached[b]..cached[b] + new`, in place if
+/// nobody else holds the cache. New position `i` then sees keys `0..=cached[b] + i` of its row.
 ///
 /// # Shapes
 /// - `qkv`: `[batch, new, 3 · d_model]`
-/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond the
-///   positions written is never read
-/// - `first_key`: `[batch]`, the first real position of each row (its number of pads)
+/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond a
+///   row's positions has no weight, but must be finite
+/// - `cached`: `[batch]`, how many positions each row holds already
 /// - returns `([batch, new, d_model], keys, values)`
 ///
 /// # Panics
-/// If the shapes do not fit or `cached + new > capacity`.
+/// If the shapes do not fit or a row's `cached + new > capacity`.
 pub fn attention_cached(
     kernels: Kernels,
     qkv: Tensor<3>,
     keys: Tensor<4>,
     values: Tensor<4>,
-    cached: usize,
-    first_key: &[usize],
+    cached: &[usize],
 ) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
     let [batch, new, width] = qkv.dims();
     let [_, n_heads, d_head, capacity] = keys.dims();
     assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
     assert_eq!(keys.dims(), [batch, n_heads, d_head, capacity], "the cache has another batch");
     assert_eq!(values.dims(), [batch, n_heads, capacity, d_head], "keys and values do not fit each other");
-    assert_eq!(first_key.len(), batch, "one first key a row");
-    assert!(cached + new <= capacity, "{cached} + {new} positions do not fit a cache of {capacity}");
+    assert_eq!(cached.len(), batch, "one number of cached positions a row");
+    let longest = cached.iter().max().copied().unwrap_or(0);
+    assert!(longest + new <= capacity, "{longest} + {new} positions do not fit a cache of {capacity}");
     #[cfg(feature = "flex")]
     if is_fused(kernels, &qkv) {
-        let (out, keys, values) = Dispatch::fused_attention_cached(
-            qkv.into_dispatch(),
-            keys.into_dispatch(),
-            values.into_dispatch(),
-            cached,
-            first_key,
-        );
+        let (out, keys, values) =
+            Dispatch::fused_attention_cached(qkv.into_dispatch(), keys.into_dispatch(), values.into_dispatch(), cached);
         return (Tensor::from_dispatch(out), Tensor::from_dispatch(keys), Tensor::from_dispatch(values));
     }
-    plain::attention_cached(&qkv, keys, values, cached, first_key)
+    plain::attention_cached(&qkv, keys, values, cached)
 }
 
 /// Runs `body` with the CPU's threads standing by: for many short operations in a row, such as decoding token by token.

@@ -1,6 +1,6 @@
 //! The operations of this module as ordinary tensor operations: the definition of what the fused ones compute.
 
-use burn::tensor::{Bool, DType, FloatDType, Int, Tensor, TensorData, activation, module, s};
+use burn::tensor::{Bool, DType, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData, activation, module, s};
 
 use super::fault::{self, Fault};
 use super::{Activation, AdamWParam};
@@ -75,21 +75,17 @@ pub(super) fn attention_cached(
     qkv: &Tensor<3>,
     keys: Tensor<4>,
     values: Tensor<4>,
-    cached: usize,
-    first_key: &[usize],
+    cached: &[usize],
 ) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
     let [batch, new, _] = qkv.dims();
     let [_, n_heads, _, _] = values.dims();
     let device = qkv.device();
-    let n_keys = cached + new;
     let [queries, new_keys, new_values] = split_heads(qkv, n_heads); // [batch, n_heads, new, d_head]
-    let keys = keys.slice_assign(s![.., .., .., cached..n_keys], new_keys.transpose());
-    let values = values.slice_assign(s![.., .., cached..n_keys, ..], new_values);
-    let hidden: Vec<bool> = first_key
+    let (keys, values) = append(keys, values, new_keys, new_values, cached);
+    let n_keys = cached.iter().max().map_or(0, |&longest| longest + new);
+    let hidden: Vec<bool> = cached
         .iter()
-        .flat_map(|&first| {
-            (cached..n_keys).flat_map(move |query| (0..n_keys).map(move |key| key > query || key < first.min(query)))
-        })
+        .flat_map(|&cached| (cached..cached + new).flat_map(move |query| (0..n_keys).map(move |key| key > query)))
         .collect();
     let hidden = Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
         .reshape([batch, 1, new, n_keys])
@@ -97,6 +93,39 @@ pub(super) fn attention_cached(
     let seen_keys = keys.clone().slice(s![.., .., .., 0..n_keys]).transpose();
     let seen_values = values.clone().slice(s![.., .., 0..n_keys, ..]);
     (weigh(queries, seen_keys, seen_values, hidden, None), keys, values)
+}
+
+/// Writes new keys and values into the cache, each row's behind its `cached` earlier positions.
+///
+/// # Shapes
+/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`
+/// - `new_keys`, `new_values`: `[batch, n_heads, new, d_head]`
+fn append(
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    new_keys: Tensor<4>,
+    new_values: Tensor<4>,
+    cached: &[usize],
+) -> (Tensor<4>, Tensor<4>) {
+    let [batch, n_heads, new, d_head] = new_keys.dims();
+    if let Some(&start) = cached.first().filter(|&first| cached.iter().all(|start| start == first)) {
+        let keys = keys.slice_assign(s![.., .., .., start..start + new], new_keys.transpose());
+        return (keys, values.slice_assign(s![.., .., start..start + new, ..], new_values));
+    }
+    // [row, head, position] of each vector of values, and with the dimension of each number of the keys
+    let vectors = (0..batch).flat_map(|row| {
+        (0..n_heads).flat_map(move |head| (cached[row]..cached[row] + new).map(move |position| [row, head, position]))
+    });
+    let of_values: Vec<i64> = vectors.clone().flatten().map(|index| index as i64).collect();
+    let of_keys: Vec<i64> = vectors
+        .flat_map(|[row, head, position]| (0..d_head).flat_map(move |dim| [row, head, dim, position]))
+        .map(|index| index as i64)
+        .collect();
+    let (n, device) = (batch * n_heads * new, keys.device());
+    let of_keys = Tensor::<2, Int>::from_data(TensorData::new(of_keys, [n * d_head, 4]), &device);
+    let of_values = Tensor::<2, Int>::from_data(TensorData::new(of_values, [n, 3]), &device);
+    let keys = keys.scatter_nd(of_keys, new_keys.reshape([n * d_head]), IndexingUpdateOp::Assign);
+    (keys, values.scatter_nd(of_values, new_values.reshape([n, d_head]), IndexingUpdateOp::Assign))
 }
 
 /// `[batch, seq, 3 · d_model]` to queries, keys and values, each `[batch, n_heads, seq, d_head]`.

@@ -335,20 +335,20 @@ proptest! {
     ) {
         let device = Device::flex();
         let (seq, width) = (prompt + 3, 3 * n_heads * d_head);
-        let n_pads = integers(seed, batch, prompt);
-        let first: Vec<usize> = (0..batch * seq).map(|i| n_pads[i / seq].min(i % seq)).collect();
         let qkv = leaf(&normals(seed, batch * seq * width), &device).reshape([batch, seq, width]);
-        let whole = attention(Kernels::Plain, qkv.clone(), Some(int_tensor(&first, [batch, seq], &device)), n_heads, None);
-        let mut keys = Tensor::<4>::full([batch, n_heads, d_head, seq + 2], f32::NAN, &device);
+        let whole = attention(Kernels::Plain, qkv.clone(), None, n_heads, None);
+        let mut keys = Tensor::<4>::full([batch, n_heads, d_head, seq + 2], 7.0, &device);
         let mut values = keys.clone().transpose();
-        let mut cached = 0;
+        // Row `b` has `prompts[b]` tokens; padding behind them is overwritten by what comes after the prompt.
+        let prompts: Vec<usize> = integers(seed, batch, prompt).into_iter().map(|n| n + 1).collect();
+        let mut cached = vec![0; batch];
         for new in [prompt, 1, 2] {
-            let piece = qkv.clone().slice([0..batch, cached..cached + new]);
-            let (out, new_keys, new_values) = attention_cached(kernels, piece, keys, values, cached, &n_pads);
+            let of_row = |x: &Tensor<3>, row: usize| x.clone().slice([row..row + 1, cached[row]..cached[row] + new]);
+            let of_rows = |x: &Tensor<3>| Tensor::cat((0..batch).map(|row| of_row(x, row)).collect(), 0);
+            let (out, new_keys, new_values) = attention_cached(kernels, of_rows(&qkv), keys, values, &cached);
             (keys, values) = (new_keys, new_values);
-            let expected = whole.clone().slice([0..batch, cached..cached + new]);
-            assert_near("decoded", &host(out), &host(expected), VALUE * 10.0);
-            cached += new;
+            assert_near("decoded", &host(out), &host(of_rows(&whole)), VALUE * 10.0);
+            cached = if new == prompt && cached[0] == 0 { prompts.clone() } else { cached.iter().map(|n| n + new).collect() };
         }
     }
 
@@ -434,6 +434,38 @@ proptest! {
         let squares: f64 = all.iter().flat_map(|x| host(x.clone())).map(|x| f64::from(x).powi(2)).sum();
         assert!((sum_of_squares(Kernels::Fused, &all) - squares).abs() <= 1e-12 * squares);
         assert!((sum_of_squares(Kernels::Plain, &all) - squares).abs() <= 1e-5 * squares);
+    }
+}
+
+#[test]
+fn rows_keep_their_bits_in_any_batch_within_the_range() {
+    let device = Device::flex();
+    let (n, d, d_out, n_heads) = (*crate::BATCH_INVARIANT_ROWS.end(), 96, 700, 4);
+    let cached: Vec<usize> = integers(5, n, 40);
+    let run = |rows: std::ops::Range<usize>| {
+        let n_rows = rows.len();
+        let x = leaf(&normals(1, n * d), &device).reshape([n, d]).slice([rows.clone()]);
+        let weight = leaf(&normals(2, d * d_out), &device);
+        let bias = leaf(&normals(3, d_out), &device);
+        let qkv = leaf(&normals(4, n * 3 * d), &device).reshape([n, 1, 3 * d]).slice([rows.clone()]);
+        let keys = leaf(&normals(6, n * d * 48), &device).reshape([n, n_heads, d / n_heads, 48]).slice([rows.clone()]);
+        let values =
+            leaf(&normals(7, n * d * 48), &device).reshape([n, n_heads, 48, d / n_heads]).slice([rows.clone()]);
+        let mixed = attention_cached(Kernels::Fused, qkv, keys, values, &cached[rows]).0;
+        [
+            host(linear(Kernels::Fused, x.clone(), weight.clone().reshape([d, d_out]), Some(bias))),
+            host(logits(Kernels::Fused, x, weight.reshape([d_out, d]))),
+            host(mixed.reshape([n_rows * d])),
+        ]
+    };
+    let all = run(0..n);
+    for n_rows in crate::BATCH_INVARIANT_ROWS {
+        for first in [0, (n - n_rows) / 2, n - n_rows] {
+            for (some, all) in run(first..first + n_rows).iter().zip(&all) {
+                let width = all.len() / n;
+                assert!(*some == all[first * width..(first + n_rows) * width], "rows {first} to {}", first + n_rows);
+            }
+        }
     }
 }
 

@@ -1,25 +1,25 @@
 //! Keys and values of earlier positions, kept between decoding steps.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData, s};
 
 use super::Gpt;
 
 /// Positions that there is room for are a multiple of this, so that each row of keys begins where a cache line does.
 const ALIGNED: usize = 16;
 
-/// The keys and values of every layer for a batch whose rows are padded on the left.
+/// The keys and values of every layer for a batch of rows, each of its own length.
 ///
-/// All rows stand at the same index [`len`](Cache::len), so that one step appends one column for the whole batch;
-/// rows of different lengths differ in how much padding they begin with.
+/// Token `t` of a row lies at index `t`, whatever the lengths of the others.
 #[derive(Debug, Clone)]
 pub struct Cache {
     pub(super) layers: Vec<LayerCache>,
-    pub(super) n_pads: Vec<usize>,
-    pub(super) len: usize,
-    pub(super) capacity: usize,
+    /// Positions filled, of each row.
+    pub(super) lens: Vec<usize>,
+    capacity: usize,
 }
 
-/// One layer's part of a [`Cache`]: keys `[batch, n_heads, d_head, capacity]`, values `[batch, n_heads, capacity, d_head]`.
+/// One layer's part of a [`Cache`]: keys `[n_rows, n_heads, d_head, capacity]`, values `[n_rows, n_heads, capacity,
+/// d_head]`.
 #[derive(Debug, Clone)]
 pub(super) struct LayerCache {
     /// Taken out while the layer runs, so that it is the only owner and can be written in place.
@@ -27,49 +27,43 @@ pub(super) struct LayerCache {
 }
 
 impl Cache {
-    /// An empty cache for rows that begin with `n_pads[b]` tokens of padding, with room for `capacity` positions.
-    ///
-    /// A row may leave (see [`keep_rows`](Self::keep_rows)) before the end, so the capacity may go beyond where the
-    /// least padded rows meet the end of the model's context.
+    /// `n_rows` empty rows with room for `capacity` positions each.
     ///
     /// # Panics
-    /// If even the row with the most padding would not fit into the model's context.
-    pub fn new(gpt: &Gpt, n_pads: &[usize], capacity: usize) -> Self {
+    /// If the model's context is shorter than `capacity`.
+    pub fn new(gpt: &Gpt, n_rows: usize, capacity: usize) -> Self {
         let config = gpt.config();
-        let most_padding = n_pads.iter().max().copied().unwrap_or(0);
-        assert!(
-            capacity <= config.max_seq_len + most_padding,
-            "{} positions exceed the context of {}",
-            capacity - most_padding,
-            config.max_seq_len
-        );
-        let (batch, n_heads, d_head) = (n_pads.len(), config.n_heads, config.d_head());
+        assert!(capacity <= config.max_seq_len, "{capacity} positions exceed the context of {}", config.max_seq_len);
+        let (n_heads, d_head) = (config.n_heads, config.d_head());
         let room = capacity.next_multiple_of(ALIGNED);
         let device = gpt.device();
         let zeros = |shape: [usize; 4]| gpt.precision().narrow(Tensor::zeros(shape, &device));
-        let layer = || (zeros([batch, n_heads, d_head, room]), zeros([batch, n_heads, room, d_head]));
-        let layers = (0..config.n_layers).map(|_| LayerCache { keys_values: Some(layer()) }).collect();
-        Self { layers, n_pads: n_pads.to_vec(), len: 0, capacity }
+        let layer = || (zeros([n_rows, n_heads, d_head, room]), zeros([n_rows, n_heads, room, d_head]));
+        let layers = (0..config.n_layers).map(|_| LayerCache { keys_values: (n_rows > 0).then(layer) }).collect();
+        Self { layers, lens: vec![0; n_rows], capacity }
     }
 
-    /// How many positions are filled, padding included.
-    pub const fn len(&self) -> usize {
-        self.len
+    /// How many rows there are.
+    pub fn n_rows(&self) -> usize {
+        self.lens.len()
     }
 
-    /// Whether nothing has been appended yet.
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
+    /// How many positions of each row are filled.
+    pub fn lens(&self) -> &[usize] {
+        &self.lens
     }
 
-    /// How many positions fit.
+    /// How many positions fit into a row.
     pub const fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// How many rows the cache holds.
-    pub fn batch(&self) -> usize {
-        self.n_pads.len()
+    /// Forgets the positions of a row from `len` on; a row of 0 is as good as new.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn truncate(&mut self, row: usize, len: usize) {
+        self.lens[row] = self.lens[row].min(len);
     }
 
     /// Keeps the rows `rows`, in that order; a row may be named twice (beams) or not at all (finished sequences).
@@ -77,16 +71,59 @@ impl Cache {
     /// # Panics
     /// If a row does not exist.
     pub fn keep_rows(&mut self, rows: &[usize]) {
-        if rows.iter().copied().eq(0..self.batch()) {
+        if rows.iter().copied().eq(0..self.n_rows()) {
             return;
         }
         let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-        self.n_pads = rows.iter().map(|&row| self.n_pads[row]).collect();
+        self.lens = rows.iter().map(|&row| self.lens[row]).collect();
         for layer in &mut self.layers {
             layer.keys_values = layer.keys_values.take().map(|(keys, values)| {
                 let data = TensorData::new(indices.clone(), [indices.len()]);
                 let indices = Tensor::<1, Int>::from_data(data, &keys.device());
                 (keys.select(0, indices.clone()), values.select(0, indices))
+            });
+        }
+    }
+
+    /// Appends the rows of `other`.
+    ///
+    /// # Panics
+    /// If it is another model's, or has another capacity.
+    pub fn append(&mut self, other: Self) {
+        assert_eq!(self.capacity, other.capacity, "caches of different capacities");
+        if self.lens.is_empty() {
+            *self = other;
+            return;
+        }
+        self.lens.extend(other.lens);
+        for (layer, other) in self.layers.iter_mut().zip(other.layers) {
+            layer.keys_values = layer.keys_values.take().zip(other.keys_values).map(|((keys, values), other)| {
+                (Tensor::cat(vec![keys, other.0], 0), Tensor::cat(vec![values, other.1], 0))
+            });
+        }
+    }
+
+    /// Puts the rows of `other` in the place of `rows`. It may have a smaller capacity.
+    ///
+    /// # Panics
+    /// If it is another model's, has a larger capacity, or not one row for each of `rows`.
+    pub fn replace_rows(&mut self, rows: &[usize], other: &Self) {
+        assert!(self.capacity >= other.capacity, "rows of {} for a cache of {}", other.capacity, self.capacity);
+        assert_eq!(rows.len(), other.n_rows(), "{} rows for {} places", other.n_rows(), rows.len());
+        for (&row, &len) in rows.iter().zip(&other.lens) {
+            self.lens[row] = len;
+        }
+        for (layer, other) in self.layers.iter_mut().zip(&other.layers) {
+            let Some((from_keys, from_values)) = &other.keys_values else { continue };
+            let [_, _, room, _] = from_values.dims();
+            layer.keys_values = layer.keys_values.take().map(|(mut keys, mut values)| {
+                for (i, &row) in rows.iter().enumerate() {
+                    let new_keys = from_keys.clone().slice(s![i..i + 1]);
+                    let new_values = from_values.clone().slice(s![i..i + 1]);
+                    keys = keys.slice_assign(s![row..row + 1, .., .., 0..room], new_keys);
+                    values = values.slice_assign(s![row..row + 1, .., 0..room, ..], new_values);
+                }
+                (keys, values)
             });
         }
     }

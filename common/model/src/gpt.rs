@@ -208,10 +208,11 @@ impl Gpt {
         self.run_blocks(x, &mut pass, None)
     }
 
-    /// Hidden states of new positions behind those in `cache`, which they are appended to.
+    /// Hidden states of new positions, appended to each row of `cache` behind its earlier ones.
     ///
     /// The same numbers as [`hidden`](Self::hidden) over the whole sequence gives for these positions: several at
-    /// once for a prompt, one at a time after it.
+    /// once for a prompt, one at a time after it. Prompts of different lengths are padded behind, and their rows then
+    /// [cut](Cache::truncate) to their own lengths.
     ///
     /// # Shapes
     /// - `ids`: `[batch, seq]`
@@ -221,13 +222,15 @@ impl Gpt {
     /// If `cache` has no room left or holds another number of rows.
     pub fn decode(&self, ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
         let [batch, seq] = ids.dims();
-        assert_eq!(batch, cache.batch(), "a batch of {batch} for a cache of {} rows", cache.batch());
-        assert!(cache.len + seq <= cache.capacity, "{} + {seq} exceed the cache's {}", cache.len, cache.capacity);
-        let start = cache.len;
-        let positions: Option<Vec<usize>> = (cache.n_pads.iter().any(|&n| n > 0)).then(|| {
-            let position = |n: usize, t: usize| (start + t).saturating_sub(n);
-            cache.n_pads.iter().flat_map(|&n| (0..seq).map(move |t| position(n, t))).collect()
-        });
+        assert_eq!(batch, cache.n_rows(), "a batch of {batch} for a cache of {} rows", cache.n_rows());
+        let longest = cache.lens.iter().max().copied().unwrap_or(0);
+        assert!(longest + seq <= cache.capacity(), "{longest} + {seq} exceed the cache's {}", cache.capacity());
+        let start = cache.lens.first().copied().unwrap_or(0);
+        let positions: Option<Vec<usize>> = cache
+            .lens
+            .iter()
+            .any(|&len| len != start)
+            .then(|| cache.lens.iter().flat_map(|&len| len..len + seq).collect());
         let x = self.embed(ids, positions.as_deref(), start);
         let mut pass = Pass {
             kernels: self.kernels,
@@ -238,7 +241,7 @@ impl Gpt {
             in_blocks: false,
         };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
-        cache.len += seq;
+        cache.lens.iter_mut().for_each(|len| *len += seq);
         hidden
     }
 
@@ -378,8 +381,7 @@ impl Attention {
             Some(cache) => {
                 let LayerCache { keys_values } = &mut cache.layers[layer];
                 let (keys, values) = keys_values.take().expect("each layer's cache is put back after use");
-                let (mixed, keys, values) =
-                    kernels::attention_cached(pass.kernels, qkv, keys, values, cache.len, &cache.n_pads);
+                let (mixed, keys, values) = kernels::attention_cached(pass.kernels, qkv, keys, values, &cache.lens);
                 *keys_values = Some((keys, values));
                 mixed
             }

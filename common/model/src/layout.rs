@@ -5,9 +5,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 /// How real tokens lie in the rows of a batch.
 ///
 /// Query `t` of row `b` sees keys `first_key[b][t]..=t` and stands at position `t − first_key[b][t]`. This one rule
-/// covers padding on the right (`first_key` is 0; no real query sees the padding behind it), padding on the left
-/// (`first_key` is the number of pads) and several documents packed into a row (`first_key` is the start of the
-/// query's document). A query that is itself left padding sees only itself, so that its softmax stays defined.
+/// covers padding behind a row (`first_key` is 0; no real query sees the padding) and several documents packed into a row
+/// (`first_key` is the start of the query's document).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     first_key: Option<Vec<u32>>,
@@ -17,22 +16,6 @@ impl Layout {
     /// Rows that begin at index 0; whatever stands behind a row's end is padding.
     pub const fn right_padded() -> Self {
         Self { first_key: None }
-    }
-
-    /// Rows of `seq` tokens, of which the first `n_pads[b]` are padding.
-    ///
-    /// # Panics
-    /// If a row is nothing but padding.
-    pub fn left_padded(n_pads: &[usize], seq: usize) -> Self {
-        if n_pads.iter().all(|&n| n == 0) {
-            return Self::right_padded();
-        }
-        let mut first_key = Vec::with_capacity(n_pads.len() * seq);
-        for &n in n_pads {
-            assert!(n < seq, "a row of {seq} tokens cannot hold {n} of padding");
-            first_key.extend((0..seq).map(|t| n.min(t) as u32));
-        }
-        Self { first_key: Some(first_key) }
     }
 
     /// Rows that hold several documents each.
@@ -79,14 +62,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn left_padding_moves_positions_not_order() {
-        let layout = Layout::left_padded(&[0, 2], 4);
-        assert_eq!(layout.first_key, Some(vec![0, 0, 0, 0, 0, 1, 2, 2]));
-        assert_eq!(layout.positions(4), Some(vec![0, 1, 2, 3, 0, 0, 0, 1]));
-    }
-
-    #[test]
-    fn no_padding_is_no_layout() {
-        assert_eq!(Layout::left_padded(&[0, 0], 4), Layout::right_padded());
+    fn packing_moves_positions_not_order() {
+        let layout = Layout::packed(vec![0, 0, 0, 0, 0, 0, 2, 2], 4);
+        assert_eq!(layout.positions(4), Some(vec![0, 1, 2, 3, 0, 1, 0, 1]));
+        assert_eq!(Layout::right_padded().positions(4), None);
     }
 }

@@ -72,14 +72,14 @@ fn later_tokens_never_move_earlier_logits() {
 }
 
 #[test]
-fn left_padding_equals_none() {
+fn padding_behind_a_row_equals_none() {
     each(|gpt, device| {
         let (short, long) = (random_ids(5, 2), random_ids(9, 3));
-        let mut padded = vec![0; 4];
-        padded.extend(&short);
+        let mut padded = short.clone();
+        padded.resize(9, 0);
         let alone = values(gpt.forward(ids(&[short], device), &Layout::right_padded()));
-        let both = values(gpt.forward(ids(&[padded, long.clone()], device), &Layout::left_padded(&[4, 0], 9)));
-        assert_near(&alone, &both[4 * 19..9 * 19]);
+        let both = values(gpt.forward(ids(&[padded, long.clone()], device), &Layout::right_padded()));
+        assert_near(&alone, &both[..5 * 19]);
         let long = values(gpt.forward(ids(&[long], device), &Layout::right_padded()));
         assert_near(&long, &both[9 * 19..]);
     });
@@ -100,29 +100,48 @@ fn a_packed_document_sees_only_itself() {
 #[test]
 fn cached_decoding_equals_the_full_forward() {
     each(|gpt, device| {
-        let rows = vec![random_ids(12, 6), random_ids(12, 7)];
-        let layout = Layout::left_padded(&[0, 3], 12);
-        let full = values(gpt.hidden(ids(&rows, device), &layout));
-        let mut cache = Cache::new(gpt, &[0, 3], 12);
-        let column =
-            |from: usize, to: usize| ids(&rows.iter().map(|r| r[from..to].to_vec()).collect::<Vec<_>>(), device);
-        let mut steps = vec![gpt.decode(column(0, 6), &mut cache)];
-        steps.extend((6..12).map(|t| gpt.decode(column(t, t + 1), &mut cache)));
-        assert_near(&full, &values(Tensor::cat(steps, 1)));
+        let rows = vec![random_ids(12, 6), random_ids(12, 7), random_ids(12, 15)];
+        let full = values(gpt.hidden(ids(&rows, device), &Layout::right_padded()));
+        let expected = |row: usize, t: usize| &full[(row * 12 + t) * 16..][..16];
+        let mut cache = Cache::new(gpt, 3, 12);
+        // Prompts of 6, 3 and 1 tokens, read together and padded behind.
+        let lens = [6, 3, 1];
+        let prompts: Vec<Vec<i64>> = rows.iter().map(|row| row[..6].to_vec()).collect();
+        gpt.decode(ids(&prompts, device), &mut cache);
+        (0..3).for_each(|row| cache.truncate(row, lens[row]));
+        for t in 0..6 {
+            let next: Vec<Vec<i64>> = rows.iter().zip(lens).map(|(row, len)| vec![row[len + t]]).collect();
+            let hidden = values(gpt.decode(ids(&next, device), &mut cache));
+            for (row, hidden) in hidden.chunks(16).enumerate() {
+                assert_near(hidden, expected(row, lens[row] + t));
+            }
+        }
+        assert_eq!(cache.lens(), [12, 9, 7]);
     });
 }
 
 #[test]
-fn kept_rows_continue_as_they_were() {
+fn kept_and_replaced_rows_continue_as_they_were() {
     each(|gpt, device| {
         let rows = vec![random_ids(4, 8), random_ids(4, 9), random_ids(4, 10)];
-        let mut cache = Cache::new(gpt, &[0, 1, 0], 5);
+        let mut cache = Cache::new(gpt, 3, 5);
         gpt.decode(ids(&rows, device), &mut cache);
+        cache.truncate(1, 2);
         let mut kept = cache.clone();
         kept.keep_rows(&[2, 1, 1]);
+        // A row more, then others' keys and values in the place of two.
+        let mut mixed = cache.clone();
+        mixed.append(Cache::new(gpt, 1, 5));
+        let mut short = Cache::new(gpt, 2, 4);
+        gpt.decode(ids(&[rows[2].clone(), rows[0].clone()], device), &mut short);
+        mixed.replace_rows(&[0, 3], &short);
+        assert_eq!((kept.lens(), mixed.lens()), (&[4, 2, 2][..], &[4, 2, 4, 4][..]));
+
         let all = values(gpt.decode(ids(&[vec![1], vec![2], vec![3]], device), &mut cache));
         let some = values(gpt.decode(ids(&[vec![3], vec![2], vec![2]], device), &mut kept));
         assert_near(&[&all[32..], &all[16..32], &all[16..32]].concat(), &some);
+        let some = values(gpt.decode(ids(&[vec![3], vec![2], vec![3], vec![1]], device), &mut mixed));
+        assert_near(&[&all[32..], &all[16..32], &all[32..], &all[..16]].concat(), &some);
     });
 }
 

@@ -123,7 +123,7 @@ fn of_batch(
             first.get_or_insert_with(|| clock.elapsed().as_secs_f64());
             ControlFlow::Continue(())
         };
-        let options = GenerateOptions { max_batch: 0, on_token: Some(&mut note) };
+        let options = GenerateOptions { max_batch: batch, on_token: Some(&mut note), ..GenerateOptions::default() };
         let answers = generate(gpt, &prompts, &sampling, streams, 0, options)?;
         let total = clock.elapsed().as_secs_f64();
         assert!(answers.iter().all(|answer| answer.ids.len() == n_new), "an answer ended early");

@@ -101,8 +101,7 @@ pub trait FusedOps: Backend {
         qkv: FloatTensor<Self>,
         keys: FloatTensor<Self>,
         values: FloatTensor<Self>,
-        cached: usize,
-        first_key: &[usize],
+        cached: &[usize],
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// See [`super::token_log_probs`]; `scale` is one over the temperature.
@@ -292,11 +291,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         qkv: FloatTensor<Self>,
         keys: FloatTensor<Self>,
         values: FloatTensor<Self>,
-        cached: usize,
-        first_key: &[usize],
+        cached: &[usize],
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (keys, values) = (keys.into_primitive(), values.into_primitive());
-        let (out, keys, values) = decode::attention_cached(qkv.primitive(), keys, values, cached, first_key);
+        let (out, keys, values) = decode::attention_cached(qkv.primitive(), keys, values, cached);
         (untracked::<C>(out), untracked::<C>(keys), untracked::<C>(values))
     }
 

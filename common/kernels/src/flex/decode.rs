@@ -17,13 +17,12 @@ const TASK: usize = 1 << 14;
 /// Columns of the output that are summed in registers at a time.
 const COLUMNS: usize = 32;
 
-/// Writes the new keys and values into the cache, then attends to it.
+/// Writes the new keys and values into the cache, each row's behind its `cached` earlier positions, then attends to it.
 pub fn attention_cached(
     qkv: &FlexTensor,
     keys: FlexTensor,
     values: FlexTensor,
-    cached: usize,
-    first_key: &[usize],
+    cached: &[usize],
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let [batch, new, width] = qkv.layout().shape().dims();
     let [_, n_heads, d_head, capacity] = keys.layout().shape().dims();
@@ -36,11 +35,13 @@ pub fn attention_cached(
     });
     let mut out = unset(batch * new * d_model);
     let shared = [&mut out[..], keys.storage_mut::<f32>(), values.storage_mut::<f32>()].map(SharedMut::new);
-    let work = (2 * new * (cached + new) * d_head).max(1);
+    let longest = cached.iter().max().copied().unwrap_or(0) + new;
+    let work = (2 * new * longest * d_head).max(1);
     let n_each = (TASK / work).max(1);
     for_each((batch * n_heads).div_ceil(n_each), |task| {
         for i in task * n_each..(batch * n_heads).min((task + 1) * n_each) {
             let (row, head) = (i / n_heads, i % n_heads);
+            let cached = cached[row];
             let of_cache = i * capacity * d_head;
             let start = row * new * d_model + head * d_head;
             // SAFETY: each task has its own rows and heads, and touches only these numbers of the two caches.
@@ -51,21 +52,13 @@ pub fn attention_cached(
             if new == 1 {
                 // SAFETY: as above, of that head's numbers of that row's output.
                 let out = unsafe { shared[0].slice(start, d_head) };
-                let first = first_key[row].min(cached);
-                let n_keys = cached + 1 - first;
-                let values = &values[first * d_head..][..n_keys * d_head];
-                with_scratch(n_keys, |weights| {
-                    attend_one(&qkv[..d_head], &keys[first..], capacity, values, weights, out);
-                });
+                let values = &values[..(cached + 1) * d_head];
+                with_scratch(cached + 1, |weights| attend_one(&qkv[..d_head], keys, capacity, values, weights, out));
                 continue;
             }
             for first_query in (0..new).step_by(QUERIES) {
                 let n_queries = QUERIES.min(new - first_query);
-                let mut first = [0; QUERIES];
-                for (query, first) in first[..n_queries].iter_mut().enumerate() {
-                    *first = first_key[row].min(cached + first_query + query);
-                }
-                let tile = Tile { first_query: cached + first_query, first: &first[..n_queries] };
+                let tile = Tile { first_query: cached + first_query, first: &[0; QUERIES][..n_queries] };
                 let queries = Mat::rows(&qkv[first_query * width..], n_queries, d_head, width);
                 // SAFETY: as above.
                 let out = unsafe { shared[0].mat(start + first_query * d_model, n_queries, d_head, d_model) };

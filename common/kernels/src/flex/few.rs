@@ -15,7 +15,7 @@ use super::{unset, with_scratch};
 pub const ROWS: usize = 64;
 
 /// Most rows for which reading the matrix is the work.
-const STREAMED: usize = 3;
+pub const STREAMED: usize = 3;
 
 /// Numbers of the matrix that are worth handing to another thread.
 const TASK: usize = 1 << 13;

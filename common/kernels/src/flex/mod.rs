@@ -10,7 +10,7 @@ pub mod branch;
 pub mod crew;
 pub mod decode;
 pub mod embedding;
-mod few;
+pub mod few;
 mod gemm;
 pub mod linear;
 pub mod log_probs;
@@ -128,10 +128,9 @@ impl FusedOps for Flex {
         qkv: FloatTensor<Self>,
         keys: FloatTensor<Self>,
         values: FloatTensor<Self>,
-        cached: usize,
-        first_key: &[usize],
+        cached: &[usize],
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        decode::attention_cached(&qkv, keys, values, cached, first_key)
+        decode::attention_cached(&qkv, keys, values, cached)
     }
 
     fn fused_token_log_probs(

@@ -2,15 +2,21 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 
-use super::sampling::{check_finite, penalise};
-use super::{Finish, GenerateError, NonFiniteLogit, check_prompt, invalid, last_logits};
+use super::sampling::{check_finite, check_max_tokens, check_repetition_penalty, penalise};
+use super::{Finish, GenerateError, NonFiniteLogit, check_prompt, invalid, logits_of};
 use crate::{Cache, Gpt};
 use kernels::softmax::log_sum_exp;
+
+/// Most beams of a search: each is a row of the cache, and beyond some dozens they find the same answers.
+pub const MAX_BEAMS: usize = 1024;
+
+/// Largest power of the length: beyond it `length^length_penalty` leaves the range of f64.
+const MAX_LENGTH_PENALTY: f64 = 50.0;
 
 /// How [`beam_search`] searches.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BeamConfig {
-    /// How many continuations are kept at every step; 1 is greedy decoding.
+    /// How many continuations are kept at every step, at most [`MAX_BEAMS`]; 1 is greedy decoding.
     pub n_beams: usize,
     /// `score = Σ log_probs / length^length_penalty`: 0 favours short answers, values above 1 long ones.
     pub length_penalty: f64,
@@ -35,19 +41,14 @@ impl BeamConfig {
     /// # Errors
     /// [`GenerateError::InvalidOption`] naming the first setting outside its range.
     pub fn validate(&self) -> Result<(), GenerateError> {
-        if self.n_beams == 0 {
-            return Err(invalid("n_beams", "at least 1", self.n_beams));
+        if !(1..=MAX_BEAMS).contains(&self.n_beams) {
+            return Err(invalid("n_beams", "a whole number from 1 to 1024", self.n_beams));
         }
-        if !self.length_penalty.is_finite() {
-            return Err(invalid("length_penalty", "a finite number", self.length_penalty));
+        if !(-MAX_LENGTH_PENALTY..=MAX_LENGTH_PENALTY).contains(&self.length_penalty) {
+            return Err(invalid("length_penalty", "a number from -50 to 50", self.length_penalty));
         }
-        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            return Err(invalid("repetition_penalty", "a number above 0", self.repetition_penalty));
-        }
-        if self.max_tokens == 0 {
-            return Err(invalid("max_tokens", "at least 1", self.max_tokens));
-        }
-        Ok(())
+        check_repetition_penalty(self.repetition_penalty)?;
+        check_max_tokens(self.max_tokens)
     }
 }
 
@@ -88,14 +89,15 @@ pub fn beam_search(model: &Gpt, prompt: &[u32], config: &BeamConfig) -> Result<H
     let max_tokens = config.max_tokens.min(model.config().max_seq_len - prompt.len());
     let n_candidates = config.n_beams * (1 + config.stop.len()).max(2);
 
-    let mut cache = Cache::new(model, &[0], prompt.len() + max_tokens - 1);
+    let mut cache = Cache::new(model, 1, prompt.len() + max_tokens - 1);
     let mut running = vec![Beam { ids: Vec::new(), log_probs: Vec::new(), sum: 0.0 }];
     let mut finished: Vec<Hypothesis> = Vec::new();
     let mut input: Vec<i32> = prompt.iter().map(|&id| id as i32).collect();
     for length in 1..=max_tokens {
         let shape = [running.len(), input.len() / running.len()];
         let hidden = model.decode(Tensor::<2, Int>::from_data(TensorData::new(input, shape), &device), &mut cache);
-        let mut logits = last_logits(model, hidden)?; // [n_running, vocab_size]
+        let [_, seq, _] = hidden.dims();
+        let mut logits = logits_of(model, hidden.narrow(1, seq - 1, 1))?; // [n_running, vocab_size]
         let candidates = best_extensions(&running, prompt, &mut logits, n_candidates, config.repetition_penalty)?;
 
         let scale = (length as f64).powf(config.length_penalty);
@@ -177,7 +179,7 @@ fn best_extensions(
             logit,
         })?;
         let log_total = log_sum_exp(row);
-        let log_probs = row.iter().map(|&logit| (f64::from(logit) - log_total) as f32);
+        let log_probs = row.iter().map(|&logit| (f64::from(logit) - log_total).max(f64::from(f32::MIN)) as f32);
         let penalised = (repetition_penalty != 1.0).then(|| {
             let mut penalised: Vec<f32> = log_probs.clone().collect();
             let mut seen = [prompt, &beam.ids].concat();
@@ -310,6 +312,9 @@ mod tests {
         let base = BeamConfig::default();
         let cases = [
             (BeamConfig { n_beams: 0, ..base.clone() }, "n_beams"),
+            (BeamConfig { n_beams: usize::MAX, ..base.clone() }, "n_beams"),
+            (BeamConfig { length_penalty: 1e6, ..base.clone() }, "length_penalty"),
+            (BeamConfig { repetition_penalty: 1e-300, ..base.clone() }, "repetition_penalty"),
             (BeamConfig { length_penalty: f64::NAN, ..base.clone() }, "length_penalty"),
             (BeamConfig { repetition_penalty: -1.0, ..base.clone() }, "repetition_penalty"),
             (BeamConfig { max_tokens: 0, ..base.clone() }, "max_tokens"),

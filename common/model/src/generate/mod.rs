@@ -1,20 +1,25 @@
 //! From a model and prompts to new tokens: ids in, ids and log-probabilities out, never text.
 //!
-//! [`generate`] samples (or takes the best token) for a batch of prompts over a key/value cache, [`beam_search`] looks
-//! for the likeliest continuation of one prompt, [`Sampler`] is the step from one row of logits to one token.
+//! [`generate`] samples (or takes the best token) for a list of prompts, [`Scheduler`] for requests that come and go; both
+//! decode many rows over one key/value [`Cache`](crate::Cache). [`beam_search`] looks for the likeliest continuation of
+//! one prompt. [`Sampler`] is the step from one row of logits to one token.
 //!
-//! Sampling happens on the host, from the stream `"sampling"` of the row's number, one uniform number a token: what a
-//! prompt gets does not depend on the batch it is in, on the batch size or on the backend's own random numbers.
+//! Sampling happens on the host, from the stream `"sampling"` of the row's number, one uniform number a token: the tokens
+//! of a prompt do not depend on the batch it is in, on the batch size or on the backend's own random numbers.
 
 mod beam;
 mod engine;
 mod sampling;
+mod scheduler;
+#[cfg(test)]
+mod tests;
 
-pub use beam::{BeamConfig, Hypothesis, beam_search};
-pub use engine::{Finish, GenerateOptions, Generated, OnToken, generate};
+pub use beam::{BeamConfig, Hypothesis, MAX_BEAMS, beam_search};
+pub use engine::{DEFAULT_MAX_BATCH, GenerateOptions, Generated, OnToken, generate};
 pub use sampling::{Choice, NonFiniteLogit, Sampler, SamplingConfig, TEMPERATURE_EPS};
+pub use scheduler::{Finish, Limits, Request, SampledToken, Scheduler};
 
-use std::fmt::Display;
+use std::fmt::{Display, LowerExp};
 
 use burn::tensor::{Tensor, TensorReadError};
 use thiserror::Error;
@@ -103,38 +108,21 @@ fn check_prompt(model: &Gpt, prompt_idx: usize, prompt: &[u32]) -> Result<(), Ge
     }
 }
 
-/// The logits of the last position, on the host.
+/// The logits of one position of each row, on the host.
 ///
 /// # Shapes
-/// - `hidden`: `[batch, seq, d_model]`
+/// - `hidden`: `[batch, 1, d_model]`
 /// - returns `batch · vocab_size` numbers, row after row
-fn last_logits(model: &Gpt, hidden: Tensor<3>) -> Result<Vec<f32>, GenerateError> {
-    let [_, seq, _] = hidden.dims();
-    let last = if seq == 1 { hidden } else { hidden.narrow(1, seq - 1, 1) }; // [batch, 1, d_model]
-    let logits = model.logits(last); // [batch, 1, vocab_size]
+fn logits_of(model: &Gpt, hidden: Tensor<3>) -> Result<Vec<f32>, GenerateError> {
+    let logits = model.logits(hidden); // [batch, 1, vocab_size]
     logits.try_into_vec_as::<f32>().map_err(|error| GenerateError::Device(Box::new(error)))
 }
 
-fn invalid(name: &'static str, expected: &'static str, found: impl Display) -> GenerateError {
-    GenerateError::InvalidOption { name, expected, found: found.to_string() }
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::Device;
-
-    use crate::{Gpt, GptConfig};
-    use base::rng::Streams;
-
-    /// A random model whose distributions are far from uniform.
-    pub(super) fn random_model(config: &GptConfig, device: &Device) -> Gpt {
-        let mut named = Gpt::new(config, &Streams::new(11), device).to_named();
-        let mut rng = Streams::new(12).get("test", 0);
-        for tensor in named.values_mut() {
-            for x in &mut tensor.data {
-                *x += 0.3 * rng.normal() as f32;
-            }
-        }
-        Gpt::from_named(config, named, device).unwrap()
+fn invalid(name: &'static str, expected: &'static str, found: impl Display + LowerExp) -> GenerateError {
+    let digits = found.to_string();
+    GenerateError::InvalidOption {
+        name,
+        expected,
+        found: if digits.len() > 20 { format!("{found:e}") } else { digits },
     }
 }

@@ -1,4 +1,4 @@
-//! Equal rows of unequal ones: the only padding there is.
+//! Equal rows of unequal ones, for training and scoring.
 
 /// Token ids in rows of equal length.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,34 +13,19 @@ pub struct Padded {
     pub lengths: Vec<usize>,
 }
 
-impl Padded {
-    /// How many ids of each row are padding, `[batch]`.
-    pub fn n_pads(&self) -> Vec<usize> {
-        self.lengths.iter().map(|length| self.seq - length).collect()
-    }
-}
-
 /// Rows that begin together, padded behind: for training and scoring.
 ///
 /// # Panics
 /// If there is no row, or none has an id.
 pub fn right_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
-    padded(rows, |row, n_pads| row.iter().copied().chain(std::iter::repeat_n(pad, n_pads)).collect())
-}
-
-/// Rows that end together, padded in front: for generation, which appends to all at once.
-///
-/// # Panics
-/// If there is no row, or none has an id.
-pub fn left_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
-    padded(rows, |row, n_pads| std::iter::repeat_n(pad, n_pads).chain(row.iter().copied()).collect())
-}
-
-fn padded(rows: &[Vec<u32>], fill: impl Fn(&[u32], usize) -> Vec<u32>) -> Padded {
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let seq = lengths.iter().copied().max().unwrap_or(0);
     assert!(seq > 0, "{} rows without an id make no batch", rows.len());
-    let ids = rows.iter().flat_map(|row| fill(row, seq - row.len())).map(|id| id as i32).collect();
+    let mut ids = Vec::with_capacity(rows.len() * seq);
+    for row in rows {
+        ids.extend(row.iter().map(|&id| id as i32));
+        ids.resize(ids.len() + seq - row.len(), pad as i32);
+    }
     Padded { ids, batch: rows.len(), seq, lengths }
 }
 
@@ -65,7 +50,7 @@ pub struct TrainingRows {
     /// Whether the loss counts the target, `[batch, seq]`; never at padding.
     pub trained: Vec<bool>,
     /// The position in its row at which each position's example begins, `[batch, seq]`: the first key it may see.
-    /// In one example a row it is 0 everywhere; in packed rows a padded position sees itself alone.
+    /// A padded position sees itself alone.
     pub first_key: Vec<u32>,
     /// Number of rows.
     pub batch: usize,
@@ -78,19 +63,6 @@ impl TrainingRows {
     pub fn n_trained(&self) -> usize {
         self.trained.iter().filter(|&&trained| trained).count()
     }
-}
-
-/// One example a row, padded behind to the longest.
-///
-/// # Panics
-/// If no example has two ids.
-pub fn one_per_row(examples: &[Example<'_>], pad: u32) -> TrainingRows {
-    let seq = examples.iter().map(Example::n_positions).max().unwrap_or(0);
-    let rows: Vec<Vec<usize>> = (0..examples.len()).map(|i| vec![i]).collect();
-    let mut rows = training_rows(examples, &rows, seq, pad);
-    // Under a causal mask nothing sees the padding behind it, so padded positions may see the example.
-    rows.first_key.fill(0);
-    rows
 }
 
 /// Several examples a row of at most `max_seq` positions, none of which sees another's.
@@ -157,13 +129,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn padding_stands_behind_or_in_front() {
-        let rows = [vec![1, 2, 3], vec![4]];
-        let right = right_pad(&rows, 9);
-        assert_eq!((right.ids.as_slice(), right.batch, right.seq), ([1, 2, 3, 4, 9, 9].as_slice(), 2, 3));
-        let left = left_pad(&rows, 9);
-        assert_eq!(left.ids, [1, 2, 3, 9, 9, 4]);
-        assert_eq!((left.lengths.as_slice(), left.n_pads()), ([3, 1].as_slice(), vec![0, 2]));
+    fn padding_stands_behind() {
+        let padded = right_pad(&[vec![1, 2, 3], vec![4]], 9);
+        assert_eq!((padded.batch, padded.seq), (2, 3));
+        assert_eq!((padded.ids, padded.lengths), (vec![1, 2, 3, 4, 9, 9], vec![3, 1]));
     }
 
     #[test]
@@ -180,12 +149,6 @@ mod tests {
         assert_eq!(rows.targets, [2, 3, 9, 5, 6, 7]);
         assert_eq!(rows.trained, [false, true, true, true, false, true]);
         assert_eq!(rows.first_key, [0, 0, 2, 0, 0, 0]);
-
-        let rows = one_per_row(&examples, 0);
-        assert_eq!((rows.batch, rows.seq, rows.n_trained()), (3, 3, 4));
-        assert_eq!(rows.ids, [1, 2, 0, 4, 5, 6, 8, 0, 0]);
-        assert_eq!(rows.targets, [2, 3, 0, 5, 6, 7, 9, 0, 0]);
-        assert_eq!(rows.first_key, [0; 9]);
     }
 
     proptest! {
