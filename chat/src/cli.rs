@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use common::cli::RuntimeArgs;
 use common::exit::UsageError;
-use common::generate::{BeamConfig, SamplingConfig};
+use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EPS};
 
 /// Talk to a model
 ///
@@ -81,9 +81,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
 
-    /// Print one JSON object: the text, its token ids and their log-probabilities, why it ended
+    /// Print one JSON object an answer: the text, its token ids and their log-probabilities, why it ended
     #[arg(long)]
     pub json: bool,
+
+    /// Answer N times, with a line of `---` between two answers; answer I of a seed is the same for every N
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=MAX_SAMPLES))]
+    pub num_samples: u64,
 
     /// On what to run
     #[command(flatten)]
@@ -94,11 +98,14 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
 }
 
+/// Most answers to one prompt.
+const MAX_SAMPLES: u64 = 100_000;
+
 /// How answers are chosen.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// Most tokens of one answer
+    /// Maximum tokens per answer
     #[arg(long, value_name = "N", default_value_t = 256, allow_negative_numbers = true)]
     pub max_tokens: usize,
 
@@ -145,53 +152,38 @@ pub(crate) enum Strategy {
 }
 
 impl SamplingArgs {
+    /// Whether answers are drawn, so that two can differ.
+    pub(crate) fn is_random(&self) -> bool {
+        self.beams == 1 && self.temperature.is_none_or(|temperature| temperature >= TEMPERATURE_EPS)
+    }
+
     /// The strategy that the flags ask for; answers end at the tokens `stop`.
     ///
     /// # Errors
     /// [`UsageError`] for a value outside its range and for flags that exclude each other.
     pub(crate) fn strategy(&self, stop: Vec<u32>) -> Result<Strategy, UsageError> {
-        let wrong = |flag: &str, expected: &str, found: &dyn std::fmt::Display| {
-            Err(UsageError(format!("invalid `--{flag}`: expected {expected}, found `{found}`")))
-        };
-        let temperature = self.temperature.unwrap_or(0.8);
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return wrong("temperature", "a number of at least 0", &temperature);
-        }
-        let top_p = self.top_p.unwrap_or(0.95);
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            return wrong("top-p", "a number above 0 and up to 1", &top_p);
-        }
-        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            return wrong("repetition-penalty", "a number above 0", &self.repetition_penalty);
-        }
-        if self.max_tokens == 0 {
-            return wrong("max-tokens", "at least 1", &self.max_tokens);
-        }
-        if self.beams == 0 {
-            return wrong("beams", "at least 1", &self.beams);
-        }
         if self.stop.iter().any(String::is_empty) {
-            return wrong("stop", "a text", &"");
-        }
-        let length_penalty = self.length_penalty.unwrap_or(1.0);
-        if !length_penalty.is_finite() {
-            return wrong("length-penalty", "a finite number", &length_penalty);
+            return Err(UsageError("invalid `--stop`: expected a text, found ``".to_owned()));
         }
         let (max_tokens, repetition_penalty) = (self.max_tokens, self.repetition_penalty);
         if self.beams == 1 {
-            if self.length_penalty.is_some() {
-                return Err(UsageError("`--length-penalty` needs `--beams` of at least 2".to_owned()));
-            }
-            let top_k = self.top_k.unwrap_or(0);
-            return Ok(Strategy::Sample(SamplingConfig {
-                temperature,
-                top_k,
-                top_p,
+            let sampling = SamplingConfig {
+                temperature: self.temperature.unwrap_or(0.8),
+                top_k: self.top_k.unwrap_or(0),
+                top_p: self.top_p.unwrap_or(0.95),
                 repetition_penalty,
                 max_tokens,
                 stop,
-            }));
+            };
+            sampling.validate().map_err(|error| usage_error(&error))?;
+            if self.length_penalty.is_some() {
+                return Err(UsageError("`--length-penalty` needs `--beams` of at least 2".to_owned()));
+            }
+            return Ok(Strategy::Sample(sampling));
         }
+        let length_penalty = self.length_penalty.unwrap_or(1.0);
+        let search = BeamConfig { n_beams: self.beams, length_penalty, repetition_penalty, max_tokens, stop };
+        search.validate().map_err(|error| usage_error(&error))?;
         let sampling = [
             ("temperature", self.temperature.is_some_and(|temperature| temperature != 0.0)),
             ("top-k", self.top_k.is_some()),
@@ -203,8 +195,19 @@ impl SamplingArgs {
                 self.beams
             )));
         }
-        Ok(Strategy::Search(BeamConfig { n_beams: self.beams, length_penalty, repetition_penalty, max_tokens, stop }))
+        Ok(Strategy::Search(search))
     }
+}
+
+/// A setting outside its range, by the name of its flag.
+fn usage_error(error: &GenerateError) -> UsageError {
+    UsageError(match error {
+        GenerateError::InvalidOption { name, expected, found } => {
+            let flag = name.trim_start_matches("n_").replace('_', "-");
+            format!("invalid `--{flag}`: expected {expected}, found `{found}`")
+        }
+        other => other.to_string(),
+    })
 }
 
 #[cfg(test)]
@@ -261,8 +264,10 @@ mod tests {
             ("--top-p", "0"),
             ("--top-p", "1.5"),
             ("--repetition-penalty", "0"),
+            ("--repetition-penalty", "1e-300"),
             ("--max-tokens", "0"),
             ("--beams", "0"),
+            ("--beams", "18446744073709551615"),
             ("--stop", ""),
         ] {
             let message = usage(&[flag, value]);
@@ -270,6 +275,8 @@ mod tests {
         }
         assert!(usage(&["--beams", "2", "--temperature", "0.5"]).contains("`--temperature`"));
         assert!(usage(&["--beams", "2", "--top-k", "5"]).contains("`--top-k`"));
+        let message = usage(&["--beams", "2", "--length-penalty", "1e6"]);
+        assert!(message.starts_with("invalid `--length-penalty`: expected "), "{message}");
         assert!(usage(&["--length-penalty", "2"]).contains("`--beams`"));
     }
 }

@@ -1,6 +1,6 @@
-//! `chat generate`: one prompt, one answer.
+//! `chat generate`: one prompt, one answer or several.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, StdoutLock, Write};
 use std::ops::ControlFlow;
 
 use anyhow::{Context, ensure};
@@ -9,54 +9,109 @@ use common::exit::UsageError;
 use common::runtime::on_pool;
 use serde::Serialize;
 
-use crate::answer::{Answer, Answerer};
 use crate::cli::GenerateArgs;
+use crate::model::{ChatModel, Completion};
 use crate::terminal;
 
-/// Carries out `chat generate`: the answer as it comes, or one JSON object, on stdout.
+/// Samples decoded together.
+const TOGETHER: u64 = 32;
+
+/// Carries out `chat generate`: the answer as it comes, or JSON, on stdout.
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
-    on_pool(|| answer_once(args))
+    on_pool(|| answer(args))
 }
 
-fn answer_once(args: &GenerateArgs) -> anyhow::Result<()> {
-    let answerer = Answerer::load(&args.checkpoint, &args.sampling, &args.runtime)?;
+fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
+    if args.num_samples > 1 && !args.sampling.is_random() {
+        let message =
+            format!("`--num-samples {}` needs sampling: beams and temperature 0 have one answer", args.num_samples);
+        return Err(UsageError(message).into());
+    }
+    let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?;
     let prompt = read_prompt(&args.prompt)?;
-    let ids = if args.raw { encode_raw(&answerer, &prompt)? } else { encode_chat(&answerer, args, prompt)? };
-    let (n_tokens, max_seq_len) = (ids.len(), answerer.max_seq_len());
+    let ids = if args.raw { encode_raw(&model, &prompt)? } else { encode_chat(&model, args, prompt)? };
+    let (n_tokens, max_seq_len) = (ids.len(), model.max_seq_len());
     ensure!(
         n_tokens < max_seq_len,
         "the prompt is too long: {n_tokens} tokens, but the model's context window holds {max_seq_len} and needs room \
          for an answer\nhint: shorten the prompt, or use a model with a larger `max_seq_len`"
     );
-
     let mut out = std::io::stdout().lock();
+    let written = if args.num_samples > 1 {
+        write_samples(&mut out, &model, args, &ids)?
+    } else {
+        write_answer(&mut out, &model, args, &ids)?
+    };
+    match written {
+        // The reader closed the pipe, as `head` does.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("failed to write the answer"),
+    }
+}
+
+/// One answer, as it comes unless as JSON.
+fn write_answer(
+    out: &mut StdoutLock<'_>,
+    model: &ChatModel,
+    args: &GenerateArgs,
+    prompt: &[u32],
+) -> anyhow::Result<io::Result<()>> {
     let mut written = Ok(());
     let mut on_text = |text: &str| {
         if !args.json {
-            written = terminal::write(&mut out, text);
+            written = terminal::write(out, text);
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
-    let answer = answerer.answer(ids.clone(), 0, &mut on_text)?;
-    let ended = if args.json {
-        let json = serde_json::to_string(&Printed { prompt_token_ids: &ids, answer: &answer })?;
-        writeln!(out, "{json}")
-    } else {
-        written.and_then(|()| writeln!(out))
-    };
-    match ended {
-        // Whoever reads has had enough, as `head` does.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        ended => ended.context("failed to write the answer"),
+    let completion = model.complete(prompt.to_vec(), 0, &mut on_text)?;
+    if args.json {
+        return write_json(out, 0, prompt, &completion);
     }
+    Ok(written.and_then(|()| writeln!(out)))
+}
+
+/// Several answers, some at a time.
+fn write_samples(
+    out: &mut StdoutLock<'_>,
+    model: &ChatModel,
+    args: &GenerateArgs,
+    prompt: &[u32],
+) -> anyhow::Result<io::Result<()>> {
+    for first in (0..args.num_samples).step_by(TOGETHER as usize) {
+        let rows = first..args.num_samples.min(first + TOGETHER);
+        for (sample, completion) in rows.clone().zip(model.samples(prompt, rows)?) {
+            let written = if args.json {
+                write_json(out, sample, prompt, &completion)?
+            } else {
+                let separated = if sample > 0 { writeln!(out, "---") } else { Ok(()) };
+                separated.and_then(|()| terminal::write(out, &completion.text)).and_then(|()| writeln!(out))
+            };
+            if written.is_err() {
+                return Ok(written);
+            }
+        }
+    }
+    Ok(Ok(()))
+}
+
+fn write_json(
+    out: &mut StdoutLock<'_>,
+    sample: u64,
+    prompt: &[u32],
+    completion: &Completion,
+) -> anyhow::Result<io::Result<()>> {
+    let json = serde_json::to_string(&Printed { completion, sample, prompt_token_ids: prompt })?;
+    Ok(writeln!(out, "{json}"))
 }
 
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Printed<'a> {
     #[serde(flatten)]
-    answer: &'a Answer,
+    completion: &'a Completion,
+    /// Which of `--num-samples`, from 0.
+    sample: u64,
     /// What the model was given.
     prompt_token_ids: &'a [u32],
 }
@@ -73,19 +128,19 @@ fn read_prompt(prompt: &str) -> anyhow::Result<String> {
 }
 
 /// Plain text after the token that begins a document, where the tokenizer has one.
-fn encode_raw(answerer: &Answerer, prompt: &str) -> anyhow::Result<Vec<u32>> {
-    let tokenizer = answerer.tokenizer();
+fn encode_raw(model: &ChatModel, prompt: &str) -> anyhow::Result<Vec<u32>> {
+    let tokenizer = model.tokenizer();
     let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
     ids.extend(tokenizer.encode(prompt).context("failed to encode the prompt")?);
     Ok(ids)
 }
 
 /// A user's message, after the system's if there is one.
-fn encode_chat(answerer: &Answerer, args: &GenerateArgs, prompt: String) -> anyhow::Result<Vec<u32>> {
+fn encode_chat(model: &ChatModel, args: &GenerateArgs, prompt: String) -> anyhow::Result<Vec<u32>> {
     if prompt.trim().is_empty() {
         return Err(UsageError("the prompt is empty".to_owned()).into());
     }
     let mut messages: Vec<Message> = args.system.iter().map(|system| Message::new(Role::System, system)).collect();
     messages.push(Message::new(Role::User, prompt));
-    encode_prompt(answerer.tokenizer(), &messages).context("failed to encode the prompt")
+    encode_prompt(model.tokenizer(), &messages).context("failed to encode the prompt")
 }

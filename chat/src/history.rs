@@ -31,6 +31,11 @@ impl History {
         self.system = (!system.is_empty()).then(|| system.to_owned());
     }
 
+    /// Whether there is a system message.
+    pub fn has_system(&self) -> bool {
+        self.system.is_some()
+    }
+
     /// Forgets all turns; the system message stays.
     pub fn reset(&mut self) {
         self.turns.clear();

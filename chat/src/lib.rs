@@ -1,19 +1,19 @@
 //! Talking to any checkpoint of a language model.
 //!
-//! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers once. What is written for the
+//! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers one prompt, once or several times. What is written for the
 //! user goes through the chat template of the checkpoint's tokenizer; `chat generate --raw` continues plain text.
 
-mod answer;
 mod cli;
 mod generate;
 mod history;
+mod model;
 mod repl;
 mod stop_text;
 mod terminal;
 
-pub use answer::{Answer, Answerer, FinishReason, OnText};
 pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, SamplingArgs};
 pub use history::History;
+pub use model::{ChatModel, Completion, FinishReason, OnText};
 pub use stop_text::StopText;
 
 /// Carries out one command line.

@@ -3,6 +3,8 @@
 use std::io::{BufRead, ErrorKind, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use common::runtime::on_pool;
@@ -10,14 +12,14 @@ use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
 
-use crate::answer::{Answerer, FinishReason};
 use crate::cli::ConversationArgs;
 use crate::history::History;
+use crate::model::{ChatModel, FinishReason};
 use crate::terminal;
 
 const HELP: &str = "\
 /reset        forget the conversation, but not the system message
-/system TEXT  set the system message; without TEXT there is none
+/system TEXT  set the system message; without TEXT, remove it
 /quit         leave, as Ctrl-D does
 /help         this list
 Anything else is a message. Ctrl-C ends an answer.";
@@ -30,12 +32,13 @@ pub(crate) fn run(args: &ConversationArgs) -> anyhow::Result<()> {
 
 fn converse(args: &ConversationArgs) -> anyhow::Result<()> {
     let checkpoint = args.checkpoint.as_deref().expect("clap requires --checkpoint where there is no command");
-    let answerer = Answerer::load(checkpoint, &args.sampling, &args.runtime)?;
-    let mut conversation = Conversation { answerer, history: History::new(args.system.clone()), n_answers: 0 };
+    let model = ChatModel::load(checkpoint, &args.sampling, &args.runtime)?;
+    tracing::info!("{}", model.description());
+    let mut conversation = Conversation { model, history: History::new(args.system.clone()), n_answers: 0 };
     let ended =
         if std::io::stdin().is_terminal() { in_terminal(&mut conversation) } else { in_pipe(&mut conversation) };
     match ended {
-        // Whoever reads has had enough, as `head` does.
+        // The reader closed the pipe, as `head` does.
         Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
             Ok(())
         }
@@ -43,12 +46,18 @@ fn converse(args: &ConversationArgs) -> anyhow::Result<()> {
     }
 }
 
-/// One message a line, until the input ends.
+/// One message a line, until the input ends. A message without an answer leaves an empty line, so that the others can
+/// still be told apart.
 fn in_pipe(conversation: &mut Conversation) -> anyhow::Result<()> {
-    for line in std::io::stdin().lock().lines() {
+    for (number, line) in (1..).zip(std::io::stdin().lock().lines()) {
         let line = line.context("failed to read standard input")?;
-        if conversation.take(&line)?.is_break() {
-            break;
+        match conversation.take(&line)? {
+            Taken::Done => {}
+            Taken::Refused(reason) => {
+                notice(&format!("error: line {number}: {reason}"));
+                writeln!(std::io::stdout())?;
+            }
+            Taken::Left => break,
         }
     }
     Ok(())
@@ -62,12 +71,15 @@ fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
         Editor::<(), MemHistory>::with_history(config, MemHistory::new()).context("failed to open the terminal")?;
     notice("/help lists the commands, Ctrl-D leaves");
     loop {
-        match editor.readline("> ") {
-            Ok(line) => {
-                if conversation.take(&line)?.is_break() {
-                    return Ok(());
-                }
-            }
+        AT_PROMPT.store(true, Ordering::SeqCst);
+        let line = editor.readline("> ");
+        AT_PROMPT.store(false, Ordering::SeqCst);
+        match line {
+            Ok(line) => match conversation.take(&line)? {
+                Taken::Done => {}
+                Taken::Refused(reason) => notice(&format!("error: {reason}")),
+                Taken::Left => return Ok(()),
+            },
             Err(ReadlineError::Interrupted) => notice("Ctrl-D or /quit leaves"),
             Err(ReadlineError::Eof) => return Ok(()),
             Err(error) => return Err(error).context("failed to read from the terminal"),
@@ -75,66 +87,75 @@ fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
     }
 }
 
-/// Who speaks, and what was said.
+/// What became of a line.
+enum Taken {
+    /// It was answered or carried out.
+    Done,
+    /// A message that cannot be answered, for this reason; it is forgotten.
+    Refused(String),
+    /// The user leaves.
+    Left,
+}
+
+/// The model and the conversation with it so far.
 struct Conversation {
-    answerer: Answerer,
+    model: ChatModel,
     history: History,
     n_answers: u64,
 }
 
 impl Conversation {
-    /// Carries out one line; `Break` leaves.
-    fn take(&mut self, line: &str) -> anyhow::Result<ControlFlow<()>> {
+    /// Carries out one line.
+    fn take(&mut self, line: &str) -> anyhow::Result<Taken> {
         let line = line.trim();
         let (command, text) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match command {
             "" => {}
-            "/quit" => return Ok(ControlFlow::Break(())),
-            "/reset" => self.history.reset(),
-            "/system" => self.history.set_system(text.trim_start()),
+            "/quit" => return Ok(Taken::Left),
+            "/reset" => {
+                self.history.reset();
+                notice(if self.history.has_system() {
+                    "(a new conversation, with the same system message)"
+                } else {
+                    "(a new conversation)"
+                });
+            }
+            "/system" => {
+                self.history.set_system(text.trim_start());
+                notice(if self.history.has_system() { "(system message set)" } else { "(no system message)" });
+            }
             "/help" => notice(HELP),
             unknown if unknown.starts_with('/') => notice(&format!("unknown command `{unknown}`; /help lists them")),
-            _ => self.reply(line)?,
+            _ => return self.reply(line),
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(Taken::Done)
     }
 
-    /// Answers a message and remembers both. A message that cannot be answered is said so and forgotten.
-    fn reply(&mut self, message: &str) -> anyhow::Result<()> {
-        let budget = self.answerer.prompt_budget();
-        let prompt = match self.history.prompt(self.answerer.tokenizer(), message, budget) {
+    /// Answers a message and remembers both.
+    fn reply(&mut self, message: &str) -> anyhow::Result<Taken> {
+        let prompt = match self.history.prompt(self.model.tokenizer(), message, self.model.prompt_budget()) {
             Ok(prompt) => prompt,
-            Err(error) => {
-                notice(&format!("error: {error}"));
-                return Ok(());
-            }
+            Err(error) => return Ok(Taken::Refused(error.to_string())),
         };
         match prompt.n_dropped {
             0 => {}
             1 => tracing::info!("the conversation outgrew the context window: forgot its oldest turn"),
             n => tracing::info!("the conversation outgrew the context window: forgot its {n} oldest turns"),
         }
-        let max_seq_len = self.answerer.max_seq_len();
-        if prompt.ids.len() >= max_seq_len {
-            let n_tokens = prompt.ids.len();
-            notice(&format!("error: the message is too long: {n_tokens} tokens for a context window of {max_seq_len}"));
-            return Ok(());
+        let (n_tokens, max_seq_len) = (prompt.ids.len(), self.model.max_seq_len());
+        if n_tokens >= max_seq_len {
+            let reason = format!("the message is too long: {n_tokens} tokens for a context window of {max_seq_len}");
+            return Ok(Taken::Refused(reason));
         }
 
         let mut out = std::io::stdout().lock();
         let mut written = Ok(());
         let mut on_text = |text: &str| {
             written = terminal::write(&mut out, text);
-            if written.is_err() || BREAK_OFF.load(Ordering::SeqCst) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
+            if written.is_err() || broken_off().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        BREAK_OFF.store(false, Ordering::SeqCst);
-        ANSWERING.store(true, Ordering::SeqCst);
-        let answer = self.answerer.answer(prompt.ids, self.n_answers, &mut on_text);
-        ANSWERING.store(false, Ordering::SeqCst);
+        *broken_off() = None;
+        let answer = self.model.complete(prompt.ids, self.n_answers, &mut on_text);
         let answer = answer?;
         written?;
         writeln!(out)?;
@@ -146,18 +167,30 @@ impl Conversation {
         }
         self.n_answers += 1;
         self.history.push(message.to_owned(), answer.text);
-        Ok(())
+        Ok(Taken::Done)
     }
 }
 
-static ANSWERING: AtomicBool = AtomicBool::new(false);
-static BREAK_OFF: AtomicBool = AtomicBool::new(false);
+/// Whether the user is being asked for a line.
+static AT_PROMPT: AtomicBool = AtomicBool::new(false);
 
-/// Makes Ctrl-C end the answer; the second one, or one while there is none, ends the program.
+/// When Ctrl-C was last pressed, since the last answer began.
+static BROKEN_OFF: Mutex<Option<Instant>> = Mutex::new(None);
+
+fn broken_off() -> MutexGuard<'static, Option<Instant>> {
+    BROKEN_OFF.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes Ctrl-C end the answer and nothing else. One that comes more than a second after the first ends the program, as
+/// does a signal at the prompt, where the keys themselves are read by the line editor.
 fn catch_ctrl_c() -> anyhow::Result<()> {
+    const AGAIN: Duration = Duration::from_secs(1);
     ctrlc::set_handler(|| {
-        if !ANSWERING.load(Ordering::SeqCst) || BREAK_OFF.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+        let mut broken_off = broken_off();
+        match *broken_off {
+            Some(at) if at.elapsed() < AGAIN => {}
+            None if !AT_PROMPT.load(Ordering::SeqCst) => *broken_off = Some(Instant::now()),
+            _ => std::process::exit(130),
         }
     })
     .context("failed to catch Ctrl-C")

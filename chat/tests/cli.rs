@@ -137,10 +137,17 @@ fn errors_are_as_documented() {
         ("beams that sample", lm(&["--beams", "4", "--temperature", "0.7"]), 2),
         ("length penalty without beams", lm(&["--length-penalty", "2"]), 2),
         ("penalty of 0", lm(&["--repetition-penalty", "0"]), 2),
+        ("penalty below f32", lm(&["--repetition-penalty", "1e-300"]), 2),
+        ("beams beyond count", lm(&["--beams", "18446744073709551615"]), 2),
+        ("length penalty that overflows", lm(&["--beams", "3", "--length-penalty", "1e6"]), 2),
+        ("no samples", lm(&["--num-samples", "0"]), 2),
+        ("samples of the likeliest answer", lm(&["--num-samples", "2", "--temperature", "0"]), 2),
+        ("samples of beam search", lm(&["--num-samples", "2", "--beams", "2"]), 2),
         ("empty stop text", lm(&["--stop", ""]), 2),
         ("system message of plain text", lm(&["--raw", "--system", "be kind"]), 2),
         ("empty prompt", generate(&["--checkpoint", "lm", "--prompt", " "]), 2),
         ("both a conversation and a command", vec!["--checkpoint", "lm", "generate"], 2),
+        ("a folder of checkpoints", generate(&["--checkpoint", ".", "--prompt", "hi"]), 1),
         ("missing directory", generate(&["--checkpoint", "nowhere", "--prompt", "hi"]), 1),
         ("reward model", generate(&["--checkpoint", "reward-model", "--prompt", "hi"]), 1),
         ("no tokenizer", generate(&["--checkpoint", "no-tokenizer", "--prompt", "hi"]), 1),
@@ -265,10 +272,114 @@ fn a_long_conversation_forgets_its_oldest_turns() {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert_eq!(ran.stdout.lines().count(), 9);
     assert!(ran.stderr.contains("forgot its"), "{}", ran.stderr);
-    // A single message that is too long is refused; the conversation goes on.
-    let ran = chat(&["--checkpoint", "lm"], format!("{}\nhi\n", "x".repeat(100)).as_bytes());
-    assert_eq!((ran.code, ran.stdout.lines().count()), (0, 1), "{}", ran.stderr);
-    assert!(ran.stderr.contains("the message is too long"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_message_without_an_answer_leaves_an_empty_line() {
+    let base = ["--checkpoint", "lm", "--temperature", "0", "--max-tokens", "8"];
+    let ran = chat(&base, format!("hi\n{}\nhi\n", "x".repeat(100)).as_bytes());
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let answers: Vec<&str> = ran.stdout.lines().collect();
+    assert_eq!((answers.len(), answers[1]), (3, ""), "{:?}", ran.stdout);
+    assert!(!answers[0].is_empty() && !answers[2].is_empty());
+    assert!(ran.stderr.contains("error: line 2: the message is too long: 10"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_conversation_says_which_model_answers_and_what_its_commands_did() {
+    let ran = chat(&["--checkpoint", "lm", "--system", "rhyme"], b"/reset\n/system\n/reset\n/system be kind\n");
+    let said: Vec<&str> = ran.stderr.lines().collect();
+    assert!(said[0].starts_with("`lm`: stage `sft`, step 0, ") && said[0].ends_with(" parameters"), "{}", ran.stderr);
+    let expected = [
+        "(a new conversation, with the same system message)",
+        "(no system message)",
+        "(a new conversation)",
+        "(system message set)",
+    ];
+    assert_eq!(said[1..], expected);
+    assert_eq!(chat(&["--checkpoint", "lm", "-q"], b"hi\n").stderr, "");
+}
+
+#[test]
+fn the_last_position_of_the_context_is_used_and_none_beyond() {
+    // `<|bos|>` and as many bytes; the context holds 96 tokens.
+    let ran = |n_tokens: usize, rest: &[&str]| {
+        let prompt = "x".repeat(n_tokens - 1);
+        chat(&[&["generate", "--checkpoint", "lm", "--raw", "--json", "--prompt", &prompt], rest].concat(), b"")
+    };
+    for search in [&["--temperature", "0"][..], &["--beams", "3"], &["--max-tokens", "18446744073709551615"]] {
+        let last = ran(95, search);
+        let json: Value = serde_json::from_str(&last.stdout).unwrap();
+        assert_eq!(json["token_ids"].as_array().unwrap().len(), 1, "{search:?}");
+        for n_tokens in [96, 97] {
+            let refused = ran(n_tokens, search);
+            assert_eq!((refused.code, refused.stdout.as_str()), (1, ""));
+            assert!(
+                refused.stderr.contains(&format!("the prompt is too long: {n_tokens} tokens")),
+                "{}",
+                refused.stderr
+            );
+        }
+    }
+    let samples = ran(95, &["--num-samples", "3"]).stdout;
+    assert_eq!(samples.lines().count(), 3);
+}
+
+#[test]
+fn a_sample_of_a_seed_is_the_same_however_many_there_are() {
+    let ask = |n: &str, rest: &[&str]| {
+        let base = ["generate", "--checkpoint", "lm", "--prompt", "hi", "--max-tokens", "30", "--num-samples", n];
+        stdout(&[&base[..], rest].concat(), b"")
+    };
+    let json = |n: &str, rest: &[&str]| -> Vec<Value> {
+        let lines = ask(n, &[rest, &["--json"]].concat());
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let forty = json("40", &["--seed", "3"]);
+    assert_eq!(
+        forty.iter().map(|sample| sample["sample"].as_u64().unwrap()).collect::<Vec<_>>(),
+        (0..40).collect::<Vec<_>>()
+    );
+    let texts: Vec<&str> = forty.iter().map(|sample| sample["text"].as_str().unwrap()).collect();
+    assert!(texts[1..].iter().all(|text| *text != texts[0]), "{texts:?}");
+    // Tokens and log-probabilities, bit by bit.
+    for n in [2, 5, 33] {
+        assert_eq!(json(&n.to_string(), &["--seed", "3"]), forty[..n]);
+    }
+    assert_eq!(json("1", &["--seed", "3"])[0]["token_ids"], forty[0]["token_ids"]);
+    assert_ne!(json("2", &["--seed", "4"])[1]["text"], forty[1]["text"]);
+    assert_eq!(ask("3", &["--seed", "3"]), format!("{}\n", texts[..3].join("\n---\n")));
+    // A stop text ends each sample on its own.
+    let stop = &texts[1][5..7];
+    for (sample, text) in json("4", &["--seed", "3", "--stop", stop]).iter().zip(&texts) {
+        assert_eq!(sample["text"].as_str().unwrap(), text.split(stop).next().unwrap());
+    }
+}
+
+#[test]
+fn extreme_numbers_are_answered_or_refused() {
+    let base = ["generate", "--checkpoint", "lm", "--prompt", "hi", "--json"];
+    let greedy: Value = serde_json::from_str(&stdout(&[&base[..], &["--temperature", "0"]].concat(), b"")).unwrap();
+    for temperature in ["1e-5", "1e-12", "1e-300", "5e-324"] {
+        let near: Value =
+            serde_json::from_str(&stdout(&[&base[..], &["--temperature", temperature, "--top-p", "1"]].concat(), b""))
+                .unwrap();
+        assert_eq!(near["token_ids"], greedy["token_ids"], "{temperature}");
+    }
+    let numbers =
+        ["0", "1", "1e-300", "1e300", "1e308", "-1e308", "1e-45", "3e38", "18446744073709551615", "-1", "NaN", "inf"];
+    for flag in ["--max-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--beams", "--seed"] {
+        for number in numbers {
+            let ran = chat(&[&base[..], &[flag, number]].concat(), b"");
+            assert!([0, 2].contains(&ran.code), "{flag} {number}: {}", ran.stderr);
+            assert!(!ran.stderr.contains("panicked"), "{flag} {number}: {}", ran.stderr);
+            if ran.code == 0 {
+                let json: Value = serde_json::from_str(&ran.stdout).unwrap();
+                let log_probs = json["log_probs"].as_array().unwrap();
+                assert!(log_probs.iter().all(Value::is_number), "{flag} {number}: {log_probs:?}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -107,6 +107,17 @@ pub struct State {
     pub tensors: BTreeMap<String, NamedTensors>,
 }
 
+/// The directories in `dir` that hold a checkpoint, quoted and in the order of their names.
+fn checkpoints_in(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found: Vec<String> = entries
+        .filter(|path| path.join(hf::CONFIG_FILE).is_file())
+        .map(|path| format!("`{}`", path.display()))
+        .collect();
+    found.sort();
+    found
+}
+
 impl Checkpoint {
     /// Reads the checkpoint in `dir`, or a directory that transformers wrote, and checks it against its manifest.
     ///
@@ -118,7 +129,7 @@ impl Checkpoint {
             return Err(CheckpointError::NoDirectory { dir: dir.to_owned() });
         }
         if !dir.join(hf::CONFIG_FILE).is_file() {
-            return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned() });
+            return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), inside: checkpoints_in(dir) });
         }
         let manifest = Manifest::read(dir)?;
         let (model, _, weights_sha256) = hf::read(dir)?;
@@ -323,17 +334,27 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// A directory of something else.
-    #[error("`{}` is no checkpoint: it has no `config.json`\nhint: a run writes its first checkpoint when it first saves", dir.display())]
+    #[error(
+        "`{}` is no checkpoint: it has no `config.json`\nhint: {}",
+        dir.display(),
+        if inside.is_empty() {
+            "a run writes its first checkpoint when it first saves".to_owned()
+        } else {
+            format!("pass one of the checkpoints in it: {}", inside.join(", "))
+        }
+    )]
     NotACheckpoint {
         /// The directory.
         dir: PathBuf,
+        /// The checkpoints in it, as a recipe leaves them.
+        inside: Vec<String>,
     },
     /// The wrong stage's.
     #[error(
-        "checkpoint `{}` was written by stage `{found}`, expected {}\nhint: pass the directory that `{} train` wrote",
+        "checkpoint `{}` was written by stage `{found}`, expected {}\nhint: pass the directory that {} wrote",
         dir.display(),
         .expected.iter().map(|stage| format!("`{stage}`")).collect::<Vec<_>>().join(" or "),
-        .expected.first().map_or_else(String::new, ToString::to_string)
+        .expected.iter().map(|stage| format!("`{stage} train`")).collect::<Vec<_>>().join(" or ")
     )]
     Stage {
         /// The directory.
