@@ -1,5 +1,7 @@
-//! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), and helpers of tests.
+//! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), files
+//! that are whole or absent ([`files`]), and helpers of tests.
 
+pub mod files;
 pub mod hash;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
