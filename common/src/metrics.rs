@@ -4,6 +4,10 @@
 //! `tokens` seen so far, and numbers under the slash-separated [`names`]. A number that is not finite is written as
 //! `null`, because JSON has neither NaN nor infinity.
 
+mod log;
+
+pub use log::{MetricsLog, Sample, first_and_last, read_samples};
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Write};

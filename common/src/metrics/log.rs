@@ -1,4 +1,4 @@
-//! Reads what a stage left behind: `metrics.jsonl` and `samples.jsonl`.
+//! Reading `metrics.jsonl` and `samples.jsonl` of a run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,6 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
+
+use super::{METRICS_FILE, SAMPLES_FILE};
 
 /// The metrics of one stage, row by row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,7 +29,7 @@ impl MetricsLog {
     /// # Errors
     /// If a line is not a JSON object with a `step`.
     pub fn read(stage_dir: &Path) -> Result<Self> {
-        let rows = read_objects(&stage_dir.join("metrics.jsonl"))?
+        let rows = read_objects(&stage_dir.join(METRICS_FILE))?
             .into_iter()
             .map(|object| {
                 let values: BTreeMap<String, f64> =
@@ -63,6 +65,13 @@ impl MetricsLog {
         last
     }
 
+    /// The log without the metrics whose names begin with `prefix`.
+    #[must_use]
+    pub fn without(mut self, prefix: &str) -> Self {
+        self.rows.iter_mut().for_each(|row| row.values.retain(|name, _| !name.starts_with(prefix)));
+        self
+    }
+
     /// Wall seconds of the stage, over all its sittings.
     pub fn seconds(&self) -> Option<f64> {
         self.last("seconds")
@@ -93,7 +102,7 @@ pub fn read_samples(stage_dir: &Path) -> Result<Vec<Sample>> {
     let text_of = |object: &serde_json::Map<String, Value>, keys: &[&str]| {
         keys.iter().find_map(|key| object.get(*key)?.as_str().map(str::to_owned)).unwrap_or_default()
     };
-    let samples = read_objects(&stage_dir.join("samples.jsonl"))?
+    let samples = read_objects(&stage_dir.join(SAMPLES_FILE))?
         .iter()
         .map(|object| Sample {
             step: object.get("step").and_then(Value::as_u64).unwrap_or(0),
@@ -156,6 +165,7 @@ mod tests {
             [("train/loss".to_owned(), 2.0), ("val/loss".to_owned(), 2.5)]
         );
         assert_eq!(log.min("train/loss"), Some(2.0));
+        assert_eq!(log.without("train/").last("train/loss"), None);
     }
 
     #[test]
