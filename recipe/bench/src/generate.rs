@@ -70,7 +70,7 @@ pub fn measure(args: &GenerateBenchArgs, runtime: &Runtime) -> anyhow::Result<Ma
     if prefill + new > model.max_seq_len {
         bail!(UsageError(format!(
             "a prompt of {prefill} and {new} new tokens do not fit the context of {}\nhint: lower `--prefill` or \
-             `--gen`, or raise `--ctx`",
+             `--gen`, or raise `--max-seq-len`",
             model.max_seq_len
         )));
     }

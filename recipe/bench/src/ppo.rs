@@ -38,12 +38,12 @@ pub struct PpoBenchArgs {
     pub response: NonZeroUsize,
 
     /// Passes over the responses
-    #[arg(long, value_name = "N", default_value = "4", value_parser = at_least_1)]
-    pub ppo_epochs: NonZeroUsize,
+    #[arg(long, alias = "ppo-epochs", value_name = "N", default_value = "4", value_parser = at_least_1)]
+    pub epochs: NonZeroUsize,
 
     /// Updates in a pass
-    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_1)]
-    pub mini_batches: NonZeroUsize,
+    #[arg(long, alias = "mini-batches", value_name = "N", default_value = "1", value_parser = at_least_1)]
+    pub minibatches: NonZeroUsize,
 
     /// Measured steps
     #[arg(long, value_name = "N", default_value = "3", value_parser = at_least_1)]
@@ -69,19 +69,19 @@ pub fn measure(args: &PpoBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<Str
     if prompt + response > model.max_seq_len {
         bail!(UsageError(format!(
             "prompts of {prompt} and responses of {response} tokens do not fit the context of {}\nhint: lower \
-             `--prompt` or `--response`, or raise `--ctx`",
+             `--prompt` or `--response`, or raise `--max-seq-len`",
             model.max_seq_len
         )));
     }
-    if batch % args.mini_batches.get() != 0 {
-        bail!(UsageError(format!("`--mini-batches {}` does not divide `--ppo-batch {batch}`", args.mini_batches)));
+    if batch % args.minibatches.get() != 0 {
+        bail!(UsageError(format!("`--minibatches {}` does not divide `--ppo-batch {batch}`", args.minibatches)));
     }
     let mut config = PpoConfig { seed: args.seed, ..PpoConfig::default() };
     config.train.batch_size = batch;
     config.train.steps = (args.warmup.get() + args.steps.get()) as u64;
     config.ppo.response_length = response;
-    config.ppo.epochs = args.ppo_epochs.get() as u64;
-    config.ppo.minibatches = args.mini_batches.get();
+    config.ppo.epochs = args.epochs.get() as u64;
+    config.ppo.minibatches = args.minibatches.get();
     let constant = OptimizerConfig { schedule: Schedule::Constant, ..OptimizerConfig::rlhf() };
     (config.optimizer, config.value_optimizer) = (constant.clone(), constant);
     let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
@@ -108,8 +108,8 @@ pub fn measure(args: &PpoBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<Str
         ("ppo_batch", json!(batch)),
         ("prompt", json!(prompt)),
         ("response", json!(response)),
-        ("ppo_epochs", json!(args.ppo_epochs)),
-        ("mini_batches", json!(args.mini_batches)),
+        ("ppo_epochs", json!(args.epochs)),
+        ("mini_batches", json!(args.minibatches)),
         ("iterations", json!(measured.len())),
         ("s_per_iteration", rounded(median(&totals), 4)),
         ("s_per_iteration_min", rounded(smallest(&totals), 4)),

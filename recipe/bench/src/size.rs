@@ -74,12 +74,12 @@ pub struct Shape {
     pub d_model: Option<NonZeroUsize>,
 
     /// Context in tokens, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
-    pub ctx: Option<NonZeroUsize>,
+    #[arg(long, alias = "ctx", value_name = "N", value_parser = common::cli::at_least_1)]
+    pub max_seq_len: Option<NonZeroUsize>,
 
     /// Vocabulary, instead of the size's
-    #[arg(long, value_name = "N", value_parser = common::cli::at_least_1)]
-    pub vocab: Option<NonZeroUsize>,
+    #[arg(long, alias = "vocab", value_name = "N", value_parser = common::cli::at_least_1)]
+    pub vocab_size: Option<NonZeroUsize>,
 }
 
 impl Shape {
@@ -93,8 +93,8 @@ impl Shape {
         set(&mut model.n_layers, self.n_layers);
         set(&mut model.n_heads, self.n_heads);
         set(&mut model.d_model, self.d_model);
-        set(&mut model.max_seq_len, self.ctx);
-        set(&mut model.vocab_size, self.vocab);
+        set(&mut model.max_seq_len, self.max_seq_len);
+        set(&mut model.vocab_size, self.vocab_size);
         model.d_ff = 4 * model.d_model;
         model.validate().map_err(|error| UsageError(error.to_string()))?;
         Ok(model)
