@@ -86,7 +86,7 @@ fn a_planted_fault_is_caught_and_located() {
     {
         let plant = format!("ndarray={fault}");
         let (output, found) =
-            compare(&lab, "flex,ndarray", &["--steps", "2", "--stage", "pretrain", "--plant", &plant]);
+            compare(&lab, "flex,ndarray", &["--steps", "2", "--stages", "pretrain", "--plant", &plant]);
         assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
         assert!(output.stderr.contains("differ by more than the budgets allow"), "{}", output.stderr);
         let row = |level: &str| levels(&found).iter().find(|row| row["level"] == level).unwrap();
@@ -104,7 +104,7 @@ fn a_planted_fault_is_caught_and_located() {
 fn a_backend_whose_process_fails_is_a_row_that_says_so() {
     let lab = lab();
     let (output, found) =
-        compare(&lab, "flex,ndarray", &["--steps", "2", "--stage", "pretrain", "--plant", "ndarray=nothing"]);
+        compare(&lab, "flex,ndarray", &["--steps", "2", "--stages", "pretrain", "--plant", "ndarray=nothing"]);
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
     let failure = found["backends"][1]["failure"].as_str().unwrap();
     assert!(failure.contains("exit status: 2") && failure.contains("log.txt"), "{failure}");

@@ -8,6 +8,7 @@ use burn::tensor::Tensor;
 use super::autodiff::FusedOps as _;
 #[cfg(feature = "flex")]
 use super::is_fused;
+use super::tap::{self, Call, Operation};
 use super::{Activation, Kernels, add_layer_norm, bias_activation, linear, plain};
 #[cfg(feature = "flex")]
 use burn::backend::Dispatch;
@@ -54,7 +55,7 @@ pub struct NormWeights {
 /// If the shapes do not fit.
 pub fn linear_keeping<const D: usize>(kernels: Kernels, x: Tensor<D>, layer: Affine) -> (Tensor<D>, Tensor<D>) {
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
+    if is_fused(kernels, &x) && !tap::is_active() {
         layer.check(x.dims()[D - 1]);
         let (weight, bias) = (layer.weight.into_dispatch(), layer.bias.into_dispatch());
         let (out, x) = Dispatch::fused_linear_keeping(x.into_dispatch(), weight, bias);
@@ -81,8 +82,13 @@ pub fn project_add_norm<const D: usize>(
     residual: Tensor<D>,
     norm: NormWeights,
 ) -> (Tensor<D>, Tensor<D>) {
+    let call = tap::prepare(|| {
+        let (x, weight, bias) = ((&x).into(), (&layer.weight).into(), (&layer.bias).into());
+        let operands = [x, weight, bias, (&residual).into(), (&norm.gamma).into(), (&norm.beta).into()];
+        Call::new(Operation::ProjectAddNorm { eps: norm.eps }, operands)
+    });
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
+    if is_fused(kernels, &x) && !tap::is_active() {
         let [d] = norm.gamma.dims();
         layer.check(x.dims()[D - 1]);
         assert_eq!(x.dims()[..D - 1], residual.dims()[..D - 1], "x and residual differ in rows");
@@ -99,7 +105,9 @@ pub fn project_add_norm<const D: usize>(
         return (Tensor::from_dispatch(normed), Tensor::from_dispatch(sum));
     }
     let x = linear(kernels, x, layer.weight, Some(layer.bias));
-    add_layer_norm(kernels, x, residual, norm.gamma, norm.beta, norm.eps)
+    let out = add_layer_norm(kernels, x, residual, norm.gamma, norm.beta, norm.eps);
+    tap::note(call);
+    out
 }
 
 /// The feed-forward layer, the residual addition and the layer norm after it:
@@ -123,8 +131,15 @@ pub fn mlp_add_norm<const D: usize>(
     residual: Tensor<D>,
     norm: NormWeights,
 ) -> (Tensor<D>, Tensor<D>) {
+    let call = tap::prepare(|| {
+        let (up_weight, up_bias) = ((&up.weight).into(), (&up.bias).into());
+        let (down_weight, down_bias) = ((&down.weight).into(), (&down.bias).into());
+        let (gamma, beta) = ((&norm.gamma).into(), (&norm.beta).into());
+        let operands = [(&x).into(), up_weight, up_bias, down_weight, down_bias, (&residual).into(), gamma, beta];
+        Call::new(Operation::MlpAddNorm { activation, eps: norm.eps }, operands)
+    });
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
+    if is_fused(kernels, &x) && !tap::is_active() {
         let [d] = norm.gamma.dims();
         up.check(d);
         down.check(up.bias.dims()[0]);
@@ -147,7 +162,9 @@ pub fn mlp_add_norm<const D: usize>(
     let x = linear(kernels, x, up.weight, None);
     let x = bias_activation(kernels, x, up.bias, activation);
     let x = linear(kernels, x, down.weight, Some(down.bias));
-    add_layer_norm(kernels, x, residual, norm.gamma, norm.beta, norm.eps)
+    let out = add_layer_norm(kernels, x, residual, norm.gamma, norm.beta, norm.eps);
+    tap::note(call);
+    out
 }
 
 /// [`layer_norm`], and `x` again, to be used further: as [`linear_keeping`].
@@ -162,6 +179,7 @@ pub fn layer_norm_keeping<const D: usize>(kernels: Kernels, x: Tensor<D>, norm: 
     let NormWeights { gamma, beta, eps } = norm;
     assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
     assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    tap::call(|| Call::new(Operation::LayerNorm { eps }, [(&x).into(), (&gamma).into(), (&beta).into()]));
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         let (gamma, beta) = (gamma.into_dispatch(), beta.into_dispatch());

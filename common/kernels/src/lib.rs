@@ -20,6 +20,7 @@ mod block;
 pub mod fault;
 mod plain;
 mod precision;
+pub mod tap;
 
 pub use precision::Precision;
 
@@ -41,6 +42,8 @@ mod autodiff;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
+
+use tap::{Call, Operation};
 
 #[cfg(feature = "flex")]
 use autodiff::FusedOps as _;
@@ -132,6 +135,13 @@ pub fn linear<const D: usize>(kernels: Kernels, x: Tensor<D>, weight: Tensor<2>,
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [d_out], "bias and weight disagree");
     }
+    tap::call(|| {
+        let bias = bias.iter().map(Into::into);
+        Call {
+            operation: Operation::Linear,
+            operands: [(&x).into(), (&weight).into()].into_iter().chain(bias).collect(),
+        }
+    });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
@@ -158,6 +168,7 @@ pub fn bias_activation<const D: usize>(
     activation: Activation,
 ) -> Tensor<D> {
     assert_eq!(x.dims()[D - 1..], bias.dims(), "bias and the last axis of x disagree");
+    tap::call(|| Call::new(Operation::BiasActivation(activation), [(&x).into(), (&bias).into()]));
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         return Tensor::from_dispatch(Dispatch::fused_bias_activation(
@@ -187,13 +198,7 @@ pub fn layer_norm<const D: usize>(
     beta: Tensor<1>,
     eps: f64,
 ) -> Tensor<D> {
-    assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
-    assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
-        return layer_norm_keeping(kernels, x, NormWeights { gamma, beta, eps }).0;
-    }
-    plain::layer_norm(x, gamma, beta, eps)
+    layer_norm_keeping(kernels, x, NormWeights { gamma, beta, eps }).0
 }
 
 /// The residual addition and the layer norm after it: `(layer_norm(x + residual), x + residual)`.
@@ -218,6 +223,9 @@ pub fn add_layer_norm<const D: usize>(
     assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
     assert_eq!(x.dims()[D - 1..], gamma.dims(), "gamma and the last axis of x disagree");
     assert_eq!(x.dims()[D - 1..], beta.dims(), "beta and the last axis of x disagree");
+    tap::call(|| {
+        Call::new(Operation::AddLayerNorm { eps }, [(&x).into(), (&residual).into(), (&gamma).into(), (&beta).into()])
+    });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
         let (normed, sum) = Dispatch::fused_add_layer_norm(
@@ -262,6 +270,7 @@ pub fn attention(
     if let Some(first_key) = &first_key {
         assert_eq!(first_key.dims(), [batch, seq], "first_key does not fit qkv");
     }
+    tap::call(|| Call::new(Operation::Attention { first_key: first_key.clone(), n_heads }, [(&qkv).into()]));
     #[cfg(feature = "flex")]
     if dropout.is_none() && is_fused(kernels, &qkv) {
         let first_key = first_key.map_or_else(|| vec![0; batch * seq], first_keys);
@@ -369,6 +378,12 @@ pub fn token_log_probs(
     assert_eq!(d_model, d_head, "hidden and head differ in d_model");
     assert_eq!(targets.dims(), [n], "one target a row");
     let scale = if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) };
+    tap::call(|| {
+        Call::new(
+            Operation::TokenLogProbs { targets: targets.clone(), temperature },
+            [(&hidden).into(), (&head).into()],
+        )
+    });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &hidden) {
         let (log_probs, entropy) = Dispatch::fused_token_log_probs(
@@ -404,6 +419,9 @@ pub fn cross_entropy(
     let [_, d_head] = head.dims();
     assert_eq!(d_model, d_head, "hidden and head differ in d_model");
     assert_eq!(targets.dims(), [n], "one target a row");
+    tap::call(|| {
+        Call::new(Operation::CrossEntropy { targets: targets.clone(), denominator }, [(&hidden).into(), (&head).into()])
+    });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &hidden) {
         return Tensor::from_dispatch(Dispatch::fused_cross_entropy(
@@ -427,6 +445,7 @@ pub fn cross_entropy(
 /// If the shapes do not fit.
 pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
     assert_eq!(hidden.dims()[1], head.dims()[1], "hidden and head differ in d_model");
+    tap::call(|| Call::new(Operation::Logits, [(&hidden).into(), (&head).into()]));
     #[cfg(feature = "flex")]
     if is_fused(kernels, &hidden) {
         return Tensor::from_dispatch(Dispatch::fused_logits(hidden.into_dispatch(), head.into_dispatch()));
@@ -457,6 +476,10 @@ pub fn embed(
     assert_eq!(positions.map_or(batch * seq, <[usize]>::len), batch * seq, "one position a token");
     let last = positions.map_or(start + seq, |positions| positions.iter().max().map_or(0, |last| last + 1));
     assert!(last <= n_positions, "position {} in a table of {n_positions}", last - 1);
+    tap::call(|| {
+        let positions = positions.map(<[usize]>::to_vec);
+        Call::new(Operation::Embed { ids: ids.clone(), positions, start }, [(&tokens).into(), (&places).into()])
+    });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &tokens) {
         let positions =

@@ -1,10 +1,10 @@
 //! Two backends' records side by side: how far apart, within which budget, and where the first excess is.
 
+use common::checkpoint::Stage;
 use serde::Serialize;
 
 use super::record::{Level, Records};
 use super::tokens::NONE;
-use crate::steps::Step;
 
 /// How far a backend may be from the reference.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -75,7 +75,7 @@ impl Budget {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     /// The stage.
-    pub stage: Step,
+    pub stage: Stage,
     /// The level.
     pub level: Level,
     /// The backend that was compared with the first.
@@ -97,7 +97,7 @@ pub struct Row {
 }
 
 /// Compares what a backend computed with what the reference did, in the order of the reference.
-pub fn judge(reference: &Records, backend: &str, found: &Records, stages: &[Step]) -> Vec<Row> {
+pub fn check(reference: &Records, backend: &str, found: &Records, stages: &[Stage]) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     let compared = |level: Level| !matches!(level, Level::Activations | Level::Margins);
     for entry in reference.entries.iter().filter(|entry| stages.contains(&entry.stage) && compared(entry.level)) {
@@ -211,12 +211,12 @@ fn compare_tokens(row: &mut Row, name: &str, [expected, found]: [&[f32]; 2], mar
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::record::Entry;
+    use crate::record::Entry;
     use common::model::HostTensor;
 
     fn records(entries: &[(Level, &str, &[f32])]) -> Records {
         let entry = |&(level, name, data): &(Level, &str, &[f32])| Entry {
-            stage: Step::Pretrain,
+            stage: Stage::Pretrain,
             level,
             name: name.to_owned(),
             tensor: HostTensor { shape: vec![data.len()], data: data.to_vec() },
@@ -225,7 +225,7 @@ mod tests {
     }
 
     fn one(reference: &Records, found: &Records) -> Row {
-        let mut rows = judge(reference, "b", found, &[Step::Pretrain]);
+        let mut rows = check(reference, "b", found, &[Stage::Pretrain]);
         assert_eq!(rows.len(), 1);
         rows.remove(0)
     }

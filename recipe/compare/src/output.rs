@@ -3,14 +3,15 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use common::checkpoint::Stage;
+use common::files::write_whole;
+use plot::{Curve, Hue, Plot, Weight};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::judge::Row;
+use super::budget::Row;
 use super::record::{Level, Records};
-use crate::report::plot::{Curve, Hue, Plot, Weight};
-use crate::steps::{Step, write_whole};
 
 /// One backend's run.
 pub struct Run {
@@ -29,7 +30,7 @@ pub struct Comparison {
     /// Steps of the loss curves.
     pub steps: u64,
     /// Stages compared.
-    pub stages: Vec<Step>,
+    pub stages: Vec<Stage>,
     /// The reference first.
     pub runs: Vec<Run>,
     /// Levels of all backends but the first.
@@ -49,7 +50,7 @@ const MEASURES: [(&str, &str); 6] = [
 /// A measurement of one backend beside the reference's.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 struct Speed {
-    stage: Step,
+    stage: Stage,
     measure: &'static str,
     #[serde(skip)]
     title: &'static str,
@@ -127,12 +128,12 @@ impl Comparison {
         for &stage in &self.stages {
             if let Some(svg) = self.plot(stage)? {
                 let name = format!("loss-{stage}.svg");
-                write_whole(&out.join(&name), &svg)?;
+                write(&out.join(&name), &svg)?;
                 let _ = writeln!(markdown, "\n![Losses of {stage}]({name})");
             }
         }
-        write_whole(&out.join("compare.md"), &markdown)?;
-        write_whole(&out.join("compare.json"), &serde_json::to_string_pretty(&self.json())?)
+        write(&out.join("compare.md"), &markdown)?;
+        write(&out.join("compare.json"), &serde_json::to_string_pretty(&self.json())?)
     }
 
     fn json(&self) -> Value {
@@ -141,7 +142,7 @@ impl Comparison {
             .iter()
             .map(|run| json!({ "name": run.name, "device": run.records.backend, "failure": run.failure }))
             .collect();
-        let curve = |run: &Run, stage: Step| {
+        let curve = |run: &Run, stage: Stage| {
             let losses = run.records.find(stage, Level::Curve, "train/loss")?;
             Some(json!({ "stage": stage, "backend": run.name, "losses": losses.data }))
         };
@@ -176,7 +177,7 @@ impl Comparison {
     }
 
     /// The losses of all backends over the steps of a stage.
-    fn plot(&self, stage: Step) -> Result<Option<String>> {
+    fn plot(&self, stage: Stage) -> Result<Option<String>> {
         const HUES: [Hue; 4] = [Hue::Slate, Hue::Ember, Hue::Moss, Hue::Plum];
         let curves: Vec<Curve> = self
             .runs
@@ -194,6 +195,10 @@ impl Comparison {
         let label = format!("step ({})", names.join(", "));
         Plot { x_label: &label, y_label: "training loss", curves: &curves, width: 720, height: 320 }.to_svg()
     }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 fn speed_cells(speed: &Speed) -> [String; 5] {

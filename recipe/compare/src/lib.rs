@@ -5,10 +5,12 @@
 //! everywhere after. A process that crashes is a row that says so.
 //!
 //! In reading order: `args`, `probe` (what one backend computes), `operations`, `tokens`, `record` (what is handed over),
-//! `judge` (budgets), `output`.
+//! `budget`, `output`.
+
+#![forbid(unsafe_code)]
 
 mod args;
-mod judge;
+mod budget;
 mod operations;
 mod output;
 mod probe;
@@ -18,6 +20,7 @@ mod tokens;
 pub use args::{CompareArgs, ProbeArgs};
 pub use probe::probe;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -25,20 +28,48 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
 use common::backend;
+use common::checkpoint::Stage;
 use common::exit::UsageError;
 use common::kernels::Kernels;
 
-use crate::config::Recipe;
-use crate::steps::Step;
+use serde::{Deserialize, Serialize};
+
 use output::{Comparison, Run};
 use probe::Plan;
 use record::Records;
 
-/// Compares the backends and writes what was found.
+/// What a recipe gives the comparison: its stages' configurations, data and tokenizer, ready to be read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prepared {
+    /// Name of the recipe.
+    pub recipe: String,
+    /// Its seed.
+    pub seed: u64,
+    /// What `$DATA/` means in the stages' configurations.
+    pub data: Option<PathBuf>,
+    /// Directory of the tokenizer.
+    pub tokenizer: PathBuf,
+    /// Its stages in order, each with its configuration file and the overrides of it.
+    pub stages: BTreeMap<Stage, StageConfig>,
+}
+
+/// A stage's configuration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StageConfig {
+    /// The file.
+    pub file: PathBuf,
+    /// As `section.key=VALUE`.
+    pub overrides: Vec<String>,
+}
+
+/// Compares the backends and writes what was found. `prepare` makes data and tokenizer in the directory that it is given.
 ///
 /// # Errors
 /// If the recipe is not valid, a backend cannot be opened, or a budget is exceeded.
-pub fn compare(args: &CompareArgs) -> Result<()> {
+pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepared>) -> Result<()> {
+    if args.runtime.backend != backend::DEFAULT {
+        return Err(UsageError("`--backend` is one backend; `--backends` takes those to compare".to_owned()).into());
+    }
     if args.backends.len() < 2 {
         return Err(UsageError("`--backends` needs at least two, the reference first".to_owned()).into());
     }
@@ -53,7 +84,7 @@ pub fn compare(args: &CompareArgs) -> Result<()> {
         Path::new(&args.recipe).file_name().map_or_else(|| "recipe".into(), |name| name.to_string_lossy());
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("compare-{recipe_name}")));
     empty(&out, args.overwrite)?;
-    let plan = prepare(args, &out)?;
+    let plan = plan(args, &out, prepare)?;
     let plan_path = out.join("plan.json");
     fs::write(&plan_path, serde_json::to_string_pretty(&plan)?).context("failed to write the plan")?;
 
@@ -78,7 +109,7 @@ pub fn compare(args: &CompareArgs) -> Result<()> {
     }
     let rows = runs[1..]
         .iter()
-        .flat_map(|run| judge::judge(&runs[0].records, &run.name, &run.records, &plan.stages))
+        .flat_map(|run| budget::check(&runs[0].records, &run.name, &run.records, &plan.stages))
         .collect();
     let comparison =
         Comparison { recipe: recipe_name.into_owned(), steps: args.steps, stages: plan.stages, runs, rows };
@@ -104,43 +135,22 @@ fn empty(out: &Path, overwrite: bool) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("failed to make `{}`", out.display()))
 }
 
-/// Generates the recipe's data where it does that, and learns its tokenizer.
-fn prepare(args: &CompareArgs, out: &Path) -> Result<Plan> {
-    let prepared = std::path::absolute(out.join("prepared")).context("the working directory is unknown")?;
-    fs::create_dir_all(&prepared).with_context(|| format!("failed to make `{}`", prepared.display()))?;
-    let recipe = Recipe::open(&args.recipe, &prepared, args.data.as_deref(), &args.overrides, args.seed)?;
-    let mut stages = recipe.config.stages.clone();
-    if stages.first() != Some(&Step::Pretrain) {
-        bail!("the recipe `{}` has no stage `pretrain`, whose model and text a comparison needs", recipe.name);
+fn plan(args: &CompareArgs, out: &Path, prepare: impl FnOnce(&Path) -> Result<Prepared>) -> Result<Plan> {
+    let dir = std::path::absolute(out.join("prepared")).context("the working directory is unknown")?;
+    fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+    let prepared = prepare(&dir)?;
+    let mut stages: Vec<Stage> = prepared.stages.keys().copied().collect();
+    if stages.first() != Some(&Stage::Pretrain) {
+        bail!("the recipe `{}` has no stage `pretrain`, whose model and text a comparison needs", prepared.recipe);
     }
-    if let Some(step) = args.stages.iter().find(|step| !stages.contains(step)) {
-        let known: Vec<&str> = stages.iter().map(|step| step.name()).collect();
-        return Err(UsageError(format!("`--stage` names `{step}`, expected some of {}", known.join(", "))).into());
+    if let Some(stage) = args.stages.iter().find(|stage| !stages.contains(stage)) {
+        let known: Vec<String> = stages.iter().map(ToString::to_string).collect();
+        return Err(UsageError(format!("`--stages` names `{stage}`, expected some of {}", known.join(", "))).into());
     }
     if !args.stages.is_empty() {
-        stages.retain(|step| args.stages.contains(step));
+        stages.retain(|stage| args.stages.contains(stage));
     }
-    if let Some(world) = &recipe.config.world {
-        toy::write(&prepared.join("data"), world)?;
-    }
-    pretrain::train_tokenizer(&pretrain::TokenizerArgs {
-        config: recipe.stage_config(Step::Tokenizer),
-        out: prepared.join(Step::Tokenizer.name()),
-        overwrite: true,
-        overrides: recipe.stage_overrides(Step::Tokenizer),
-        data: recipe.data.clone(),
-        runtime: args.runtime.clone(),
-    })?;
-    let folder = recipe.dir.canonicalize().with_context(|| format!("failed to find `{}`", recipe.dir.display()))?;
-    Ok(Plan {
-        recipe: folder,
-        prepared,
-        data: args.data.clone(),
-        overrides: args.overrides.clone(),
-        seed: args.seed,
-        stages,
-        steps: args.steps,
-    })
+    Ok(Plan { prepared, stages, steps: args.steps })
 }
 
 /// Runs one backend to its end; returns how it ended, unless well. What it says goes to `log.txt`.

@@ -7,10 +7,9 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use common::checkpoint::Stage;
 use common::model::HostTensor;
 use serde::{Deserialize, Serialize};
-
-use crate::steps::Step;
 
 const LINES: &str = "records.jsonl";
 const NUMBERS: &str = "records.f32";
@@ -81,7 +80,7 @@ impl Level {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
     /// The stage it was computed in.
-    pub stage: Step,
+    pub stage: Stage,
     /// What it is a part of.
     pub level: Level,
     /// Its name in the level.
@@ -97,7 +96,7 @@ enum Line {
     /// The backend with its adapter.
     Backend(String),
     Tensor {
-        stage: Step,
+        stage: Stage,
         level: Level,
         name: String,
         shape: Vec<usize>,
@@ -105,19 +104,19 @@ enum Line {
         at: usize,
     },
     /// Speed or memory.
-    Measure { stage: Step, name: String, value: f64 },
+    Measure { stage: Stage, name: String, value: f64 },
     /// The last line of a process that came to its end.
     Done,
 }
 
 /// Writes records.
-pub struct Recorder {
+pub struct RecordWriter {
     lines: File,
     numbers: File,
     at: usize,
 }
 
-impl Recorder {
+impl RecordWriter {
     /// Begins the records of `backend` in `dir`.
     ///
     /// # Errors
@@ -141,7 +140,7 @@ impl Recorder {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn tensor(&mut self, stage: Step, level: Level, name: &str, tensor: &HostTensor) -> Result<()> {
+    pub fn tensor(&mut self, stage: Stage, level: Level, name: &str, tensor: &HostTensor) -> Result<()> {
         let bytes: Vec<u8> = tensor.data.iter().flat_map(|x| x.to_le_bytes()).collect();
         self.numbers.write_all(&bytes).context("failed to write a record")?;
         let (name, shape) = (name.to_owned(), tensor.shape.clone());
@@ -154,7 +153,7 @@ impl Recorder {
     ///
     /// # Errors
     /// If they cannot be written.
-    pub fn numbers(&mut self, stage: Step, level: Level, name: &str, data: Vec<f32>) -> Result<()> {
+    pub fn numbers(&mut self, stage: Stage, level: Level, name: &str, data: Vec<f32>) -> Result<()> {
         self.tensor(stage, level, name, &HostTensor { shape: vec![data.len()], data })
     }
 
@@ -162,7 +161,7 @@ impl Recorder {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn measure(&mut self, stage: Step, name: &str, value: f64) -> Result<()> {
+    pub fn measure(&mut self, stage: Stage, name: &str, value: f64) -> Result<()> {
         self.line(&Line::Measure { stage, name: name.to_owned(), value })
     }
 
@@ -183,7 +182,7 @@ pub struct Records {
     /// In the order of their computation.
     pub entries: Vec<Entry>,
     /// Stage, name and value.
-    pub measures: Vec<(Step, String, f64)>,
+    pub measures: Vec<(Stage, String, f64)>,
     /// Whether the process came to its end.
     pub is_done: bool,
 }
@@ -224,13 +223,13 @@ impl Records {
     }
 
     /// The tensor at a place.
-    pub fn find(&self, stage: Step, level: Level, name: &str) -> Option<&HostTensor> {
+    pub fn find(&self, stage: Stage, level: Level, name: &str) -> Option<&HostTensor> {
         let at = |entry: &&Entry| entry.stage == stage && entry.level == level && entry.name == name;
         self.entries.iter().find(at).map(|entry| &entry.tensor)
     }
 
     /// A measurement.
-    pub fn measured(&self, stage: Step, name: &str) -> Option<f64> {
+    pub fn measured(&self, stage: Stage, name: &str) -> Option<f64> {
         self.measures.iter().find(|(s, n, _)| *s == stage && n == name).map(|(.., value)| *value)
     }
 }
@@ -242,17 +241,17 @@ mod tests {
     #[test]
     fn records_survive_a_crash_up_to_the_last_whole_line() {
         let dir = tempfile::tempdir().unwrap();
-        let mut recorder = Recorder::create(dir.path(), "flex".to_owned()).unwrap();
+        let mut writer = RecordWriter::create(dir.path(), "flex".to_owned()).unwrap();
         let tensor = HostTensor { shape: vec![2, 2], data: vec![1.0, f32::NAN, 3.0, 4.0] };
-        recorder.tensor(Step::Pretrain, Level::Logits, "logits", &tensor).unwrap();
-        recorder.numbers(Step::Pretrain, Level::Loss, "loss", vec![5.0]).unwrap();
-        recorder.measure(Step::Pretrain, "tokens_per_s", 7.5).unwrap();
-        recorder.lines.write_all(b"{\"tensor\":{\"st").unwrap();
+        writer.tensor(Stage::Pretrain, Level::Logits, "logits", &tensor).unwrap();
+        writer.numbers(Stage::Pretrain, Level::Loss, "loss", vec![5.0]).unwrap();
+        writer.measure(Stage::Pretrain, "tokens_per_s", 7.5).unwrap();
+        writer.lines.write_all(b"{\"tensor\":{\"st").unwrap();
         let records = Records::read(dir.path()).unwrap();
         assert_eq!((records.backend.as_str(), records.is_done, records.entries.len()), ("flex", false, 2));
         assert!(records.entries[0].tensor.data[1].is_nan());
-        assert_eq!(records.find(Step::Pretrain, Level::Loss, "loss").unwrap().data, [5.0]);
-        assert_eq!(records.measured(Step::Pretrain, "tokens_per_s"), Some(7.5));
+        assert_eq!(records.find(Stage::Pretrain, Level::Loss, "loss").unwrap().data, [5.0]);
+        assert_eq!(records.measured(Stage::Pretrain, "tokens_per_s"), Some(7.5));
         assert!(!Records::read(&dir.path().join("nowhere")).unwrap().is_done);
     }
 }

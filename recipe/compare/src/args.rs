@@ -3,18 +3,18 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use common::checkpoint::Stage;
 use common::cli::RuntimeArgs;
 use common::kernels::fault::Fault;
-
-use crate::steps::Step;
 
 /// Flags of `recipe compare`.
 #[derive(Debug, Args)]
 #[command(
+    mut_arg("backend", |arg| arg.hide(true)),
     after_help = "The first backend is the reference; each runs in a process of its own. Exits with 1 if a budget is exceeded.\n\n\
         Example:\n  \
         recipe compare configs/tiny --backends flex,ndarray --steps 20\n  \
-        recipe compare configs/tiny --backends flex,wgpu --stage pretrain --set pretrain.model.n_layers=2"
+        recipe compare configs/tiny --backends flex,wgpu --stages pretrain --set pretrain.model.n_layers=2"
 )]
 pub struct CompareArgs {
     /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
@@ -26,8 +26,8 @@ pub struct CompareArgs {
     pub backends: Vec<String>,
 
     /// Compare these stages only: pretrain, sft, reward-model, ppo
-    #[arg(long = "stage", value_name = "STAGES", value_delimiter = ',')]
-    pub stages: Vec<Step>,
+    #[arg(long, alias = "stage", value_name = "STAGES", value_delimiter = ',', value_parser = stage)]
+    pub stages: Vec<Stage>,
 
     /// Steps of the loss curves
     #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(2..))]
@@ -42,10 +42,10 @@ pub struct CompareArgs {
     pub data: Option<PathBuf>,
 
     /// Seed of all stages, instead of the recipe's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
-    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string [repeatable]
+    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 
@@ -84,4 +84,9 @@ pub struct ProbeArgs {
     /// On what to run
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+}
+
+/// Reads the name of a stage.
+fn stage(text: &str) -> Result<Stage, String> {
+    serde_json::from_value(text.into()).map_err(|_| "expected `pretrain`, `sft`, `reward-model` or `ppo`".to_owned())
 }

@@ -6,12 +6,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
-use common::checkpoint::Checkpoint;
+use common::checkpoint::{Checkpoint, Stage};
 use common::cli::{RuntimeArgs, StageArgs};
 use common::interrupt::Interrupt;
-use common::kernels::{self, Precision};
+use common::kernels;
 use common::loss;
-use common::metrics::names;
+use common::metrics::{MetricsLog, names};
 use common::model::{Gpt, HostTensor, Layout, NamedTensors};
 use common::optim::Grads;
 use common::rng::Streams;
@@ -22,12 +22,10 @@ use pretrain::PretrainConfig;
 use serde::{Deserialize, Serialize};
 
 use super::args::ProbeArgs;
-use super::operations::{Ids, Walk, check_walk};
-use super::record::{Level, Recorder, Records};
+use super::operations::{Ids, operations};
+use super::record::{Level, RecordWriter, Records};
 use super::tokens::continuations;
-use crate::config::Recipe;
-use crate::report::log::MetricsLog;
-use crate::steps::Step;
+use super::{Prepared, StageConfig};
 
 /// Windows of the batch that the levels below a training run are computed on.
 const N_WINDOWS: usize = 4;
@@ -43,18 +41,10 @@ const DECODED: (usize, usize) = (8, 32);
 /// What every backend's process computes.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Plan {
-    /// The recipe's folder.
-    pub recipe: PathBuf,
-    /// Where data and tokenizer were prepared.
-    pub prepared: PathBuf,
-    /// What `$DATA/` means, where the recipe does not generate its data.
-    pub data: Option<PathBuf>,
-    /// As given.
-    pub overrides: Vec<String>,
-    /// As given.
-    pub seed: Option<u64>,
+    /// The recipe.
+    pub prepared: Prepared,
     /// Stages to compare.
-    pub stages: Vec<Step>,
+    pub stages: Vec<Stage>,
     /// Steps of the loss curves.
     pub steps: u64,
 }
@@ -70,53 +60,49 @@ pub fn probe(args: &ProbeArgs) -> Result<()> {
     if let Some(fault) = args.plant {
         kernels::fault::plant(fault);
     }
-    let recipe = plan.recipe.display().to_string();
-    let recipe = Recipe::open(&recipe, &plan.prepared, plan.data.as_deref(), &plan.overrides, plan.seed)?;
     let runtime = args.runtime.open()?;
-    let recorder = Recorder::create(&args.out, runtime.label.clone())?;
+    let recorder = RecordWriter::create(&args.out, runtime.label.clone())?;
     let reference = args.reference.as_deref().map(Records::read).transpose()?;
     let parents = args.reference.clone().unwrap_or_else(|| args.out.clone());
     let mut flags = args.runtime.clone();
     flags.quiet = true;
-    let mut probe = Probe { plan, recipe, out: args.out.clone(), parents, reference, flags, runtime, recorder };
+    let mut probe = Probe { plan, out: args.out.clone(), parents, reference, flags, runtime, recorder };
     probe.run()?;
     probe.recorder.done()
 }
 
 struct Probe {
     plan: Plan,
-    recipe: Recipe,
     out: PathBuf,
     /// Where the checkpoints lie that stages start from: with the reference.
     parents: PathBuf,
     /// Absent in the reference itself.
     reference: Option<Records>,
     flags: RuntimeArgs,
-    /// Without autodiff.
     runtime: Runtime,
-    recorder: Recorder,
+    recorder: RecordWriter,
 }
 
 impl Probe {
     fn run(&mut self) -> Result<()> {
         let is_reference = self.reference.is_none();
-        for step in self.recipe.config.stages.clone() {
+        for step in self.plan.prepared.stages.keys().copied().collect::<Vec<_>>() {
             let wanted = self.plan.stages.contains(&step);
             // The reference also makes the checkpoints that the stages wanted start from.
-            let is_parent = is_reference && self.plan.stages.iter().any(|&later| later > step) && step != Step::Ppo;
+            let is_parent = is_reference && self.plan.stages.iter().any(|&later| later > step) && step != Stage::Ppo;
             if !wanted && !is_parent {
                 continue;
             }
             tracing::info!("{step}");
-            if step == Step::Ppo {
+            if step == Stage::Ppo {
                 self.ppo()?;
             } else {
                 self.curve(step)?;
             }
             match step {
-                Step::Pretrain if wanted => self.language_model()?,
-                Step::Sft if wanted => self.tokens(step)?,
-                Step::RewardModel if wanted => self.scores()?,
+                Stage::Pretrain if wanted => self.language_model()?,
+                Stage::Sft if wanted => self.tokens(step)?,
+                Stage::RewardModel if wanted => self.scores()?,
                 _ => {}
             }
             self.memory(step)?;
@@ -125,51 +111,51 @@ impl Probe {
     }
 
     fn streams(&self) -> Streams {
-        Streams::new(self.recipe.config.seed)
+        Streams::new(self.plan.prepared.seed)
     }
 
-    fn stage_args(&self, step: Step, more: &[String]) -> StageArgs {
-        let mut overrides = self.recipe.stage_overrides(step);
-        overrides.extend_from_slice(more);
+    fn stage_args(&self, step: Stage, more: &[String]) -> StageArgs {
+        let StageConfig { file, overrides } = self.plan.prepared.stages[&step].clone();
+        let overrides = [&overrides, more].concat();
         StageArgs {
-            config: self.recipe.stage_config(step),
-            out: self.out.join(step.name()),
+            config: file,
+            out: self.out.join(step.to_string()),
             resume: false,
             overwrite: true,
             overrides,
-            data: self.recipe.data.clone(),
+            data: self.plan.prepared.data.clone(),
             runtime: self.flags.clone(),
         }
     }
 
     fn pretrain_args(&self, more: &[String]) -> pretrain::TrainArgs {
-        let tokenizer = Some(self.plan.prepared.join(Step::Tokenizer.name()));
-        pretrain::TrainArgs { tokenizer, init: None, stage: self.stage_args(Step::Pretrain, more) }
+        let tokenizer = Some(self.plan.prepared.tokenizer.clone());
+        pretrain::TrainArgs { tokenizer, init: None, stage: self.stage_args(Stage::Pretrain, more) }
     }
 
     /// Trains a stage by its own loop and records its losses and its speed.
-    fn curve(&mut self, step: Step) -> Result<()> {
+    fn curve(&mut self, step: Stage) -> Result<()> {
         let mut more = vec![format!("train.steps={}", self.plan.steps)];
         more.extend(["run.log_every=1", "run.eval_every=0", "run.save_every=0"].map(str::to_owned));
         match step {
-            Step::Pretrain => more.push("train.sample_prompts=[]".to_owned()),
-            Step::Sft => more.push("train.n_samples=0".to_owned()),
+            Stage::Pretrain => more.push("train.sample_prompts=[]".to_owned()),
+            Stage::Sft => more.push("train.n_samples=0".to_owned()),
             _ => more.extend(["normalisation.samples=8", "normalisation.max_tokens=16"].map(str::to_owned)),
         }
         let never = Interrupt::never();
-        let init = |stage: Step| self.parents.join(stage.name());
+        let init = |stage: Stage| self.parents.join(stage.to_string());
         match step {
-            Step::Pretrain => pretrain::train(&self.pretrain_args(&more), never),
-            Step::Sft => {
-                sft::train(&sft::TrainArgs { init: init(Step::Pretrain), stage: self.stage_args(step, &more) }, never)
+            Stage::Pretrain => pretrain::train(&self.pretrain_args(&more), never),
+            Stage::Sft => {
+                sft::train(&sft::TrainArgs { init: init(Stage::Pretrain), stage: self.stage_args(step, &more) }, never)
             }
             _ => reward_model::train(
-                &reward_model::TrainArgs { init: init(Step::Sft), stage: self.stage_args(step, &more) },
+                &reward_model::TrainArgs { init: init(Stage::Sft), stage: self.stage_args(step, &more) },
                 never,
             ),
         }
         .with_context(|| format!("failed to train the stage `{step}`"))?;
-        let log = MetricsLog::read(&self.out.join(step.name()))?;
+        let log = MetricsLog::read(&self.out.join(step.to_string()))?;
         let series = |name: &str| log.series(name).into_iter().map(|(_, value)| value).collect::<Vec<f64>>();
         let losses = series(names::TRAIN_LOSS);
         ensure!(losses.len() as u64 == self.plan.steps, "{} losses of {} steps", losses.len(), self.plan.steps);
@@ -186,8 +172,8 @@ impl Probe {
     }
 
     /// A language model of the reference, and the same on this backend.
-    fn load_gpt(&self, step: Step) -> Result<(Checkpoint, Gpt)> {
-        let checkpoint = Checkpoint::open(&self.parents.join(step.name()))?;
+    fn load_gpt(&self, step: Stage) -> Result<(Checkpoint, Gpt)> {
+        let checkpoint = Checkpoint::open(&self.parents.join(step.to_string()))?;
         let gpt = self.runtime.autodiff().gpt(&checkpoint)?;
         Ok((checkpoint, gpt))
     }
@@ -209,8 +195,8 @@ impl Probe {
 
     /// Everything below a training run, on the model that the reference's run left.
     fn language_model(&mut self) -> Result<()> {
-        let stage = Step::Pretrain;
-        let tokenizer = Tokenizer::load(&self.plan.prepared.join(Step::Tokenizer.name()))?;
+        let stage = Stage::Pretrain;
+        let tokenizer = Tokenizer::load(&self.plan.prepared.tokenizer)?;
         let args = self.pretrain_args(&[]);
         let config: PretrainConfig = common::config::load(&args.stage.config, &args.stage.overrides)?;
         let initial = Gpt::new(&config.model.resolve(tokenizer.vocab_size())?, &self.streams(), &self.runtime.device);
@@ -221,9 +207,8 @@ impl Probe {
         let (ids, targets) = &batches[0];
         let input = || ids.tensor(&self.runtime.device.clone().autodiff());
         let hidden = gpt.hidden(input(), &Layout::right_padded());
-        let model_hidden = HostTensor::of(&hidden.clone().inner());
-        self.operations(&gpt, ids, targets, &model_hidden)?;
-        let logits = HostTensor::of(&gpt.logits(hidden.clone()).inner());
+        self.operations(&gpt, ids, targets)?;
+        let logits = HostTensor::of(&gpt.logits(hidden).inner());
         self.recorder.tensor(stage, Level::Logits, "logits", &logits)?;
 
         let mut optimizer = self.runtime.optimizer(&config.optimizer);
@@ -260,15 +245,9 @@ impl Probe {
     }
 
     /// Each operation on the reference's activations.
-    fn operations(&mut self, gpt: &Gpt, ids: &Ids, targets: &[i64], model_hidden: &HostTensor) -> Result<()> {
-        let stage = Step::Pretrain;
-        let (config, weights, kernels) = (gpt.config().clone(), gpt.to_named(), self.runtime.kernels);
-        let device = self.runtime.device.clone();
-        let (mut operations, walked) = Walk::operations(&config, &weights, ids, targets, kernels, &device)?;
-        if self.runtime.precision == Precision::F32 {
-            check_walk(&walked, model_hidden)?;
-        }
-        for operation in &mut operations {
+    fn operations(&mut self, gpt: &Gpt, ids: &Ids, targets: &[i64]) -> Result<()> {
+        let stage = Stage::Pretrain;
+        for mut operation in operations(&gpt.valid(), ids, targets) {
             for (i, input) in operation.inputs.iter_mut().enumerate() {
                 let name = format!("{} input {i}", operation.name);
                 match &self.reference {
@@ -279,22 +258,25 @@ impl Probe {
                     }
                 }
             }
-            let outcome = operation.run(kernels, &self.runtime.device);
-            self.recorder.tensor(stage, Level::Operations, &operation.name, &outcome.output)?;
-            for (i, gradient) in outcome.gradients {
+            let computed = operation.run(self.runtime.kernels, &self.runtime.device);
+            for (i, output) in computed.outputs.iter().enumerate() {
+                let name = if i == 0 { operation.name.clone() } else { format!("{}, output {i}", operation.name) };
+                self.recorder.tensor(stage, Level::Operations, &name, output)?;
+            }
+            for (i, gradient) in computed.gradients.iter().enumerate() {
                 let name = format!("{} by input {i}", operation.name);
-                self.recorder.tensor(stage, Level::OperationGradients, &name, &gradient)?;
+                self.recorder.tensor(stage, Level::OperationGradients, &name, gradient)?;
             }
         }
         Ok(())
     }
 
-    fn named(&mut self, stage: Step, level: Level, tensors: &NamedTensors) -> Result<()> {
+    fn named(&mut self, stage: Stage, level: Level, tensors: &NamedTensors) -> Result<()> {
         tensors.iter().try_for_each(|(path, tensor)| self.recorder.tensor(stage, level, path, tensor))
     }
 
     /// Continuations of the first windows' beginnings, and how fast tokens come.
-    fn tokens(&mut self, stage: Step) -> Result<()> {
+    fn tokens(&mut self, stage: Stage) -> Result<()> {
         let (_, gpt) = self.load_gpt(stage)?;
         let gpt = gpt.valid();
         let args = self.pretrain_args(&[]);
@@ -328,8 +310,8 @@ impl Probe {
 
     /// Scores of rows of all lengths.
     fn scores(&mut self) -> Result<()> {
-        let stage = Step::RewardModel;
-        let checkpoint = Checkpoint::open(&self.parents.join(stage.name()))?;
+        let stage = Stage::RewardModel;
+        let checkpoint = Checkpoint::open(&self.parents.join(stage.to_string()))?;
         let model = self.runtime.scalar(&checkpoint)?;
         let rows = pretrain::first_windows(&self.pretrain_args(&[]), DECODED.0)?;
         let n = rows.len();
@@ -340,10 +322,10 @@ impl Probe {
 
     /// One PPO iteration on the reference's answers.
     fn ppo(&mut self) -> Result<()> {
-        let stage = Step::Ppo;
+        let stage = Stage::Ppo;
         let args = ppo::TrainArgs {
-            policy: self.parents.join(Step::Sft.name()),
-            reward_model: self.parents.join(Step::RewardModel.name()),
+            policy: self.parents.join(Stage::Sft.to_string()),
+            reward_model: self.parents.join(Stage::RewardModel.to_string()),
             stage: self.stage_args(stage, &[]),
         };
         let given = match &self.reference {
@@ -360,7 +342,7 @@ impl Probe {
         };
         let clock = Instant::now();
         // The divergence is from the pretrained model: from itself the policy is not divergent yet.
-        let base = self.parents.join(Step::Pretrain.name());
+        let base = self.parents.join(Stage::Pretrain.to_string());
         let iteration = ppo::replay(&args, &base, N_ANSWERS, given.as_deref()).context("failed to iterate PPO")?;
         self.recorder.measure(stage, "iteration_s", clock.elapsed().as_secs_f64())?;
         if given.is_none() {
@@ -379,7 +361,7 @@ impl Probe {
     }
 
     /// The most host memory so far, and what the device's pools hold now.
-    fn memory(&mut self, step: Step) -> Result<()> {
+    fn memory(&mut self, step: Stage) -> Result<()> {
         const MIB: f64 = 1024.0 * 1024.0;
         self.recorder.measure(step, "peak_host_mib", kernels::memory::usage().peak_bytes as f64 / MIB)?;
         if let Some(usage) = self.runtime.device.memory_pool_usage() {

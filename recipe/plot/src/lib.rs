@@ -2,6 +2,8 @@
 //!
 //! Colours are CSS variables with a fallback, so a plot follows the page's light or dark scheme and still shows outside it.
 
+#![forbid(unsafe_code)]
+
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
@@ -83,8 +85,7 @@ impl Plot<'_> {
     /// # Errors
     /// If the drawing backend fails.
     pub fn to_svg(&self) -> Result<Option<String>> {
-        let finite = |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite();
-        let points = || self.curves.iter().flat_map(|curve| curve.points.iter()).filter(|p| finite(p));
+        let points = || self.curves.iter().flat_map(|curve| curve.points.iter()).filter(|p| is_finite(p));
         let Some((x_range, y_range)) = range(points().map(|p| p.0)).zip(range(points().map(|p| p.1))) else {
             return Ok(None);
         };
@@ -95,58 +96,69 @@ impl Plot<'_> {
         {
             let size = (self.width * SCALE, self.height * SCALE);
             let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
-            let px = |n: u32| (n * SCALE) as i32;
-            let text = |points: u32| ("sans-serif", f64::from(points * SCALE) * 1.24).into_font().color(&paint(INK));
-            let mut chart = ChartBuilder::on(&root)
-                .margin_top(px(10))
-                .margin_right(px(14))
-                .margin_bottom(px(2))
-                .margin_left(px(2))
-                .x_label_area_size(px(38))
-                .y_label_area_size(px(58))
-                .build_cartesian_2d(x_range.0..x_range.1, y_range.0..y_range.1)
-                .map_err(drawing)?;
-            let decimals = decimals(y_range.1 - y_range.0);
-            chart
-                .configure_mesh()
-                .disable_x_mesh()
-                .x_labels(6)
-                .y_labels(7)
-                .light_line_style(TRANSPARENT)
-                .bold_line_style(paint(GRID).stroke_width(SCALE))
-                .axis_style(paint(GRID).stroke_width(SCALE))
-                .x_label_style(text(11))
-                .y_label_style(text(11))
-                .axis_desc_style(text(12))
-                .x_label_formatter(&|x| thousands(*x))
-                .y_label_formatter(&|y| format!("{y:.decimals$}"))
-                .x_desc(self.x_label)
-                .y_desc(self.y_label)
-                .draw()
-                .map_err(drawing)?;
-            for curve in self.curves {
-                let points = thin(&curve.points.iter().copied().filter(finite).collect::<Vec<_>>());
-                let color = paint(curve.hue.rgb());
-                let (color, width) = match curve.weight {
-                    Weight::Faint => (color.mix(0.5), SCALE * 5 / 4),
-                    _ => (color, 2 * SCALE),
-                };
-                let has_dots = match curve.weight {
-                    Weight::Strong => points.len() <= MAX_DOTS,
-                    weight => weight == Weight::Dots,
-                };
-                if has_dots {
-                    let dots = points.iter().map(|&point| Circle::new(point, px(3), color.filled()));
-                    chart.draw_series(dots).map_err(drawing)?;
-                }
-                if curve.weight != Weight::Dots {
-                    chart.draw_series(LineSeries::new(points, color.stroke_width(width))).map_err(drawing)?;
-                }
-            }
+            self.draw(&root, x_range, y_range)?;
             root.present().map_err(drawing)?;
         }
         Ok(Some(themed(&svg, self)))
     }
+
+    fn draw(&self, root: &Canvas<'_>, x_range: (f64, f64), y_range: (f64, f64)) -> Result<()> {
+        let px = |n: u32| (n * SCALE) as i32;
+        let text = |points: u32| ("sans-serif", f64::from(points * SCALE) * 1.24).into_font().color(&paint(INK));
+        let mut chart = ChartBuilder::on(root)
+            .margin_top(px(10))
+            .margin_right(px(14))
+            .margin_bottom(px(2))
+            .margin_left(px(2))
+            .x_label_area_size(px(38))
+            .y_label_area_size(px(58))
+            .build_cartesian_2d(x_range.0..x_range.1, y_range.0..y_range.1)
+            .map_err(drawing)?;
+        let decimals = decimals(y_range.1 - y_range.0);
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(6)
+            .y_labels(7)
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(paint(GRID).stroke_width(SCALE))
+            .axis_style(paint(GRID).stroke_width(SCALE))
+            .x_label_style(text(11))
+            .y_label_style(text(11))
+            .axis_desc_style(text(12))
+            .x_label_formatter(&|x| thousands(*x))
+            .y_label_formatter(&|y| format!("{y:.decimals$}"))
+            .x_desc(self.x_label)
+            .y_desc(self.y_label)
+            .draw()
+            .map_err(drawing)?;
+        for curve in self.curves {
+            let points = thin(&curve.points.iter().copied().filter(is_finite).collect::<Vec<_>>());
+            let color = paint(curve.hue.rgb());
+            let (color, width) = match curve.weight {
+                Weight::Faint => (color.mix(0.5), SCALE * 5 / 4),
+                _ => (color, 2 * SCALE),
+            };
+            let has_dots = match curve.weight {
+                Weight::Strong => points.len() <= MAX_DOTS,
+                weight => weight == Weight::Dots,
+            };
+            if has_dots {
+                let dots = points.iter().map(|&point| Circle::new(point, px(3), color.filled()));
+                chart.draw_series(dots).map_err(drawing)?;
+            }
+            if curve.weight != Weight::Dots {
+                chart.draw_series(LineSeries::new(points, color.stroke_width(width))).map_err(drawing)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+type Canvas<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+
+fn is_finite(&(x, y): &(f64, f64)) -> bool {
+    x.is_finite() && y.is_finite()
 }
 
 impl Hue {
