@@ -17,7 +17,7 @@ use crate::config::BasePrompt;
 
 /// One sampled answer.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampled {
+pub struct SampledAnswer {
     /// The tokens, with the stop token where there is one.
     pub ids: Vec<u32>,
     /// The text, special tokens left out.
@@ -27,7 +27,7 @@ pub struct Sampled {
 }
 
 /// A model that answers, with how it is asked.
-pub struct Answerer<'a> {
+pub struct PromptSampler<'a> {
     /// The model, on a plain device.
     pub gpt: &'a Gpt,
     /// Its tokenizer.
@@ -40,7 +40,7 @@ pub struct Answerer<'a> {
     pub batch_size: usize,
 }
 
-impl Answerer<'_> {
+impl PromptSampler<'_> {
     /// Answers each of `prompts`; `None` if the user asked to stop.
     ///
     /// The answer to prompt `i` draws from sampling stream `first_row + i`, whatever the batch size.
@@ -54,7 +54,7 @@ impl Answerer<'_> {
         first_row: u64,
         what: &str,
         interrupt: Interrupt,
-    ) -> Result<Option<Vec<Sampled>>> {
+    ) -> Result<Option<Vec<SampledAnswer>>> {
         let specials = self.tokenizer.specials();
         let sampling = SamplingConfig { stop: vec![specials.end, specials.bos], ..self.sampling.clone() };
         let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
@@ -76,7 +76,7 @@ impl Answerer<'_> {
             if interrupt.requested() {
                 return Ok(None);
             }
-            answers.extend(generated.into_iter().map(|answer| Sampled {
+            answers.extend(generated.into_iter().map(|answer| SampledAnswer {
                 text: self.tokenizer.decode(&answer.ids),
                 ended: answer.finish == Finish::Stop,
                 ids: answer.ids,
@@ -109,7 +109,7 @@ pub fn scores(
     model: &ScalarGpt,
     tokenizer: &Tokenizer,
     prompts: &[Vec<Message>],
-    answers: &[Sampled],
+    answers: &[SampledAnswer],
     form: BasePrompt,
     batch_size: usize,
 ) -> Result<Vec<Option<f64>>> {

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use common::cli::RuntimeArgs;
 
-use crate::compare::{CompareArgs, ProbeArgs};
 use crate::steps::Step;
 use bench::BenchCommand;
+use compare::{CompareArgs, ProbeArgs};
 
 /// Run a whole recipe: from text to an aligned chat model
 #[derive(Debug, Parser)]
@@ -47,8 +47,9 @@ pub enum Command {
 /// Flags of `recipe run`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "What is finished and whose inputs did not change is skipped; a stage that was interrupted goes on where it \
-        was saved.\nRun the same command again to go on.\n\nExample:\n  \
+    after_help = "Everything that can be checked is checked before the first step. Finished steps whose settings and inputs \
+        are unchanged are skipped; an interrupted stage goes on where it was saved when the same command is run again. Where a \
+        changed setting would discard finished steps, they are listed, and --overwrite is needed.\n\nExample:\n  \
         recipe run configs/tiny --out runs/tiny\n  \
         recipe run configs/tiny --out runs/tiny-7 --seed 7 --stages world,tokenizer,pretrain"
 )]
@@ -66,18 +67,19 @@ pub struct RunArgs {
     pub data: Option<PathBuf>,
 
     /// Seed of all stages, instead of the recipe's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
     /// Run these steps only
-    #[arg(long, value_name = "STEPS", value_delimiter = ',')]
+    #[arg(long, alias = "stage", value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
 
     /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 
-    /// Start over, whatever earlier runs left in --out
+    /// Do finished steps anew whose settings or inputs changed, and all that depends on them; or replace the run of another
+    /// recipe in --out
     #[arg(long)]
     pub overwrite: bool,
 
@@ -94,8 +96,8 @@ pub struct WorldArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Everything follows from it
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// Everything follows from it; that of configs/tiny is 1
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
     /// Stories to pretrain on; the other files keep their proportion to them

@@ -11,16 +11,18 @@ use anyhow::{Context, Result, ensure};
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::RuntimeArgs;
 use common::data::records::{OnBadRecord, Prompt, read_prompts};
+use common::files::write_whole;
 use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
 use common::rng::Streams;
 use common::session::Outcome;
 use serde_json::json;
 
-use crate::answers::{Answerer, Sampled};
+use crate::answers::{PromptSampler, SampledAnswer};
 use crate::config::{BasePrompt, CollectConfig};
 use crate::gold::GoldScorer;
-use crate::steps::write_whole;
+use crate::setup::Setup;
+use crate::steps::Step;
 use toy::label_pair;
 
 /// Sampling streams from here on belong to this step; those of the stages begin at 0.
@@ -47,98 +49,97 @@ impl PairFiles {
     }
 }
 
-/// Samples, labels and writes the pairs.
-///
-/// # Errors
-/// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
-pub fn collect(
-    config: &CollectConfig,
-    seed: u64,
-    sft: &Path,
-    gold: &GoldScorer,
-    out: &Path,
-    runtime: &RuntimeArgs,
-    interrupt: Interrupt,
-) -> Result<Outcome> {
-    let checkpoint = Checkpoint::open(sft).context("failed to load the model to sample from")?;
-    checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
-    let gpt = runtime.open()?.gpt(&checkpoint)?;
-    let answerer = Answerer {
-        gpt: &gpt,
-        tokenizer: checkpoint.require_tokenizer()?,
-        form: BasePrompt::Chat,
-        sampling: SamplingConfig {
-            temperature: config.temperature,
-            max_tokens: config.max_tokens,
-            ..SamplingConfig::default()
-        },
-        batch_size: config.batch_size,
-    };
-    let streams = Streams::new(seed);
-    let labeller = Labeller { config, gold, streams };
-
-    let mut prompts = read_prompts(&config.prompts, OnBadRecord::Fail)?;
-    if config.n_prompts > 0 {
-        prompts.truncate(config.n_prompts);
-    }
-    ensure!(
-        prompts.len() > config.n_val_prompts,
-        "`{}` has {} prompts, and `collect.n_val_prompts` keeps {} of them for validation",
-        config.prompts.display(),
-        prompts.len(),
-        config.n_val_prompts
-    );
-    let n_train = prompts.len() - config.n_val_prompts;
-    let Some(answers) = sample(&answerer, &prompts, config, streams, FIRST_ROW, interrupt)? else {
-        return Ok(Outcome::Interrupted);
-    };
-    let k = config.samples_per_prompt;
-    let files = PairFiles::in_out(out);
-    let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
-    ensure!(
-        train.n > 0,
-        "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference`",
-        config.prompts.display()
-    );
-    let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
-    let mut all = vec![(&files.train, train), (&files.val, val)];
-    if !config.test_prompts.as_os_str().is_empty() {
-        let prompts = read_prompts(&config.test_prompts, OnBadRecord::Fail)?;
-        let Some(answers) = sample(&answerer, &prompts, config, streams, FIRST_TEST_ROW, interrupt)? else {
-            return Ok(Outcome::Interrupted);
-        };
-        all.push((&files.test, labeller.pairs(&prompts, &answers, "test")?));
-    }
-    for (path, pairs) in all {
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
-        }
-        write_whole(path, &pairs.jsonl)?;
-        tracing::info!(
-            "{} pairs in `{}`: mean gold score of the answers {:.3}, {:.1} % of the labels wrong",
-            pairs.n,
-            path.display(),
-            pairs.gold_sum / (2 * pairs.n.max(1)) as f64,
-            100.0 * pairs.n_wrong as f64 / pairs.n.max(1) as f64,
-        );
-    }
-    Ok(Outcome::Finished)
+/// The step that makes preference pairs.
+pub struct Collector<'a> {
+    /// Its configuration.
+    pub config: &'a CollectConfig,
+    /// What the labeller goes by.
+    pub gold: &'a GoldScorer,
+    /// The recipe.
+    pub setup: &'a Setup,
+    /// On what to run.
+    pub runtime: &'a RuntimeArgs,
+    /// Whether to stop.
+    pub interrupt: Interrupt,
 }
 
-/// `samples_per_prompt` answers to each prompt, those to one prompt side by side.
-fn sample(
-    answerer: &Answerer<'_>,
-    prompts: &[Prompt],
-    config: &CollectConfig,
-    streams: Streams,
-    first_row: u64,
-    interrupt: Interrupt,
-) -> Result<Option<Vec<Sampled>>> {
-    let repeated: Vec<_> = prompts
-        .iter()
-        .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), config.samples_per_prompt))
-        .collect();
-    answerer.answer(&repeated, streams, first_row, "sampling pairs", interrupt)
+impl Collector<'_> {
+    /// Samples, labels and writes the pairs.
+    ///
+    /// # Errors
+    /// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
+    pub fn run(&self) -> Result<Outcome> {
+        let config = self.config;
+        let checkpoint =
+            Checkpoint::open(&self.setup.dir(Step::Sft)).context("failed to load the model to sample from")?;
+        checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
+        let gpt = self.runtime.open()?.gpt(&checkpoint)?;
+        let sampler = PromptSampler {
+            gpt: &gpt,
+            tokenizer: checkpoint.require_tokenizer()?,
+            form: BasePrompt::Chat,
+            sampling: SamplingConfig {
+                temperature: config.temperature,
+                max_tokens: config.max_tokens,
+                ..SamplingConfig::default()
+            },
+            batch_size: config.batch_size,
+        };
+        let labeller = Labeller { config, gold: self.gold, streams: self.streams() };
+
+        let mut prompts = read_prompts(&config.prompts, OnBadRecord::Fail)?;
+        if config.n_prompts > 0 {
+            prompts.truncate(config.n_prompts);
+        }
+        ensure!(
+            prompts.len() > config.n_val_prompts,
+            "`{}` has {} prompts, and `collect.n_val_prompts` keeps {} of them for validation",
+            config.prompts.display(),
+            prompts.len(),
+            config.n_val_prompts
+        );
+        let n_train = prompts.len() - config.n_val_prompts;
+        let Some(answers) = self.sample(&sampler, &prompts, FIRST_ROW)? else { return Ok(Outcome::Interrupted) };
+        let k = config.samples_per_prompt;
+        let files = PairFiles::in_out(&self.setup.out);
+        let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
+        ensure!(
+            train.n > 0,
+            "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference`",
+            config.prompts.display()
+        );
+        let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
+        let mut all = vec![(&files.train, train), (&files.val, val)];
+        if !config.test_prompts.as_os_str().is_empty() {
+            let prompts = read_prompts(&config.test_prompts, OnBadRecord::Fail)?;
+            let Some(answers) = self.sample(&sampler, &prompts, FIRST_TEST_ROW)? else {
+                return Ok(Outcome::Interrupted);
+            };
+            all.push((&files.test, labeller.pairs(&prompts, &answers, "test")?));
+        }
+        let dir = self.setup.data_dir();
+        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+        all.into_iter().try_for_each(|(path, pairs)| pairs.write(path))?;
+        Ok(Outcome::Finished)
+    }
+
+    fn streams(&self) -> Streams {
+        Streams::new(self.setup.recipe.config.seed)
+    }
+
+    /// `samples_per_prompt` answers to each prompt, those to one prompt side by side.
+    fn sample(
+        &self,
+        sampler: &PromptSampler<'_>,
+        prompts: &[Prompt],
+        first_row: u64,
+    ) -> Result<Option<Vec<SampledAnswer>>> {
+        let repeated: Vec<_> = prompts
+            .iter()
+            .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), self.config.samples_per_prompt))
+            .collect();
+        sampler.answer(&repeated, self.streams(), first_row, "sampling pairs", self.interrupt)
+    }
 }
 
 struct Labeller<'a> {
@@ -156,9 +157,23 @@ struct Pairs {
     gold_sum: f64,
 }
 
+impl Pairs {
+    fn write(&self, path: &Path) -> Result<()> {
+        write_whole(path, self.jsonl.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+        tracing::info!(
+            "{} pairs in `{}`: mean gold score of the answers {:.3}, {:.1} % of the labels wrong",
+            self.n,
+            path.display(),
+            self.gold_sum / (2 * self.n.max(1)) as f64,
+            100.0 * self.n_wrong as f64 / self.n.max(1) as f64,
+        );
+        Ok(())
+    }
+}
+
 impl Labeller<'_> {
     /// Labels every two answers to the same prompt; those of the same worth are left out.
-    fn pairs(&self, prompts: &[Prompt], answers: &[Sampled], part: &str) -> Result<Pairs> {
+    fn pairs(&self, prompts: &[Prompt], answers: &[SampledAnswer], part: &str) -> Result<Pairs> {
         let k = self.config.samples_per_prompt;
         let mut pairs = Pairs::default();
         let mut index = 0;
@@ -215,8 +230,11 @@ mod tests {
         let prompt = Prompt { messages: vec![Message::new(Role::User, text)], text: text.to_owned() };
         let good = "On a warm day, Mia went to the park. Soon, Mia found an orange kite under a bench. Mia was very happy. \
                     On a warm day, a gentle owl went to the park. Soon, the owl found an orange kite under a bench.";
-        let answers =
-            [good, "boat boat boat", good].map(|text| Sampled { ids: Vec::new(), text: text.to_owned(), ended: true });
+        let answers = [good, "boat boat boat", good].map(|text| SampledAnswer {
+            ids: Vec::new(),
+            text: text.to_owned(),
+            ended: true,
+        });
         labeller.pairs(&[prompt], &answers, "train").unwrap()
     }
 

@@ -1,25 +1,30 @@
 //! `recipe.toml`: which stages, from which seed, judged how.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::config::{self, PathResolver};
+use common::config::PathResolver;
 use serde::{Deserialize, Serialize};
 
 use crate::gold::GoldConfig;
-use crate::steps::{Step, write_whole};
+use crate::steps::Step;
 use toy::WorldConfig;
 
 /// A recipe's own TOML file; the stages have one each beside it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecipeConfig {
     /// Heading of the report.
     pub title: String,
     /// The one seed of all steps; it goes before a `seed` in a stage's file.
     pub seed: u64,
-    /// Training stages to run.
-    pub stages: Vec<Step>,
+    /// Training stages to run; all of them if not given, or with `init` those after pretraining.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stages: Option<Vec<Step>>,
+    /// A model to start from, a checkpoint or a directory in Hugging Face layout: SFT starts from it, or pretraining if
+    /// `stages` names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
     /// Data to generate; they are then what `$DATA/` means.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub world: Option<WorldConfig>,
@@ -123,31 +128,19 @@ pub enum BasePrompt {
     Chat,
 }
 
-impl Default for RecipeConfig {
-    fn default() -> Self {
-        Self {
-            title: String::new(),
-            seed: 0,
-            stages: Step::ALL.into_iter().filter(|step| step.trains()).collect(),
-            world: None,
-            gold: None,
-            collect: None,
-            evaluate: None,
-        }
-    }
-}
-
 impl RecipeConfig {
     /// Checks what the types cannot.
     ///
     /// # Errors
     /// Naming the key that is out of range or lacks another.
     pub fn validate(&self) -> Result<()> {
-        ensure!(!self.stages.is_empty(), "`stages` names no stage");
-        if let Some(step) = self.stages.iter().find(|step| !step.trains()) {
-            bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model` or `ppo`");
+        if let Some(stages) = &self.stages {
+            ensure!(!stages.is_empty(), "`stages` names no stage");
+            if let Some(step) = stages.iter().find(|step| !step.trains()) {
+                bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model` or `ppo`");
+            }
+            ensure!(stages.is_sorted_by(|a, b| a < b), "`stages` must be in the order in which they run, each once");
         }
-        ensure!(self.stages.is_sorted_by(|a, b| a < b), "`stages` must be in the order in which they run, each once");
         if let Some(gold) = &self.gold {
             gold.validate()?;
         }
@@ -164,20 +157,53 @@ impl RecipeConfig {
         }
         if let Some(evaluate) = &self.evaluate {
             evaluate.validate().context("invalid `[evaluate]`")?;
+            ensure!(
+                evaluate.temperature > 0.0 || !self.stages().contains(&Step::Ppo),
+                "`evaluate.temperature` is 0, but the divergence of the PPO policy is measured on sampled answers\n\
+                 hint: set it above 0; as in PPO's rollouts is best"
+            );
         }
         Ok(())
     }
 
+    /// Training stages to run, in order.
+    pub fn stages(&self) -> Vec<Step> {
+        let wanted = |step: &Step| step.trains() && (self.init.is_none() || *step != Step::Pretrain);
+        self.stages.clone().unwrap_or_else(|| Step::ALL.into_iter().filter(wanted).collect())
+    }
+
     /// The steps of the recipe, in order.
     pub fn steps(&self) -> Vec<Step> {
+        let stages = self.stages();
         let has = |step: &Step| match step {
             Step::World => self.world.is_some(),
-            Step::Tokenizer => self.stages.contains(&Step::Pretrain),
+            Step::Tokenizer => stages.contains(&Step::Pretrain) && self.init.is_none(),
             Step::Collect => self.collect.is_some(),
             Step::Evaluate => self.evaluate.is_some(),
-            stage => self.stages.contains(stage),
+            stage => stages.contains(stage),
         };
         Step::ALL.into_iter().filter(has).collect()
+    }
+
+    /// Makes every path absolute.
+    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<()> {
+        let mut paths: Vec<&mut PathBuf> = self.init.iter_mut().collect();
+        if let Some(collect) = &mut self.collect {
+            paths.extend([&mut collect.prompts, &mut collect.test_prompts]);
+        }
+        if let Some(evaluate) = &mut self.evaluate {
+            paths.push(&mut evaluate.prompts);
+            paths.extend(&mut evaluate.pairs);
+        }
+        for path in paths {
+            if !path.as_os_str().is_empty() {
+                *path = resolver.resolve(&*path)?;
+            }
+        }
+        if let Some(words) = self.gold.as_mut().and_then(|gold| gold.words.as_mut()) {
+            *words = resolver.resolve(&*words)?;
+        }
+        Ok(())
     }
 }
 
@@ -185,8 +211,22 @@ impl CollectConfig {
     fn validate(&self) -> Result<()> {
         ensure!(!self.prompts.as_os_str().is_empty(), "`prompts` names no file");
         ensure!(self.samples_per_prompt >= 2, "`samples_per_prompt` must be at least 2 to make a pair");
-        ensure!(self.temperature > 0.0, "`temperature` must be above 0, or all answers to a prompt are the same");
-        ensure!(self.label_temperature > 0.0, "`label_temperature` must be above 0");
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        ensure!(
+            positive(self.temperature),
+            "`temperature` must be a positive number, found {}: at 0 all answers to a prompt are the same",
+            self.temperature
+        );
+        ensure!(
+            positive(self.label_temperature),
+            "`label_temperature` must be a positive number, found {}",
+            self.label_temperature
+        );
+        ensure!(
+            self.least_difference >= 0.0 && self.least_difference.is_finite(),
+            "`least_difference` must be 0 or more, found {}",
+            self.least_difference
+        );
         ensure!(self.max_tokens > 0 && self.batch_size > 0, "`max_tokens` and `batch_size` must be at least 1");
         ensure!(
             self.n_prompts == 0 || self.n_val_prompts < self.n_prompts,
@@ -201,249 +241,62 @@ impl CollectConfig {
 impl EvaluateConfig {
     fn validate(&self) -> Result<()> {
         ensure!(!self.prompts.as_os_str().is_empty(), "`prompts` names no file");
-        ensure!(self.temperature >= 0.0, "`temperature` must not be negative");
+        ensure!(
+            self.temperature >= 0.0 && self.temperature.is_finite(),
+            "`temperature` must be 0 or more, found {}",
+            self.temperature
+        );
         ensure!(self.max_tokens > 0 && self.batch_size > 0, "`max_tokens` and `batch_size` must be at least 1");
         Ok(())
     }
 }
 
-/// Where the embedded recipe is written to, in the output directory.
-pub const EMBEDDED_DIR: &str = "recipe";
-
-/// A recipe: its folder, its own configuration, and what the command line changes.
-#[derive(Debug, Clone)]
-pub struct Recipe {
-    /// The folder.
-    pub dir: PathBuf,
-    /// The folder's name.
-    pub name: String,
-    /// Its `recipe.toml`, overridden and with absolute paths.
-    pub config: RecipeConfig,
-    /// What `$DATA/` means in the stages' files.
-    pub data: Option<PathBuf>,
-    overrides: Vec<(Step, String)>,
-}
-
-impl Recipe {
-    /// Opens the recipe in the folder `name`, or `configs/<name>`, or the one in this program.
-    ///
-    /// `overrides` are `stage.section.key=VALUE`, where `stage` may be `recipe`; `seed` goes before the file's; `data` is
-    /// what `$DATA/` means, unless the recipe generates its data into `out`.
-    ///
-    /// # Errors
-    /// If there is no such recipe, its configuration is not valid, or an override names no stage.
-    pub fn open(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
-        let (dir, name) = find(name, out)?;
-        let overrides = divide(overrides)?;
-        let path = dir.join("recipe.toml");
-        let mut config: RecipeConfig = config::load(&path, &overrides.own)?;
-        let invalid = || format!("invalid config `{}`", path.display());
-        if let Some(seed) = seed {
-            config.seed = seed;
-        }
-        if let Some(world) = &mut config.world {
-            world.seed = config.seed;
-        }
-        config.validate().with_context(invalid)?;
-        let data = match (&config.world, data) {
-            (Some(_), Some(_)) => bail!(
-                "`--data` was given, but the recipe `{}` generates its data\nhint: leave out `--data`, or `[world]` in {}",
-                dir.display(),
-                path.display()
-            ),
-            (Some(_), None) => Some(std::path::absolute(out.join("data")).context("the working directory is unknown")?),
-            (None, data) => data.map(Path::to_owned),
-        };
-        config.resolve(&PathResolver::new(&path, data.as_deref())).with_context(invalid)?;
-        Ok(Self { dir, name, config, data, overrides: overrides.stages })
-    }
-
-    /// The configuration file of a stage; the tokenizer's is that of `pretrain`.
-    pub fn stage_config(&self, step: Step) -> PathBuf {
-        let stage = if step == Step::Tokenizer { Step::Pretrain } else { step };
-        self.dir.join(format!("{stage}.toml"))
-    }
-
-    /// What the command line and the recipe change in a stage's configuration, as `section.key=VALUE`.
-    pub fn stage_overrides(&self, step: Step) -> Vec<String> {
-        let stage = if step == Step::Tokenizer { Step::Pretrain } else { step };
-        let seed = format!("seed={}", self.config.seed);
-        let of_stage = self.overrides.iter().filter(|(s, _)| *s == stage).map(|(_, text)| text.clone());
-        std::iter::once(seed).chain(of_stage).collect()
-    }
-}
-
-impl RecipeConfig {
-    fn resolve(&mut self, resolver: &PathResolver) -> Result<()> {
-        let mut paths: Vec<&mut PathBuf> = Vec::new();
-        if let Some(collect) = &mut self.collect {
-            paths.extend([&mut collect.prompts, &mut collect.test_prompts]);
-        }
-        if let Some(evaluate) = &mut self.evaluate {
-            paths.push(&mut evaluate.prompts);
-            paths.extend(&mut evaluate.pairs);
-        }
-        for path in paths {
-            if !path.as_os_str().is_empty() {
-                *path = resolver.resolve(&*path)?;
-            }
-        }
-        if let Some(words) = self.gold.as_mut().and_then(|gold| gold.words.as_mut()) {
-            *words = resolver.resolve(&*words)?.display().to_string();
-        }
-        Ok(())
-    }
-}
-
-/// What `--set` changes.
-#[derive(Debug, Default)]
-struct Overrides {
-    /// In recipe.toml.
-    own: Vec<String>,
-    /// In the stages' files.
-    stages: Vec<(Step, String)>,
-}
-
-/// The recipe in this program, for a user without the repository: `configs/tiny`.
-const EMBEDDED: (&str, [(&str, &str); 5]) = (
-    "tiny",
-    [
-        ("recipe.toml", include_str!("../../configs/tiny/recipe.toml")),
-        ("pretrain.toml", include_str!("../../configs/tiny/pretrain.toml")),
-        ("sft.toml", include_str!("../../configs/tiny/sft.toml")),
-        ("reward-model.toml", include_str!("../../configs/tiny/reward-model.toml")),
-        ("ppo.toml", include_str!("../../configs/tiny/ppo.toml")),
-    ],
-);
-
-/// The folder that `name` means, and the recipe's name. The embedded recipe is written into `out`.
-fn find(name: &str, out: &Path) -> Result<(PathBuf, String)> {
-    let is_recipe = |dir: &Path| dir.join("recipe.toml").is_file();
-    let given = PathBuf::from(name);
-    let named = Path::new("configs").join(name);
-    for dir in [&given, &named] {
-        if is_recipe(dir) {
-            let absolute = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-            let name = absolute.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
-            return Ok((dir.clone(), name));
-        }
-    }
-    let (embedded, files) = EMBEDDED;
-    if name == embedded {
-        let dir = out.join(EMBEDDED_DIR);
-        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
-        for (file, text) in files {
-            write_whole(&dir.join(file), text)?;
-        }
-        return Ok((dir, embedded.to_owned()));
-    }
-    bail!(
-        "there is no recipe `{name}`: neither `{}` nor `{}` exists\nhint: pass a folder with a recipe.toml, or `{embedded}` \
-         for the one in this program",
-        given.join("recipe.toml").display(),
-        named.join("recipe.toml").display()
-    )
-}
-
-/// `stage.section.key=VALUE` divided into the recipe's own overrides and those of the stages.
-fn divide(overrides: &[String]) -> Result<Overrides> {
-    let mut divided = Overrides::default();
-    for text in overrides {
-        let (name, rest) = text.split_once('.').unwrap_or((text, ""));
-        match Step::ALL.into_iter().find(|step| step.trains() && step.name() == name) {
-            Some(step) => divided.stages.push((step, rest.to_owned())),
-            None if name == "recipe" => divided.own.push(rest.to_owned()),
-            None => return Err(common::exit::UsageError(format!(
-                "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
-                 `reward-model.` or `ppo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the key in its file"
-            ))
-            .into()),
-        }
-    }
-    Ok(divided)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
-    fn recipe(toml: &str) -> (tempfile::TempDir, String) {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("recipe.toml"), toml).unwrap();
-        let name = dir.path().display().to_string();
-        (dir, name)
-    }
-
-    fn open(toml: &str, overrides: &[&str], seed: Option<u64>) -> Result<Recipe> {
-        let (_dir, name) = recipe(toml);
-        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
-        Recipe::open(&name, Path::new("/runs/x"), Some(Path::new("/data")), &overrides, seed)
-    }
-
-    #[test]
-    fn overrides_reach_their_stage_and_the_seed_reaches_all() {
-        let recipe = open("seed = 1\n", &["ppo.ppo.kl_coef=0.1", "recipe.title=A"], Some(7)).unwrap();
-        assert_eq!(recipe.config.title, "A");
-        assert_eq!(recipe.stage_overrides(Step::Ppo), ["seed=7", "ppo.kl_coef=0.1"]);
-        assert_eq!(recipe.stage_overrides(Step::Tokenizer), ["seed=7"]);
-    }
-
-    #[test]
-    fn an_override_of_no_stage_is_wrong_usage() {
-        let error = open("", &["train.lr=1"], None).unwrap_err();
-        assert!(error.is::<common::exit::UsageError>() && error.to_string().contains("`reward-model.`"), "{error}");
+    fn config(toml: &str) -> RecipeConfig {
+        toml::from_str(toml).unwrap()
     }
 
     #[test]
     fn steps_follow_from_the_sections() {
-        let recipe = open("stages = [\"pretrain\"]\n", &[], None).unwrap();
-        assert_eq!(recipe.config.steps(), [Step::Tokenizer, Step::Pretrain]);
-        let text =
-            "[gold]\nkind = \"world\"\n[collect]\nprompts = \"$DATA/p.jsonl\"\n[evaluate]\nprompts = \"q.jsonl\"\n";
-        let recipe = open(text, &[], None).unwrap();
-        assert_eq!(recipe.config.steps().len(), Step::ALL.len() - 1); // all but the world
-        assert_eq!(recipe.config.collect.unwrap().prompts, Path::new("/data/p.jsonl"));
-        assert!(recipe.config.evaluate.unwrap().prompts.is_absolute());
+        assert_eq!(config("stages = [\"pretrain\"]\n").steps(), [Step::Tokenizer, Step::Pretrain]);
+        assert_eq!(config("").stages().len(), 4);
+        let all = "[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\n[evaluate]\nprompts = \"q\"\n";
+        assert_eq!(config(all).steps().len(), Step::ALL.len() - 1); // all but the world
     }
 
     #[test]
-    fn what_does_not_fit_together_is_named() {
-        for (toml, expected) in [
-            ("stages = []", "`stages` names no stage"),
-            ("stages = [\"world\"]", "`stages` names `world`"),
-            ("stages = [\"sft\", \"pretrain\"]", "order"),
-            ("[collect]\nprompts = \"p\"", "`[collect]` needs `[gold]`"),
-            ("[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\nsamples_per_prompt = 1", "to make a pair"),
-            ("[evaluate]\nn_prompts = 3", "`prompts` names no file"),
-            ("[evalute]", "did you mean `evaluate`"),
-            ("[world]\n", "generates its data"),
+    fn a_recipe_that_starts_from_a_model_does_not_pretrain_unless_it_says_so() {
+        assert_eq!(config("init = \"m\"").steps(), [Step::Sft, Step::RewardModel, Step::Ppo]);
+        let more = config("init = \"m\"\nstages = [\"pretrain\", \"sft\"]");
+        assert_eq!(more.steps(), [Step::Pretrain, Step::Sft]); // with the model's own tokenizer
+    }
+
+    #[test]
+    fn greedy_answers_are_refused_only_where_a_divergence_is_measured() {
+        let greedy = "[evaluate]\nprompts = \"q\"\ntemperature = 0\n";
+        let error = config(greedy).validate().unwrap_err().to_string();
+        assert!(error.contains("`evaluate.temperature` is 0") && error.contains("hint:"), "{error}");
+        config(&format!("stages = [\"pretrain\", \"sft\"]\n{greedy}")).validate().unwrap();
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for (section, key, value) in [
+            ("evaluate", "temperature", "nan"),
+            ("evaluate", "temperature", "inf"),
+            ("collect", "temperature", "nan"),
+            ("collect", "temperature", "0"),
+            ("collect", "label_temperature", "inf"),
+            ("collect", "least_difference", "nan"),
+            ("collect", "samples_per_prompt", "1"),
+            ("collect", "max_tokens", "0"),
         ] {
-            let error = format!("{:#}", open(toml, &[], None).unwrap_err());
-            assert!(error.contains(expected), "{toml}: {error}");
+            let text = format!("[gold]\nkind = \"world\"\n[{section}]\nprompts = \"p\"\n{key} = {value}\n");
+            let error = format!("{:#}", config(&text).validate().unwrap_err());
+            assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
         }
-    }
-
-    #[test]
-    fn a_generated_world_lies_in_the_output_directory_and_has_the_recipes_seed() {
-        let (_dir, name) =
-            recipe("seed = 3\n[world]\nstories = 50\n[evaluate]\nprompts = \"$DATA/prompts.test.jsonl\"\n");
-        let recipe = Recipe::open(&name, Path::new("/runs/x"), None, &[], None).unwrap();
-        assert_eq!(recipe.config.world.as_ref().unwrap().seed, 3);
-        assert_eq!(recipe.config.evaluate.unwrap().prompts, Path::new("/runs/x/data/prompts.test.jsonl"));
-    }
-
-    #[test]
-    fn the_embedded_recipe_needs_no_folder() {
-        let out = tempfile::tempdir().unwrap();
-        let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
-        assert_eq!((recipe.name.as_str(), recipe.dir), ("tiny", out.path().join(EMBEDDED_DIR)));
-        assert_eq!(recipe.config.steps(), Step::ALL);
-    }
-
-    #[test]
-    fn an_unknown_recipe_says_where_it_looked() {
-        let error = Recipe::open("no-such", Path::new("o"), None, &[], None).unwrap_err().to_string();
-        assert!(error.contains("configs/no-such/recipe.toml") && error.contains("hint:"), "{error}");
     }
 }

@@ -1,14 +1,15 @@
-//! The last step: every model answers the held-out prompts, and the answers are judged.
+//! The last step: every model answers the held-out prompts, and the answers are scored.
 
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::checkpoint::Checkpoint;
+use common::checkpoint::{self, Checkpoint};
 use common::cli::RuntimeArgs;
 use common::conversation::{Message, Role};
 use common::data::records::{OnBadRecord, Pair, read_pairs, read_prompts};
+use common::files::write_whole;
 use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
 use common::rng::Streams;
@@ -16,29 +17,22 @@ use common::session::Outcome;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::answers::{self, Answerer};
+use crate::answers::{self, PromptSampler};
 use crate::config::{BasePrompt, EvaluateConfig};
-use crate::evaluation::{Answer, AnswerRow, Evaluation, Policy};
 use crate::gold::GoldScorer;
-use crate::steps::{Step, write_whole};
+use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
+use crate::setup::Setup;
+use crate::steps::Step;
 
 /// Sampling streams from here on belong to this step.
 const FIRST_ROW: u64 = 1 << 50;
 
-/// What the last step works with.
+/// The last step.
 pub struct Evaluator<'a> {
     /// Its configuration.
     pub config: &'a EvaluateConfig,
-    /// The recipe's seed.
-    pub seed: u64,
-    /// The recipe's output directory.
-    pub out: &'a Path,
-    /// The stages of the recipe.
-    pub stages: &'a [Step],
-    /// Test pairs for the reward model.
-    pub pairs: Option<&'a Path>,
-    /// Who knows what answers are worth.
-    pub gold: Option<&'a GoldScorer>,
+    /// The recipe.
+    pub setup: &'a Setup,
     /// On what to run.
     pub runtime: &'a RuntimeArgs,
     /// Whether to stop.
@@ -52,6 +46,7 @@ impl Evaluator<'_> {
     /// If a checkpoint or a data file cannot be used.
     pub fn run(&self) -> Result<Outcome> {
         let mut prompts = read_prompts(&self.config.prompts, OnBadRecord::Fail)?;
+        let n_all = prompts.len();
         if self.config.n_prompts > 0 {
             prompts.truncate(self.config.n_prompts);
         }
@@ -59,35 +54,63 @@ impl Evaluator<'_> {
         let mut rows: Vec<AnswerRow> =
             prompts.iter().map(|prompt| AnswerRow { prompt: prompt.text.clone(), answers: [].into() }).collect();
         for policy in Policy::ALL {
-            if !self.stages.contains(&step_of(policy)) {
+            if !self.has(policy) {
                 continue;
             }
             let Some(answers) = self.answers(policy, &messages)? else { return Ok(Outcome::Interrupted) };
             for (row, mut answer) in rows.iter_mut().zip(answers) {
-                answer.gold = self.gold.and_then(|gold| gold.score(&row.prompt, &answer.text));
+                answer.gold = self.setup.gold.as_ref().and_then(|gold| gold.score(&row.prompt, &answer.text));
                 row.answers.insert(policy, answer);
             }
         }
-        let mut evaluation = Evaluation::of_answers(&rows);
-        evaluation.reward_model = self.reward_model()?;
-        evaluation.ppo = self.ppo()?;
+        let mut results = Results::of_answers(&rows);
+        results.reward_model = self.reward_model()?;
+        results.ppo = if prompts.len() < n_all {
+            let path = self.setup.out.join("prompts.evaluated.jsonl");
+            let lines = messages.iter().map(|messages| format!("{}\n", json!({ "prompt": messages })));
+            write(&path, &lines.collect::<String>())?;
+            self.ppo(&path)?
+        } else {
+            self.ppo(&self.config.prompts)?
+        };
         if self.interrupt.requested() {
             return Ok(Outcome::Interrupted);
         }
-        AnswerRow::write_all(&rows, self.out)?;
-        evaluation.write(self.out)?;
+        AnswerRow::write_all(&rows, &self.setup.out)?;
+        results.write(&self.setup.out)?;
         Ok(Outcome::Finished)
     }
 
+    fn trains(&self, step: Step) -> bool {
+        self.setup.recipe.config.stages().contains(&step)
+    }
+
+    fn has(&self, policy: Policy) -> bool {
+        match policy {
+            Policy::Base => self.setup.has_base(),
+            Policy::Sft => self.trains(Step::Sft),
+            Policy::Ppo => self.trains(Step::Ppo),
+        }
+    }
+
+    fn open(&self, policy: Policy) -> Result<Checkpoint> {
+        let dir = match policy {
+            Policy::Base => self.setup.base(),
+            Policy::Sft => self.setup.dir(Step::Sft),
+            Policy::Ppo => self.setup.dir(Step::Ppo),
+        };
+        let failed = || format!("failed to load `{}`", dir.display());
+        if policy == Policy::Base { checkpoint::init_from(&dir) } else { Checkpoint::open(&dir) }.with_context(failed)
+    }
+
     /// Answers of one model with the reward model's scores; `None` if the user asked to stop.
-    fn answers(&self, policy: Policy, prompts: &[Vec<Message>]) -> Result<Option<Vec<Answer>>> {
-        let dir = self.out.join(step_of(policy).name());
-        let checkpoint = Checkpoint::open(&dir).with_context(|| format!("failed to load `{}`", dir.display()))?;
+    fn answers(&self, policy: Policy, prompts: &[Vec<Message>]) -> Result<Option<Vec<ScoredAnswer>>> {
+        let checkpoint = self.open(policy)?;
         let runtime = self.runtime.open()?;
         let gpt = runtime.gpt(&checkpoint)?;
         let tokenizer = checkpoint.require_tokenizer()?;
         let form = if policy == Policy::Base { self.config.base_prompt } else { BasePrompt::Chat };
-        let answerer = Answerer {
+        let sampler = PromptSampler {
             gpt: &gpt,
             tokenizer,
             form,
@@ -99,18 +122,18 @@ impl Evaluator<'_> {
             batch_size: self.config.batch_size,
         };
         // The same random numbers for every model.
-        let streams = Streams::new(self.seed);
-        let Some(sampled) = answerer.answer(prompts, streams, FIRST_ROW, policy.name(), self.interrupt)? else {
+        let streams = Streams::new(self.setup.recipe.config.seed);
+        let Some(sampled) = sampler.answer(prompts, streams, FIRST_ROW, policy.name(), self.interrupt)? else {
             return Ok(None);
         };
-        let scores = if self.stages.contains(&Step::RewardModel) {
-            let judge = Checkpoint::open(&self.out.join(Step::RewardModel.name()))?;
-            let model = runtime.scalar(&judge)?;
-            answers::scores(&model, judge.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
+        let scores = if self.trains(Step::RewardModel) {
+            let reward_model = Checkpoint::open(&self.setup.dir(Step::RewardModel))?;
+            let model = runtime.scalar(&reward_model)?;
+            answers::scores(&model, reward_model.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {
             vec![None; sampled.len()]
         };
-        let answers = sampled.into_iter().zip(scores).map(|(sampled, score)| Answer {
+        let answers = sampled.into_iter().zip(scores).map(|(sampled, score)| ScoredAnswer {
             text: sampled.text.trim().to_owned(),
             ended: sampled.ended,
             tokens: sampled.ids.len(),
@@ -122,26 +145,26 @@ impl Evaluator<'_> {
 
     /// What `reward-model eval` says of the test pairs, and of the same pairs in their gold order.
     fn reward_model(&self) -> Result<Map<String, Value>> {
-        let Some(pairs) = self.pairs.filter(|_| self.stages.contains(&Step::RewardModel)) else {
+        let Some(pairs) = self.setup.test_pairs().filter(|_| self.trains(Step::RewardModel)) else {
             return Ok(Map::new());
         };
         let evaluate = |data: &Path| {
             reward_model::evaluate(&reward_model::EvalArgs {
-                checkpoint: self.out.join(Step::RewardModel.name()),
+                checkpoint: self.setup.dir(Step::RewardModel),
                 data: data.to_owned(),
                 batch_size: self.batch_size(),
                 runtime: self.runtime.clone(),
             })
             .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
         };
-        let mut result = fields(&evaluate(pairs)?)?;
-        let Some(gold) = self.gold else { return Ok(result) };
-        let ordered = in_gold_order(&read_pairs(pairs, OnBadRecord::Fail)?, gold)?;
+        let mut result = fields(&evaluate(&pairs)?)?;
+        let Some(gold) = &self.setup.gold else { return Ok(result) };
+        let ordered = in_gold_order(&read_pairs(&pairs, OnBadRecord::Fail)?, gold)?;
         if ordered.n == 0 {
             return Ok(result);
         }
-        let path = self.out.join("pairs.test.gold-order.jsonl");
-        write_whole(&path, &ordered.jsonl)?;
+        let path = self.setup.out.join("pairs.test.gold-order.jsonl");
+        write(&path, &ordered.jsonl)?;
         let against_gold = evaluate(&path)?;
         result.insert("gold_accuracy".to_owned(), json!(against_gold.accuracy));
         result.insert("gold_longer_wins_accuracy".to_owned(), json!(against_gold.longer_wins_accuracy));
@@ -150,19 +173,19 @@ impl Evaluator<'_> {
         Ok(result)
     }
 
-    /// What `ppo eval` says of the held-out prompts.
-    fn ppo(&self) -> Result<Map<String, Value>> {
-        if !self.stages.contains(&Step::Ppo) {
+    /// What `ppo eval` says of the prompts in the file `data`: the same that the answers are to.
+    fn ppo(&self, data: &Path) -> Result<Map<String, Value>> {
+        if !self.trains(Step::Ppo) {
             return Ok(Map::new());
         }
         let evaluation = ppo::evaluate(&ppo::EvalArgs {
-            checkpoint: self.out.join(Step::Ppo.name()),
-            reference: self.out.join(Step::Sft.name()),
-            reward_model: self.out.join(Step::RewardModel.name()),
-            data: self.config.prompts.clone(),
+            checkpoint: self.setup.dir(Step::Ppo),
+            reference: self.setup.dir(Step::Sft),
+            reward_model: self.setup.dir(Step::RewardModel),
+            data: data.to_owned(),
             temperature: Some(self.config.temperature),
             max_tokens: Some(self.config.max_tokens),
-            seed: self.seed,
+            seed: self.setup.recipe.config.seed,
             batch_size: self.batch_size(),
             runtime: self.runtime.clone(),
         })
@@ -175,13 +198,8 @@ impl Evaluator<'_> {
     }
 }
 
-/// The checkpoint that a policy comes from.
-fn step_of(policy: Policy) -> Step {
-    match policy {
-        Policy::Base => Step::Pretrain,
-        Policy::Sft => Step::Sft,
-        Policy::Ppo => Step::Ppo,
-    }
+fn write(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 fn fields<T: Serialize>(value: &T) -> Result<Map<String, Value>> {
@@ -199,7 +217,7 @@ struct GoldOrder {
     n_agreeing: usize,
 }
 
-/// Puts `pairs` in gold order; pairs of equal worth, and those the scorer cannot judge, are left out.
+/// Puts `pairs` in gold order; pairs of equal worth, and those the scorer does not understand, are left out.
 fn in_gold_order(pairs: &[Pair], gold: &GoldScorer) -> Result<GoldOrder> {
     let mut ordered = GoldOrder { jsonl: String::new(), n: 0, n_agreeing: 0 };
     for pair in pairs {

@@ -5,27 +5,36 @@
 //! PPO, and the evaluation on held-out prompts. What is finished and unchanged is skipped, what was interrupted goes on.
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
-//! reading order: [`steps`], `config`, `run`, `keys` (when a step has to run again), `collect`, `evaluate`, [`report`],
-//! [`gold`] (what an answer is really worth), [`toy`] (the generated data of `configs/tiny`), [`bench`] (how fast all
-//! of it is here) and `compare` (whether backends agree).
+//! reading order: [`steps`], `config` and `folder` (the recipe's files), `setup` (everything read and checked), `run`,
+//! `plan` with [`inputs`] and [`record`] (when a step has to run again), `check` (what can be found wrong at once),
+//! `collect`, `evaluate`, [`report`], [`gold`] (what an answer is really worth), [`toy`] (the generated data of
+//! `configs/tiny`), [`bench`] (how fast all of it is here) and [`compare`] (whether backends
+//! agree).
+
+#![forbid(unsafe_code)]
 
 mod answers;
+mod check;
 mod cli;
 mod collect;
-mod compare;
+mod comparison;
 mod config;
 mod evaluate;
-pub mod evaluation;
+mod folder;
 pub mod gold;
-mod keys;
+pub mod inputs;
+mod plan;
+pub mod record;
 pub mod report;
+pub mod results;
 mod run;
+mod setup;
 pub mod stats;
 pub mod steps;
 
 pub use cli::{Cli, Command, RunArgs, WorldArgs};
-pub use compare::{CompareArgs, ProbeArgs};
-pub use config::{BasePrompt, CollectConfig, EvaluateConfig, Recipe, RecipeConfig};
+pub use config::{BasePrompt, CollectConfig, EvaluateConfig, RecipeConfig};
+pub use folder::Recipe;
 pub use run::run;
 
 use std::io::Write as _;
@@ -44,12 +53,12 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             args.runtime.start()?;
-            on_pool(|| run(&args, Interrupt::install()?))
+            on_pool(|| run(&args, Interrupt::install()?)).map(|_| ())
         }
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {
             args.runtime.start()?;
-            compare::compare(&args)
+            compare::compare(&args, |out| comparison::prepare(&args, out))
         }
         Command::Probe(args) => {
             args.runtime.start()?;

@@ -103,7 +103,7 @@ fn errors_say_what_was_found_and_what_to_do() {
         (&["bench", "generate", "--gen", "1"], 2),
         (&["bench", "ppo", "--kernels", "quick"], 2),
         (&["bench", "ppo", "--response", "512"], 2),
-        (&["bench", "ppo", "--mini-batches", "5"], 2),
+        (&["bench", "ppo", "--minibatches", "5"], 2),
     ] {
         let ran = recipe(dir.path(), args);
         assert_eq!((ran.code, ran.stdout.as_str()), (code, ""), "{args:?}: {}", ran.stderr);
@@ -129,7 +129,7 @@ fn a_world_is_written_as_files_and_described_on_stdout() {
 #[track_caller]
 fn measured(args: &[&str], names: &[&str]) -> serde_json::Value {
     let dir = tempfile::tempdir().unwrap();
-    let small = ["--n-layers", "2", "--n-heads", "2", "--d-model", "16", "--ctx", "24", "--vocab", "61"];
+    let small = ["--n-layers", "2", "--n-heads", "2", "--d-model", "16", "--max-seq-len", "24", "--vocab-size", "61"];
     let args: Vec<&str> = ["bench"].into_iter().chain(args.iter().copied()).chain(small).collect();
     let ran = recipe(dir.path(), &args);
     assert_eq!(ran.code, 0, "{args:?}: {}", ran.stderr);
@@ -165,7 +165,7 @@ fn memory_of_training_grows_with_the_context_not_with_its_square() {
     let peak = |ctx: &str| {
         let flags = [
             &["bench", "train", "--n-layers", "1", "--n-heads", "1", "--d-model", "32", "--vocab", "64"][..],
-            &["--batch", "1", "--steps", "1", "--warmup", "1", "--threads", "1", "--ctx", ctx],
+            &["--batch", "1", "--steps", "1", "--warmup", "1", "--threads", "1", "--max-seq-len", ctx],
         ];
         let ran = recipe(tempfile::tempdir().unwrap().path(), &flags.concat());
         assert_eq!(ran.code, 0, "{}", ran.stderr);

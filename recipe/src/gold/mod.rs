@@ -25,7 +25,7 @@ pub struct GoldConfig {
     pub kind: GoldKind,
     /// The word list of [`GoldKind::Lexicon`], a JSON object from words to valences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub words: Option<String>,
+    pub words: Option<PathBuf>,
 }
 
 /// The scorers there are.
@@ -56,20 +56,20 @@ impl GoldConfig {
         }
     }
 
-    /// Opens the scorer; `resolve` makes a path of what the recipe wrote.
+    /// Opens the scorer; its path must be absolute or relative to the working directory.
     ///
     /// # Errors
-    /// As [`Self::validate`]; if `resolve` fails; if the word list cannot be read.
-    pub fn open(&self, resolve: impl FnOnce(&str) -> anyhow::Result<PathBuf>) -> anyhow::Result<GoldScorer> {
+    /// As [`Self::validate`]; if the word list cannot be read.
+    pub fn open(&self) -> anyhow::Result<GoldScorer> {
         self.validate()?;
         match &self.words {
             None => Ok(GoldScorer::World),
-            Some(words) => Ok(GoldScorer::Lexicon(Lexicon::load(&resolve(words)?)?)),
+            Some(words) => Ok(GoldScorer::Lexicon(Lexicon::load(words)?)),
         }
     }
 }
 
-/// A judge of answers, from their text alone.
+/// Scores answers by their text alone.
 #[derive(Debug, Clone)]
 pub enum GoldScorer {
     /// See [`toy::gold::score`].
@@ -89,6 +89,11 @@ impl GoldScorer {
             Self::Lexicon(lexicon) => Some(lexicon.score(response)),
         }
     }
+
+    /// Whether answers to `prompt` have a score.
+    pub fn understands(&self, prompt: &str) -> bool {
+        self.score(prompt, "").is_some()
+    }
 }
 
 #[cfg(test)]
@@ -98,13 +103,14 @@ mod tests {
     #[test]
     fn a_scorer_is_named_in_the_recipe() {
         let config: GoldConfig = serde_json::from_str(r#"{"kind": "world"}"#).unwrap();
-        let scorer = config.open(|_| unreachable!()).unwrap();
+        let scorer = config.open().unwrap();
         assert_eq!(scorer.score("Where was Mia?", "She was in the park."), None);
+        assert!(!scorer.understands("Where was Mia?") && scorer.understands("Tell me a story about Mia."));
         assert!(scorer.score("Tell me a story about Mia.", "Mia was very happy.").is_some());
 
         for bad in [r#"{"kind": "lexicon"}"#, r#"{"kind": "world", "words": "x.json"}"#] {
             let config: GoldConfig = serde_json::from_str(bad).unwrap();
-            let error = config.open(|path| Ok(path.into())).unwrap_err().to_string();
+            let error = config.open().unwrap_err().to_string();
             assert!(error.contains("\nhint: "), "{error}");
         }
         assert!(serde_json::from_str::<GoldConfig>(r#"{"kind": "world", "wrods": "x"}"#).is_err());
@@ -113,10 +119,10 @@ mod tests {
 
     #[test]
     fn a_lexicon_scores_any_answer() {
-        let config = GoldConfig { kind: GoldKind::Lexicon, words: Some("$DATA/words.json".to_owned()) };
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("words.json"), r#"{"good": 3}"#).unwrap();
-        let scorer = config.open(|path| Ok(dir.path().join(path.trim_start_matches("$DATA/")))).unwrap();
+        let words = dir.path().join("words.json");
+        std::fs::write(&words, r#"{"good": 3}"#).unwrap();
+        let scorer = GoldConfig { kind: GoldKind::Lexicon, words: Some(words) }.open().unwrap();
         assert_eq!(scorer.score("Hello?", "A good day."), Some(1.0));
     }
 }

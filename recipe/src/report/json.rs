@@ -3,11 +3,11 @@
 use serde_json::{Map, Value, json};
 
 use super::Source;
-use crate::evaluation::Policy;
 use crate::stats;
 use crate::steps::Step;
 
-/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, `gold`, and what was run.
+/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, and of the answers to
+/// held-out prompts `gold` where it is known, `score` where there is a reward model, `words` and `ended`.
 ///
 /// `metrics` are the last values of `metrics.jsonl`; those measured afterwards on the test files are added under the names
 /// that `reward-model eval` and `ppo eval` print.
@@ -16,10 +16,10 @@ pub fn report(source: &Source) -> Value {
     for stage in &source.stages {
         let mut metrics: Map<String, Value> =
             stage.log.last_values().into_iter().map(|(name, value)| (name, json!(value))).collect();
-        if let Some(evaluation) = &source.evaluation {
+        if let Some(results) = &source.results {
             match stage.step {
-                Step::RewardModel => metrics.extend(evaluation.reward_model.clone()),
-                Step::Ppo => metrics.extend(evaluation.ppo.clone()),
+                Step::RewardModel => metrics.extend(results.reward_model.clone()),
+                Step::Ppo => metrics.extend(results.ppo.clone()),
                 _ => {}
             }
         }
@@ -38,17 +38,16 @@ pub fn report(source: &Source) -> Value {
         "stages": stages,
         "total_seconds": source.total_seconds(),
     });
-    if let Some(evaluation) = source.evaluation.as_ref().filter(|evaluation| !evaluation.gold.is_empty()) {
-        let of = |policy: Policy| evaluation.gold.get(&policy).map(|interval| json!(interval));
-        let mut gold = Map::new();
-        for policy in Policy::ALL {
-            if let Some(interval) = of(policy) {
-                gold.insert(policy.name().to_owned(), interval);
-            }
+    if let Some(results) = &source.results {
+        if !results.gold.is_empty() {
+            report["gold"] = json!(results.gold);
+            report["gold_gain"] = json!(results.gain);
         }
-        report["gold"] = Value::Object(gold);
-        report["gold_gain"] = json!(evaluation.gain);
-        report["score"] = json!(evaluation.score);
+        if !results.score.is_empty() {
+            report["score"] = json!(results.score);
+        }
+        report["words"] = json!(results.words);
+        report["ended"] = json!(results.ended);
         report["interval"] = json!(stats::METHOD);
     }
     report

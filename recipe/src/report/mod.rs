@@ -4,27 +4,28 @@
 //! `config.toml`, and what the last step measured (`evaluation.json`, `answers.jsonl`). Writing it again changes nothing.
 
 mod json;
-pub(crate) mod log;
 mod page;
-pub(crate) mod plot;
 mod stages;
+mod text;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use common::files::write_whole;
+use common::metrics::MetricsLog;
 
-use crate::evaluation::{AnswerRow, Evaluation};
-use crate::steps::{RunRecord, Step, write_whole};
-use log::MetricsLog;
+use crate::record::{RunRecord, StepRecord};
+use crate::results::{AnswerRow, Results};
+use crate::steps::Step;
 
-pub use page::duration;
+pub use text::duration;
 
 /// All that the two reports are made from.
 struct Source {
     record: RunRecord,
     stages: Vec<StageSource>,
-    evaluation: Option<Evaluation>,
+    results: Option<Results>,
     answers: Vec<AnswerRow>,
 }
 
@@ -43,8 +44,14 @@ struct StageSource {
 /// If a file in `out` cannot be read, or a report not written.
 pub fn write(out: &Path) -> Result<()> {
     let source = Source::read(out)?;
-    write_whole(&out.join("report.json"), &serde_json::to_string_pretty(&json::report(&source))?)?;
-    write_whole(&out.join("report.html"), &page::render(&source)?)
+    for (name, text) in [
+        ("report.json", serde_json::to_string_pretty(&json::report(&source))?),
+        ("report.html", page::render(&source)?),
+    ] {
+        let path = out.join(name);
+        write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+    }
+    Ok(())
 }
 
 impl Source {
@@ -52,15 +59,22 @@ impl Source {
         let record = RunRecord::load(out)?;
         let mut stages = Vec::new();
         for step in Step::ALL.into_iter().filter(|step| step.trains()) {
+            // Without a current record it stands on models that were replaced since.
+            let Some(step_record) = record.current(step) else { continue };
             let dir = out.join(step.name());
-            let log = MetricsLog::read(&dir)?;
-            // A directory without a record stands on models that were replaced since.
-            if record.steps.contains_key(&step) {
-                let seconds = log.seconds().unwrap_or(0.0).max(record.seconds(step));
-                stages.push(StageSource { step, dir, log, seconds });
+            let mut log = MetricsLog::read(&dir)?;
+            if !reports_gold(&record, step_record) {
+                log = log.without("gold/");
             }
+            let seconds = log.seconds().unwrap_or(0.0).max(step_record.seconds);
+            stages.push(StageSource { step, dir, log, seconds });
         }
-        Ok(Self { record, stages, evaluation: Evaluation::read(out)?, answers: AnswerRow::read_all(out)? })
+        let (results, answers) = if record.current(Step::Evaluate).is_some_and(|step| step.finished) {
+            (Results::read(out)?, AnswerRow::read_all(out)?)
+        } else {
+            (None, Vec::new())
+        };
+        Ok(Self { record, stages, results, answers })
     }
 
     /// Wall seconds of all steps together.
@@ -72,6 +86,11 @@ impl Source {
     fn stage(&self, step: Step) -> Option<&StageSource> {
         self.stages.iter().find(|stage| stage.step == step)
     }
+}
+
+/// Whether the gold scores that a step logged are those of the recipe's scorer: it may have another one by now.
+fn reports_gold(record: &RunRecord, step: &StepRecord) -> bool {
+    step.gold == record.gold_fingerprint || step.inputs.is_empty()
 }
 
 impl StageSource {

@@ -1,15 +1,18 @@
 //! `report.html`: the values that `page.html` lays out.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use minijinja::Environment;
 use minijinja::value::Serde;
+use plot::thousands;
 use serde::Serialize;
 
-use super::plot::thousands;
 use super::stages::{self, Section};
+use super::text::{compact, counted, duration, mean_of, percent, policy_title, signed, title};
 use super::{Source, StageSource};
-use crate::evaluation::{Answer, Evaluation, Policy};
-use crate::stats::METHOD;
+use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
+use crate::stats::{Interval, METHOD};
 use crate::steps::Step;
 
 /// Held-out prompts shown side by side; all of them are in `answers.jsonl`.
@@ -21,26 +24,29 @@ struct Page {
     subtitle: &'static str,
     version: String,
     facts: Vec<String>,
-    gold: Option<Gold>,
+    comparison: Option<Comparison>,
     overview: Vec<OverviewRow>,
     stages: Vec<Section>,
-    answers: Vec<Answers>,
+    answers: Vec<PromptView>,
     answers_lede: String,
 }
 
-/// The first thing shown: what it was all for.
+/// The first thing shown: how the models compare on the held-out prompts.
 #[derive(Serialize)]
-struct Gold {
+struct Comparison {
     verdict: String,
-    rows: Vec<GoldRow>,
+    /// What the models are compared by; empty where neither a gold score nor a reward model's is known.
+    measure: &'static str,
+    rows: Vec<PolicyRow>,
     axis_low: String,
     axis_high: String,
+    /// Whether the reward model's score has a column beside the measure.
     has_score: bool,
     note: String,
 }
 
 #[derive(Serialize)]
-struct GoldRow {
+struct PolicyRow {
     name: &'static str,
     class: &'static str,
     mean: String,
@@ -66,13 +72,13 @@ struct OverviewRow {
 }
 
 #[derive(Serialize)]
-struct Answers {
+struct PromptView {
     prompt: String,
-    answers: Vec<AnswerCell>,
+    answers: Vec<AnswerView>,
 }
 
 #[derive(Serialize)]
-struct AnswerCell {
+struct AnswerView {
     name: &'static str,
     class: &'static str,
     marks: String,
@@ -84,7 +90,7 @@ pub fn render(source: &Source) -> Result<String> {
     let record = &source.record;
     let mut facts = vec![format!("recipe {}", record.recipe), format!("seed {}", record.seed)];
     if !record.backend.is_empty() {
-        facts.push(format!("backend {}, {} threads", record.backend, record.threads));
+        facts.push(format!("backend {}, {}", record.backend, counted(record.threads, "thread")));
     }
     facts.push(format!("{} in all", duration(source.total_seconds())));
     facts.push(format!("Kindling {}", record.version));
@@ -100,10 +106,10 @@ pub fn render(source: &Source) -> Result<String> {
         },
         version: record.version.clone(),
         facts,
-        gold: source.evaluation.as_ref().and_then(|evaluation| gold(evaluation, record.gold.as_deref())),
+        comparison: source.results.as_ref().map(|results| comparison(results, record.gold.as_deref())),
         overview: overview(source),
         stages: sections,
-        answers: source.answers.iter().take(N_ANSWERS).map(answers).collect(),
+        answers: source.answers.iter().take(N_ANSWERS).map(prompt_view).collect(),
         answers_lede: answers_lede(source),
     };
     let mut environment = Environment::new();
@@ -115,7 +121,7 @@ fn overview(source: &Source) -> Vec<OverviewRow> {
     let mut rows = Vec::new();
     for step in Step::ALL {
         let stage = source.stage(step);
-        if !source.record.steps.contains_key(&step) {
+        if source.record.current(step).is_none() {
             continue;
         }
         let last_step = |stage: &StageSource| stage.log.last("step").map_or(String::new(), thousands);
@@ -125,73 +131,99 @@ fn overview(source: &Source) -> Vec<OverviewRow> {
             time: duration(stage.map_or_else(|| source.record.seconds(step), |stage| stage.seconds)),
             steps: stage.map_or(String::new(), last_step),
             tokens: stage.and_then(|stage| stage.log.tokens()).map_or(String::new(), thousands),
-            result: stage.map_or_else(|| note(step).to_owned(), |stage| stages::result(source, stage)),
+            result: stage.map_or_else(|| note(source, step), |stage| stages::result(source, stage)),
         });
     }
     rows
 }
 
-/// Heading of a step.
-pub fn title(step: Step) -> &'static str {
+fn note(source: &Source, step: Step) -> String {
     match step {
-        Step::World => "Data",
-        Step::Tokenizer => "Tokenizer",
-        Step::Pretrain => "Pretraining",
-        Step::Sft => "Supervised fine-tuning",
-        Step::Collect => "Preference pairs",
-        Step::RewardModel => "Reward model",
-        Step::Ppo => "PPO",
-        Step::Evaluate => "Evaluation",
+        Step::World => "stories, conversations and prompts, generated from the seed".to_owned(),
+        Step::Tokenizer => "learned from the pretraining text".to_owned(),
+        Step::Collect => match source.record.samples_per_prompt {
+            Some(n) => format!("answers of the fine-tuned model, {n} to a prompt, labelled"),
+            None => "answers of the fine-tuned model, labelled".to_owned(),
+        },
+        Step::Evaluate => "every model’s answers to the held-out prompts".to_owned(),
+        _ => String::new(),
     }
 }
 
-fn note(step: Step) -> &'static str {
-    match step {
-        Step::World => "stories, conversations and prompts, generated from the seed",
-        Step::Tokenizer => "learned from the pretraining text",
-        Step::Collect => "answers of the fine-tuned model, two to a prompt, labelled",
-        Step::Evaluate => "every model’s answers to the held-out prompts",
-        _ => "",
-    }
-}
-
-fn gold(evaluation: &Evaluation, scorer: Option<&str>) -> Option<Gold> {
-    let (low, high) = axis(evaluation)?;
+/// The models side by side, by their gold score where it is known, else by the reward model's.
+fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
+    let (measure, scores) = measure(results);
+    let (low, high) = axis(scores).unwrap_or((0.0, 1.0));
     let share = |value: f64| ((value - low) / (high - low) * 100.0).clamp(0.0, 100.0);
-    let rows = evaluation
-        .gold
+    let has_gold = !results.gold.is_empty();
+    let rows = results
+        .words
         .iter()
-        .map(|(&policy, interval)| GoldRow {
-            name: policy_title(policy),
-            class: policy.name(),
-            mean: format!("{:.3}", interval.mean),
-            bounds: format!("{:.3} to {:.3}", interval.low, interval.high),
-            left: share(interval.low),
-            width: share(interval.high) - share(interval.low),
-            center: share(interval.mean),
-            score: evaluation.score.get(&policy).map_or(String::new(), |score| signed(score.mean)),
-            words: evaluation.words.get(&policy).map_or(String::new(), |words| format!("{:.0}", words.mean)),
-            ended: evaluation.ended.get(&policy).map_or(String::new(), |ended| percent(ended.mean)),
+        .map(|(&policy, words)| {
+            let of = |number: &dyn Fn(Interval) -> f64| scores.get(&policy).map_or(0.0, |&interval| number(interval));
+            let text = |write: &dyn Fn(Interval) -> String| {
+                scores.get(&policy).map_or(String::new(), |&interval| write(interval))
+            };
+            PolicyRow {
+                name: policy_title(policy),
+                class: policy.name(),
+                mean: text(&|interval| format!("{:.3}", interval.mean).replace('-', "−")),
+                bounds: text(&|interval| format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")),
+                left: of(&|interval| share(interval.low)),
+                width: of(&|interval| share(interval.high) - share(interval.low)),
+                center: of(&|interval| share(interval.mean)),
+                score: results.score.get(&policy).map_or(String::new(), |score| signed(score.mean)),
+                words: format!("{:.0}", words.mean),
+                ended: results.ended.get(&policy).map_or(String::new(), |ended| percent(ended.mean)),
+            }
         })
         .collect();
-    let scorer = scorer.map_or_else(String::new, |scorer| format!("Gold score: {scorer}. "));
-    Some(Gold {
-        verdict: verdict(evaluation),
+    Comparison {
+        verdict: verdict(results),
+        measure,
         rows,
         axis_low: compact(low),
         axis_high: compact(high),
-        has_score: !evaluation.score.is_empty(),
-        note: format!(
-            "{scorer}No model is trained on it directly. The reward model’s score is the proxy that PPO maximises, scaled so that \
-             the fine-tuned model’s answers have mean 0 and deviation 1. Intervals: {METHOD}."
-        ),
-    })
+        has_score: has_gold && !results.score.is_empty(),
+        note: comparison_note(results, scorer),
+    }
 }
 
-/// Ends of the gold axis: 0 to 1 where all scores lie inside, otherwise round numbers about them.
-fn axis(evaluation: &Evaluation) -> Option<(f64, f64)> {
-    let low = evaluation.gold.values().map(|interval| interval.low).min_by(f64::total_cmp)?;
-    let high = evaluation.gold.values().map(|interval| interval.high).max_by(f64::total_cmp)?;
+/// What the models are compared by, and its values.
+fn measure(results: &Results) -> (&'static str, &BTreeMap<Policy, Interval>) {
+    match (results.gold.is_empty(), results.score.is_empty()) {
+        (false, _) => ("gold score", &results.gold),
+        (true, false) => ("reward model’s score", &results.score),
+        (true, true) => ("", &results.gold),
+    }
+}
+
+fn comparison_note(results: &Results, scorer: Option<&str>) -> String {
+    let mut note = Vec::new();
+    if !results.gold.is_empty() {
+        note.extend(scorer.map(|scorer| format!("Gold score: {scorer}.")));
+        note.push("No model is trained on it directly.".to_owned());
+    }
+    if !results.score.is_empty() {
+        note.push(
+            "The reward model’s score is the proxy that PPO maximises, scaled so that the fine-tuned model’s answers have \
+             mean 0 and deviation 1."
+                .to_owned(),
+        );
+        if results.gold.is_empty() {
+            note.push("A higher one need not be a better answer: read the answers below.".to_owned());
+        }
+    }
+    if !measure(results).1.is_empty() {
+        note.push(format!("Intervals: {METHOD}."));
+    }
+    note.join(" ")
+}
+
+/// Ends of the axis: 0 to 1 where all scores lie inside, otherwise round numbers about them.
+fn axis(scores: &BTreeMap<Policy, Interval>) -> Option<(f64, f64)> {
+    let low = scores.values().map(|interval| interval.low).min_by(f64::total_cmp)?;
+    let high = scores.values().map(|interval| interval.high).max_by(f64::total_cmp)?;
     if low >= 0.0 && high <= 1.0 {
         return Some((0.0, 1.0));
     }
@@ -200,39 +232,39 @@ fn axis(evaluation: &Evaluation) -> Option<(f64, f64)> {
 }
 
 /// One sentence with the result, whatever it was.
-fn verdict(evaluation: &Evaluation) -> String {
-    let of = |policy| evaluation.gold.get(&policy).copied();
+fn verdict(results: &Results) -> String {
+    let (measure, scores) = measure(results);
+    let of = |policy| scores.get(&policy).copied();
+    let number = |x: f64| format!("{x:.3}").replace('-', "−");
     let (Some(sft), Some(ppo)) = (of(Policy::Sft), of(Policy::Ppo)) else {
         return of(Policy::Sft).or_else(|| of(Policy::Base)).map_or_else(String::new, |interval| {
-            format!("The last model’s mean gold score over {} held-out prompts is {:.3}.", interval.n, interval.mean)
+            let mean = number(interval.mean);
+            format!("The last model’s mean {measure} over {} held-out prompts is {mean}.", interval.n)
         });
     };
     let moved = if ppo.mean >= sft.mean { "raised" } else { "lowered" };
     let sure =
         if ppo.is_apart_from(&sft) { "the 95 % intervals do not overlap" } else { "but the 95 % intervals overlap" };
-    let kl = evaluation
+    let kl = results
         .ppo
         .get("kl_mean")
         .and_then(mean_of)
         .map_or_else(String::new, |kl| format!(", {kl:.1} nats of KL from the fine-tuned model"));
     format!(
-        "PPO {moved} the mean gold score over {} held-out prompts from {:.3} to {:.3}{kl}; {sure}.",
-        ppo.n, sft.mean, ppo.mean
+        "PPO {moved} the mean {measure} over {} held-out prompts from {} to {}{kl}; {sure}.",
+        ppo.n,
+        number(sft.mean),
+        number(ppo.mean)
     )
 }
 
-/// The mean of a value printed by `ppo eval`: a number, or an object with `mean`.
-pub fn mean_of(value: &serde_json::Value) -> Option<f64> {
-    value.as_f64().or_else(|| value.get("mean")?.as_f64())
-}
-
-fn answers(row: &crate::evaluation::AnswerRow) -> Answers {
-    Answers {
+fn prompt_view(row: &AnswerRow) -> PromptView {
+    PromptView {
         prompt: row.prompt.clone(),
         answers: row
             .answers
             .iter()
-            .map(|(&policy, answer)| AnswerCell {
+            .map(|(&policy, answer)| AnswerView {
                 name: policy_title(policy),
                 class: policy.name(),
                 marks: marks(answer),
@@ -242,7 +274,7 @@ fn answers(row: &crate::evaluation::AnswerRow) -> Answers {
     }
 }
 
-fn marks(answer: &Answer) -> String {
+fn marks(answer: &ScoredAnswer) -> String {
     let gold = answer.gold.map(|gold| format!("gold {gold:.2}"));
     let score = answer.score.map(|score| format!("score {}", signed(score)));
     let cut = (!answer.ended).then(|| "cut at the limit".to_owned());
@@ -256,40 +288,4 @@ fn answers_lede(source: &Source) -> String {
         "The first {shown} of {all} held-out prompts, not chosen by hand, answered by each model with the same random numbers. \
          The base model has only seen plain text: it goes on from the request rather than answering it. All answers are in answers.jsonl."
     )
-}
-
-fn policy_title(policy: Policy) -> &'static str {
-    match policy {
-        Policy::Base => "Base",
-        Policy::Sft => "SFT",
-        Policy::Ppo => "PPO",
-    }
-}
-
-/// `1 h 2 min`, `3 min 12 s` or `4.2 s`.
-pub fn duration(seconds: f64) -> String {
-    if seconds < 10.0 {
-        return format!("{seconds:.1} s");
-    }
-    let whole = seconds.round() as u64;
-    match (whole / 3600, whole / 60 % 60, whole % 60) {
-        (0, 0, s) => format!("{s} s"),
-        (0, m, s) => format!("{m} min {s} s"),
-        (h, m, _) => format!("{h} h {m} min"),
-    }
-}
-
-/// A share as a percentage.
-pub fn percent(share: f64) -> String {
-    format!("{:.1}\u{a0}%", share * 100.0)
-}
-
-/// With its sign, a true minus.
-pub fn signed(value: f64) -> String {
-    if value < 0.0 { format!("−{:.2}", value.abs()) } else { format!("+{value:.2}") }
-}
-
-fn compact(value: f64) -> String {
-    let text = format!("{value:.2}");
-    text.trim_end_matches('0').trim_end_matches('.').replace('-', "−")
 }

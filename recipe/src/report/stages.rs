@@ -1,13 +1,12 @@
 //! The report's section on each training stage: what it does, its curves, its key numbers, its samples.
 
 use anyhow::Result;
-use common::metrics::names;
+use common::metrics::{first_and_last, names, read_samples};
+use plot::{Curve, Hue, Plot, Weight, smooth, thousands};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::log::{first_and_last, read_samples};
-use super::page::{duration, mean_of, percent, signed, title};
-use super::plot::{Curve, Hue, Plot, Weight, smooth, thousands};
+use super::text::{duration, mean_of, percent, signed, title};
 use super::{Source, StageSource};
 use crate::steps::Step;
 
@@ -78,7 +77,8 @@ const TRENDS: [Trend; 6] = [
         held_out: names::VAL_SCORE,
         unit: "score",
         title: "Reward model’s score.",
-        caption: "Mean over the rollout; 0 is the fine-tuned model. This is what PPO maximises.",
+        caption: "Mean over the rollout; 0 is the fine-tuned model. This is what PPO maximises. An answer without an end counts \
+                  as `ppo.missing_eos_score` here, and by its own score in the table at the top.",
         hue: Hue::Ember,
     },
     Trend {
@@ -170,14 +170,17 @@ pub fn section(source: &Source, stage: &StageSource) -> Result<Section> {
 /// The stage in one line of the overview.
 pub fn result(source: &Source, stage: &StageSource) -> String {
     let log = &stage.log;
-    let evaluated = |name: &str| source.evaluation.as_ref().and_then(|e| e.reward_model.get(name)).and_then(mean_of);
+    let evaluated =
+        |name: &str| source.results.as_ref().and_then(|results| results.reward_model.get(name)).and_then(mean_of);
     match stage.step {
         Step::RewardModel => match evaluated("accuracy").or_else(|| log.last("val/accuracy")) {
             Some(accuracy) => format!("picks the preferred answer in {} of held-out pairs", percent(accuracy)),
             None => String::new(),
         },
         Step::Ppo => match (log.last("objective/score"), log.last("objective/kl")) {
-            (Some(score), Some(kl)) => format!("reward model’s score {} at {kl:.1} nats of KL", signed(score)),
+            (Some(score), Some(kl)) => {
+                format!("last rollout: reward model’s score {} at {kl:.1} nats of KL", signed(score))
+            }
             _ => String::new(),
         },
         _ => match (log.series("val/loss").first(), log.min("val/loss")) {
@@ -269,7 +272,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
     };
     match stage.step {
         Step::RewardModel => {
-            let evaluated = |name: &str| source.evaluation.as_ref()?.reward_model.get(name).and_then(Value::as_f64);
+            let evaluated = |name: &str| source.results.as_ref()?.reward_model.get(name).and_then(Value::as_f64);
             push("Accuracy on the test labels", evaluated("accuracy").map(percent), "pairs never trained on");
             push(
                 "Accuracy against the gold order",
@@ -297,9 +300,15 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             };
             push("Reward model’s score", change("objective/score", 2), "first rollout → last");
             push("Gold score", change(names::GOLD_SCORE, 3), "first rollout → last");
-            push("KL from SFT", log.last("objective/kl").map(|kl| format!("{kl:.2} nats")), "summed over an answer");
-            let win_rate = source.evaluation.as_ref().and_then(|e| e.ppo.get("win_rate")).and_then(mean_of);
-            push("Wins against SFT", win_rate.map(percent), "by the reward model, held-out prompts");
+            let evaluated = |name: &str| source.results.as_ref()?.ppo.get(name).and_then(mean_of);
+            let nats = |kl: f64| format!("{kl:.2} nats");
+            push(
+                "KL from SFT",
+                log.last("objective/kl").map(nats),
+                "summed over an answer; last rollout, training prompts",
+            );
+            push("KL from SFT at the end", evaluated("kl_mean").map(nats), "of the final policy, held-out prompts");
+            push("Wins against SFT", evaluated("win_rate").map(percent), "by the reward model, held-out prompts");
             push("Answers that end", log.last("rollout/eos_rate").map(percent), "last rollout");
             push("Ratios clipped", log.last("policy/clip_frac").map(percent), "of the last update’s tokens");
             push(

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::evaluation::{Answer, AnswerRow, Evaluation, Policy};
-use crate::steps::{RunRecord, Step, StepRecord};
+use crate::record::{RunRecord, StepRecord};
+use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
+use crate::steps::Step;
 
 fn jsonl(path: &Path, rows: impl IntoIterator<Item = Value>) {
     let text = rows.into_iter().fold(String::new(), |text, row| text + &row.to_string() + "\n");
@@ -49,7 +50,7 @@ fn made_up_run(out: &Path) {
             json!({ "step": 600, "prompt": "Once", "text": "there was a fox & a boat." }),
         ],
     );
-    let answer = |gold: f64, text: &str| Answer {
+    let answer = |gold: f64, text: &str| ScoredAnswer {
         text: text.to_owned(),
         ended: gold > 0.3,
         tokens: 9,
@@ -71,10 +72,10 @@ fn made_up_run(out: &Path) {
         })
         .collect();
     AnswerRow::write_all(&rows, out).unwrap();
-    let mut evaluation = Evaluation::of_answers(&rows);
-    evaluation.reward_model.insert("accuracy".to_owned(), json!(0.81));
-    evaluation.ppo.insert("kl_mean".to_owned(), json!({ "mean": 6.5, "low": 6.0, "high": 7.0 }));
-    evaluation.write(out).unwrap();
+    let mut results = Results::of_answers(&rows);
+    results.reward_model.insert("accuracy".to_owned(), json!(0.81));
+    results.ppo.insert("kl_mean".to_owned(), json!({ "mean": 6.5, "low": 6.0, "high": 7.0 }));
+    results.write(out).unwrap();
     let mut record = RunRecord {
         recipe: "tiny".to_owned(),
         title: "A tiny world".to_owned(),
@@ -85,8 +86,8 @@ fn made_up_run(out: &Path) {
         gold: Some("five parts of a story".to_owned()),
         ..RunRecord::default()
     };
-    for step in stages.into_iter().chain([Step::World]) {
-        record.steps.insert(step, StepRecord { key: String::new(), finished: true, seconds: 61.0 });
+    for step in stages.into_iter().chain([Step::World, Step::Evaluate]) {
+        record.steps.insert(step, StepRecord { finished: true, seconds: 61.0, ..StepRecord::default() });
     }
     record.save(out).unwrap();
 }
@@ -101,7 +102,7 @@ fn report_json_has_the_contracts_fields() {
         assert_eq!(report["stages"][stage]["seconds"], 61.0, "{stage}");
         assert_eq!(report["stages"][stage]["tokens"], 60 * 640, "{stage}");
     }
-    assert_eq!(report["total_seconds"], 5.0 * 61.0);
+    assert_eq!(report["total_seconds"], 6.0 * 61.0);
     assert_eq!(report["stages"]["ppo"]["metrics"]["objective/kl"], 5.9);
     assert_eq!(report["stages"]["ppo"]["metrics"]["kl_mean"]["mean"], 6.5);
     assert_eq!(report["stages"]["reward-model"]["metrics"]["accuracy"], 0.81);
@@ -138,11 +139,88 @@ fn a_run_of_one_stage_without_gold_has_a_report() {
     let mut record = RunRecord::load(out.path()).unwrap();
     record.steps.retain(|&step, _| step == Step::Pretrain);
     record.save(out.path()).unwrap();
-    fs::remove_file(out.path().join("evaluation.json")).unwrap();
-    fs::remove_file(out.path().join("answers.jsonl")).unwrap();
     super::write(out.path()).unwrap();
     let report: Value = serde_json::from_str(&fs::read_to_string(out.path().join("report.json")).unwrap()).unwrap();
     assert!(report.get("gold").is_none() && report["stages"].as_object().unwrap().len() == 1);
     let html = fs::read_to_string(out.path().join("report.html")).unwrap();
     assert!(html.contains("id=\"pretrain\"") && !html.contains("id=\"ppo\"") && !html.contains("Answers side by side"));
+}
+
+/// The page and `report.json` of a run that `change` changed.
+fn report_of(change: impl FnOnce(&Path)) -> (String, Value) {
+    let out = tempfile::tempdir().unwrap();
+    made_up_run(out.path());
+    change(out.path());
+    super::write(out.path()).unwrap();
+    let read = |name: &str| fs::read_to_string(out.path().join(name)).unwrap();
+    (read("report.html"), serde_json::from_str(&read("report.json")).unwrap())
+}
+
+/// The answers of the run without what `change` takes away.
+fn change_answers(out: &Path, change: impl Fn(&mut ScoredAnswer)) {
+    let mut rows = AnswerRow::read_all(out).unwrap();
+    rows.iter_mut().flat_map(|row| row.answers.values_mut()).for_each(change);
+    AnswerRow::write_all(&rows, out).unwrap();
+    Results::of_answers(&rows).write(out).unwrap();
+}
+
+#[test]
+fn without_a_gold_score_the_models_are_compared_by_the_reward_models() {
+    let (html, report) = report_of(|out| change_answers(out, |answer| answer.gold = None));
+    assert!(report.get("gold").is_none() && report.get("gold_gain").is_none(), "{report}");
+    assert!((report["score"]["ppo"]["mean"].as_f64().unwrap() - 0.39).abs() < 1e-9, "{report}");
+    assert!(report["words"]["sft"]["mean"].is_number());
+    let verdict = "PPO raised the mean reward model’s score over 40 held-out prompts from 0.140 to 0.390";
+    assert!(html.contains(verdict) && !html.contains("Gold score:"), "{html}");
+}
+
+#[test]
+fn without_any_score_there_are_words_and_answers() {
+    let (html, report) = report_of(|out| change_answers(out, |answer| (answer.gold, answer.score) = (None, None)));
+    assert!(report.get("gold").is_none() && report.get("score").is_none() && report["words"].is_object(), "{report}");
+    assert!(html.contains(">words<") && !html.contains("95 % interval") && html.contains("id=\"answers\""));
+}
+
+#[test]
+fn what_rests_on_replaced_models_is_left_out() {
+    let (html, report) = report_of(|out| {
+        let mut record = RunRecord::load(out).unwrap();
+        for step in [Step::Ppo, Step::Evaluate] {
+            record.steps.get_mut(&step).unwrap().stale = true;
+        }
+        record.save(out).unwrap();
+    });
+    assert!(report["stages"].get("ppo").is_none() && report.get("gold").is_none(), "{report}");
+    assert!(!html.contains("id=\"ppo\"") && !html.contains("id=\"answers\""));
+}
+
+#[test]
+fn the_gold_curve_of_another_scorer_is_left_out() {
+    let scored_by = |gold: &str| {
+        report_of(|out| {
+            let mut record = RunRecord::load(out).unwrap();
+            let ppo = record.steps.get_mut(&Step::Ppo).unwrap();
+            ppo.inputs.set("precision", "f32");
+            ppo.gold = Some(gold.to_owned());
+            record.gold_fingerprint = Some("this one".to_owned());
+            record.save(out).unwrap();
+        })
+    };
+    assert!(scored_by("this one").1["stages"]["ppo"]["metrics"]["gold/score"].is_number());
+    let (html, report) = scored_by("another");
+    assert!(report["stages"]["ppo"]["metrics"].get("gold/score").is_none(), "{report}");
+    assert!(!html.contains("PPO does not see it"), "{html}");
+}
+
+#[test]
+fn texts_count_what_there_is() {
+    let (html, _) = report_of(|out| {
+        let mut record = RunRecord::load(out).unwrap();
+        record.threads = 1;
+        record.samples_per_prompt = Some(3);
+        record.steps.insert(Step::Collect, StepRecord { finished: true, ..StepRecord::default() });
+        record.save(out).unwrap();
+    });
+    assert!(html.contains("backend flex, 1 thread<"), "{html}");
+    assert!(html.contains("3 to a prompt") && html.contains("of the final policy, held-out prompts"), "{html}");
 }

@@ -1,15 +1,15 @@
-//! What the held-out prompts show: answers of every policy, their gold scores, and the reward model's opinion of them.
+//! Results on the held-out prompts: answers of every policy, their gold scores where known, and the reward model's scores.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use common::files::write_whole;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::stats::Interval;
-use crate::steps::write_whole;
 
 /// A model that answers prompts, in the order in which the recipe makes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ impl Policy {
 
 /// `<out>/evaluation.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Evaluation {
+pub struct Results {
     /// Gold score over the held-out prompts; empty where the recipe knows none.
     pub gold: BTreeMap<Policy, Interval>,
     /// The reward model's score of the same answers; empty without a reward model.
@@ -49,6 +49,7 @@ pub struct Evaluation {
     /// Share of answers that stopped by themselves.
     pub ended: BTreeMap<Policy, Interval>,
     /// Gold score of PPO minus SFT, prompt by prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gain: Option<Interval>,
     /// What `reward-model eval` prints for the test pairs, and the same against the noise-free gold order.
     pub reward_model: Map<String, Value>,
@@ -63,12 +64,12 @@ pub struct AnswerRow {
     pub prompt: String,
     /// Answers by policy.
     #[serde(flatten)]
-    pub answers: BTreeMap<Policy, Answer>,
+    pub answers: BTreeMap<Policy, ScoredAnswer>,
 }
 
 /// One answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct ScoredAnswer {
     /// What the model wrote, special tokens left out.
     pub text: String,
     /// Whether it stopped by itself, before the length limit.
@@ -76,15 +77,17 @@ pub struct Answer {
     /// Sampled tokens, the stop token included.
     pub tokens: usize,
     /// Gold score, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gold: Option<f64>,
     /// The reward model's normalised score, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
 }
 
-impl Evaluation {
+impl Results {
     /// Averages over the rows of `answers.jsonl`; the maps of the stages' own evaluations start empty.
     pub fn of_answers(rows: &[AnswerRow]) -> Self {
-        let over_rows = |value: &dyn Fn(&Answer) -> Option<f64>| -> BTreeMap<Policy, Interval> {
+        let over_rows = |value: &dyn Fn(&ScoredAnswer) -> Option<f64>| -> BTreeMap<Policy, Interval> {
             Policy::ALL
                 .into_iter()
                 .filter_map(|policy| {
@@ -127,7 +130,7 @@ impl Evaluation {
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&self, out: &Path) -> Result<()> {
-        write_whole(&out.join("evaluation.json"), &serde_json::to_string_pretty(self)?)
+        write(&out.join("evaluation.json"), &serde_json::to_string_pretty(self)?)
     }
 }
 
@@ -161,8 +164,12 @@ impl AnswerRow {
             text.push_str(&serde_json::to_string(row)?);
             text.push('\n');
         }
-        write_whole(&out.join("answers.jsonl"), &text)
+        write(&out.join("answers.jsonl"), &text)
     }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 #[cfg(test)]
@@ -170,7 +177,8 @@ mod tests {
     use super::*;
 
     fn row(prompt: &str, sft: f64, ppo: f64) -> AnswerRow {
-        let answer = |gold| Answer { text: "a b".to_owned(), ended: true, tokens: 3, gold: Some(gold), score: None };
+        let answer =
+            |gold| ScoredAnswer { text: "a b".to_owned(), ended: true, tokens: 3, gold: Some(gold), score: None };
         AnswerRow {
             prompt: prompt.to_owned(),
             answers: [(Policy::Sft, answer(sft)), (Policy::Ppo, answer(ppo))].into(),
@@ -180,12 +188,12 @@ mod tests {
     #[test]
     fn the_gain_is_paired_by_prompt() {
         // Differences 0.1 and 0.3: mean 0.2, s = 0.1414, half width 1.96·0.1414/√2 = 0.196.
-        let evaluation = Evaluation::of_answers(&[row("a", 0.2, 0.3), row("b", 0.5, 0.8)]);
-        let gain = evaluation.gain.unwrap();
+        let results = Results::of_answers(&[row("a", 0.2, 0.3), row("b", 0.5, 0.8)]);
+        let gain = results.gain.unwrap();
         assert!((gain.mean - 0.2).abs() < 1e-12 && (gain.high - gain.mean - 0.196).abs() < 1e-4, "{gain:?}");
-        assert!((evaluation.gold[&Policy::Ppo].mean - 0.55).abs() < 1e-12);
-        assert!(!evaluation.gold.contains_key(&Policy::Base) && evaluation.score.is_empty());
-        assert_eq!(evaluation.words[&Policy::Sft].mean, 2.0);
+        assert!((results.gold[&Policy::Ppo].mean - 0.55).abs() < 1e-12);
+        assert!(!results.gold.contains_key(&Policy::Base) && results.score.is_empty());
+        assert_eq!(results.words[&Policy::Sft].mean, 2.0);
     }
 
     #[test]
@@ -194,8 +202,8 @@ mod tests {
         let rows = [row("a <b>", 0.2, 0.3), row("c", 0.1, 0.9)];
         AnswerRow::write_all(&rows, dir.path()).unwrap();
         assert_eq!(AnswerRow::read_all(dir.path()).unwrap(), rows);
-        let evaluation = Evaluation::of_answers(&rows);
-        evaluation.write(dir.path()).unwrap();
-        assert_eq!(Evaluation::read(dir.path()).unwrap(), Some(evaluation));
+        let results = Results::of_answers(&rows);
+        results.write(dir.path()).unwrap();
+        assert_eq!(Results::read(dir.path()).unwrap(), Some(results));
     }
 }

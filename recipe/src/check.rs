@@ -1,0 +1,279 @@
+//! What can be found wrong in the first seconds instead of after hours: data, models and lengths of the steps to come.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use common::checkpoint::{self, Checkpoint};
+use common::conversation;
+use common::data::records::{self, OnBadRecord, Prompt};
+use common::tokenizer::Tokenizer;
+
+use crate::collect::PairFiles;
+use crate::setup::Setup;
+use crate::steps::Step;
+
+/// Checks everything that the steps `due` will need and that is there already.
+///
+/// # Errors
+/// Naming the step that would fail, and why.
+pub fn check(setup: &Setup, due: &[Step]) -> Result<()> {
+    let checker = Checker { setup, due, model: Model::open(setup, due)? };
+    for &step in due {
+        checker.step(step).with_context(|| format!("the step `{step}` cannot run"))?;
+    }
+    Ok(())
+}
+
+/// Checks that prompts and answers of the steps `due` fit the context, which takes the tokenizer that was just learned.
+///
+/// # Errors
+/// Naming the step that would fail, and why.
+pub fn check_lengths(setup: &Setup, due: &[Step]) -> Result<()> {
+    let checker = Checker { setup, due, model: Model::open(setup, &[])? };
+    for &step in due {
+        checker.lengths(step).with_context(|| format!("the step `{step}` cannot run"))?;
+    }
+    Ok(())
+}
+
+/// What is known of the model before it is trained.
+struct Model {
+    /// Tokens of its context, and the setting that says so.
+    context: Option<(usize, String)>,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl Model {
+    fn open(setup: &Setup, due: &[Step]) -> Result<Self> {
+        if let Some(init) = &setup.recipe.config.init {
+            let model = checkpoint::init_from(init).context("failed to load `recipe.init`")?;
+            return Ok(Self {
+                context: Some((model.model_config().max_seq_len, format!("`{}`", init.display()))),
+                tokenizer: Some(model.require_tokenizer()?.clone()),
+            });
+        }
+        let context = match &setup.configs.pretrain {
+            Some(config) => {
+                let model = config.model.resolve(config.tokenizer.vocab_size).with_context(|| {
+                    format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display())
+                })?;
+                if let Some(seq_len) = config.train.seq_len {
+                    ensure!(
+                        seq_len <= model.max_seq_len,
+                        "`pretrain.train.seq_len` is {seq_len}, but the model's context \
+                         (`pretrain.model.max_seq_len`) has {} tokens",
+                        model.max_seq_len
+                    );
+                }
+                Some((model.max_seq_len, "`pretrain.model.max_seq_len`".to_owned()))
+            }
+            // The recipe goes on from what an earlier run of it left.
+            None => Checkpoint::open(&setup.base())
+                .ok()
+                .map(|model| (model.model_config().max_seq_len, format!("`{}`", setup.base().display()))),
+        };
+        let dir = setup.dir(Step::Tokenizer);
+        let is_there = dir.join("tokenizer.json").is_file() && !due.contains(&Step::Tokenizer);
+        Ok(Self { context, tokenizer: if is_there { Some(Tokenizer::load(&dir)?) } else { None } })
+    }
+}
+
+struct Checker<'a> {
+    setup: &'a Setup,
+    due: &'a [Step],
+    model: Model,
+}
+
+impl Checker<'_> {
+    fn step(&self, step: Step) -> Result<()> {
+        self.parents(step)?;
+        self.data(step)?;
+        self.lengths(step)
+    }
+
+    /// The checkpoints that a step starts from are made by this command or were made before.
+    fn parents(&self, step: Step) -> Result<()> {
+        let config = &self.setup.recipe.config;
+        let mut parents = match step {
+            Step::World | Step::Tokenizer => Vec::new(),
+            Step::Pretrain if config.init.is_none() => vec![Step::Tokenizer],
+            Step::Pretrain => Vec::new(),
+            Step::Sft if self.setup.base() == self.setup.dir(Step::Pretrain) => vec![Step::Pretrain],
+            Step::Sft => Vec::new(),
+            Step::Collect | Step::RewardModel => vec![Step::Sft],
+            Step::Ppo => vec![Step::Sft, Step::RewardModel],
+            Step::Evaluate => config.stages(),
+        };
+        if step == Step::Evaluate && config.stages().contains(&Step::Ppo) {
+            parents.extend([Step::Sft, Step::RewardModel]);
+        }
+        if step == Step::RewardModel && config.collect.is_some() {
+            parents.push(Step::Collect);
+        }
+        for parent in parents {
+            let is_made = self.due.contains(&parent);
+            let is_there = self.setup.results(parent).iter().all(|path| path.exists());
+            ensure!(
+                is_made || is_there,
+                "it needs what `{parent}` leaves, and `{}` holds none\nhint: run `{parent}` as well: leave out \
+                 `--stages`, or name it in `stages` of recipe.toml",
+                self.setup.out.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether a file should be there now: it is not to be written by a step of this command.
+    fn is_there(&self, path: &Path) -> bool {
+        let pairs = PairFiles::in_out(&self.setup.out);
+        let is_collected = [&pairs.train, &pairs.val, &pairs.test].iter().any(|file| same(file, path));
+        let is_generated = path.starts_with(self.setup.data_dir())
+            || self.setup.recipe.data.as_ref().is_some_and(|data| path.starts_with(data));
+        let is_world = self.setup.recipe.config.world.is_some() && is_generated && !is_collected;
+        !(is_collected && self.due.contains(&Step::Collect) || is_world && self.due.contains(&Step::World))
+    }
+
+    /// The files of a step that should be there now, as absolute paths.
+    fn files(&self, step: Step, files: &[PathBuf]) -> Result<Vec<PathBuf>> {
+        let resolver = self.setup.recipe.resolver(step);
+        let mut all = files.iter().map(|file| Ok(resolver.resolve(file)?)).collect::<Result<Vec<PathBuf>>>()?;
+        all.retain(|file| self.is_there(file));
+        Ok(all)
+    }
+
+    /// Every record of a step's data can be used; of text to pretrain on, that there is any.
+    fn data(&self, step: Step) -> Result<()> {
+        match step {
+            Step::World => {}
+            Step::Tokenizer | Step::Pretrain => {
+                let Some(config) = &self.setup.configs.pretrain else { return Ok(()) };
+                for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
+                    let failed = || format!("failed to read `{}`", file.display());
+                    let size = File::open(&file).and_then(|file| file.metadata()).with_context(failed)?.len();
+                    ensure!(size > 0, "`{}` is empty", file.display());
+                }
+            }
+            Step::Sft => {
+                let Some(config) = &self.setup.configs.sft else { return Ok(()) };
+                for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
+                    for conversation in records::read_conversations(&file, config.data.on_bad_record)? {
+                        conversation::validate(&conversation.messages)
+                            .with_context(|| format!("a conversation of `{}` is not valid", file.display()))?;
+                    }
+                }
+            }
+            Step::RewardModel => {
+                let Some(config) = &self.setup.configs.reward_model else { return Ok(()) };
+                for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
+                    records::read_pairs(&file, config.data.on_bad_record)?;
+                }
+            }
+            Step::Collect | Step::Ppo | Step::Evaluate => {
+                for (file, prompts) in self.prompts(step)? {
+                    self.gold(step, &file, &prompts)?;
+                }
+            }
+        }
+        if let (Step::Evaluate, Some(pairs)) = (step, self.setup.test_pairs())
+            && self.is_there(&pairs)
+            && self.setup.recipe.config.stages().contains(&Step::RewardModel)
+        {
+            records::read_pairs(&pairs, OnBadRecord::Fail)?;
+        }
+        Ok(())
+    }
+
+    /// The prompts that a step answers, file by file, as far as they are there.
+    fn prompts(&self, step: Step) -> Result<Vec<(PathBuf, Vec<Prompt>)>> {
+        let config = &self.setup.recipe.config;
+        let (files, on_bad) = match (step, &config.collect, &config.evaluate, &self.setup.configs.ppo) {
+            (Step::Collect, Some(collect), ..) => {
+                (vec![collect.prompts.clone(), collect.test_prompts.clone()], OnBadRecord::Fail)
+            }
+            (Step::Evaluate, _, Some(evaluate), _) => (vec![evaluate.prompts.clone()], OnBadRecord::Fail),
+            (Step::Ppo, .., Some(ppo)) => ([&ppo.data.train[..], &ppo.data.val[..]].concat(), ppo.data.on_bad_record),
+            _ => return Ok(Vec::new()),
+        };
+        let files: Vec<PathBuf> = files.into_iter().filter(|file| !file.as_os_str().is_empty()).collect();
+        let mut all = Vec::new();
+        for file in self.files(step, &files)? {
+            let prompts = records::read_prompts(&file, on_bad)?;
+            all.push((file, prompts));
+        }
+        Ok(all)
+    }
+
+    /// The gold scorer understands the prompts: all that are to be labelled, some of those that are only reported on.
+    fn gold(&self, step: Step, file: &Path, prompts: &[Prompt]) -> Result<()> {
+        let Some(gold) = &self.setup.gold else { return Ok(()) };
+        let foreign = prompts.iter().find(|prompt| !gold.understands(&prompt.text));
+        if step == Step::Collect
+            && let Some(prompt) = foreign
+        {
+            bail!(
+                "the gold scorer cannot judge answers to `{}` of `{}`\nhint: leave such prompts out",
+                prompt.text,
+                file.display()
+            );
+        }
+        ensure!(
+            prompts.iter().any(|prompt| gold.understands(&prompt.text)),
+            "no prompt of `{}` is a request of the world, which is all that `gold.kind = \"world\"` can judge\n\
+             hint: leave `[gold]` out of recipe.toml, or choose `kind = \"lexicon\"`",
+            file.display()
+        );
+        Ok(())
+    }
+
+    /// Prompts and answers fit the model's context.
+    fn lengths(&self, step: Step) -> Result<()> {
+        let config = &self.setup.recipe.config;
+        let Some((context, source)) = &self.model.context else { return Ok(()) };
+        let (name, n_new) = match (step, &config.collect, &config.evaluate) {
+            (Step::Collect, Some(collect), _) => ("recipe.collect.max_tokens", collect.max_tokens),
+            (Step::Evaluate, _, Some(evaluate)) => ("recipe.evaluate.max_tokens", evaluate.max_tokens),
+            (Step::Ppo, ..) => match &self.setup.configs.ppo {
+                Some(ppo) => ("ppo.ppo.response_length", ppo.ppo.response_length),
+                None => return Ok(()),
+            },
+            (Step::RewardModel, ..) => match &self.setup.configs.reward_model {
+                Some(config) if config.normalisation.samples > 0 => {
+                    ("reward-model.normalisation.max_tokens", config.normalisation.max_tokens)
+                }
+                _ => return Ok(()),
+            },
+            _ => return Ok(()),
+        };
+        ensure!(
+            n_new < *context,
+            "`{name}` is {n_new}, but the model's context ({source}) has {context} tokens, the prompt's included"
+        );
+        let Some(tokenizer) = &self.model.tokenizer else { return Ok(()) };
+        let skips = step == Step::Ppo
+            && self.setup.configs.ppo.as_ref().is_some_and(|ppo| ppo.data.on_too_long == ppo::TooLong::Skip);
+        for (file, prompts) in self.prompts(step)? {
+            let lengths = prompts
+                .iter()
+                .map(|prompt| Ok(conversation::encode_prompt(tokenizer, &prompt.messages)?.len()))
+                .collect::<Result<Vec<usize>>>()
+                .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;
+            let n_too_long = lengths.iter().filter(|&&length| length + n_new > *context).count();
+            let longest = lengths.iter().max().copied().unwrap_or(0);
+            ensure!(
+                n_too_long == 0 || skips && n_too_long < lengths.len(),
+                "{n_too_long} of {} prompts of `{}` leave no room for {n_new} more tokens in the context of {context}; \
+                 the longest has {longest}\nhint: lower `{name}`, or shorten or leave out these prompts",
+                lengths.len(),
+                file.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Whether two paths, one of them perhaps relative, are the same file's.
+fn same(a: &Path, b: &Path) -> bool {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    absolute(a) == absolute(b)
+}

@@ -1,0 +1,297 @@
+//! A recipe's folder: where it is, what the command line changes in its files, and those files read and checked.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use common::config::{self, ConfigError, PathResolver};
+use common::exit::UsageError;
+use common::files::write_whole;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::RecipeConfig;
+use crate::steps::Step;
+
+/// Where the embedded recipe is written to, in the output directory.
+pub const EMBEDDED_DIR: &str = "recipe";
+
+/// A recipe: its folder, its own configuration, and what the command line changes.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// The folder.
+    pub dir: PathBuf,
+    /// The folder's name.
+    pub name: String,
+    /// Its `recipe.toml`, overridden and with absolute paths.
+    pub config: RecipeConfig,
+    /// What `$DATA/` means in the stages' files.
+    pub data: Option<PathBuf>,
+    overrides: Vec<(Step, String)>,
+}
+
+impl Recipe {
+    /// Opens the recipe in the folder `name`, or `configs/<name>`, or the one in this program.
+    ///
+    /// `overrides` are `stage.section.key=VALUE`, where `stage` may be `recipe`; `seed` goes before the file's; `data` is
+    /// what `$DATA/` means, unless the recipe generates its data into `out`.
+    ///
+    /// # Errors
+    /// If there is no such recipe, its configuration is not valid, or an override names no stage.
+    pub fn open(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
+        let (dir, name) = find(name, out)?;
+        let overrides = Overrides::divide(overrides)?;
+        let path = dir.join("recipe.toml");
+        let mut config: RecipeConfig = load(&path, "recipe", &overrides.own)?;
+        let invalid = || format!("invalid config `{}`", path.display());
+        if let Some(seed) = seed {
+            config.seed = seed;
+        }
+        if let Some(world) = &mut config.world {
+            world.seed = config.seed;
+        }
+        config.validate().with_context(invalid)?;
+        let data = match (&config.world, data) {
+            (Some(_), Some(_)) => bail!(
+                "`--data` was given, but the recipe `{}` generates its data\nhint: leave out `--data`, or `[world]` in {}",
+                dir.display(),
+                path.display()
+            ),
+            (Some(_), None) => Some(std::path::absolute(out.join("data")).context("the working directory is unknown")?),
+            (None, data) => data.map(Path::to_owned),
+        };
+        config.resolve(&PathResolver::new(&path, data.as_deref())).with_context(invalid)?;
+        Ok(Self { dir, name, config, data, overrides: overrides.stages })
+    }
+
+    /// The configuration file of a stage; the tokenizer's is that of `pretrain`.
+    pub fn stage_config(&self, step: Step) -> PathBuf {
+        self.dir.join(format!("{}.toml", file_of(step)))
+    }
+
+    /// What the command line and the recipe change in a stage's configuration, as `section.key=VALUE`.
+    pub fn stage_overrides(&self, step: Step) -> Vec<String> {
+        let seed = format!("seed={}", self.config.seed);
+        let of_stage = self.overrides.iter().filter(|(s, _)| *s == file_of(step)).map(|(_, text)| text.clone());
+        std::iter::once(seed).chain(of_stage).collect()
+    }
+
+    /// Resolves the paths of a stage's configuration.
+    pub fn resolver(&self, step: Step) -> PathResolver {
+        PathResolver::new(&self.stage_config(step), self.data.as_deref())
+    }
+
+    /// Reads a stage's configuration with `overrides` over it; errors name an override as it was given to this program.
+    ///
+    /// # Errors
+    /// If the file cannot be read or does not fit `T`.
+    pub fn load<T: DeserializeOwned + Default + Serialize>(&self, step: Step, overrides: &[String]) -> Result<T> {
+        Ok(load(&self.stage_config(step), file_of(step).name(), overrides)?)
+    }
+}
+
+/// The stage in whose file the configuration of `step` stands.
+fn file_of(step: Step) -> Step {
+    if step == Step::Tokenizer { Step::Pretrain } else { step }
+}
+
+/// [`config::load`], with errors in terms of `--set <prefix>.key=VALUE`.
+fn load<T: DeserializeOwned + Default + Serialize>(
+    path: &Path,
+    prefix: &str,
+    overrides: &[String],
+) -> Result<T, ConfigError> {
+    config::load(path, overrides).map_err(|error| match error {
+        ConfigError::Override { flag, reason, hint } => {
+            let hint = match section_of::<T>(path, &flag) {
+                Some(section) if reason.starts_with("unknown field") => {
+                    let key = flag.split('=').next().unwrap_or_default().trim();
+                    format!("\nhint: did you mean `{prefix}.{section}.{key}`?")
+                }
+                _ => hint,
+            };
+            ConfigError::Override { flag: format!("{prefix}.{flag}"), reason, hint }
+        }
+        other => other,
+    })
+}
+
+/// The section of `T` in which the override `flag`, `key=VALUE`, would be valid.
+fn section_of<T: DeserializeOwned + Default + Serialize>(path: &Path, flag: &str) -> Option<String> {
+    let table = toml::Table::try_from(T::default()).ok()?;
+    let sections = table.into_iter().filter(|(_, value)| value.is_table()).map(|(name, _)| name);
+    sections.into_iter().find(|section| config::load::<T>(path, &[format!("{section}.{flag}")]).is_ok())
+}
+
+/// What `--set` changes.
+#[derive(Debug, Default)]
+struct Overrides {
+    /// In recipe.toml.
+    own: Vec<String>,
+    /// In the stages' files.
+    stages: Vec<(Step, String)>,
+}
+
+/// The recipe in this program, for a user without the repository: `configs/tiny`.
+const EMBEDDED: (&str, [(&str, &str); 5]) = (
+    "tiny",
+    [
+        ("recipe.toml", include_str!("../../configs/tiny/recipe.toml")),
+        ("pretrain.toml", include_str!("../../configs/tiny/pretrain.toml")),
+        ("sft.toml", include_str!("../../configs/tiny/sft.toml")),
+        ("reward-model.toml", include_str!("../../configs/tiny/reward-model.toml")),
+        ("ppo.toml", include_str!("../../configs/tiny/ppo.toml")),
+    ],
+);
+
+/// The folder that `name` means, and the recipe's name. The embedded recipe is written into `out`.
+fn find(name: &str, out: &Path) -> Result<(PathBuf, String)> {
+    let is_recipe = |dir: &Path| dir.join("recipe.toml").is_file();
+    let given = PathBuf::from(name);
+    let named = Path::new("configs").join(name);
+    for dir in [&given, &named] {
+        if is_recipe(dir) {
+            let absolute = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+            let name = absolute.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
+            return Ok((dir.clone(), name));
+        }
+    }
+    let (embedded, files) = EMBEDDED;
+    if name == embedded {
+        let dir = out.join(EMBEDDED_DIR);
+        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+        for (file, text) in files {
+            let path = dir.join(file);
+            write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+        }
+        return Ok((dir, embedded.to_owned()));
+    }
+    bail!(
+        "there is no recipe `{name}`: neither `{}` nor `{}` exists\nhint: pass a folder with a recipe.toml, or `{embedded}` \
+         for the one in this program",
+        given.join("recipe.toml").display(),
+        named.join("recipe.toml").display()
+    )
+}
+
+impl Overrides {
+    /// `stage.section.key=VALUE` divided into the recipe's own overrides and those of the stages.
+    fn divide(overrides: &[String]) -> Result<Self> {
+        let mut divided = Self::default();
+        for text in overrides {
+            let (name, rest) = text.split_once('.').unwrap_or((text, ""));
+            match Step::ALL.into_iter().find(|step| step.trains() && step.name() == name) {
+                Some(step) => divided.stages.push((step, rest.to_owned())),
+                None if name == "recipe" => divided.own.push(rest.to_owned()),
+                None => {
+                    return Err(UsageError(format!(
+                        "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
+                         `reward-model.` or `ppo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the \
+                         key in its file"
+                    ))
+                    .into());
+                }
+            }
+        }
+        Ok(divided)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn recipe(toml: &str) -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("recipe.toml"), toml).unwrap();
+        let name = dir.path().display().to_string();
+        (dir, name)
+    }
+
+    fn open(toml: &str, overrides: &[&str], seed: Option<u64>) -> Result<Recipe> {
+        let (_dir, name) = recipe(toml);
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        Recipe::open(&name, Path::new("/runs/x"), Some(Path::new("/data")), &overrides, seed)
+    }
+
+    #[test]
+    fn overrides_reach_their_stage_and_the_seed_reaches_all() {
+        let recipe = open("seed = 1\n", &["ppo.ppo.kl_coef=0.1", "recipe.title=A"], Some(7)).unwrap();
+        assert_eq!(recipe.config.title, "A");
+        assert_eq!(recipe.stage_overrides(Step::Ppo), ["seed=7", "ppo.kl_coef=0.1"]);
+        assert_eq!(recipe.stage_overrides(Step::Tokenizer), ["seed=7"]);
+    }
+
+    #[test]
+    fn an_override_of_no_stage_is_wrong_usage() {
+        let error = open("", &["train.lr=1"], None).unwrap_err();
+        assert!(error.is::<UsageError>() && error.to_string().contains("`reward-model.`"), "{error}");
+    }
+
+    #[test]
+    fn an_override_is_named_as_it_was_typed() {
+        let error = open("", &["recipe.sede=3"], None).unwrap_err().to_string();
+        assert!(error.starts_with("invalid override `--set recipe.sede=3`: unknown field `sede`"), "{error}");
+        assert!(error.ends_with("hint: did you mean `seed`?"), "{error}");
+        let (dir, name) = recipe("");
+        fs::write(dir.path().join("pretrain.toml"), "[data]\ntrain = [\"a.txt\"]\n").unwrap();
+        let overrides = ["pretrain.steps=3".to_owned()];
+        let recipe = Recipe::open(&name, Path::new("o"), None, &overrides, None).unwrap();
+        let load = |step| recipe.load::<pretrain::PretrainConfig>(step, &recipe.stage_overrides(step));
+        for step in [Step::Pretrain, Step::Tokenizer] {
+            let error = load(step).unwrap_err().to_string();
+            assert!(error.starts_with("invalid override `--set pretrain.steps=3`: unknown field `steps`"), "{error}");
+            assert!(error.ends_with("hint: did you mean `pretrain.train.steps`?"), "{error}");
+        }
+    }
+
+    #[test]
+    fn paths_are_those_of_the_recipe_or_of_the_data_directory() {
+        let text =
+            "[gold]\nkind = \"world\"\n[collect]\nprompts = \"$DATA/p.jsonl\"\n[evaluate]\nprompts = \"q.jsonl\"\n";
+        let recipe = open(text, &["recipe.init=models/a"], None).unwrap();
+        assert_eq!(recipe.config.collect.unwrap().prompts, Path::new("/data/p.jsonl"));
+        assert!(recipe.config.evaluate.unwrap().prompts.is_absolute());
+        assert!(recipe.config.init.unwrap().is_absolute());
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_named() {
+        for (toml, expected) in [
+            ("stages = []", "`stages` names no stage"),
+            ("stages = [\"world\"]", "`stages` names `world`"),
+            ("stages = [\"sft\", \"pretrain\"]", "order"),
+            ("[collect]\nprompts = \"p\"", "`[collect]` needs `[gold]`"),
+            ("[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\nsamples_per_prompt = 1", "to make a pair"),
+            ("[evaluate]\nn_prompts = 3", "`prompts` names no file"),
+            ("[evalute]", "did you mean `evaluate`"),
+            ("[world]\n", "generates its data"),
+        ] {
+            let error = format!("{:#}", open(toml, &[], None).unwrap_err());
+            assert!(error.contains(expected), "{toml}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_generated_world_lies_in_the_output_directory_and_has_the_recipes_seed() {
+        let (_dir, name) =
+            recipe("seed = 3\n[world]\nstories = 50\n[evaluate]\nprompts = \"$DATA/prompts.test.jsonl\"\n");
+        let recipe = Recipe::open(&name, Path::new("/runs/x"), None, &[], None).unwrap();
+        assert_eq!(recipe.config.world.as_ref().unwrap().seed, 3);
+        assert_eq!(recipe.config.evaluate.unwrap().prompts, Path::new("/runs/x/data/prompts.test.jsonl"));
+    }
+
+    #[test]
+    fn the_embedded_recipe_needs_no_folder() {
+        let out = tempfile::tempdir().unwrap();
+        let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
+        assert_eq!((recipe.name.as_str(), recipe.dir), ("tiny", out.path().join(EMBEDDED_DIR)));
+        assert_eq!(recipe.config.steps(), Step::ALL);
+    }
+
+    #[test]
+    fn an_unknown_recipe_says_where_it_looked() {
+        let error = Recipe::open("no-such", Path::new("o"), None, &[], None).unwrap_err().to_string();
+        assert!(error.contains("configs/no-such/recipe.toml") && error.contains("hint:"), "{error}");
+    }
+}

@@ -1,0 +1,303 @@
+//! A recipe made ready to run: every configuration read and checked, and what each step depends on.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use common::checkpoint::Manifest;
+use common::config;
+use ppo::PpoConfig;
+use pretrain::PretrainConfig;
+use reward_model::RewardModelConfig;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sft::SftConfig;
+
+use crate::collect::PairFiles;
+use crate::config::{CollectConfig, EvaluateConfig};
+use crate::folder::Recipe;
+use crate::gold::GoldScorer;
+use crate::inputs::Inputs;
+use crate::steps::Step;
+use toy::WorldConfig;
+
+/// The configurations of the stages in a recipe, valid each by itself.
+#[derive(Default)]
+pub struct StageConfigs {
+    /// pretrain.toml
+    pub pretrain: Option<PretrainConfig>,
+    /// sft.toml
+    pub sft: Option<SftConfig>,
+    /// reward-model.toml
+    pub reward_model: Option<RewardModelConfig>,
+    /// ppo.toml
+    pub ppo: Option<PpoConfig>,
+}
+
+impl StageConfigs {
+    /// Reads the configuration of every stage of `recipe` with the overrides of each.
+    ///
+    /// # Errors
+    /// If one is not valid.
+    pub fn load(recipe: &Recipe, overrides: impl Fn(Step) -> Result<Vec<String>>) -> Result<Self> {
+        let mut configs = Self::default();
+        for step in recipe.config.stages() {
+            let overrides = overrides(step)?;
+            match step {
+                Step::Pretrain => configs.pretrain = Some(load(recipe, step, &overrides, PretrainConfig::validate)?),
+                Step::Sft => configs.sft = Some(load(recipe, step, &overrides, SftConfig::validate)?),
+                Step::RewardModel => {
+                    configs.reward_model = Some(load(recipe, step, &overrides, RewardModelConfig::validate)?);
+                }
+                Step::Ppo => configs.ppo = Some(load(recipe, step, &overrides, PpoConfig::validate)?),
+                _ => {}
+            }
+        }
+        Ok(configs)
+    }
+}
+
+fn load<T: DeserializeOwned + Default + Serialize>(
+    recipe: &Recipe,
+    step: Step,
+    overrides: &[String],
+    validate: impl FnOnce(&T) -> Result<()>,
+) -> Result<T> {
+    let config: T = recipe.load(step, overrides)?;
+    validate(&config).with_context(|| format!("invalid config `{}`", recipe.stage_config(step).display()))?;
+    Ok(config)
+}
+
+/// A recipe with all its configurations, and where its results go.
+pub struct Setup {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The output directory.
+    pub out: PathBuf,
+    /// What answers are really worth, where that is known.
+    pub gold: Option<GoldScorer>,
+    /// Float type of the computations, by name.
+    pub precision: &'static str,
+    /// Of the stages in the recipe.
+    pub configs: StageConfigs,
+}
+
+impl Setup {
+    /// Reads and checks the configuration of every stage of `recipe`, whose results go to `out`.
+    ///
+    /// # Errors
+    /// If a configuration is not valid, or the gold scorer's words cannot be read.
+    pub fn open(recipe: Recipe, out: &Path, precision: &'static str) -> Result<Self> {
+        let gold = recipe.config.gold.as_ref().map(|gold| gold.open()).transpose();
+        let gold = gold.context("failed to open the gold scorer")?;
+        let mut setup = Self { gold, out: out.to_owned(), precision, configs: StageConfigs::default(), recipe };
+        setup.configs = StageConfigs::load(&setup.recipe, |step| setup.overrides(step))?;
+        Ok(setup)
+    }
+
+    /// What the recipe changes in a stage's configuration. Collected pairs take the place of the reward model's own.
+    ///
+    /// # Errors
+    /// If the working directory is unknown.
+    pub fn overrides(&self, step: Step) -> Result<Vec<String>> {
+        let mut overrides = self.recipe.stage_overrides(step);
+        if step == Step::RewardModel && self.recipe.config.collect.is_some() {
+            let out = std::path::absolute(&self.out).context("the working directory is unknown")?;
+            let files = PairFiles::in_out(&out);
+            for (key, path) in [("data.train", files.train), ("data.val", files.val)] {
+                let path = toml::Value::String(path.display().to_string());
+                overrides.push(format!("{key}=[{path}]"));
+            }
+        }
+        Ok(overrides)
+    }
+
+    /// The directory of a step that has one of its own.
+    pub fn dir(&self, step: Step) -> PathBuf {
+        self.out.join(step.name())
+    }
+
+    /// Where the generated world and the collected pairs are.
+    pub fn data_dir(&self) -> PathBuf {
+        self.out.join("data")
+    }
+
+    /// The language model that SFT starts from: the recipe's own or the one it was given.
+    pub fn base(&self) -> PathBuf {
+        let config = &self.recipe.config;
+        config
+            .init
+            .clone()
+            .filter(|_| !config.stages().contains(&Step::Pretrain))
+            .unwrap_or_else(|| self.dir(Step::Pretrain))
+    }
+
+    /// Whether there is a language model from before SFT to compare with.
+    pub fn has_base(&self) -> bool {
+        self.recipe.config.init.is_some() || self.configs.pretrain.is_some()
+    }
+
+    /// Test pairs for the reward model: those the recipe names, or those collected.
+    pub fn test_pairs(&self) -> Option<PathBuf> {
+        let config = &self.recipe.config;
+        let collects_test = config.collect.as_ref().is_some_and(|collect| !collect.test_prompts.as_os_str().is_empty());
+        let collected = || collects_test.then(|| PairFiles::in_out(&self.out).test);
+        config.evaluate.as_ref()?.pairs.clone().or_else(collected)
+    }
+
+    /// The files by which a finished step is known.
+    pub fn results(&self, step: Step) -> Vec<PathBuf> {
+        match step {
+            Step::World => vec![self.data_dir().join("prompts.test.jsonl")],
+            Step::Tokenizer => vec![self.dir(step).join("tokenizer.json")],
+            Step::Collect => {
+                let files = PairFiles::in_out(&self.out);
+                vec![files.train, files.val]
+            }
+            Step::Evaluate => vec![self.out.join("evaluation.json"), self.out.join("answers.jsonl")],
+            stage => vec![self.dir(stage).join("manifest.json")],
+        }
+    }
+
+    /// Everything that the result of `step` depends on, as it is now.
+    ///
+    /// # Errors
+    /// If a file or a checkpoint cannot be read.
+    pub fn inputs(&self, step: Step) -> Result<Inputs> {
+        let config = &self.recipe.config;
+        let resolver = self.recipe.resolver(step);
+        let mut inputs = Inputs::default();
+        match step {
+            Step::World => inputs.config("recipe.world", &config.world)?,
+            Step::Tokenizer => {
+                let mut table = toml::Table::try_from(&self.configs.pretrain)?;
+                table.retain(|name, _| ["seed", "tokenizer", "data"].contains(&name));
+                inputs.stage_config("pretrain", &table, &resolver)?;
+            }
+            Step::Pretrain => {
+                inputs.stage_config("pretrain", &self.configs.pretrain, &resolver)?;
+                match &config.init {
+                    Some(init) => inputs.weights("init", init)?,
+                    None => inputs.file("tokenizer.json", &self.dir(Step::Tokenizer).join("tokenizer.json"))?,
+                }
+            }
+            Step::Sft => {
+                inputs.stage_config("sft", &self.configs.sft, &resolver)?;
+                inputs.weights("pretrain", &self.base())?;
+            }
+            Step::Collect => self.collect_inputs(config.collect.as_ref(), &mut inputs)?,
+            Step::RewardModel => {
+                inputs.stage_config("reward-model", &self.configs.reward_model, &resolver)?;
+                inputs.weights("sft", &self.dir(Step::Sft))?;
+            }
+            Step::Ppo => {
+                inputs.stage_config("ppo", &self.configs.ppo, &resolver)?;
+                inputs.weights("sft", &self.dir(Step::Sft))?;
+                inputs.weights("reward-model", &self.dir(Step::RewardModel))?;
+            }
+            Step::Evaluate => self.evaluate_inputs(config.evaluate.as_ref(), &mut inputs)?,
+        }
+        if !matches!(step, Step::World | Step::Tokenizer) {
+            inputs.set("precision", self.precision);
+        }
+        Ok(inputs)
+    }
+
+    fn collect_inputs(&self, collect: Option<&CollectConfig>, inputs: &mut Inputs) -> Result<()> {
+        let collect = collect.context("the recipe has no `[collect]`")?;
+        inputs.config("recipe.collect", collect)?;
+        inputs.file("recipe.collect.prompts", &collect.prompts)?;
+        inputs.file("recipe.collect.test_prompts", &collect.test_prompts)?;
+        inputs.set("recipe.seed", self.recipe.config.seed.to_string());
+        self.gold_inputs(inputs)?;
+        inputs.weights("sft", &self.dir(Step::Sft))
+    }
+
+    fn evaluate_inputs(&self, evaluate: Option<&EvaluateConfig>, inputs: &mut Inputs) -> Result<()> {
+        let evaluate = evaluate.context("the recipe has no `[evaluate]`")?;
+        inputs.config("recipe.evaluate", evaluate)?;
+        inputs.file("recipe.evaluate.prompts", &evaluate.prompts)?;
+        if let Some(pairs) = self.test_pairs() {
+            inputs.file("recipe.evaluate.pairs", &pairs)?;
+        }
+        inputs.set("recipe.seed", self.recipe.config.seed.to_string());
+        self.gold_inputs(inputs)?;
+        if self.has_base() {
+            inputs.weights("pretrain", &self.base())?;
+        }
+        for stage in self.recipe.config.stages() {
+            inputs.weights(stage.name(), &self.dir(stage))?;
+        }
+        Ok(())
+    }
+
+    fn gold_inputs(&self, inputs: &mut Inputs) -> Result<()> {
+        let Some(gold) = &self.recipe.config.gold else { return Ok(()) };
+        inputs.config("recipe.gold", gold)?;
+        if let Some(words) = &gold.words {
+            inputs.file("recipe.gold.words", words)?;
+        }
+        Ok(())
+    }
+
+    /// One hash of the gold score, for what only reports it; `None` without one.
+    ///
+    /// # Errors
+    /// If the scorer's words cannot be read.
+    pub fn gold_fingerprint(&self) -> Result<Option<String>> {
+        let mut inputs = Inputs::default();
+        self.gold_inputs(&mut inputs)?;
+        Ok((!inputs.is_empty()).then(|| inputs.fingerprint()))
+    }
+
+    /// The settings of a step as they are where nobody sets them.
+    ///
+    /// # Errors
+    /// If they have no form in TOML.
+    pub fn defaults(step: Step) -> Result<Inputs> {
+        let mut defaults = Inputs::default();
+        match step {
+            Step::World => defaults.config("recipe.world", &WorldConfig::default())?,
+            Step::Collect => defaults.config("recipe.collect", &CollectConfig::default())?,
+            Step::Evaluate => defaults.config("recipe.evaluate", &EvaluateConfig::default())?,
+            Step::Tokenizer | Step::Pretrain => drop(defaults.settings("pretrain", &PretrainConfig::default())?),
+            Step::Sft => drop(defaults.settings("sft", &SftConfig::default())?),
+            Step::RewardModel => drop(defaults.settings("reward-model", &RewardModelConfig::default())?),
+            Step::Ppo => drop(defaults.settings("ppo", &PpoConfig::default())?),
+        }
+        defaults.set("precision", "f32");
+        Ok(defaults)
+    }
+
+    /// The inputs of a step that an earlier version finished, which recorded only their hash: a stage's checkpoint tells
+    /// its settings, data and parents; of the other steps nothing is known, and their results are taken as they are.
+    ///
+    /// # Errors
+    /// If the checkpoint's manifest cannot be read.
+    pub fn recovered_inputs(&self, step: Step, now: &Inputs) -> Result<Inputs> {
+        let dir = self.dir(step);
+        let mut settings = Inputs::default();
+        let path = dir.join("config.toml");
+        match step {
+            Step::Pretrain => read_settings::<PretrainConfig>(&mut settings, step, &path)?,
+            Step::Sft => read_settings::<SftConfig>(&mut settings, step, &path)?,
+            Step::RewardModel => read_settings::<RewardModelConfig>(&mut settings, step, &path)?,
+            Step::Ppo => read_settings::<PpoConfig>(&mut settings, step, &path)?,
+            _ => return Ok(now.clone()),
+        }
+        let Some(manifest) = Manifest::read(&dir)? else { return Ok(now.clone()) };
+        let mut hashes: BTreeSet<String> = manifest.data.into_values().collect();
+        hashes.extend(manifest.parents.into_iter().map(|parent| parent.weights_sha256));
+        if step == Step::Pretrain {
+            // A manifest has the tokenizer's hash, which is not that of its file.
+            hashes.extend(common::hash::sha256_of_file(&self.dir(Step::Tokenizer).join("tokenizer.json")));
+        }
+        Ok(Inputs::recovered(now, &settings, &hashes))
+    }
+}
+
+fn read_settings<T: DeserializeOwned + Serialize>(settings: &mut Inputs, step: Step, path: &Path) -> Result<()> {
+    let config: T = config::load(path, &[])?;
+    settings.settings(step.name(), &config)?;
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! What `recipe run` finds wrong before its first step, not after hours of training.
+
+#![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
+
+mod lab;
+
+use std::fs;
+
+use lab::Lab;
+
+const RECIPE: &str = "[evaluate]\nprompts = \"$DATA/prompts.test.jsonl\"\npairs = \"$DATA/prefs.test.jsonl\"\n";
+
+/// The error of a run that must end before its first step.
+#[track_caller]
+fn refused(lab: &Lab, args: &[&str]) -> String {
+    let error = lab.fail(args);
+    assert!(!lab.out("tokenizer").exists() && !lab.out("data").exists(), "a step has run: {error}");
+    error
+}
+
+#[test]
+fn overrides_of_every_stage_are_named_as_they_were_typed() {
+    let lab = Lab::new();
+    for (flag, hint) in [
+        ("sft.data.foo=1", "unknown field `foo`"),
+        ("ppo.ppo.foo=1", "unknown field `foo`"),
+        ("pretrain.steps=3", "hint: did you mean `pretrain.train.steps`?"),
+        ("sft.steps=3", "hint: did you mean `sft.train.steps`?"),
+        ("ppo.kl_coef=3", "hint: did you mean `ppo.ppo.kl_coef`?"),
+        ("reward-model.train.epoch=3", "hint: did you mean `epochs`?"),
+        ("recipe.evaluate.temperatur=1", "hint: did you mean `temperature`?"),
+        ("ppo.train.steps=fast", "invalid type: string \"fast\""),
+    ] {
+        let error = refused(&lab, &["--set", flag]);
+        assert!(error.starts_with(&format!("error: invalid override `--set {flag}`")), "{error}");
+        assert!(error.contains(hint), "{flag}: {error}");
+    }
+}
+
+#[test]
+fn numbers_that_do_not_fit_together_are_refused() {
+    let lab = Lab::new();
+    for (flag, reason) in [
+        ("ppo.ppo.minibatches=3", "`ppo.minibatches` 3 does not divide"),
+        ("ppo.ppo.response_length=300", "`ppo.ppo.response_length` is 300, but the model's context"),
+        ("reward-model.normalisation.max_tokens=256", "`reward-model.normalisation.max_tokens` is 256"),
+        ("recipe.collect.max_tokens=256", "`recipe.collect.max_tokens` is 256"),
+        ("recipe.evaluate.max_tokens=9999999", "`recipe.evaluate.max_tokens` is 9999999"),
+        ("recipe.evaluate.temperature=0", "`evaluate.temperature` is 0"),
+        ("recipe.evaluate.temperature=nan", "`temperature` must be 0 or more"),
+        ("pretrain.model.n_heads=3", "n_heads"),
+    ] {
+        let error = refused(&lab, &["--set", flag]);
+        assert!(error.contains(reason), "{flag}: {error}");
+    }
+    let error = refused(&lab, &["--backend", "cuda"]);
+    assert!(error.contains("cuda"), "{error}");
+}
+
+#[test]
+fn records_of_every_stage_are_read_before_the_first() {
+    for (file, record, step, reason) in [
+        ("sft.train.jsonl", "{\"prompt\": \"a\", \"completion\": \" \"}", "sft", "is empty"),
+        ("prefs.train.jsonl", "{\"prompt\": \"a\", \"chosen\": \"b\"}", "reward-model", "rejected"),
+        ("prompts.train.jsonl", "{\"prompts\": \"a\"}", "ppo", "`prompt` is missing"),
+        ("prompts.test.jsonl", "not JSON", "evaluate", "line"),
+        ("prefs.test.jsonl", "{}", "reward-model", "line"),
+    ] {
+        let lab = Lab::with_own_data(RECIPE);
+        let path = lab.path("data").join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        let good: Vec<&str> = text.lines().take(8).collect();
+        fs::write(&path, [&good[..], &[record, ""]].concat().join("\n")).unwrap();
+        let error = refused(&lab, &[]);
+        let n = good.len() + 1;
+        for part in [&format!("the step `{step}` cannot run"), file, reason, &format!("line {n}")] {
+            assert!(error.contains(part), "no {part}: {error}");
+        }
+    }
+}
+
+#[test]
+fn files_that_are_missing_or_empty_are_named() {
+    for file in
+        ["pretrain.train.txt", "sft.val.jsonl", "prefs.test.jsonl", "prompts.pairs-test.jsonl", "prompts.test.jsonl"]
+    {
+        let lab = Lab::with_own_data(RECIPE);
+        fs::write(lab.path("data").join(file), "").unwrap();
+        assert!(refused(&lab, &[]).contains(file), "{file} is empty");
+        fs::remove_file(lab.path("data").join(file)).unwrap();
+        assert!(refused(&lab, &[]).contains(file), "{file} is missing");
+    }
+    let lab = Lab::with_own_data(RECIPE);
+    fs::remove_file(lab.path("micro/ppo.toml")).unwrap();
+    assert!(refused(&lab, &[]).contains("micro/ppo.toml"));
+}
+
+#[test]
+fn a_gold_score_that_understands_no_prompt_is_refused() {
+    let lab = Lab::with_own_data(&format!("{RECIPE}[gold]\nkind = \"world\"\n"));
+    lab.write("data/prompts.test.jsonl", "{\"prompt\": \"What is two and two?\"}\n");
+    let error = refused(&lab, &[]);
+    assert!(error.contains("no prompt of `") && error.contains("is a request of the world"), "{error}");
+    assert!(error.contains("hint: leave `[gold]` out"), "{error}");
+}
+
+#[test]
+fn prompts_that_are_too_long_are_found_as_soon_as_there_is_a_tokenizer() {
+    let lab = Lab::with_own_data(RECIPE);
+    let long = "Tell me a story about a fox and a red boat. ".repeat(60);
+    lab.write("data/prompts.train.jsonl", &format!("{{\"prompt\": \"{long}\"}}\n{{\"prompt\": \"Hello?\"}}\n"));
+    let error = lab.fail(&[]);
+    assert!(error.contains("the step `ppo` cannot run: 1 of 2 prompts"), "{error}");
+    assert!(lab.out("tokenizer").exists() && !lab.out("pretrain").exists(), "{error}");
+    // Now that the tokenizer is there, at once.
+    let output = lab.command(&[]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("1 of 2 prompts") && !said.contains("[1/"), "{said}");
+}
+
+#[test]
+fn a_step_whose_parent_is_nowhere_is_refused() {
+    let lab = Lab::with_own_data(RECIPE);
+    let error = refused(&lab, &["--stages", "ppo"]);
+    assert!(error.contains("the step `ppo` cannot run: it needs what `sft` leaves"), "{error}");
+}
