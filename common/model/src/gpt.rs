@@ -1,14 +1,14 @@
 //! The decoder-only transformer.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use super::cache::LayerCache;
+use super::block::{Blank, Block, Dropout, Norm, Pass};
 use super::positions::sinusoid_table;
 use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
 use base::rng::{Rng, Streams};
-use kernels::{self, Affine, Kernels, NormWeights, Precision};
+use kernels::{self, Kernels, Precision};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
@@ -36,64 +36,6 @@ pub struct Gpt {
     kernels: Kernels,
     #[module(skip)]
     precision: Precision,
-}
-
-/// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`]'s.
-#[derive(Module, Debug)]
-struct Block {
-    norm_1: Norm,
-    attention: Attention,
-    norm_2: Norm,
-    mlp: Mlp,
-}
-
-/// Causal multi-head self-attention.
-#[derive(Module, Debug)]
-struct Attention {
-    /// `[d_model, 3·d_model]`: queries, keys and values side by side, each with its heads in order
-    qkv: Linear,
-    proj: Linear,
-    n_heads: usize,
-}
-
-/// The position-wise feed-forward layer: up, non-linearity, down.
-#[derive(Module, Debug)]
-struct Mlp {
-    up: Linear,
-    down: Linear,
-}
-
-/// `y = x·W + b` with `W: [d_in, d_out]`.
-#[derive(Module, Debug)]
-struct Linear {
-    weight: Param<Tensor<2>>,
-    bias: Param<Tensor<1>>,
-}
-
-/// LayerNorm with gain and offset.
-#[derive(Module, Debug)]
-struct Norm {
-    gamma: Param<Tensor<1>>,
-    beta: Param<Tensor<1>>,
-}
-
-/// What the layers of one forward pass need besides their weights.
-struct Pass<'a> {
-    kernels: Kernels,
-    /// Of the branches; the residual stream and the norms are in f32.
-    precision: Precision,
-    eps: f64,
-    /// `[batch, seq]`
-    first_key: Option<Tensor<2, Int>>,
-    dropout: Option<Dropout<'a>>,
-    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
-    in_blocks: bool,
-}
-
-/// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
-struct Dropout<'a> {
-    probability: f64,
-    rng: &'a mut Rng,
 }
 
 impl Gpt {
@@ -132,31 +74,14 @@ impl Gpt {
         super::named::load(Self::blank(config, device), named)
     }
 
-    /// A model whose parameters have their shapes only, to be [loaded](super::named::load): each is one number, repeated
-    /// without taking up memory.
+    /// A model whose parameters have their shapes only, to be [loaded](super::named::load).
     pub(super) fn blank(config: &GptConfig, device: &Device) -> Self {
         if let Err(error) = config.validate() {
             panic!("{error}");
         }
-        let (d_model, d_ff) = (config.d_model, config.d_ff);
-        let number = Tensor::<1>::zeros([1], device);
-        let vector = |n| Param::from_tensor(number.clone().expand([n]));
-        let table = |n| Param::from_tensor(number.clone().expand([n, d_model]));
-        let linear = |d_in, d_out| Linear {
-            weight: Param::from_tensor(number.clone().expand([d_in, d_out])),
-            bias: vector(d_out),
-        };
-        let norm = || Norm { gamma: vector(d_model), beta: vector(d_model) };
-        let block = |_| Block {
-            norm_1: norm(),
-            attention: Attention {
-                qkv: linear(d_model, 3 * d_model),
-                proj: linear(d_model, d_model),
-                n_heads: config.n_heads,
-            },
-            norm_2: norm(),
-            mlp: Mlp { up: linear(d_model, d_ff), down: linear(d_ff, d_model) },
-        };
+        let d_model = config.d_model;
+        let blank = Blank::new(device);
+        let table = |n| blank.param([n, d_model]);
         Self {
             token_embedding: table(config.vocab_size),
             position_embedding: (config.positions == Positions::Learned).then(|| table(config.max_seq_len)),
@@ -164,8 +89,8 @@ impl Gpt {
                 let table = sinusoid_table(config.max_seq_len, d_model);
                 Tensor::from_data(TensorData::new(table, [config.max_seq_len, d_model]), device)
             }),
-            blocks: (0..config.n_layers).map(block).collect(),
-            final_norm: (config.norm == NormPlacement::Pre).then(norm),
+            blocks: (0..config.n_layers).map(|_| Block::blank(config, &blank)).collect(),
+            final_norm: (config.norm == NormPlacement::Pre).then(|| Norm::blank(d_model, &blank)),
             head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
             config: config.clone(),
             kernels: Kernels::default(),
@@ -324,163 +249,29 @@ impl Gpt {
         let max_seq_len = self.config.max_seq_len;
         let last = positions.map_or(start + seq, |p| p.iter().max().map_or(0, |&p| p + 1));
         assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
-        let places = match (&self.position_embedding, &self.sinusoids) {
+        let position_table = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
             (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
         };
-        kernels::embed(self.kernels, self.token_embedding.val(), places, ids, positions, start)
+        kernels::embed(self.kernels, self.token_embedding.val(), position_table, ids, positions, start)
     }
 
     /// All blocks and the final norm.
-    ///
-    /// A norm that follows a residual addition takes the addition along, so with pre-norm each block's second branch
-    /// is added by the norm of the next block.
     fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Cache>) -> Tensor<3> {
-        let x = pass.drop(x);
-        let act = self.config.activation;
-        match self.config.norm {
-            NormPlacement::Post => {
-                let mut x = x;
-                for (i, block) in self.blocks.iter().enumerate() {
-                    let (qkv, residual) = block.attention.qkv.forward_keeping(x, pass);
-                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
-                    x = block.attention.finish(mixed, residual, &block.norm_1, pass).0;
-                    x = block.mlp.forward(x.clone(), act, x, &block.norm_2, pass).0;
-                }
-                x
+        let mut x = pass.drop(x);
+        let activation = self.config.activation;
+        let Some(final_norm) = &self.final_norm else {
+            for (layer, block) in self.blocks.iter().enumerate() {
+                x = block.post_norm(x, activation, pass, cache.as_deref_mut(), layer);
             }
-            NormPlacement::Pre => {
-                let (mut normed, mut x) = self.blocks[0].norm_1.forward_keeping(x, pass);
-                for (i, block) in self.blocks.iter().enumerate() {
-                    let qkv = block.attention.qkv.forward(pass.precision.narrow(normed), pass);
-                    let mixed = block.attention.mix(qkv, pass, cache.as_deref_mut(), i);
-                    (normed, x) = block.attention.finish(mixed, x, &block.norm_2, pass);
-                    let next_norm = self.blocks.get(i + 1).map_or(self.final_norm.as_ref(), |next| Some(&next.norm_1));
-                    let next_norm = next_norm.expect("pre-norm has a final norm");
-                    (normed, x) = block.mlp.forward(normed, act, x, next_norm, pass);
-                }
-                normed
-            }
-        }
-    }
-}
-
-impl Attention {
-    /// `softmax(QKᵀ/√d_head)·V` over what each query sees.
-    ///
-    /// # Shapes
-    /// - `qkv`: `[batch, seq, 3·d_model]`
-    /// - returns `[batch, seq, d_model]`
-    fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
-        let [batch, seq, width] = qkv.dims();
-        let mixed = match cache {
-            None => {
-                let dropout_mask = pass.mask::<4>([batch, self.n_heads, seq, seq], &qkv.device());
-                kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.n_heads, dropout_mask)
-            }
-            Some(cache) => {
-                let LayerCache { keys_values } = &mut cache.layers[layer];
-                let (keys, values) = keys_values.take().expect("each layer's cache is put back after use");
-                let (mixed, keys, values) = kernels::attention_cached(pass.kernels, qkv, keys, values, &cache.lens);
-                *keys_values = Some((keys, values));
-                mixed
-            }
+            return x;
         };
-        assert_shape!(mixed, [batch, seq, width / 3]);
-        mixed
-    }
-
-    /// The output projection, what it is added to, and the norm after that: see [`Norm::add`].
-    fn finish(
-        &self,
-        mixed: Tensor<3>,
-        residual: Tensor<3>,
-        norm: &Norm,
-        pass: &mut Pass<'_>,
-    ) -> (Tensor<3>, Tensor<3>) {
-        if pass.in_blocks {
-            return kernels::project_add_norm(pass.kernels, mixed, self.proj.weights(), residual, norm.weights(pass));
+        let mut state = self.blocks[0].first_norm().forward_keeping(x, pass);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let next = self.blocks.get(layer + 1).map_or(final_norm, Block::first_norm);
+            state = block.pre_norm(state, activation, next, pass, cache.as_deref_mut(), layer);
         }
-        let projected = pass.precision.widen(self.proj.forward(mixed, pass));
-        norm.add(pass.drop(projected), residual, pass)
-    }
-}
-
-impl Mlp {
-    /// `W₂·act(W₁·x + b₁) + b₂`, what it is added to, and the norm after that: see [`Norm::add`].
-    fn forward(
-        &self,
-        x: Tensor<3>,
-        activation: super::Activation,
-        residual: Tensor<3>,
-        norm: &Norm,
-        pass: &mut Pass<'_>,
-    ) -> (Tensor<3>, Tensor<3>) {
-        if pass.in_blocks {
-            let (up, down, norm) = (self.up.weights(), self.down.weights(), norm.weights(pass));
-            return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
-        }
-        // [batch, seq, d_ff]
-        let Pass { kernels, precision, .. } = *pass;
-        let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
-        let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
-        let down = precision.widen(self.down.forward(active, pass));
-        norm.add(pass.drop(down), residual, pass)
-    }
-}
-
-impl Linear {
-    fn weights(&self) -> Affine {
-        Affine { weight: self.weight.val(), bias: self.bias.val() }
-    }
-
-    /// In the precision of the pass, `x` and what is returned.
-    fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
-        kernels::linear(pass.kernels, x, weight, Some(bias))
-    }
-
-    /// The result in the precision of the pass, and `x` again for the residual addition.
-    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        if pass.in_blocks {
-            return kernels::linear_keeping(pass.kernels, x, self.weights());
-        }
-        (self.forward(pass.precision.narrow(x.clone()), pass), x)
-    }
-}
-
-impl Norm {
-    fn weights(&self, pass: &Pass<'_>) -> NormWeights {
-        NormWeights { gamma: self.gamma.val(), beta: self.beta.val(), eps: pass.eps }
-    }
-
-    /// The result, and `x` again for the residual addition.
-    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass))
-    }
-
-    /// `(LayerNorm(branch + residual), branch + residual)`.
-    fn add(&self, branch: Tensor<3>, residual: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        kernels::add_layer_norm(pass.kernels, branch, residual, self.gamma.val(), self.beta.val(), pass.eps)
-    }
-}
-
-impl Pass<'_> {
-    /// A mask of zeros and `1/(1 − p)`, or `None` where nothing is dropped.
-    fn mask<const D: usize>(&mut self, shape: [usize; D], device: &Device) -> Option<Tensor<D>> {
-        let dropout = self.dropout.as_mut()?;
-        let keep = 1.0 / (1.0 - dropout.probability) as f32;
-        let n = shape.iter().product();
-        let draw = |_| if dropout.rng.uniform() < dropout.probability { 0.0 } else { keep };
-        let mask: Vec<f32> = (0..n).map(draw).collect();
-        Some(Tensor::from_data(TensorData::new(mask, shape), device))
-    }
-
-    fn drop(&mut self, x: Tensor<3>) -> Tensor<3> {
-        match self.mask(x.dims(), &x.device()) {
-            Some(mask) => x * mask,
-            None => x,
-        }
+        state.0
     }
 }
 

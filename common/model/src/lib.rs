@@ -1,5 +1,6 @@
 //! The one transformer of Kindling: configuration, forward pass, key/value cache and scalar heads.
 
+mod block;
 mod cache;
 mod config;
 pub mod generate;
