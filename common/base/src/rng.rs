@@ -55,6 +55,23 @@ impl Rng {
         (self.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
     }
 
+    /// The next numbers of [`next_u64`](Self::next_u64), all at once.
+    pub fn fill_u64(&mut self, numbers: &mut [u64]) {
+        let mut bytes = [0; 4096];
+        for part in numbers.chunks_mut(bytes.len() / 8) {
+            let bytes = &mut bytes[..8 * part.len()];
+            self.inner.fill_bytes(bytes);
+            for (number, bytes) in part.iter_mut().zip(bytes.as_chunks().0) {
+                *number = u64::from_le_bytes(*bytes);
+            }
+        }
+    }
+
+    /// Leaves out the next `n` numbers of [`next_u64`](Self::next_u64), in no time.
+    pub fn skip_u64(&mut self, n: usize) {
+        self.inner.set_word_pos(self.inner.get_word_pos() + 2 * n as u128);
+    }
+
     /// A uniform integer in `0..n`, without modulo bias.
     ///
     /// # Panics
@@ -107,6 +124,24 @@ mod tests {
         assert_ne!(first, Streams::new(8).get("order", 3).next_u64());
         assert_ne!(first, streams.get("sampling", 3).next_u64());
         assert_ne!(first, streams.get("order", 4).next_u64());
+    }
+
+    #[test]
+    fn numbers_at_once_are_those_drawn_one_by_one() {
+        for (n_before, n_skipped, n) in [(0, 0, 1300), (3, 0, 5), (1, 7, 513), (40, 100, 600)] {
+            let mut one_by_one = Streams::new(1).get("test", 3);
+            let mut at_once = one_by_one.clone();
+            (0..n_before).for_each(|_| assert_eq!(one_by_one.next_u64(), at_once.next_u64()));
+            for _ in 0..n_skipped {
+                one_by_one.next_u64();
+            }
+            at_once.skip_u64(n_skipped);
+            let mut numbers = vec![0; n];
+            at_once.fill_u64(&mut numbers);
+            let expected: Vec<u64> = (0..n).map(|_| one_by_one.next_u64()).collect();
+            assert_eq!(numbers, expected);
+            assert_eq!(at_once.next_u64(), one_by_one.next_u64());
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
+use rayon::prelude::*;
 
 use super::cache::LayerCache;
 use super::{Activation, Cache, GptConfig};
@@ -244,12 +245,27 @@ impl Norm {
 
 impl Pass<'_> {
     /// A mask of zeros and `1/(1 − p)`, or `None` where nothing is dropped.
+    ///
+    /// A number is dropped where the stream's next [`Rng::uniform`] is below `p`; they are drawn in parts, in parallel.
     fn mask<const D: usize>(&mut self, shape: [usize; D], device: &Device) -> Option<Tensor<D>> {
+        const PART: usize = 1 << 14;
         let dropout = self.dropout.as_mut()?;
         let keep = 1.0 / (1.0 - dropout.probability) as f32;
-        let n = shape.iter().product();
-        let draw = |_| if dropout.rng.uniform() < dropout.probability { 0.0 } else { keep };
-        let mask: Vec<f32> = (0..n).map(draw).collect();
+        // `uniform` is the upper 53 bits over 2⁵³.
+        let threshold = (dropout.probability * (1u64 << 53) as f64).ceil() as u64;
+        let mut mask = vec![keep; shape.iter().product()];
+        let rng = &*dropout.rng;
+        mask.par_chunks_mut(PART).enumerate().for_each(|(i, part)| {
+            let (mut rng, mut numbers) = (rng.clone(), vec![0; part.len()]);
+            rng.skip_u64(i * PART);
+            rng.fill_u64(&mut numbers);
+            for (factor, number) in part.iter_mut().zip(numbers) {
+                if number >> 11 < threshold {
+                    *factor = 0.0;
+                }
+            }
+        });
+        dropout.rng.skip_u64(mask.len());
         Some(Tensor::from_data(TensorData::new(mask, shape), device))
     }
 
@@ -258,6 +274,34 @@ impl Pass<'_> {
         match self.mask(x.dims(), &x.device()) {
             Some(mask) => x * mask,
             None => x,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base::rng::Streams;
+
+    #[test]
+    fn a_mask_drops_where_the_streams_numbers_are_below_the_probability() {
+        for probability in [0.1, 0.5, 1.0 - 1e-16] {
+            let (mut one_by_one, mut rng) = (Streams::new(4).get("dropout", 1), Streams::new(4).get("dropout", 1));
+            let dropout = Some(Dropout { probability, rng: &mut rng });
+            let mut pass = Pass {
+                kernels: Kernels::Plain,
+                precision: Precision::F32,
+                eps: 1e-5,
+                first_key: None,
+                dropout,
+                in_blocks: false,
+            };
+            let mask = pass.mask([3, 7, 1999], &Device::flex()).expect("something is dropped");
+            let keep = 1.0 / (1.0 - probability) as f32;
+            let draw = |_| if one_by_one.uniform() < probability { 0.0 } else { keep };
+            let expected: Vec<f32> = (0..3 * 7 * 1999).map(draw).collect();
+            assert_eq!(mask.try_into_vec_as::<f32>().expect("on the host"), expected);
+            assert_eq!(rng.next_u64(), one_by_one.next_u64());
         }
     }
 }
