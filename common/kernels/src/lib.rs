@@ -365,7 +365,8 @@ pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
 /// If the shapes do not fit or a target is not below `vocab_size`.
 ///
 /// # Source
-/// The `+ 1e-7` is that of lm-human-preferences' and TRL's PPO (Huang et al., arXiv:2403.17031).
+/// The `+ 1e-7` is that of TRL's PPO and of Huang et al., arXiv:2403.17031; lm-human-preferences, `policy.py`, divides by
+/// the bare temperature.
 pub fn token_log_probs(
     kernels: Kernels,
     hidden: Tensor<2>,

@@ -1,9 +1,8 @@
-//! Log-probabilities, cross-entropy and means over chosen tokens: the objectives that stages share.
+//! Log-probabilities and cross-entropy of chosen tokens: the objectives that stages share.
 
 use burn::tensor::{Int, Tensor};
 
 use crate::Gpt;
-use kernels;
 
 /// Natural log-probabilities of `targets` and the entropy of each predicted distribution, in nats.
 ///
@@ -16,7 +15,8 @@ use kernels;
 /// - returns `([n], [n])`
 ///
 /// # Source
-/// The temperature's offset is lm-human-preferences', the same in rollouts, reference and update.
+/// The offset is that of TRL's PPO and of "The N+ Implementation Details" (arXiv:2403.17031), in rollouts, reference and
+/// update alike. lm-human-preferences, `policy.py`, divides by the bare temperature.
 pub fn token_log_probs(
     gpt: &Gpt,
     hidden: Tensor<2>,
@@ -38,13 +38,4 @@ pub fn token_log_probs(
 pub fn cross_entropy(gpt: &Gpt, hidden: Tensor<2>, targets: Tensor<1, Int>, denominator: usize) -> Tensor<1> {
     let (hidden, head) = (gpt.precision().narrow(hidden), gpt.precision().narrow(gpt.head_weight()));
     kernels::cross_entropy(gpt.kernels(), hidden, head, targets, denominator as f64)
-}
-
-/// Mean of `values` where `mask` is 1: `Σ mask·values / Σ mask`.
-///
-/// # Shapes
-/// - `values`, `mask`: `[n]`, the mask 0 or 1 with at least one 1
-/// - returns `[1]`
-pub fn masked_mean(values: Tensor<1>, mask: Tensor<1>) -> Tensor<1> {
-    (values * mask.clone()).sum() / mask.sum()
 }
