@@ -5,8 +5,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::block::{Blank, Block, Dropout, Norm, Pass};
+use super::params::{Output, Parameter, parameters};
 use super::positions::sinusoid_table;
-use super::{Cache, GptConfig, Layout, NamedError, NamedTensors, NormPlacement, Positions};
+use super::{Cache, GptConfig, HostTensor, Layout, NamedError, NamedTensors, NormPlacement, Positions};
 use base::rng::{Rng, Streams};
 use kernels::{self, Kernels, Precision};
 
@@ -53,14 +54,13 @@ impl Gpt {
     /// GPT-2: Radford et al. 2019, section 2.3, with nanoGPT's reading of the residual scale. Glorot & Bengio 2010,
     /// as in tensor2tensor's transformer.
     pub fn new(config: &GptConfig, streams: &Streams, device: &Device) -> Self {
-        let values = super::named::param_paths(&Self::blank(config, &device.clone().inner()))
-            .into_par_iter()
-            .map(|(path, shape)| {
-                let data = initial_values(config, &path, &shape, streams);
-                (path, super::HostTensor { shape, data })
-            })
-            .collect();
-        Self::from_named(config, values, device).expect("initial values are made from the model's own paths and shapes")
+        if let Err(error) = config.validate() {
+            panic!("{error}");
+        }
+        let parameters: Vec<_> = parameters(config, Output::Logits).collect();
+        let initial = |p: Parameter<'_>| (p.path(), HostTensor { shape: p.shape(), data: p.initial_values(streams) });
+        let values = parameters.into_par_iter().map(initial).collect();
+        Self::from_named(config, values, device).expect("the table has every path and shape")
     }
 
     /// A model with the given weights.
@@ -272,36 +272,5 @@ impl Gpt {
             state = block.pre_norm(state, activation, next, pass, cache.as_deref_mut(), layer);
         }
         state.0
-    }
-}
-
-/// The numbers a parameter starts from, drawn from the stream that bears its path.
-fn initial_values(config: &GptConfig, path: &str, shape: &[usize], streams: &Streams) -> Vec<f32> {
-    let n = shape.iter().product();
-    if path.ends_with("gamma") {
-        return vec![1.0; n];
-    }
-    if path.ends_with("beta") || path.ends_with("bias") {
-        return vec![0.0; n];
-    }
-    let mut rng = streams.get(&format!("init/{path}"), 0);
-    let residual = path.ends_with("proj.weight") || path.ends_with("down.weight");
-    let embedding = !path.ends_with("weight");
-    match config.norm {
-        NormPlacement::Pre => {
-            let std = if residual { 0.02 / ((2 * config.n_layers) as f64).sqrt() } else { 0.02 };
-            (0..n).map(|_| (std * rng.normal()) as f32).collect()
-        }
-        NormPlacement::Post if embedding => {
-            let unit_logits = 1.0 / (config.d_model as f64).sqrt();
-            let std = if config.tie_embeddings || path == "head" { unit_logits } else { 1.0 };
-            (0..n).map(|_| (std * rng.normal()) as f32).collect()
-        }
-        NormPlacement::Post => {
-            // The packed projection holds three square matrices, each initialised as one.
-            let fan_out = if path.ends_with("qkv.weight") { shape[1] / 3 } else { shape[1] };
-            let bound = (6.0 / (shape[0] + fan_out) as f64).sqrt();
-            (0..n).map(|_| (bound * (2.0 * rng.uniform() - 1.0)) as f32).collect()
-        }
     }
 }

@@ -10,6 +10,7 @@ mod layout;
 pub mod loss;
 mod named;
 pub mod optim;
+pub mod params;
 mod positions;
 mod scalar;
 

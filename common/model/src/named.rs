@@ -57,80 +57,96 @@ pub enum NamedError {
     },
 }
 
-/// Joins the names that a walk through a module enters.
-#[derive(Default)]
-pub(crate) struct PathStack(Vec<String>);
+/// Looks at every parameter of a module; [`for_each`] walks.
+pub(crate) trait ParamVisitor {
+    /// Called with each parameter and its path.
+    fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>);
+}
 
-impl PathStack {
-    pub(crate) fn enter(&mut self, name: &str) {
-        self.0.push(name.to_owned());
+/// Replaces every parameter of a module; [`map`] walks.
+pub(crate) trait ParamMapper {
+    /// The parameter that takes the place of `param`, at `path`.
+    fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>>;
+}
+
+/// A walk through a module, which knows the path it is at.
+struct Walk<'a, F> {
+    path: Vec<String>,
+    at: &'a mut F,
+}
+
+/// Shows every parameter of `module` to `at`, in order.
+pub(crate) fn for_each<M: Module>(module: &M, at: &mut impl ParamVisitor) {
+    module.visit(&mut Walk { path: Vec::new(), at });
+}
+
+/// `module` with its parameters replaced.
+pub(crate) fn map<M: Module>(module: M, at: &mut impl ParamMapper) -> M {
+    module.map(&mut Walk { path: Vec::new(), at })
+}
+
+impl<F: ParamVisitor> ModuleVisitor for Walk<'_, F> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
     }
 
-    pub(crate) fn exit(&mut self) {
-        self.0.pop();
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
     }
 
-    pub(crate) fn path(&self) -> String {
-        self.0.join(".")
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.at.visit(self.path.join("."), param);
+    }
+}
+
+impl<F: ParamMapper> ModuleMapper for Walk<'_, F> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        self.at.map(self.path.join("."), param)
     }
 }
 
 /// The path and shape of every parameter of `module`, in visiting order.
 pub fn param_paths<M: Module>(module: &M) -> Vec<(String, Vec<usize>)> {
-    #[derive(Default)]
-    struct Paths(PathStack, Vec<(String, Vec<usize>)>);
-    impl ModuleVisitor for Paths {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.0.enter(name);
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.exit();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.push((self.0.path(), param.lazy_shape().to_vec()));
+    struct Paths(Vec<(String, Vec<usize>)>);
+    impl ParamVisitor for Paths {
+        fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>) {
+            self.0.push((path, param.lazy_shape().to_vec()));
         }
     }
-    let mut paths = Paths::default();
-    module.visit(&mut paths);
-    paths.1
+    let mut paths = Paths(Vec::new());
+    for_each(module, &mut paths);
+    paths.0
 }
 
 /// Copies every parameter of `module` to the host.
 pub(crate) fn collect<M: Module>(module: &M) -> NamedTensors {
-    #[derive(Default)]
-    struct Collect(PathStack, NamedTensors);
-    impl ModuleVisitor for Collect {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.0.enter(name);
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.exit();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.insert(self.0.path(), HostTensor::of(&param.val()));
+    struct OnHost(NamedTensors);
+    impl ParamVisitor for OnHost {
+        fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>) {
+            self.0.insert(path, HostTensor::of(&param.val()));
         }
     }
-    let mut collect = Collect::default();
-    module.visit(&mut collect);
-    collect.1
+    let mut on_host = OnHost(NamedTensors::new());
+    for_each(module, &mut on_host);
+    on_host.0
 }
 
 /// Gives every parameter of `module` its value from `named`.
 pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, NamedError> {
     struct Load {
-        path: PathStack,
         named: NamedTensors,
         error: Option<NamedError>,
     }
-    impl ModuleMapper for Load {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.enter(name);
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.exit();
-        }
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let path = self.path.path();
+    impl ParamMapper for Load {
+        fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             let (id, blank, mapper) = param.consume();
             let expected = blank.dims().to_vec();
             let value = match self.named.remove(&path) {
@@ -138,8 +154,8 @@ pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, Named
                     let value = Tensor::<D>::from_data(TensorData::new(data, shape), &blank.device());
                     if blank.is_require_grad() { value.require_grad() } else { value }
                 }
-                Some(HostTensor { shape, .. }) => {
-                    self.error.get_or_insert(NamedError::Shape { path, found: shape, expected });
+                Some(HostTensor { shape: found, .. }) => {
+                    self.error.get_or_insert(NamedError::Shape { path, found, expected });
                     blank
                 }
                 None => {
@@ -150,8 +166,8 @@ pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, Named
             Param::from_mapped_value(id, value, mapper)
         }
     }
-    let mut load = Load { path: PathStack::default(), named, error: None };
-    let module = module.map(&mut load);
+    let mut load = Load { named, error: None };
+    let module = map(module, &mut load);
     if let Some(error) = load.error {
         return Err(error);
     }

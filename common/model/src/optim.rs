@@ -5,11 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::named::{self, ParamMapper, ParamVisitor};
+use crate::params::role_of;
 use crate::{HostTensor, NamedTensors};
 use kernels::{self, AdamWParam, AdamWStep, Kernels, Precision};
 
@@ -165,28 +167,21 @@ impl Grads {
     ///
     /// A parameter the loss does not depend on has none.
     pub fn take<M: Module>(module: &M, gradients: Gradients) -> Self {
-        struct Take {
-            path: Vec<String>,
+        struct OfParameters {
             gradients: Gradients,
             by_path: BTreeMap<String, Tensor<1>>,
         }
-        impl ModuleVisitor for Take {
-            fn enter_module(&mut self, name: &str, _container: &str) {
-                self.path.push(name.to_owned());
-            }
-            fn exit_module(&mut self, _name: &str, _container: &str) {
-                self.path.pop();
-            }
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        impl ParamVisitor for OfParameters {
+            fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>) {
                 if let Some(grad) = param.val().grad_remove(&mut self.gradients) {
                     let n = grad.shape().num_elements();
-                    self.by_path.insert(self.path.join("."), grad.reshape([n]));
+                    self.by_path.insert(path, grad.reshape([n]));
                 }
             }
         }
-        let mut take = Take { path: Vec::new(), gradients, by_path: BTreeMap::new() };
-        module.visit(&mut take);
-        Self { by_path: take.by_path }
+        let mut of_parameters = OfParameters { gradients, by_path: BTreeMap::new() };
+        named::for_each(module, &mut of_parameters);
+        Self { by_path: of_parameters.by_path }
     }
 
     /// Adds another micro-batch's gradients.
@@ -291,7 +286,7 @@ impl LossScale {
 
 /// AdamW over all parameters of a module.
 ///
-/// Two groups: linear layers' matrices decay; norms, biases and embeddings (a tied output layer with them) do not.
+/// Two groups: matrices decay, norms, biases and embeddings do not; see [`Role::decays`](crate::params::Role::decays).
 ///
 /// # Source
 /// Loshchilov & Hutter, arXiv:1711.05101, algorithm 2, with the decay multiplied by the learning rate as in PyTorch.
@@ -314,7 +309,7 @@ const LOSS_SCALE: &str = "loss_scale";
 /// Why an optimiser's state cannot be restored.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OptimizerStateError {
-    /// A moment without its partner, or a name that is none.
+    /// A moment without its partner, or a name that is not a moment's.
     #[error("optimizer state: `{name}` has no counterpart")]
     Unpaired {
         /// The tensor's name.
@@ -378,24 +373,16 @@ impl AdamW {
             }
         };
         self.n_updates += 1;
-        let mut take = Take {
-            optimizer: self,
-            path: Vec::new(),
-            grads,
-            lr,
-            grad_scale,
-            device_scale,
-            paths: Vec::new(),
-            params: Vec::new(),
-        };
-        let module = module.map(&mut take);
-        let Take { paths, params, .. } = take;
+        let mut take_out =
+            TakeOut { optimizer: self, grads, lr, grad_scale, device_scale, paths: Vec::new(), params: Vec::new() };
+        let module = named::map(module, &mut take_out);
+        let TakeOut { paths, params, .. } = take_out;
         let mut moved = BTreeMap::new();
         for (path, [param, m, v]) in paths.into_iter().zip(kernels::adamw_update(self.kernels, params)) {
             self.moments.insert(path.clone(), [m, v]);
             moved.insert(path, param);
         }
-        (module.map(&mut Put { path: Vec::new(), moved }), norm)
+        (named::map(module, &mut PutBack { moved }), norm)
     }
 
     /// How many steps were made.
@@ -446,32 +433,22 @@ impl AdamW {
     }
 }
 
-/// Takes the parameters that have gradients out of a module, so that nobody else holds them and they can be updated in
-/// place; [`Put`] puts them back.
-struct Take<'a> {
+/// Takes the parameters that have gradients out of a module: they can be updated in place where nothing else holds
+/// them. [`PutBack`] ends it.
+struct TakeOut<'a> {
     optimizer: &'a mut AdamW,
-    path: Vec<String>,
     grads: Grads,
     lr: f64,
     grad_scale: f64,
     /// The clip where the norm is not known on the host, `[1]`.
     device_scale: Option<Tensor<1>>,
-    /// Where what was taken comes from.
+    /// The path of each of `params`.
     paths: Vec<String>,
     params: Vec<AdamWParam>,
 }
 
-impl ModuleMapper for Take<'_> {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let path = self.path.join(".");
+impl ParamMapper for TakeOut<'_> {
+    fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(grad) = self.grads.by_path.remove(&path) else {
             return param;
         };
@@ -480,12 +457,13 @@ impl ModuleMapper for Take<'_> {
             None => grad,
         };
         let config = &self.optimizer.config;
+        let role = role_of(&path).unwrap_or_else(|| panic!("parameter `{path}` has no row in the table"));
         let step = AdamWStep {
             lr: self.lr,
             beta_1: config.betas[0],
             beta_2: config.betas[1],
             eps: config.eps,
-            weight_decay: if decays(&path) { config.weight_decay } else { 0.0 },
+            weight_decay: if role.decays() { config.weight_decay } else { 0.0 },
             step: self.optimizer.n_updates,
             grad_scale: self.grad_scale,
         };
@@ -498,40 +476,26 @@ impl ModuleMapper for Take<'_> {
             [zeros(), zeros()]
         });
         // One number, seen in the parameter's shape.
-        let place = Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
+        let stand_in = Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
         self.paths.push(path);
         self.params.push(AdamWParam { param: value, grad, m, v, step });
-        Param::from_mapped_value(id, place, mapper)
+        Param::from_mapped_value(id, stand_in, mapper)
     }
 }
 
-/// Puts parameters into the places that [`Take`] left.
-struct Put {
-    path: Vec<String>,
+/// Puts back, updated, the parameters that [`TakeOut`] took.
+struct PutBack {
     moved: BTreeMap<String, Tensor<1>>,
 }
 
-impl ModuleMapper for Put {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(value) = self.moved.remove(&self.path.join(".")) else {
+impl ParamMapper for PutBack {
+    fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.moved.remove(&path) else {
             return param;
         };
-        let (id, place, mapper) = param.consume();
-        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(place.dims())).require_grad(), mapper)
+        let (id, stand_in, mapper) = param.consume();
+        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(stand_in.dims())).require_grad(), mapper)
     }
-}
-
-/// Whether weight decay acts on the parameter at `path`.
-fn decays(path: &str) -> bool {
-    path.ends_with(".weight") || path == "head"
 }
 
 #[cfg(test)]
@@ -557,16 +521,6 @@ mod tests {
         assert_eq!(scale, LossScale { factor: 65_536.0, n_good: 0 });
         (0..40).for_each(|_| scale.note(false));
         assert_eq!(scale.factor, 1.0);
-    }
-
-    #[test]
-    fn only_matrices_of_linear_layers_decay() {
-        for path in ["blocks.0.attention.qkv.weight", "blocks.1.mlp.down.weight", "head", "score.weight"] {
-            assert!(decays(path), "{path}");
-        }
-        for path in ["token_embedding", "position_embedding", "blocks.0.norm_1.gamma", "blocks.0.mlp.up.bias"] {
-            assert!(!decays(path), "{path}");
-        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use super::{Gpt, GptConfig, HostTensor, Layout, NamedError, NamedTensors};
+use super::params::score_head;
+use super::{Gpt, GptConfig, Layout, NamedError, NamedTensors};
 use base::rng::{Rng, Streams};
 use kernels::{Kernels, Precision};
 
@@ -30,12 +31,8 @@ impl ScalarGpt {
     /// # Source
     /// lm-human-preferences, `fc_layer`; Stiennon et al. 2020 print `1/(d + 1)`, their code has the square root.
     pub fn new(trunk: Gpt, streams: &Streams) -> Self {
-        let d_model = trunk.config().d_model;
-        let mut rng = streams.get("init/score.weight", 0);
-        let std = 1.0 / ((d_model + 1) as f64).sqrt();
-        let weight: Vec<f32> = (0..d_model).map(|_| (std * rng.normal()) as f32).collect();
-        let device = trunk.device();
-        let weight = Param::from_data(TensorData::new(weight, [1, d_model]), &device);
+        let head = score_head(trunk.config());
+        let weight = Param::from_data(TensorData::new(head.initial_values(streams), head.shape()), &trunk.device());
         Self { trunk: trunk.without_head(), score: ScoreHead { weight }, score_bias: 0.0 }
     }
 
@@ -73,19 +70,14 @@ impl ScalarGpt {
         self.score_rows(hidden.reshape([batch * seq, d_model]).select(0, positions))
     }
 
-    /// The numbers of chosen hidden states, for callers that need few positions.
+    /// The numbers of hidden states.
     ///
     /// # Shapes
-    /// - `hidden`: `[n, d_model]`, rows of [`Gpt::hidden`] of the [`trunk`](Self::trunk)
+    /// - `hidden`: `[n, d_model]`
     /// - returns `[n]`
-    pub fn score_rows(&self, hidden: Tensor<2>) -> Tensor<1> {
+    fn score_rows(&self, hidden: Tensor<2>) -> Tensor<1> {
         let [n, _] = hidden.dims();
         hidden.matmul(self.score.weight.val().transpose()).reshape([n]) + self.score_bias
-    }
-
-    /// The transformer below the head.
-    pub fn trunk(&self) -> &Gpt {
-        &self.trunk
     }
 
     /// The architecture of the trunk.
@@ -161,10 +153,5 @@ impl ScalarGpt {
         let weight = Param::from_tensor(Tensor::zeros([1, config.d_model], device));
         let blank = Self { trunk, score: ScoreHead { weight }, score_bias };
         super::named::load(blank, named)
-    }
-
-    /// The weights of the head, `[1, d_model]`.
-    pub fn head(&self) -> HostTensor {
-        HostTensor::of(&self.score.weight.val())
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{Checkpoint, CheckpointError};
 use crate::model::NamedTensors;
+use crate::model::params::{Role, role_of};
 
 /// Opens the directory of `--init`: a checkpoint of ours, or one in Hugging Face layout.
 ///
@@ -41,7 +42,7 @@ pub fn init_from(dir: &Path) -> Result<Checkpoint, CheckpointError> {
 /// If `n_old` is 0, more than the rows there are, or `n_rows` less than `n_new`.
 pub fn grow_vocab(named: &mut NamedTensors, n_old: usize, n_new: usize, n_rows: usize) {
     for (path, tensor) in named {
-        if !matches!(path.as_str(), "token_embedding" | "head" | "trunk.token_embedding") {
+        if !role_of(path).is_some_and(Role::is_per_token) {
             continue;
         }
         let [n_present, d_model] = tensor.shape[..] else { panic!("`{path}` has shape {:?}", tensor.shape) };
