@@ -69,7 +69,7 @@ impl ChatModel {
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.
-        let stop = [tokenizer.eos(), tokenizer.bos()].into_iter().flatten().collect();
+        let stop = checkpoint.end_ids().into_iter().chain(tokenizer.bos()).collect();
         tracing::debug!("loaded `{}` on {}", dir.display(), backend);
         Ok(Self {
             description: describe(&checkpoint, &gpt),

@@ -5,6 +5,8 @@ use thiserror::Error;
 
 pub use kernels::Activation;
 
+use crate::params::{Output, Parameter, parameters};
+
 /// How a token's place in the sequence enters the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -119,7 +121,7 @@ impl ModelSection {
             d_model,
             n_layers: self.n_layers.unwrap_or(base.n_layers),
             n_heads: self.n_heads.unwrap_or(base.n_heads),
-            d_ff: self.d_ff.unwrap_or(4 * d_model),
+            d_ff: self.d_ff.unwrap_or(d_model.saturating_mul(4)),
             max_seq_len: self.max_seq_len.unwrap_or(base.max_seq_len),
             dropout: self.dropout.unwrap_or(base.dropout),
             positions: self.positions.unwrap_or(base.positions),
@@ -161,6 +163,30 @@ pub enum ModelConfigError {
     Dropout {
         /// The value found.
         dropout: f64,
+    },
+    /// Zero, negative or not finite in 32 bits.
+    #[error("model: `layer_norm_eps` must be a positive number that 32 bits hold, found {eps}")]
+    Epsilon {
+        /// The value found.
+        eps: f64,
+    },
+    /// A size is beyond any model.
+    #[error("model: `{name}` must be at most {largest}, found {found}")]
+    TooLarge {
+        /// The configuration key.
+        name: &'static str,
+        /// The value found.
+        found: usize,
+        /// The largest value accepted.
+        largest: usize,
+    },
+    /// The sizes are possible one by one but not together.
+    #[error("model: the sizes make {found} parameters, expected at most {largest}")]
+    TooManyParameters {
+        /// Numbers in all weights and in the table of positions.
+        found: u128,
+        /// The largest number accepted.
+        largest: u128,
     },
 }
 
@@ -205,11 +231,28 @@ impl GptConfig {
         self.d_model / self.n_heads
     }
 
+    /// The largest value of each size: beyond any model, and small enough that a product of three does not overflow.
+    pub const LARGEST_SIZE: usize = 1 << 24;
+
+    /// The largest number of parameters, the table of positions included: 275 GB of weights.
+    pub const LARGEST_MODEL: u128 = 1 << 36;
+
+    /// Number of parameters and of the numbers in a table of fixed positions.
+    fn n_numbers(&self) -> u128 {
+        let one_layer = Self { n_layers: 1, ..self.clone() };
+        let numbers = |p: Parameter<'_>| {
+            let copies = if p.block().is_some() { self.n_layers } else { 1 };
+            p.shape().into_iter().fold(copies as u128, |product, size| product.saturating_mul(size as u128))
+        };
+        let fixed = if self.positions == Positions::Sinusoidal { self.max_seq_len * self.d_model } else { 0 };
+        parameters(&one_layer, Output::Logits).map(numbers).fold(fixed as u128, u128::saturating_add)
+    }
+
     /// Checks that the numbers fit together.
     ///
     /// # Errors
-    /// If a size is zero, the heads do not divide the width, sinusoids meet an odd width, or `dropout` is no
-    /// probability below one.
+    /// If a size is zero or [too large](Self::LARGEST_SIZE), the heads do not divide the width, sinusoids meet an odd
+    /// width, `dropout` is not a probability below one, or the whole is [too large](Self::LARGEST_MODEL).
     pub fn validate(&self) -> Result<(), ModelConfigError> {
         for (name, value) in [
             ("vocab_size", self.vocab_size),
@@ -222,6 +265,9 @@ impl GptConfig {
             if value == 0 {
                 return Err(ModelConfigError::Zero { name });
             }
+            if value > Self::LARGEST_SIZE {
+                return Err(ModelConfigError::TooLarge { name, found: value, largest: Self::LARGEST_SIZE });
+            }
         }
         let (d_model, n_heads, dropout) = (self.d_model, self.n_heads, self.dropout);
         if d_model % n_heads != 0 {
@@ -233,7 +279,16 @@ impl GptConfig {
         if !(0.0..1.0).contains(&dropout) {
             return Err(ModelConfigError::Dropout { dropout });
         }
-        Ok(())
+        let eps = self.layer_norm_eps;
+        if !(eps as f32 > 0.0 && (eps as f32).is_finite()) {
+            return Err(ModelConfigError::Epsilon { eps });
+        }
+        match self.n_numbers() {
+            found if found > Self::LARGEST_MODEL => {
+                Err(ModelConfigError::TooManyParameters { found, largest: Self::LARGEST_MODEL })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -259,6 +314,19 @@ mod tests {
         assert_eq!(with(|c| c.n_heads = 3), "model: `d_model` 128 is not a multiple of `n_heads` 3");
         assert_eq!(with(|c| c.n_layers = 0), "model: `n_layers` must be at least 1");
         assert_eq!(with(|c| c.dropout = 1.0), "model: `dropout` must lie in [0, 1), found 1");
+        assert_eq!(
+            with(|c| c.d_model = usize::MAX),
+            "model: `d_model` must be at most 16777216, found 18446744073709551615"
+        );
+        assert_eq!(
+            with(|c| (c.d_model, c.max_seq_len) = (1 << 20, 1 << 20)),
+            "model: the sizes make 18696040876032 parameters, expected at most 68719476736"
+        );
+        for eps in [0.0, 1e-50, 1e300, f64::NAN] {
+            let mut config = GptConfig::transformer(10);
+            config.layer_norm_eps = eps;
+            assert!(matches!(config.validate(), Err(ModelConfigError::Epsilon { .. })), "{eps}");
+        }
         assert_eq!(
             with(|c| (c.d_model, c.n_heads) = (9, 3)),
             "model: sinusoidal positions need an even `d_model`, found 9"

@@ -25,7 +25,7 @@ pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
 pub use save::save;
 
 use crate::hash::sha256_of;
-use crate::hf::{self, Head, HfError, HostModel};
+use crate::hf::{self, Head, HfError, HostModel, TokenIds};
 use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
@@ -49,6 +49,8 @@ pub struct Checkpoint {
     model: HostModel,
     weights_sha256: String,
     tokenizer: Option<Tokenizer>,
+    /// Of config.json and `generation_config.json`.
+    end_ids: Vec<u32>,
 }
 
 /// What [`save`] writes.
@@ -132,7 +134,7 @@ impl Checkpoint {
             return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), inside: checkpoints_in(dir) });
         }
         let manifest = Manifest::read(dir)?;
-        let (model, _, weights_sha256) = hf::read(dir)?;
+        let (model, TokenIds { eos: end_ids, .. }, weights_sha256) = hf::read(dir)?;
         if let Some(manifest) = &manifest
             && manifest.weights_sha256 != weights_sha256
         {
@@ -158,7 +160,7 @@ impl Checkpoint {
                 return Err(CheckpointError::Changed { path: dir.join("tokenizer_config.json") });
             }
         }
-        Ok(Self { dir: dir.to_owned(), manifest, model, weights_sha256, tokenizer })
+        Ok(Self { dir: dir.to_owned(), manifest, model, weights_sha256, tokenizer, end_ids })
     }
 
     /// The stage that wrote it; `None` for a directory of another program.
@@ -299,6 +301,21 @@ impl Checkpoint {
     /// If the directory has none.
     pub fn require_tokenizer(&self) -> Result<&Tokenizer, CheckpointError> {
         self.tokenizer().ok_or_else(|| CheckpointError::NoTokenizer { dir: self.dir.clone() })
+    }
+
+    /// Every id that ends an answer: the tokenizer's end token, and those that config.json and `generation_config.json`
+    /// name. A model from elsewhere may name them in any of the three.
+    pub fn end_ids(&self) -> Vec<u32> {
+        let own = self.tokenizer().and_then(Tokenizer::eos);
+        let others = self.end_ids.iter().copied().filter(|id| Some(*id) != own);
+        own.into_iter().chain(others).collect()
+    }
+
+    /// The same checkpoint whose model drops with `probability` in training, in place of what config.json says.
+    #[must_use]
+    pub fn with_dropout(mut self, probability: Option<f64>) -> Self {
+        self.model.config.dropout = probability.unwrap_or(self.model.config.dropout);
+        self
     }
 
     /// The entry under which a checkpoint made from this one names it.

@@ -85,11 +85,11 @@ fn write_all(
     let tokens = snapshot.tokenizer.map(token_ids).unwrap_or_default();
     let mut manifest = snapshot.manifest.clone();
     manifest.files_sha256.clear();
-    manifest.weights_sha256 = write_model(dir, &snapshot.weights, tokens, before)?;
+    manifest.weights_sha256 = write_model(dir, &snapshot.weights, &tokens, before)?;
     if let Some(value) = &snapshot.value {
         let value_dir = dir.join(VALUE_DIR);
         fs::create_dir(&value_dir).map_err(write_error(&value_dir))?;
-        let sha256 = write_model(&value_dir, value, tokens, before)?;
+        let sha256 = write_model(&value_dir, value, &tokens, before)?;
         manifest.files_sha256.insert(format!("{VALUE_DIR}/{}", hf::WEIGHTS_FILE), sha256);
     }
     if let Some(state) = &snapshot.state {
@@ -116,7 +116,7 @@ fn write_all(
 fn write_model(
     dir: &Path,
     weights: &Weights,
-    tokens: TokenIds,
+    tokens: &TokenIds,
     before: &mut dyn FnMut(&Path) -> io::Result<()>,
 ) -> Result<String, CheckpointError> {
     static SAID: Once = Once::new();
@@ -178,7 +178,7 @@ fn without_temporary(error: hf::HfError, dir: &Path) -> CheckpointError {
 /// The ids that config.json names, from the tokenizer.
 pub(super) fn token_ids(tokenizer: &Tokenizer) -> TokenIds {
     let pad = tokenizer.try_specials().ok().map(|specials| specials.pad);
-    TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos(), pad }
+    TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad }
 }
 
 /// Puts every file of `live` that `dir` lacks into `dir`. `state` and `value` belong to their weights and stay.

@@ -390,7 +390,7 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     let config =
         GptConfig { d_model: 8, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 6, tie_embeddings: false, ..base };
     let named = Gpt::new(&config, &Streams::new(1), &Device::flex()).to_named();
-    hf::write(dir.path(), &config, Head::Lm, &named, hf::TokenIds::default()).expect("writes");
+    hf::write(dir.path(), &config, Head::Lm, &named, &hf::TokenIds::default()).expect("writes");
     let opened = Checkpoint::open(dir.path()).expect("opens");
     assert_eq!((opened.stage(), opened.model_config().vocab_size), (None, 4));
     opened.expect_stage(&[Stage::Sft]).expect("a foreign directory has no stage");
@@ -411,4 +411,30 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     let tokenizer = tokenizer(TokenizerKind::Byte);
     save(&out, &snapshot(1, &tokenizer)).expect("saves");
     assert_eq!(init_from(&out).expect("opens").named(), Checkpoint::open(&out).expect("opens").named());
+}
+
+#[test]
+fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2, \"<|endoftext|>\": 3}").expect("writes");
+    fs::write(dir.path().join("merges.txt"), "#version: 0.2\na b\n").expect("writes");
+    let config =
+        GptConfig { d_model: 8, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 6, dropout: 0.1, ..GptConfig::gpt2(4) };
+    let named = Gpt::new(&config, &Streams::new(1), &Device::flex()).to_named();
+    let tokens = hf::TokenIds { eos: vec![2, 3], ..Default::default() };
+    hf::write(dir.path(), &config, Head::Lm, &named, &tokens).expect("writes");
+    let opened = Checkpoint::open(dir.path()).expect("opens");
+    assert_eq!(opened.end_ids(), [3, 2]);
+
+    // Once the conversation's tokens are appended, what is saved ends at `<|end|>` alone.
+    let init = init_from(dir.path()).expect("opens").with_dropout(Some(0.0));
+    let tokenizer = init.require_tokenizer().expect("there");
+    let out = dir.path().join("out");
+    let gpt = init.load_gpt(&Device::flex()).expect("loads");
+    assert_eq!(gpt.config().dropout, 0.0);
+    let weights = Weights::Lm { named: gpt.to_named(), config: gpt.config().clone() };
+    let state = None;
+    save(&out, &Snapshot { weights, tokenizer: Some(tokenizer), state, ..snapshot(1, tokenizer) }).expect("saves");
+    assert_eq!(Checkpoint::open(&out).expect("opens").end_ids(), [tokenizer.specials().end]);
+    assert_eq!(init.with_dropout(None).model_config().dropout, 0.0);
 }

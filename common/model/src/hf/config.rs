@@ -1,7 +1,10 @@
 //! `config.json` and `generation_config.json`, both ways.
 
+use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::{Class, Head, HfError, TokenIds};
@@ -13,28 +16,67 @@ pub const CONFIG_FILE: &str = "config.json";
 /// What generating needs, for transformers.
 pub const GENERATION_FILE: &str = "generation_config.json";
 
-/// What a `config.json` says. Positions are those of the class; only the weights tell whether a table is sinusoidal.
+/// A JSON file of a model is larger by far only if it is something else.
+const MAX_JSON_BYTES: u64 = 100_000_000;
+
+/// What `config.json` and `generation_config.json` describe. Positions are those of the class; only the weights tell
+/// whether a table is sinusoidal.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Parsed {
     pub class: Class,
-    pub head: Head,
+    /// `None` where no architecture is named.
+    pub head: Option<Head>,
     pub config: GptConfig,
     pub tokens: TokenIds,
 }
 
 impl Parsed {
-    /// Reads the file in `dir`.
+    /// Reads the files in `dir`, of which the second may be absent.
     pub fn read(dir: &Path) -> Result<Self, HfError> {
-        let path = dir.join(CONFIG_FILE);
-        let bytes = std::fs::read(&path).map_err(|source| HfError::Read { path: path.clone(), source })?;
-        let json: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| HfError::Damaged { path: path.clone(), reason: error.to_string() })?;
-        Reader { path: &path, json: &json }.parse()
+        let (path, generation_path) = (dir.join(CONFIG_FILE), dir.join(GENERATION_FILE));
+        let json = read_json(&path)?;
+        let generation = if generation_path.is_file() { read_json(&generation_path)? } else { Value::Null };
+        let reader = Reader { path: &path, json: &json };
+        let (class, config) = reader.architecture()?;
+        let head = reader.head(class)?;
+        // An id beyond the vocabulary is never generated; small models made with a class's defaults name such.
+        let known = |id: &u32| (*id as usize) < config.vocab_size;
+        let default = class.default_end();
+        let of_config = reader.ids("eos_token_id")?;
+        let of_generation = Reader { path: &generation_path, json: &generation }.ids("eos_token_id")?;
+        let mut eos = match (of_generation, of_config) {
+            (None, None) => default.into_iter().collect(),
+            (first, second) => [first, second].into_iter().flatten().flatten().collect::<Vec<u32>>(),
+        };
+        let mut seen = BTreeSet::new();
+        eos.retain(|id| known(id) && seen.insert(*id));
+        let single = |ids: Option<Vec<u32>>, default| ids.map_or(default, |ids| ids.first().copied()).filter(known);
+        let bos = single(reader.ids("bos_token_id")?, default);
+        let pad = single(reader.ids("pad_token_id")?, None);
+        Ok(Self { class, head, tokens: TokenIds { bos, eos, pad }, config })
     }
 }
 
+/// The content of a JSON file that may come from anyone.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HfError> {
+    let damaged = |reason: String| HfError::Damaged { path: path.to_owned(), reason };
+    let (file, n_bytes) = super::tensors::open(path)?;
+    if n_bytes > MAX_JSON_BYTES {
+        return Err(damaged(format!("it has {n_bytes} bytes, expected at most {MAX_JSON_BYTES}")));
+    }
+    let mut bytes = Vec::new();
+    let read = file.take(MAX_JSON_BYTES).read_to_end(&mut bytes);
+    read.map_err(|source| HfError::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))
+}
+
 /// The two JSON files of a model.
-pub(super) fn render(class: Class, config: &GptConfig, head: Head, tokens: TokenIds) -> (Value, Value) {
+pub(super) fn render(class: Class, config: &GptConfig, head: Head, tokens: &TokenIds) -> (Value, Value) {
+    let eos = match tokens.eos[..] {
+        [] => Value::Null,
+        [id] => json!(id),
+        ref ids => json!(ids),
+    };
     let mut fields = match class {
         Class::Gpt2 => gpt2(config),
         Class::OpenAiGpt => openai_gpt(config),
@@ -45,7 +87,7 @@ pub(super) fn render(class: Class, config: &GptConfig, head: Head, tokens: Token
     fields["dtype"] = json!("float32");
     fields["tie_word_embeddings"] = json!(config.tie_embeddings);
     fields["bos_token_id"] = json!(tokens.bos);
-    fields["eos_token_id"] = json!(tokens.eos);
+    fields["eos_token_id"] = eos.clone();
     fields["pad_token_id"] = json!(tokens.pad);
     if let Head::Score { bias } = head {
         fields["num_labels"] = json!(1);
@@ -54,9 +96,10 @@ pub(super) fn render(class: Class, config: &GptConfig, head: Head, tokens: Token
         fields["score_bias"] = json!(bias);
     }
     let mut generation = Map::new();
-    for (name, id) in [("bos_token_id", tokens.bos), ("eos_token_id", tokens.eos), ("pad_token_id", tokens.pad)] {
-        if let Some(id) = id {
-            generation.insert(name.to_owned(), json!(id));
+    for (name, id) in [("bos_token_id", json!(tokens.bos)), ("eos_token_id", eos), ("pad_token_id", json!(tokens.pad))]
+    {
+        if !id.is_null() {
+            generation.insert(name.to_owned(), id);
         }
     }
     (fields, Value::Object(generation))
@@ -100,37 +143,40 @@ fn openai_gpt(config: &GptConfig) -> Value {
     })
 }
 
-/// Takes values out of a `config.json` and names the key where one is wrong.
+/// Takes values out of a JSON file and names the key where one is wrong. A key that is absent or `null` has the value
+/// that transformers' class gives it.
 struct Reader<'a> {
     path: &'a Path,
     json: &'a Value,
 }
 
+/// Sizes under the name of the class and under the name that transformers takes for it in every class.
+const ALIASES: [(&str, &str); 4] = [
+    ("n_embd", "hidden_size"),
+    ("n_layer", "num_hidden_layers"),
+    ("n_head", "num_attention_heads"),
+    ("n_positions", "max_position_embeddings"),
+];
+
 impl Reader<'_> {
-    fn parse(&self) -> Result<Parsed, HfError> {
-        let class = match self.text("model_type")? {
-            "gpt2" => Class::Gpt2,
-            "openai-gpt" => Class::OpenAiGpt,
-            "kindling" => Class::Kindling,
-            other => return Err(self.refuse("model_type", other, "`gpt2`, `openai-gpt` or `kindling`")),
+    fn architecture(&self) -> Result<(Class, GptConfig), HfError> {
+        let known = "`gpt2`, `openai-gpt` or `kindling`";
+        let Some(model_type) = self.optional("model_type") else {
+            return Err(HfError::MissingKey { path: self.path.to_owned(), key: "model_type" });
         };
-        let head = self.head(class)?;
-        let config = match class {
-            Class::Gpt2 => self.gpt2()?,
-            Class::OpenAiGpt => self.openai_gpt()?,
-            Class::Kindling => serde_json::from_value(self.json["gpt"].clone()).map_err(|error| {
-                self.refuse("gpt", &error.to_string(), "the architecture as this program writes it")
-            })?,
+        let (class, config) = match model_type.as_str() {
+            Some("gpt2") => (Class::Gpt2, self.gpt2()?),
+            Some("openai-gpt") => (Class::OpenAiGpt, self.openai_gpt()?),
+            Some("kindling") => (Class::Kindling, self.kindling()?),
+            Some(other) => return Err(self.refuse("model_type", other, known)),
+            None => return Err(self.refuse("model_type", &model_type.to_string(), known)),
         };
         config.validate().map_err(|source| HfError::Model { path: self.path.to_owned(), source })?;
-        let tokens = TokenIds {
-            bos: self.token("bos_token_id")?,
-            eos: self.token("eos_token_id")?,
-            pad: self.token("pad_token_id")?,
-        };
-        Ok(Parsed { class, head, config, tokens })
+        Ok((class, config))
     }
 
+    /// # Source
+    /// Defaults: `GPT2Config` of transformers 5.23.
     fn gpt2(&self) -> Result<GptConfig, HfError> {
         for (key, required) in
             [("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false), ("add_cross_attention", false)]
@@ -141,47 +187,54 @@ impl Reader<'_> {
                 return Err(self.refuse(key, &found.to_string(), &format!("`{required}`")));
             }
         }
-        let activation = match self.text("activation_function")? {
+        let activation = match self.text("activation_function", "gelu_new")? {
             "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
             other => return Err(self.refuse("activation_function", other, "`gelu_new` or `relu`")),
         };
-        let d_model = self.size("n_embd")?;
-        let d_ff = if self.optional("n_inner").is_some() { self.size("n_inner")? } else { 4 * d_model };
-        self.shared(d_model, d_ff, activation, NormPlacement::Pre)
+        let config = self.shared(50_257, 1024, activation, NormPlacement::Pre)?;
+        let d_ff = self.size("n_inner", config.d_ff)?;
+        Ok(GptConfig { d_ff, ..config })
     }
 
+    /// # Source
+    /// Defaults: `OpenAIGPTConfig` of transformers 5.23.
     fn openai_gpt(&self) -> Result<GptConfig, HfError> {
-        let activation = match self.text("afn")? {
+        let activation = match self.text("afn", "gelu")? {
             "gelu" => Activation::GeluTanh,
             "relu" => Activation::Relu,
             other => return Err(self.refuse("afn", other, "`gelu` or `relu`")),
         };
-        let d_model = self.size("n_embd")?;
-        self.shared(d_model, 4 * d_model, activation, NormPlacement::Post)
+        self.shared(40_478, 512, activation, NormPlacement::Post)
+    }
+
+    fn kindling(&self) -> Result<GptConfig, HfError> {
+        serde_json::from_value(self.json["gpt"].clone())
+            .map_err(|error| self.refuse("gpt", &error.to_string(), "the architecture as this program writes it"))
     }
 
     fn shared(
         &self,
-        d_model: usize,
-        d_ff: usize,
+        vocab_size: usize,
+        max_seq_len: usize,
         activation: Activation,
         norm: NormPlacement,
     ) -> Result<GptConfig, HfError> {
-        let dropout = self.number("resid_pdrop")?;
+        let dropout = self.number("resid_pdrop", 0.1)?;
         for key in ["embd_pdrop", "attn_pdrop"] {
-            let other = self.number(key)?;
+            let other = self.number(key, 0.1)?;
             if other != dropout {
                 tracing::warn!("`{}`: `{key}` is {other}; `resid_pdrop` {dropout} is used for it", self.path.display());
             }
         }
+        let d_model = self.size("n_embd", 768)?;
         Ok(GptConfig {
-            vocab_size: self.size("vocab_size")?,
+            vocab_size: self.size("vocab_size", vocab_size)?,
             d_model,
-            n_layers: self.size("n_layer")?,
-            n_heads: self.size("n_head")?,
-            d_ff,
-            max_seq_len: self.size("n_positions")?,
+            n_layers: self.size("n_layer", 12)?,
+            n_heads: self.size("n_head", 12)?,
+            d_ff: 4 * d_model,
+            max_seq_len: self.size("n_positions", max_seq_len)?,
             dropout,
             positions: Positions::Learned,
             norm,
@@ -191,26 +244,27 @@ impl Reader<'_> {
                 Some(Value::Bool(tied)) => *tied,
                 Some(other) => return Err(self.refuse("tie_word_embeddings", &other.to_string(), "a boolean")),
             },
-            layer_norm_eps: self.number("layer_norm_epsilon")?,
+            layer_norm_eps: self.number("layer_norm_epsilon", 1e-5)?,
         })
     }
 
-    fn head(&self, class: Class) -> Result<Head, HfError> {
-        let Some(name) = self.json["architectures"][0].as_str() else {
-            let found = self.json["architectures"].to_string();
-            return Err(self.refuse("architectures", &found, "a list of one class name"));
+    /// The head of the named architecture, `None` where none is named.
+    fn head(&self, class: Class) -> Result<Option<Head>, HfError> {
+        let Some(architectures) = self.optional("architectures") else { return Ok(None) };
+        let Some(name) = architectures[0].as_str() else {
+            return Err(self.refuse("architectures", &architectures.to_string(), "a list of one class name"));
         };
         if name == class.architecture(Head::Lm) {
-            return Ok(Head::Lm);
+            return Ok(Some(Head::Lm));
         }
-        let bias = self.optional("score_bias").map_or(Some(0.0), Value::as_f64);
-        let head = Head::Score { bias: bias.unwrap_or(f64::NAN) };
+        let bias = self.number("score_bias", 0.0)?;
+        let head = Head::Score { bias };
         if name != class.architecture(head) {
             let known = format!("`{}` or `{}`", class.architecture(Head::Lm), class.architecture(head));
             return Err(self.refuse("architectures", name, &known));
         }
-        if bias.is_none_or(|bias| !bias.is_finite()) {
-            return Err(self.refuse("score_bias", &self.json["score_bias"].to_string(), "a number"));
+        if !(bias as f32).is_finite() {
+            return Err(self.refuse("score_bias", &bias.to_string(), "a number that 32 bits hold"));
         }
         // transformers writes `id2label` and leaves out both where there are two, its default.
         let (key, n_labels) = match (self.optional("num_labels"), self.optional("id2label")) {
@@ -221,48 +275,48 @@ impl Reader<'_> {
         if n_labels != 1 {
             return Err(self.refuse(key, &format!("{n_labels} labels"), "1 label, the score"));
         }
-        Ok(head)
+        Ok(Some(head))
     }
 
-    /// The value of `key`, unless it is absent or `null`.
+    /// The value of `key` or of its alias, unless it is absent or `null`.
     fn optional(&self, key: &str) -> Option<&Value> {
-        self.json.get(key).filter(|value| !value.is_null())
+        let alias = ALIASES.iter().find(|(name, _)| *name == key).map(|(_, alias)| *alias);
+        let values = [Some(key), alias].into_iter().flatten().filter_map(|key| self.json.get(key));
+        values.into_iter().find(|value| !value.is_null())
     }
 
-    fn required(&self, key: &'static str) -> Result<&Value, HfError> {
-        self.optional(key).ok_or_else(|| HfError::MissingKey { path: self.path.to_owned(), key })
-    }
-
-    fn text(&self, key: &'static str) -> Result<&str, HfError> {
-        let value = self.required(key)?;
+    fn text(&self, key: &str, default: &'static str) -> Result<&str, HfError> {
+        let Some(value) = self.optional(key) else { return Ok(default) };
         value.as_str().ok_or_else(|| self.refuse(key, &value.to_string(), "a string"))
     }
 
-    fn size(&self, key: &'static str) -> Result<usize, HfError> {
-        // Far beyond any model; keeps the products of sizes from overflowing.
-        const LARGEST: u64 = 1 << 30;
-        let value = self.required(key)?;
+    fn size(&self, key: &str, default: usize) -> Result<usize, HfError> {
+        let Some(value) = self.optional(key) else { return Ok(default) };
         match value.as_u64() {
-            Some(size @ 1..=LARGEST) => Ok(size as usize),
-            _ => Err(self.refuse(key, &value.to_string(), &format!("a whole number from 1 to {LARGEST}"))),
+            Some(size) if (1..=GptConfig::LARGEST_SIZE as u64).contains(&size) => Ok(size as usize),
+            _ => {
+                let expected = format!("a whole number from 1 to {}", GptConfig::LARGEST_SIZE);
+                Err(self.refuse(key, &value.to_string(), &expected))
+            }
         }
     }
 
-    fn number(&self, key: &'static str) -> Result<f64, HfError> {
-        let value = self.required(key)?;
+    fn number(&self, key: &str, default: f64) -> Result<f64, HfError> {
+        let Some(value) = self.optional(key) else { return Ok(default) };
         value.as_f64().ok_or_else(|| self.refuse(key, &value.to_string(), "a number"))
     }
 
-    /// A token id; the first where a list is given.
-    fn token(&self, key: &str) -> Result<Option<u32>, HfError> {
-        let Some(value) = self.optional(key) else { return Ok(None) };
-        let first = value.get(0).unwrap_or(value);
-        // -1 stands for none in some old files.
-        if first.as_i64() == Some(-1) {
-            return Ok(None);
-        }
-        let id = first.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.map(Some).ok_or_else(|| self.refuse(key, &value.to_string(), "a token id"))
+    /// Token ids, one or a list; `None` where the key is absent, none where it is `null` or the −1 of some old files.
+    fn ids(&self, key: &str) -> Result<Option<Vec<u32>>, HfError> {
+        let Some(value) = self.json.get(key) else { return Ok(None) };
+        let ids = match value {
+            Value::Null => &[],
+            Value::Array(ids) => &ids[..],
+            one => std::slice::from_ref(one),
+        };
+        let named = ids.iter().filter(|id| id.as_i64() != Some(-1));
+        let ids = named.map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect::<Option<_>>();
+        ids.map(Some).ok_or_else(|| self.refuse(key, &value.to_string(), "a token id or a list of them"))
     }
 
     fn refuse(&self, key: &str, found: &str, expected: &str) -> HfError {

@@ -1,4 +1,4 @@
-//! Models in Hugging Face layout, both ways: the only place with foreign names.
+//! Models in Hugging Face layout, both ways. Foreign names are here and in the [table of parameters](crate::params) alone.
 //!
 //! Our pre-norm models are `GPT2LMHeadModel`, our post-norm models `OpenAIGPTLMHeadModel` (GPT-1's class, whose block
 //! is that of "Attention is all you need"); reward and value models are the `…ForSequenceClassification` of each, with
@@ -12,13 +12,17 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 pub use config::{CONFIG_FILE, GENERATION_FILE};
 pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
+use crate::params::{Output, Role, parameters, path_of};
 use crate::{GptConfig, HostTensor, ModelConfigError, NamedTensors, NormPlacement, Positions, sinusoid_table};
 use config::Parsed;
+use tensors::Weights;
 
 /// How far a position table may be from the sinusoids and still be them: rounding of another implementation's sines.
 const SINUSOID_TOLERANCE: f32 = 1e-6;
@@ -46,6 +50,15 @@ pub enum Class {
     Kindling,
 }
 
+impl Head {
+    const fn output(self) -> Output {
+        match self {
+            Self::Lm => Output::Logits,
+            Self::Score { .. } => Output::Score,
+        }
+    }
+}
+
 impl Class {
     /// The class that computes what `config` describes.
     pub fn of(config: &GptConfig) -> Self {
@@ -53,6 +66,22 @@ impl Class {
             NormPlacement::Pre => Self::Gpt2,
             NormPlacement::Post if config.d_ff == 4 * config.d_model => Self::OpenAiGpt,
             NormPlacement::Post => Self::Kindling,
+        }
+    }
+
+    /// Before the names of tensors of the trunk.
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Gpt2 | Self::OpenAiGpt => "transformer.",
+            Self::Kindling => "",
+        }
+    }
+
+    /// The token that ends a text where no file of the model names one.
+    const fn default_end(self) -> Option<u32> {
+        match self {
+            Self::Gpt2 => Some(50_256),
+            Self::OpenAiGpt | Self::Kindling => None,
         }
     }
 
@@ -76,13 +105,13 @@ impl Class {
     }
 }
 
-/// The ids that config.json names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// The ids that config.json and `generation_config.json` name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TokenIds {
     /// Begins a conversation.
     pub bos: Option<u32>,
-    /// Ends an answer.
-    pub eos: Option<u32>,
+    /// Each ends an answer.
+    pub eos: Vec<u32>,
     /// Fills a batch.
     pub pad: Option<u32>,
 }
@@ -101,43 +130,67 @@ pub struct HostModel {
 
 /// Reads the model in `dir`: what [`write()`] writes, or transformers for the classes above.
 ///
-/// Names may have the prefix `transformer.` or not; the causal-mask buffers of old versions are left out, any other
-/// tensor that has no place is an error. A tied model may carry `lm_head.weight`: where it differs from the token
-/// embedding the model is read as untied, as transformers 5 does.
+/// Keys that config.json lacks have the values of transformers' class. Names may have the prefix `transformer.` or not;
+/// buffers of old versions (causal masks, position ids) are left out, any other tensor that has no place is an error. A
+/// tied model may carry `lm_head.weight`: where it differs from the token embedding the model is read as untied, as
+/// transformers 5 does. Nothing as large as the model is allocated before every tensor's shape is known to be right.
 ///
-/// Returns the model, the ids config.json names, and the SHA-256 of the weights.
+/// Returns the model, the ids that its files name, and the SHA-256 of the weights.
 ///
 /// # Errors
 /// If a file is missing or damaged, config.json asks for what the model cannot do, or a tensor is missing, has no
 /// place, has another shape or holds a number that is not finite.
 pub fn read(dir: &Path) -> Result<(HostModel, TokenIds, String), HfError> {
     let Parsed { class, head, mut config, tokens } = Parsed::read(dir)?;
-    let (mut found, sha256) = tensors::read_weights(dir, |name| !names::is_mask_buffer(name))?;
-    let path = dir.join(WEIGHTS_FILE);
+    let known_as = |name: &str| names::known_as(class, name);
+    let weights = Weights::open(dir, known_as)?;
+    let scores = weights.tensors.contains_key("score.weight");
+    let head = head.unwrap_or(if scores { Head::Score { bias: 0.0 } } else { Head::Lm });
+    let output = head.output();
+    // An output layer that is written out although it is tied is read, to be compared with the embedding.
+    let untied = GptConfig { tie_embeddings: false, ..config.clone() };
+    let written_out = config.tie_embeddings
+        && class != Class::Kindling
+        && names::name_of(class, &untied, output, Role::OutputHead).is_some_and(|n| weights.tensors.contains_key(&n));
+    if written_out {
+        config = untied;
+    }
+    check_shapes(&dir.join(WEIGHTS_FILE), class, &config, output, &weights)?;
+    let (theirs, sha256) = weights.read(known_as)?;
+    let mut tensors = names::import(class, &config, output, theirs);
+    if written_out {
+        tie_if_equal(&mut config, &mut tensors);
+    }
     if class != Class::Kindling {
-        // Each name with its prefix, whether the file has it or not.
-        found = found.into_iter().map(|(name, tensor)| (with_prefix(&name), tensor)).collect();
-        untie_if_own_head(&mut config, class, head, &mut found);
-        let table = format!("transformer.{}", names::position_table(class));
-        if found.get(&table).is_some_and(|table| is_sinusoidal(&config, table)) {
-            config.positions = Positions::Sinusoidal;
-            found.remove(&table);
+        fix_positions(&mut config, output, &mut tensors);
+    }
+    Ok((HostModel { config, head, tensors }, tokens, sha256))
+}
+
+/// Checks that the weights are those of the model that config.json describes, before any is read.
+fn check_shapes(
+    path: &Path,
+    class: Class,
+    config: &GptConfig,
+    output: Output,
+    weights: &Weights,
+) -> Result<(), HfError> {
+    let mut used = BTreeSet::new();
+    for parameter in parameters(config, output) {
+        for (name, span) in names::spans(class, &parameter) {
+            match weights.tensors.get(&name) {
+                None => return Err(HfError::Missing { path: path.to_owned(), name }),
+                Some((path, found)) if *found != span.shape => {
+                    let (path, found, expected) = (path.clone(), found.clone(), span.shape);
+                    return Err(HfError::Shape { path, name, found, expected });
+                }
+                Some(_) => used.insert(name),
+            };
         }
     }
-    let mut tensors = NamedTensors::new();
-    for entry in names::entries(class, &config, head) {
-        let Some(tensor) = found.remove(&entry.theirs) else {
-            return Err(HfError::Missing { path, name: entry.theirs });
-        };
-        if tensor.shape != entry.shape {
-            let (name, found, expected) = (entry.theirs, tensor.shape, entry.shape);
-            return Err(HfError::Shape { path, name, found, expected });
-        }
-        tensors.insert(entry.ours, tensor);
-    }
-    match found.into_keys().next() {
-        Some(name) => Err(HfError::Unused { path, name }),
-        None => Ok((HostModel { config, head, tensors }, tokens, sha256)),
+    match weights.tensors.iter().find(|(name, _)| !used.contains(*name)) {
+        Some((name, (path, _))) => Err(HfError::Unused { path: path.clone(), name: name.clone() }),
+        None => Ok(()),
     }
 }
 
@@ -154,7 +207,7 @@ pub fn write(
     config: &GptConfig,
     head: Head,
     tensors: &NamedTensors,
-    tokens: TokenIds,
+    tokens: &TokenIds,
 ) -> Result<Class, HfError> {
     let class = Class::of(config);
     if let Head::Score { bias } = head
@@ -168,57 +221,42 @@ pub fn write(
         let text = format!("{content:#}\n");
         std::fs::write(&path, text).map_err(|source| HfError::Write { path, source })?;
     }
-    let entries = names::entries(class, config, head);
-    assert_eq!(entries.len(), tensors.len(), "the tensors are not those of {config:?}");
-    let mut named: Vec<(String, &HostTensor)> = Vec::with_capacity(entries.len() + 1);
-    for entry in entries {
-        let Some(tensor) = tensors.get(&entry.ours) else { panic!("tensor `{}` is missing", entry.ours) };
-        assert_eq!(tensor.shape, entry.shape, "tensor `{}` has another shape", entry.ours);
-        named.push((entry.theirs, tensor));
-    }
-    let table = HostTensor {
-        shape: vec![config.max_seq_len, config.d_model],
-        data: match config.positions {
-            Positions::Sinusoidal => sinusoid_table(config.max_seq_len, config.d_model),
-            Positions::Learned => Vec::new(),
-        },
-    };
+    let mut theirs = names::export(class, config, head.output(), tensors);
     if class != Class::Kindling && config.positions == Positions::Sinusoidal {
-        named.push((format!("transformer.{}", names::position_table(class)), &table));
+        let learned = GptConfig { positions: Positions::Learned, ..config.clone() };
+        let (shape, data) =
+            (vec![config.max_seq_len, config.d_model], sinusoid_table(config.max_seq_len, config.d_model));
+        let name = names::name_of(class, &learned, head.output(), Role::PositionEmbedding)
+            .expect("the table has learned positions");
+        theirs.insert(name, Cow::Owned(HostTensor { shape, data }));
     }
-    write_file(&dir.join(WEIGHTS_FILE), named)?;
+    write_file(&dir.join(WEIGHTS_FILE), theirs.iter().map(|(name, tensor)| (name.clone(), &**tensor)))?;
     Ok(class)
 }
 
-/// `name` as the classes with a head spell it.
-fn with_prefix(name: &str) -> String {
-    if ["transformer.", "lm_head.", "score."].iter().any(|known| name.starts_with(known)) {
-        name.to_owned()
+/// Drops an output layer of its own that is the token embedding after all.
+fn tie_if_equal(config: &mut GptConfig, tensors: &mut NamedTensors) {
+    let path = |role| path_of(config, Output::Logits, role);
+    let (Some(head), Some(embedding)) = (path(Role::OutputHead), path(Role::TokenEmbedding)) else { return };
+    if tensors[&head] == tensors[&embedding] {
+        tensors.remove(&head);
+        config.tie_embeddings = true;
     } else {
-        format!("transformer.{name}")
+        tracing::warn!("the output layer differs from the token embedding although config.json ties them: kept apart");
     }
 }
 
-/// Drops a tied output layer that is written out, or unties the model if it is not the embedding after all.
-fn untie_if_own_head(config: &mut GptConfig, class: Class, head: Head, found: &mut NamedTensors) {
-    if head != Head::Lm || !config.tie_embeddings {
+/// Drops a position table that holds the sinusoids.
+fn fix_positions(config: &mut GptConfig, output: Output, tensors: &mut NamedTensors) {
+    let Some(path) = path_of(config, output, Role::PositionEmbedding) else { return };
+    if !config.d_model.is_multiple_of(2) {
         return;
     }
-    let Some(own) = found.get("lm_head.weight") else { return };
-    if found.get(&format!("transformer.{}", names::token_table(class))) == Some(own) {
-        found.remove("lm_head.weight");
-    } else {
-        tracing::warn!("`lm_head.weight` differs from the token embedding although config.json ties them: kept apart");
-        config.tie_embeddings = false;
-    }
-}
-
-fn is_sinusoidal(config: &GptConfig, table: &HostTensor) -> bool {
-    if !config.d_model.is_multiple_of(2) || table.shape != [config.max_seq_len, config.d_model] {
-        return false;
-    }
     let sinusoids = sinusoid_table(config.max_seq_len, config.d_model);
-    table.data.iter().zip(&sinusoids).all(|(a, b)| (a - b).abs() <= SINUSOID_TOLERANCE)
+    if tensors[&path].data.iter().zip(&sinusoids).all(|(a, b)| (a - b).abs() <= SINUSOID_TOLERANCE) {
+        tensors.remove(&path);
+        config.positions = Positions::Sinusoidal;
+    }
 }
 
 /// Why a directory is not a model we can read, or could not be written.
@@ -260,7 +298,7 @@ pub enum HfError {
         /// Whether it holds a `pytorch_model.bin`.
         pickled: bool,
     },
-    /// config.json lacks a key.
+    /// config.json lacks a key that has no default.
     #[error("`{}` lacks the key `{key}`", path.display())]
     MissingKey {
         /// The file.
@@ -289,7 +327,7 @@ pub enum HfError {
         source: ModelConfigError,
     },
     /// A tensor is not there.
-    #[error("`{}`: tensor `{name}` is missing", path.display())]
+    #[error("`{}`: tensor `{name}` is missing\nhint: the files of this directory are not of one model; copy or download them again", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
@@ -305,7 +343,7 @@ pub enum HfError {
         name: String,
     },
     /// A tensor has another shape.
-    #[error("`{}`: tensor `{name}` has shape {found:?}, expected {expected:?}", path.display())]
+    #[error("`{}`: tensor `{name}` has shape {found:?}, expected {expected:?}\nhint: the files of this directory are not of one model; copy or download them again", path.display())]
     Shape {
         /// The file.
         path: PathBuf,

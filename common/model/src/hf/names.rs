@@ -1,94 +1,105 @@
-//! Which foreign tensor is which of ours, and its shape.
+//! Which tensors of a class hold a parameter, and the numbers moved between the two.
 
-use super::{Class, Head};
-use crate::{GptConfig, NormPlacement, Positions};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 
-/// One tensor under both names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
-    /// The path in [`Gpt`](crate::Gpt) or [`ScalarGpt`](crate::ScalarGpt).
-    pub ours: String,
-    /// The name in the file, with its `transformer.` prefix where there is one.
-    pub theirs: String,
-    pub shape: Vec<usize>,
+use super::Class;
+use crate::params::{Foreign, Output, Parameter, Role, Span, parameters};
+use crate::{GptConfig, HostTensor, NamedTensors};
+
+/// Buffers that old versions of transformers wrote among the weights; `#` stands for a block's index.
+const BUFFERS: [&str; 3] = ["h.#.attn.bias", "h.#.attn.masked_bias", "position_ids"];
+
+/// The name under which a tensor of a file in `class`'s layout is known, or `None` for a buffer: `transformer.` is put
+/// before names that lack it, as those of a model without a head do.
+pub(super) fn known_as(class: Class, name: &str) -> Option<String> {
+    if class == Class::Kindling || ["lm_head.", "score."].iter().any(|head| name.starts_with(head)) {
+        return Some(name.to_owned());
+    }
+    let name = name.strip_prefix(class.prefix()).unwrap_or(name);
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let pattern: Vec<&str> = name.split('.').map(|part| if is_number(part) { "#" } else { part }).collect();
+    let is_buffer = BUFFERS.contains(&pattern.join(".").as_str());
+    (!is_buffer).then(|| format!("{}{name}", class.prefix()))
 }
 
-/// Every tensor of a model of `class`, `config` and `head`, the fixed position table of foreign classes excepted.
-///
-/// Linear layers are `[in, out]` on both sides, because these two classes use `Conv1D`: nothing is transposed.
-pub(super) fn entries(class: Class, config: &GptConfig, head: Head) -> Vec<Entry> {
-    let GptConfig { vocab_size, d_model, d_ff, max_seq_len, .. } = *config;
-    let trunk = if matches!(head, Head::Score { .. }) { "trunk." } else { "" };
-    let mut entries = Vec::new();
-    let mut add = |ours: &str, theirs: &str, shape: &[usize]| {
-        entries.push(Entry {
-            ours: format!("{trunk}{ours}"),
-            theirs: if class == Class::Kindling { format!("{trunk}{ours}") } else { format!("transformer.{theirs}") },
-            shape: shape.to_vec(),
-        });
+/// The tensors of `class` that hold `parameter`: for each span of it the tensor's full name.
+pub(super) fn spans(class: Class, parameter: &Parameter<'_>) -> Vec<(String, Span)> {
+    let foreign = match class {
+        Class::Gpt2 => parameter.gpt2(),
+        Class::OpenAiGpt => parameter.openai_gpt(),
+        Class::Kindling => Foreign::same(&[""]),
     };
-    add("token_embedding", token_table(class), &[vocab_size, d_model]);
-    if config.positions == Positions::Learned {
-        add("position_embedding", position_table(class), &[max_seq_len, d_model]);
-    }
-    for i in 0..config.n_layers {
-        for (ours, theirs, d_in, d_out) in [
-            ("attention.qkv", "attn.c_attn", d_model, 3 * d_model),
-            ("attention.proj", "attn.c_proj", d_model, d_model),
-            ("mlp.up", "mlp.c_fc", d_model, d_ff),
-            ("mlp.down", "mlp.c_proj", d_ff, d_model),
-        ] {
-            add(&format!("blocks.{i}.{ours}.weight"), &format!("h.{i}.{theirs}.weight"), &[d_in, d_out]);
-            add(&format!("blocks.{i}.{ours}.bias"), &format!("h.{i}.{theirs}.bias"), &[d_out]);
+    let name = |span: &Span| match (class, parameter.block()) {
+        (Class::Kindling, _) => parameter.path(),
+        _ if parameter.is_head() => span.name.to_owned(),
+        (_, Some(i)) => format!("{}h.{i}.{}", class.prefix(), span.name),
+        (_, None) => format!("{}{}", class.prefix(), span.name),
+    };
+    parameter.spans(foreign).into_iter().map(|span| (name(&span), span)).collect()
+}
+
+/// The full name of the tensor of `class` for the one parameter of this role.
+pub(super) fn name_of(class: Class, config: &GptConfig, output: Output, role: Role) -> Option<String> {
+    let parameter = parameters(config, output).find(|parameter| parameter.role() == role)?;
+    spans(class, &parameter).into_iter().next().map(|(name, _)| name)
+}
+
+/// Our parameters out of the tensors of `class`, of which every one that is needed is there in its shape.
+pub(super) fn import(class: Class, config: &GptConfig, output: Output, mut theirs: NamedTensors) -> NamedTensors {
+    let mut ours = NamedTensors::new();
+    for parameter in parameters(config, output) {
+        let (shape, spans) = (parameter.shape(), spans(class, &parameter));
+        if let [(name, span)] = &spans[..]
+            && is_whole(span, &shape)
+        {
+            ours.insert(parameter.path(), theirs.remove(name).expect("checked to be there"));
+            continue;
         }
-        for norm in [1, 2] {
-            add(&format!("blocks.{i}.norm_{norm}.gamma"), &format!("h.{i}.ln_{norm}.weight"), &[d_model]);
-            add(&format!("blocks.{i}.norm_{norm}.beta"), &format!("h.{i}.ln_{norm}.bias"), &[d_model]);
+        let mut data = vec![0.0; shape.iter().product()];
+        for (name, span) in &spans {
+            let their_data = &theirs[name].data;
+            span.for_each_pair(&shape, |our_index, their_index| data[our_index] = their_data[their_index]);
+        }
+        ours.insert(parameter.path(), HostTensor { shape, data });
+    }
+    ours
+}
+
+/// The tensors of `class` that hold our parameters.
+///
+/// # Panics
+/// If `ours` are not the parameters of the model.
+pub(super) fn export<'a>(
+    class: Class,
+    config: &GptConfig,
+    output: Output,
+    ours: &'a NamedTensors,
+) -> BTreeMap<String, Cow<'a, HostTensor>> {
+    let mut theirs = BTreeMap::new();
+    let mut n_parameters = 0;
+    for parameter in parameters(config, output) {
+        let (path, shape, spans) = (parameter.path(), parameter.shape(), spans(class, &parameter));
+        let Some(tensor) = ours.get(&path) else { panic!("tensor `{path}` is missing") };
+        assert_eq!(tensor.shape, shape, "tensor `{path}` has another shape");
+        n_parameters += 1;
+        if let [(name, span)] = &spans[..]
+            && is_whole(span, &shape)
+        {
+            theirs.insert(name.clone(), Cow::Borrowed(tensor));
+            continue;
+        }
+        for (name, span) in spans {
+            let zeros = || HostTensor { data: vec![0.0; span.shape.iter().product()], shape: span.shape.clone() };
+            let their_data = &mut theirs.entry(name).or_insert_with(|| Cow::Owned(zeros())).to_mut().data;
+            span.for_each_pair(&shape, |our_index, their_index| their_data[their_index] = tensor.data[our_index]);
         }
     }
-    if config.norm == NormPlacement::Pre {
-        add("final_norm.gamma", "ln_f.weight", &[d_model]);
-        add("final_norm.beta", "ln_f.bias", &[d_model]);
-    }
-    match head {
-        Head::Lm if config.tie_embeddings => {}
-        Head::Lm => entries.push(Entry {
-            ours: "head".to_owned(),
-            theirs: if class == Class::Kindling { "head" } else { "lm_head.weight" }.to_owned(),
-            shape: vec![vocab_size, d_model],
-        }),
-        Head::Score { .. } => entries.push(Entry {
-            ours: "score.weight".to_owned(),
-            theirs: "score.weight".to_owned(),
-            shape: vec![1, d_model],
-        }),
-    }
-    entries
+    assert_eq!(n_parameters, ours.len(), "the tensors are not those of {config:?}");
+    theirs
 }
 
-/// The token embedding's name, without prefix.
-pub(super) const fn token_table(class: Class) -> &'static str {
-    match class {
-        Class::Gpt2 => "wte.weight",
-        Class::OpenAiGpt => "tokens_embed.weight",
-        Class::Kindling => "token_embedding",
-    }
-}
-
-/// The position table's name, without prefix.
-pub(super) const fn position_table(class: Class) -> &'static str {
-    match class {
-        Class::Gpt2 => "wpe.weight",
-        Class::OpenAiGpt => "positions_embed.weight",
-        Class::Kindling => "position_embedding",
-    }
-}
-
-/// Whether `name` is one of the causal-mask buffers that old versions of transformers wrote among the weights.
-pub(super) fn is_mask_buffer(name: &str) -> bool {
-    let name = name.strip_prefix("transformer.").unwrap_or(name);
-    let layer = name
-        .strip_prefix("h.")
-        .and_then(|rest| rest.strip_suffix(".attn.bias").or_else(|| rest.strip_suffix(".attn.masked_bias")));
-    layer.is_some_and(|layer| !layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit()))
+/// Whether a parameter and the tensor are the same numbers in the same order.
+fn is_whole(span: &Span, shape: &[usize]) -> bool {
+    !span.transposed && span.shape == shape
 }

@@ -1,13 +1,17 @@
 //! Tensors in safetensors files: one file or several with an index, f32, f16 or bf16 in, f32 out.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, View, serialize_to_file};
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo, View, serialize_to_file};
 use sha2::{Digest, Sha256};
 
 use super::HfError;
+use super::config::read_json;
 use crate::{HostTensor, NamedTensors};
 use base::hash::hex;
 
@@ -17,59 +21,173 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// Which of several files holds which tensor.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
+/// The longest header that the format allows.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Bytes that are read at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
 /// Reads every tensor of the file at `path` for which `wanted` holds, as f32, with the file's SHA-256.
 ///
 /// # Errors
 /// If the file cannot be read, is cut short or damaged, or a wanted tensor has another type than f32, f16 or bf16 or
 /// holds a number that is not finite.
 pub fn read_file(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<(NamedTensors, String), HfError> {
-    let bytes = std::fs::read(path).map_err(|source| HfError::Read { path: path.to_owned(), source })?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| HfError::Damaged { path: path.to_owned(), reason: error.to_string() })?;
     let mut tensors = NamedTensors::new();
-    for (name, view) in file.iter().filter(|(name, _)| wanted(name)) {
-        tensors.insert(name.to_owned(), to_host(path, name, &view)?);
-    }
-    Ok((tensors, hex(&Sha256::digest(&bytes))))
+    let sha256 = TensorFile::open(path)?.read(|name| wanted(name).then(|| name.to_owned()), &mut tensors)?;
+    Ok((tensors, sha256))
 }
 
-/// Reads the weights in `dir`, from one file or the shards of an index; the second value is the SHA-256 of the one
-/// file, or that of the shards' hashes in the order of their names.
-pub(super) fn read_weights(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<(NamedTensors, String), HfError> {
-    let single = dir.join(WEIGHTS_FILE);
-    let index = dir.join(INDEX_FILE);
-    if single.is_file() || !index.is_file() {
-        if !single.is_file() {
-            return Err(HfError::NoWeights { dir: dir.to_owned(), pickled: dir.join("pytorch_model.bin").is_file() });
-        }
-        return read_file(&single, wanted);
+/// Opens a file that may come from anyone, and its length in bytes: a pipe or a device would block or never end.
+pub(super) fn open(path: &Path) -> Result<(File, u64), HfError> {
+    let read_error = |source| HfError::Read { path: path.to_owned(), source };
+    let metadata = std::fs::metadata(path).map_err(read_error)?;
+    if !metadata.is_file() {
+        return Err(read_error(io::Error::other("it is not a regular file")));
     }
-    let bytes = std::fs::read(&index).map_err(|source| HfError::Read { path: index.clone(), source })?;
-    let damaged = |reason: String| HfError::Damaged { path: index.clone(), reason };
-    let content: Index = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-    let mut names_of_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (name, shard) in &content.weight_map {
-        if Path::new(shard).file_name().is_none_or(|file| file != shard.as_str()) {
-            return Err(damaged(format!("`{shard}` is not a file name")));
+    Ok((File::open(path).map_err(read_error)?, metadata.len()))
+}
+
+/// A safetensors file of which the header is read and found to fit the file's length.
+#[derive(Debug)]
+struct TensorFile {
+    path: PathBuf,
+    file: File,
+    /// The file's first bytes, up to the tensors.
+    head: Vec<u8>,
+    header: Metadata,
+}
+
+impl TensorFile {
+    fn open(path: &Path) -> Result<Self, HfError> {
+        let damaged = |reason: String| HfError::Damaged { path: path.to_owned(), reason };
+        let read_error = |source| HfError::Read { path: path.to_owned(), source };
+        let (mut file, n_bytes) = open(path)?;
+        if n_bytes < 8 {
+            return Err(damaged(format!("it has {n_bytes} bytes, expected a header")));
         }
-        names_of_shard.entry(shard).or_default().push(name);
+        let mut head = vec![0; 8];
+        file.read_exact(&mut head).map_err(read_error)?;
+        let n_header = u64::from_le_bytes(head[..].try_into().expect("eight bytes"));
+        if n_header > MAX_HEADER_BYTES.min(n_bytes - 8) {
+            return Err(damaged(format!("its header has {n_header} bytes, the file {n_bytes}")));
+        }
+        head.resize(8 + n_header as usize, 0);
+        file.read_exact(&mut head[8..]).map_err(read_error)?;
+        // Checks that the tensors follow each other without gap or overlap and that each is as long as its shape says.
+        let header: Metadata = serde_json::from_slice(&head[8..]).map_err(|error| damaged(error.to_string()))?;
+        let n_needed = head.len() + header.data_len();
+        if n_needed as u64 != n_bytes {
+            return Err(damaged(format!("its header describes {n_needed} bytes, the file has {n_bytes}")));
+        }
+        Ok(Self { path: path.to_owned(), file, head, header })
     }
-    let mut tensors = NamedTensors::new();
-    let mut hashes = Sha256::new();
-    for (shard, names) in names_of_shard {
-        let path = dir.join(shard);
-        let (mut found, hash) = read_file(&path, &wanted)?;
-        hashes.update(hash);
-        for name in names.into_iter().filter(|name| wanted(name)) {
-            let tensor =
-                found.remove(name).ok_or_else(|| HfError::Missing { path: path.clone(), name: name.to_owned() })?;
-            tensors.insert(name.to_owned(), tensor);
+
+    /// Adds the tensors to which `key` gives a name to `tensors`, under that name; the result is the SHA-256 of the file.
+    fn read(mut self, key: impl Fn(&str) -> Option<String>, tensors: &mut NamedTensors) -> Result<String, HfError> {
+        let mut sha256 = Sha256::new();
+        sha256.update(&self.head);
+        let mut chunk = vec![0; CHUNK_BYTES];
+        for name in self.header.offset_keys() {
+            let TensorInfo { dtype, shape, data_offsets: (start, end) } =
+                self.header.info(&name).expect("its own name");
+            let (key, mut n_left) = (key(&name), end - start);
+            if key.is_some() && !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                return Err(HfError::Dtype { path: self.path, name, dtype: format!("{dtype:?}") });
+            }
+            let mut data = Vec::with_capacity(if key.is_some() { n_left * 8 / dtype.bitsize() } else { 0 });
+            while n_left > 0 {
+                let chunk = &mut chunk[..n_left.min(CHUNK_BYTES)];
+                n_left -= chunk.len();
+                let read = self.file.read_exact(chunk);
+                read.map_err(|source| HfError::Read { path: self.path.clone(), source })?;
+                sha256.update(&*chunk);
+                match dtype {
+                    _ if key.is_none() => {}
+                    Dtype::F32 => data.extend(chunk.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+                    Dtype::F16 => data.extend(chunk.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+                    _ => data.extend(chunk.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+                }
+            }
+            if let Some(key) = key {
+                check_finite(&self.path, &name, &data)?;
+                tensors.insert(key, HostTensor { shape: shape.clone(), data });
+            }
         }
-        if let Some(name) = found.into_keys().next() {
-            return Err(HfError::Unused { path, name });
-        }
+        Ok(hex(&sha256.finalize()))
     }
-    Ok((tensors, hex(&hashes.finalize())))
+}
+
+/// The weights in a directory, in one file or the shards of an index; headers are read, tensors are not.
+#[derive(Debug)]
+pub(super) struct Weights {
+    files: Vec<TensorFile>,
+    /// The path of its file and the shape of every tensor, by the name it is wanted under.
+    pub tensors: BTreeMap<String, (PathBuf, Vec<usize>)>,
+}
+
+impl Weights {
+    /// Looks into the files in `dir`. Tensors are known by the name that `key` gives them; `None` leaves one out.
+    pub fn open(dir: &Path, key: impl Fn(&str) -> Option<String>) -> Result<Self, HfError> {
+        let (single, index) = (dir.join(WEIGHTS_FILE), dir.join(INDEX_FILE));
+        let files = match (single.is_file(), index.is_file()) {
+            (true, _) => vec![TensorFile::open(&single)?],
+            (false, true) => Self::shards(dir, &index, &key)?,
+            (false, false) => {
+                let pickled = dir.join("pytorch_model.bin").is_file();
+                return Err(HfError::NoWeights { dir: dir.to_owned(), pickled });
+            }
+        };
+        let mut tensors = BTreeMap::new();
+        for file in &files {
+            for (name, info) in file.header.tensors() {
+                let Some(key) = key(&name) else { continue };
+                if tensors.insert(key, (file.path.clone(), info.shape.clone())).is_some() {
+                    return Err(HfError::Unused { path: file.path.clone(), name });
+                }
+            }
+        }
+        Ok(Self { files, tensors })
+    }
+
+    /// The files that the index names, each with the tensors that the index says and no others.
+    fn shards(dir: &Path, index: &Path, key: impl Fn(&str) -> Option<String>) -> Result<Vec<TensorFile>, HfError> {
+        let content: Index = read_json(index)?;
+        let mut names_of_shard: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        for (name, shard) in &content.weight_map {
+            if Path::new(shard).file_name().is_none_or(|file| file != shard.as_str()) {
+                let reason = format!("`{shard}` is not a file name");
+                return Err(HfError::Damaged { path: index.to_owned(), reason });
+            }
+            names_of_shard.entry(shard).or_default().insert(name);
+        }
+        let mut files = Vec::with_capacity(names_of_shard.len());
+        for (shard, names) in names_of_shard {
+            let file = TensorFile::open(&dir.join(shard))?;
+            let is_wanted = |name: &&str| key(name).is_some();
+            if let Some(name) = names.iter().find(|name| is_wanted(name) && file.header.info(name).is_none()) {
+                return Err(HfError::Missing { path: file.path, name: (*name).to_owned() });
+            }
+            let mut found = file.header.offset_keys().into_iter();
+            if let Some(name) = found.find(|name| is_wanted(&name.as_str()) && !names.contains(name.as_str())) {
+                return Err(HfError::Unused { path: file.path, name });
+            }
+            files.push(file);
+        }
+        Ok(files)
+    }
+
+    /// The tensors to which `key` gives a name, and the SHA-256 of the one file, or that of the shards' hashes in the
+    /// order of their names.
+    pub fn read(self, key: impl Fn(&str) -> Option<String>) -> Result<(NamedTensors, String), HfError> {
+        let mut tensors = NamedTensors::new();
+        let hashes = self.files.into_iter().map(|file| file.read(&key, &mut tensors)).collect::<Result<Vec<_>, _>>()?;
+        let sha256 = match &hashes[..] {
+            [one] => one.clone(),
+            shards => hex(&Sha256::digest(shards.concat())),
+        };
+        Ok((tensors, sha256))
+    }
 }
 
 /// Writes `tensors` to the file at `path` as f32, under the names given.
@@ -95,20 +213,6 @@ pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'
 #[derive(serde::Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
-}
-
-fn to_host(path: &Path, name: &str, view: &TensorView<'_>) -> Result<HostTensor, HfError> {
-    let bytes = view.data();
-    let data: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-        other => {
-            return Err(HfError::Dtype { path: path.to_owned(), name: name.to_owned(), dtype: format!("{other:?}") });
-        }
-    };
-    check_finite(path, name, &data)?;
-    Ok(HostTensor { shape: view.shape().to_vec(), data })
 }
 
 fn check_finite(path: &Path, name: &str, data: &[f32]) -> Result<(), HfError> {
