@@ -1,11 +1,12 @@
 //! The end of a program: the error on stderr and the exit code.
 //!
-//! 0 done, 1 failed, 2 wrong usage. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
+//! 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM with the work saved. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
 //! directory that is not empty or holds nothing to resume is the state of the disk, so that is 1.
 
 use std::io::Write;
 use std::process::ExitCode;
 
+use crate::interrupt::Stopped;
 use crate::logging::bars;
 
 /// Wrong usage that clap cannot see, such as flags that depend on another's value: exit code 2.
@@ -18,6 +19,9 @@ pub struct UsageError(pub String);
 /// The chain becomes `error: outer: inner`; the lines `hint: …` of all its errors follow.
 pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
+    if let Some(stopped) = error.downcast_ref::<Stopped>() {
+        return ExitCode::from(stopped.exit_code());
+    }
     let text = error_text(&error);
     // Nothing is left to try if stderr itself is gone.
     let _ = bars().suspend(|| writeln!(std::io::stderr(), "{text}"));

@@ -1,16 +1,26 @@
 //! Ctrl-C and the other signals that ask a program to stop.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 
-/// Whether the user asked to stop. The first Ctrl-C or SIGTERM is noted, so that the step can be finished and saved;
-/// the second ends the program at once, with exit code 130.
+/// Signals that follow the first one so closely are the same request: `timeout` and job schedulers signal both the
+/// process and its group, some of them twice.
+const SAME_REQUEST: Duration = Duration::from_secs(1);
+
+/// The number of the signal that asked to stop; 0 until one does.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+static NEVER: AtomicI32 = AtomicI32::new(0);
+
+/// Whether the user asked to stop.
+///
+/// The first SIGINT (Ctrl-C), SIGTERM or SIGHUP is noted, so that the step can be finished and saved; another one more
+/// than a second later ends the program at once. A SIGHUP that is ignored, as under `nohup`, stays ignored.
 #[derive(Debug, Clone, Copy)]
 pub struct Interrupt {
-    flag: &'static AtomicBool,
+    signal: &'static AtomicI32,
 }
-
-static STOP: AtomicBool = AtomicBool::new(false);
-static NEVER: AtomicBool = AtomicBool::new(false);
 
 impl Interrupt {
     /// Catches the signals from now on. Every call gives the same flag, so that stages run in turn see one request.
@@ -18,33 +28,155 @@ impl Interrupt {
     /// # Errors
     /// If the system refuses the handler.
     pub fn install() -> Result<Self, InterruptError> {
-        static INSTALLED: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
-        let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        static INSTALLED: Mutex<bool> = Mutex::new(false);
+        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         if !*installed {
-            ctrlc::set_handler(|| {
-                if STOP.swap(true, Ordering::SeqCst) {
-                    std::process::exit(130);
-                }
-                tracing::warn!("finishing the step, then saving; press Ctrl-C again to stop at once");
-            })
-            .map_err(InterruptError)?;
+            watch().map_err(InterruptError)?;
             *installed = true;
         }
-        Ok(Self { flag: &STOP })
+        Ok(Self { signal: &SIGNAL })
     }
 
     /// One that nobody triggers, for tests and for callers that handle signals themselves.
     pub fn never() -> Self {
-        Self { flag: &NEVER }
+        Self { signal: &NEVER }
     }
 
     /// Whether to finish the step, save and return.
     pub fn requested(&self) -> bool {
-        self.flag.load(Ordering::SeqCst)
+        self.signal.load(Ordering::SeqCst) != 0
     }
+
+    /// The end of a program that was asked to stop, saved and returned.
+    pub fn stopped(&self) -> Stopped {
+        Stopped { signal: self.signal.load(Ordering::SeqCst) }
+    }
+}
+
+/// The program was asked to stop, and what it had done is saved. Nothing is left to say: only the exit code tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("stopped by signal {signal}")]
+pub struct Stopped {
+    signal: i32,
+}
+
+impl Stopped {
+    /// 128 and the number of the signal, as shells have it: 130 for SIGINT, 143 for SIGTERM.
+    pub const fn exit_code(self) -> u8 {
+        128 + self.signal as u8
+    }
+}
+
+/// The requests to stop so far.
+#[derive(Debug, Default)]
+struct Requests {
+    first: Option<Instant>,
+}
+
+/// What to do about a signal.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    FinishTheStep,
+    Nothing,
+    StopAtOnce,
+}
+
+impl Requests {
+    fn note(&mut self, at: Instant) -> Answer {
+        match self.first {
+            None => {
+                self.first = Some(at);
+                Answer::FinishTheStep
+            }
+            Some(first) if at.duration_since(first) <= SAME_REQUEST => Answer::Nothing,
+            Some(_) => Answer::StopAtOnce,
+        }
+    }
+
+    fn handle(&mut self, signal: i32) {
+        match self.note(Instant::now()) {
+            Answer::FinishTheStep => {
+                SIGNAL.store(signal, Ordering::SeqCst);
+                tracing::warn!("finishing the step, then saving; press Ctrl-C again to stop at once");
+            }
+            Answer::Nothing => {}
+            Answer::StopAtOnce => {
+                tracing::warn!("stopped without saving");
+                std::process::exit(i32::from(Stopped { signal }.exit_code()));
+            }
+        }
+    }
+}
+
+/// Handles the signals on a thread of its own.
+#[cfg(unix)]
+fn watch() -> std::io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+    let mut wanted = vec![SIGINT, SIGTERM];
+    if !is_ignored(SIGHUP) {
+        wanted.push(SIGHUP);
+    }
+    let mut signals = signal_hook::iterator::Signals::new(wanted)?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        let mut requests = Requests::default();
+        signals.forever().for_each(|signal| requests.handle(signal));
+    })?;
+    Ok(())
+}
+
+/// Whether the process was started with `signal` ignored. Where the system does not say, it counts as ignored, so that
+/// no handler of ours undoes `nohup`.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let mask = std::fs::read_to_string("/proc/self/status").ok().and_then(|status| ignored_mask(&status));
+    mask.is_none_or(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+/// The bits of the ignored signals in `/proc/self/status`, the first signal lowest.
+#[cfg(unix)]
+fn ignored_mask(status: &str) -> Option<u64> {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"))?;
+    u64::from_str_radix(mask.trim(), 16).ok()
+}
+
+#[cfg(not(unix))]
+fn watch() -> std::io::Result<()> {
+    const SIGINT: i32 = 2;
+    let mut requests = Requests::default();
+    ctrlc::set_handler(move || requests.handle(SIGINT)).map_err(std::io::Error::other)
 }
 
 /// The system refused the handler.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to catch Ctrl-C: {0}")]
-pub struct InterruptError(#[source] ctrlc::Error);
+pub struct InterruptError(#[source] std::io::Error);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_within_a_second_are_one_request_and_a_later_one_stops_at_once() {
+        let start = Instant::now();
+        let mut requests = Requests::default();
+        let mut after = |millis| requests.note(start + Duration::from_millis(millis));
+        assert_eq!(after(0), Answer::FinishTheStep);
+        assert_eq!([after(20), after(1000)], [Answer::Nothing, Answer::Nothing]);
+        assert_eq!(after(1001), Answer::StopAtOnce);
+    }
+
+    #[test]
+    fn exit_codes_are_those_of_shells() {
+        assert_eq!([2, 15].map(|signal| Stopped { signal }.exit_code()), [130, 143]);
+        assert!(!Interrupt::never().requested());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_ignored_signal_is_read_from_the_status() {
+        let status = "Name:\tx\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000000\n";
+        assert_eq!(ignored_mask(status), Some(0x1001));
+        assert_eq!(ignored_mask("Name:\tx\n"), None);
+    }
+}
