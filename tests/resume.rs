@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
-use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
-use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::time::Duration;
+
+use pipeline_tests::{Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
+use rustix::process::Signal;
 
 /// How often a run may be faster than the signal that should stop it.
 const MAX_TRIES: u32 = 20;
@@ -91,7 +94,7 @@ fn ppo_killed_and_resumed_is_ppo_uninterrupted() {
 }
 
 #[test]
-fn ctrl_c_and_sigterm_finish_the_step_save_and_exit_0() {
+fn ctrl_c_and_sigterm_finish_the_step_save_and_exit_as_shells_expect() {
     for stage in [PRETRAIN, SFT, REWARD_MODEL, PPO] {
         let lab = Lab::before(stage);
         lab.ok(stage.program, &stage.train("whole", &["-q"]));
@@ -112,9 +115,10 @@ fn stop(lab: &Lab, stage: Stage, signal: Signal) -> u64 {
         run.hears("step 3/");
         run.signal(signal);
         let status = run.ends();
-        assert_eq!(status.code(), Some(0), "{}:\n{}", stage.program, run.stderr());
         let step = lab.saved_step("parts").unwrap();
         let finished = run.stderr().contains("done at step");
+        let expected = if finished { 0 } else { 128 + signal.as_raw() };
+        assert_eq!(status.code(), Some(expected), "{}:\n{}", stage.program, run.stderr());
         assert_eq!(finished, !run.stderr().contains("go on with `--resume`"), "{}", run.stderr());
         if !finished {
             assert!(run.stderr().contains("finishing the step"), "{}", run.stderr());
@@ -125,18 +129,221 @@ fn stop(lab: &Lab, stage: Stage, signal: Signal) -> u64 {
     panic!("`{}` ended {MAX_TRIES} times before the signal arrived", stage.program);
 }
 
-#[test]
-fn a_second_signal_ends_the_run_at_once() {
-    let lab = Lab::before(PRETRAIN);
-    // A step of this size takes seconds, so the second signal arrives within it.
-    let more = ["--set", "train.batch_size=4096", "--set", "train.eval_windows=1"];
-    let mut run: Running = lab.start("pretrain", &PRETRAIN.train("parts", &more));
+/// Starts a run and waits until it makes a step, which takes so long that all signals arrive within it.
+fn start_long_step(lab: &Lab) -> Running {
+    let more = ["--set", "train.batch_size=262144", "--set", "train.micro_batch_size=32"];
+    let mut run = lab.start("pretrain", &PRETRAIN.train("parts", &more));
     run.hears("parameters");
-    run.signal(Signal::INT);
-    run.hears("press Ctrl-C again");
-    run.signal(Signal::INT);
-    assert_eq!(run.ends().code(), Some(130), "{}", run.stderr());
-    assert_eq!(lab.saved_step("parts"), None);
+    // From the last line it prints to the first step is a moment.
+    std::thread::sleep(Duration::from_millis(500));
+    run
+}
+
+#[test]
+fn a_second_signal_after_a_second_ends_the_run_at_once_and_says_so() {
+    let lab = Lab::before(PRETRAIN);
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let mut run = start_long_step(&lab);
+        run.signal(signal);
+        run.hears("press Ctrl-C again");
+        std::thread::sleep(Duration::from_millis(1100));
+        run.signal(signal);
+        assert_eq!(run.ends().code(), Some(code), "{}", run.stderr());
+        assert!(run.stderr().contains("stopped without saving"), "{}", run.stderr());
+        assert_eq!(lab.saved_step("parts"), None);
+        std::fs::remove_dir_all(lab.path("parts")).unwrap();
+    }
+}
+
+#[test]
+fn two_signals_within_a_second_are_one_request() {
+    let lab = Lab::before(PRETRAIN);
+    for _ in 0..MAX_TRIES {
+        let more = ["--set", "train.steps=500", "--overwrite"];
+        let mut run = lab.start("pretrain", &PRETRAIN.train("parts", &more));
+        run.hears("step 3/");
+        run.signal(Signal::TERM);
+        std::thread::sleep(Duration::from_millis(5));
+        run.signal(Signal::TERM);
+        let code = run.ends().code();
+        assert!(code == Some(0) || code == Some(143), "{code:?}\n{}", run.stderr());
+        if code == Some(143) {
+            assert!(run.stderr().contains("stopped at step") && lab.saved_step("parts").is_some(), "{}", run.stderr());
+            return;
+        }
+    }
+    panic!("the run ended {MAX_TRIES} times before the signals arrived");
+}
+
+#[test]
+fn a_hang_up_is_saved_and_under_nohup_does_nothing() {
+    let lab = Lab::before(PRETRAIN);
+    let shell = |before: &str| {
+        let script = format!("{before} exec \"$@\"");
+        let program = pipeline_tests::binary("pretrain").display().to_string();
+        let mut args = vec!["-c".to_owned(), script, "sh".to_owned(), program];
+        args.extend(PRETRAIN.train("parts", &["--overwrite", "--set", "train.steps=300"]));
+        lab.within(Command::new("sh"), &args)
+    };
+    let mut run = Lab::running(shell("trap '' HUP;"));
+    run.hears("step 3/");
+    run.signal(Signal::HUP);
+    assert_eq!(run.ends().code(), Some(0), "{}", run.stderr());
+    assert_eq!(lab.saved_step("parts"), Some(300));
+    if cfg!(target_os = "linux") {
+        let mut run = Lab::running(shell(""));
+        run.hears("step 3/");
+        run.signal(Signal::HUP);
+        assert_eq!(run.ends().code(), Some(129), "{}", run.stderr());
+        assert!(lab.saved_step("parts").is_some_and(|step| step < 300));
+    }
+}
+
+/// Trains `stage` for a few of its steps into `parts`, then resumes it with `more`; the resumed run's output.
+fn resumed_with(lab: &Lab, stage: Stage, more: &[&str]) -> Output {
+    lab.ok(stage.program, &stage.train("parts", &["-q", "--overwrite", "--set", "train.steps=2"]));
+    lab.run(stage.program, &stage.train("parts", &[&["--resume", "--set", "train.steps=3"], more].concat()))
+}
+
+#[test]
+fn a_run_goes_on_only_as_it_began() {
+    for stage in [PRETRAIN, SFT, REWARD_MODEL, PPO] {
+        let lab = Lab::before(stage);
+        for (setting, says) in [
+            ("train.batch_size=8", "`train.batch_size` was 4, is now 8"),
+            ("optimizer.lr=0.5", "`optimizer.lr` was 0."),
+            ("seed=4", "`seed` was "),
+        ] {
+            let refused = resumed_with(&lab, stage, &["--set", setting]);
+            assert_eq!(refused.status.code(), Some(1), "{setting}: {}", refused.stderr);
+            assert!(refused.stderr.contains(says) && refused.stderr.contains("docs/resuming.md"), "{}", refused.stderr);
+            assert_eq!(lab.saved_step("parts"), Some(2));
+        }
+        let goes_on = resumed_with(&lab, stage, &["--set", "run.log_every=2"]);
+        assert!(goes_on.status.success(), "{}", goes_on.stderr);
+        assert!(goes_on.stderr.contains("`train.steps` was 2, is now 3"), "{}", goes_on.stderr);
+        assert!(goes_on.stderr.contains("`run.log_every` was 1, is now 2"), "{}", goes_on.stderr);
+        assert_eq!(lab.saved_step("parts"), Some(3));
+    }
+}
+
+#[test]
+fn a_run_goes_on_only_from_what_it_began_from() {
+    for stage in [SFT, REWARD_MODEL, PPO] {
+        let lab = Lab::before(stage);
+        for parent in stage.parents {
+            let other = [&["-q", "--overwrite", "--set", "seed=77"][..]].concat();
+            lab.ok(stage.program, &stage.train("parts", &["-q", "--overwrite", "--set", "train.steps=2"]));
+            std::fs::rename(lab.path(parent.out), lab.path("aside")).unwrap();
+            lab.ok(parent.program, &parent.train(parent.out, &other));
+            let refused = lab.run(stage.program, &stage.train("parts", &["--resume"]));
+            assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+            let flag = stage.inputs.iter().zip(&stage.inputs[1..]).find(|(_, dir)| **dir == parent.out).unwrap().0;
+            assert!(
+                refused.stderr.contains(&format!("`{flag}` was `LAB/{}` (weights ", parent.out)),
+                "{}",
+                refused.stderr
+            );
+            std::fs::remove_dir_all(lab.path(parent.out)).unwrap();
+            std::fs::rename(lab.path("aside"), lab.path(parent.out)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_only_with_the_data_it_began_with_wherever_they_lie() {
+    let lab = Lab::before(SFT);
+    lab.ok("sft", &SFT.train("parts", &["-q", "--set", "train.steps=2"]));
+    let data = lab.bytes("data/sft.train.jsonl");
+    lab.write("data/moved.jsonl", &data);
+    let moved = ["--set", "data.train=[\"../data/moved.jsonl\"]", "--set", "train.steps=3"];
+    lab.ok("sft", &SFT.train("parts", &[&["--resume"], &moved[..]].concat()));
+    lab.write("data/moved.jsonl", [&data[..], &data[..]].concat());
+    let refused = lab.run("sft", &SFT.train("parts", &["--resume", "--set", "train.steps=4"]));
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("`data.train` was `LAB/data/moved.jsonl` (SHA-256 "), "{}", refused.stderr);
+}
+
+#[test]
+fn a_resumed_run_remembers_the_settings_of_its_first_call() {
+    let lab = Lab::before(SFT);
+    lab.ok("sft", &SFT.train("parts", &["-q", "--set", "train.steps=4", "--set", "optimizer.lr=0.01"]));
+    let again = lab.run("sft", &SFT.train("parts", &["--resume"]));
+    assert!(again.status.success() && again.stderr.contains("is finished"), "{}", again.stderr);
+    assert_eq!(lab.saved_step("parts"), Some(4));
+    lab.ok("sft", &SFT.train("parts", &["--resume", "--set", "train.steps=5"]));
+    lab.ok("sft", &SFT.train("parts", &["--resume"]));
+    assert_eq!(lab.saved_step("parts"), Some(5));
+    let back = lab.run("sft", &SFT.train("parts", &["--resume", "--set", "train.steps=3"]));
+    assert!(back.stderr.contains("stands at step 5, past the 3 steps asked for"), "{}", back.stderr);
+}
+
+#[test]
+fn a_resume_that_is_refused_leaves_the_checkpoint_as_it_was() {
+    let lab = Lab::before(SFT);
+    lab.ok("sft", &SFT.train("parts", &["-q", "--set", "train.steps=2"]));
+    let before = lab.contents("parts");
+    lab.run("sft", &SFT.train("parts", &["--resume", "--set", "train.batch_size=8"]));
+    assert!(before == lab.contents("parts"));
+}
+
+#[test]
+fn an_unfinished_run_is_named_where_another_starts_from_it() {
+    let lab = Lab::before(SFT);
+    // A run stopped between two saves looks like one that was interrupted there.
+    kill_after_checkpoint(&lab, SFT, 4, &["--set", "run.save_every=4", "--set", "train.steps=300"]);
+    let warned = lab.run("sft", &["train", "--config", "configs/sft.toml", "--init", "parts", "--out", "more"]);
+    assert!(warned.status.success(), "{}", warned.stderr);
+    assert!(
+        warned.stderr.contains("`--init parts` is unfinished: it was stopped at step 4 of 300"),
+        "{}",
+        warned.stderr
+    );
+    let silent = lab.run("sft", &["train", "--config", "configs/sft.toml", "--init", "more", "--out", "most"]);
+    assert!(!silent.stderr.contains("unfinished"), "{}", silent.stderr);
+}
+
+#[test]
+fn training_that_stopped_early_is_finished_and_more_patience_makes_it_go_on() {
+    let lab = Lab::before(REWARD_MODEL);
+    // So high a rate that the loss only rises after the first evaluation.
+    let early = ["--set", "optimizer.lr=0.5", "--set", "run.eval_every=1", "--set", "run.patience=1"];
+    lab.ok("reward-model", &REWARD_MODEL.train("parts", &[&early[..], &["-q", "--set", "train.steps=40"]].concat()));
+    let stopped_at = lab.saved_step("parts").unwrap();
+    assert!(stopped_at < 40, "it did not stop early");
+    let before = lab.contents("parts");
+    let again = lab.run("reward-model", &REWARD_MODEL.train("parts", &["--resume"]));
+    assert!(again.stderr.contains("is finished: nothing is left to do"), "{}", again.stderr);
+    assert!(before == lab.contents("parts"), "the bytes of a finished model changed");
+    lab.ok("reward-model", &REWARD_MODEL.train("parts", &["--resume", "-q", "--set", "run.patience=30"]));
+    assert!(lab.saved_step("parts").unwrap() > stopped_at);
+}
+
+#[test]
+fn what_was_trained_is_saved_before_scores_are_normalised() {
+    let lab = Lab::before(REWARD_MODEL);
+    // All pairs have one prompt, and so cold a sampler gives one answer: the scores have no deviation.
+    let pair = String::from_utf8(lab.bytes("data/pairs.train.jsonl")).unwrap().lines().next().unwrap().to_owned();
+    lab.write("data/one.jsonl", format!("{pair}\n"));
+    let more = ["--set", "data.train=[\"../data/one.jsonl\"]", "--set", "normalisation.temperature=1e-9"];
+    let failed = lab.run("reward-model", &REWARD_MODEL.train("parts", &more));
+    assert_eq!(failed.status.code(), Some(1), "{}", failed.stderr);
+    assert!(failed.stderr.contains("cannot be normalised"), "{}", failed.stderr);
+    assert_eq!(lab.saved_step("parts"), Some(12));
+    lab.ok("reward-model", &REWARD_MODEL.train("parts", &["--resume", "-q", "--set", "normalisation.samples=0"]));
+    assert_eq!(lab.json("parts/manifest.json")["finished"], true);
+}
+
+#[test]
+fn a_run_saves_after_some_minutes_and_its_bytes_do_not_depend_on_that() {
+    let lab = Lab::before(PRETRAIN);
+    lab.ok("pretrain", &PRETRAIN.train("whole", &["-q"]));
+    // A hundredth of a second: every step saves.
+    let more = ["--set", "run.save_every_minutes=0.0001"];
+    let mut run = lab.start("pretrain", &PRETRAIN.train("parts", &more));
+    assert!(run.until(|| lab.saved_step("parts").is_some_and(|step| step < 12)), "{}", run.stderr());
+    assert!(run.ends().success(), "{}", run.stderr());
+    assert_eq!(lab.bytes("whole/model.safetensors"), lab.bytes("parts/model.safetensors"));
 }
 
 #[test]

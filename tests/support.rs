@@ -191,7 +191,14 @@ impl Lab {
     /// # Panics
     /// If there is no such program.
     pub fn start(&self, program: &str, args: &[impl AsRef<str>]) -> Running {
-        let mut command = self.command(program, args);
+        Self::running(self.command(program, args))
+    }
+
+    /// Starts a command and lets it run.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn running(mut command: Command) -> Running {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
         let (sender, lines) = channel();

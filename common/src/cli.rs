@@ -45,6 +45,18 @@ pub struct StageArgs {
     pub runtime: RuntimeArgs,
 }
 
+/// The flags of a command that trains a model further.
+#[derive(Debug, Clone, Args)]
+pub struct InitArgs {
+    /// Checkpoint to start from: stage pretrain or sft, or a Hugging Face directory
+    #[arg(long, value_name = "DIR")]
+    pub init: PathBuf,
+
+    /// What every stage takes
+    #[command(flatten)]
+    pub stage: StageArgs,
+}
+
 /// The flags of every command: device, precision, threads, verbosity.
 #[derive(Debug, Clone, Args)]
 pub struct RuntimeArgs {
@@ -104,6 +116,15 @@ impl RuntimeArgs {
     /// As [`Runtime::open`].
     pub fn open(&self) -> Result<Runtime, BackendError> {
         Runtime::open(&self.backend, self.kernels, self.precision)
+    }
+
+    /// Runs a command's work: logging and threads are set up before.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start) and `work`.
+    pub fn run(&self, work: impl FnOnce() -> anyhow::Result<()> + Send) -> anyhow::Result<()> {
+        self.start()?;
+        runtime::on_pool(work)
     }
 
     /// Starts logging and sets the number of threads and the policy for freed memory: the first thing a command does.

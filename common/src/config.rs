@@ -76,6 +76,14 @@ pub fn to_toml<T: Serialize>(config: &T) -> Result<String, ConfigError> {
     toml::to_string_pretty(config).map_err(|source| ConfigError::Write { source })
 }
 
+/// `config` as a TOML table.
+///
+/// # Errors
+/// As [`to_toml`].
+pub fn to_table<T: Serialize>(config: &T) -> Result<toml::Table, ConfigError> {
+    toml::Table::try_from(config).map_err(|source| ConfigError::Write { source })
+}
+
 /// Resolves the paths of one config: against the config's folder, or the data directory for `$DATA/…`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PathResolver {

@@ -10,13 +10,15 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
-const OURS: [&str; 13] = [
+const OURS: [&str; 15] = [
     "base",
     "bench",
     "chat",
     "common",
+    "compare",
     "kernels",
     "model",
+    "plot",
     "ppo",
     "pretrain",
     "recipe",
@@ -41,6 +43,11 @@ pub fn init(verbose: u8, quiet: bool) {
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(AboveBars).event_format(Plain);
     // An error means that logging was set up before, by a test or by the recipe that runs this stage.
     let _ = subscriber.try_init();
+}
+
+/// `1 pair is` or `3 pairs are`: a count with what is said of one and of many.
+pub fn counted(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
 }
 
 /// The progress bars of this process. Anything else that writes to stderr goes through its `suspend`, so that text and

@@ -105,12 +105,15 @@ pub mod names {
     pub const GOLD_VAL_SCORE: &str = "gold/val_score";
 
     /// What the console shows, in this order; the rest is for the file.
-    pub(super) const ON_CONSOLE: [&str; 14] = [
+    pub(super) const ON_CONSOLE: [&str; 17] = [
         TRAIN_LOSS,
         TRAIN_ACCURACY,
         VAL_LOSS,
         VAL_BITS_PER_BYTE,
         VAL_ACCURACY,
+        VAL_SCORE,
+        VAL_KL,
+        VAL_EOS_RATE,
         OBJECTIVE_SCORE,
         GOLD_SCORE,
         GOLD_VAL_SCORE,
@@ -535,6 +538,8 @@ mod tests {
 
     #[test]
     fn the_console_shows_what_matters_in_a_fixed_order() {
+        let of_ppo = [(names::VAL_EOS_RATE, 0.5), (names::VAL_KL, 2.0), (names::VAL_SCORE, 0.25)];
+        assert_eq!(console_text(&of_ppo), "val/score 0.250  val/kl 2.000  val/eos rate 0.500");
         let values = [
             (names::TRAIN_TOKENS_PER_SECOND, 12_345.0),
             (names::TRAIN_LR, 3e-4),

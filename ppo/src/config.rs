@@ -1,11 +1,9 @@
 //! The TOML of this stage.
 
-use std::path::PathBuf;
-
 use anyhow::ensure;
-use common::data::records::OnBadRecord;
+use common::cli::StageArgs;
 use common::optim::{OptimizerConfig, RlhfDefaults};
-use common::session::Cadence;
+use common::session::{self, DataConfig, RunConfig};
 use serde::{Deserialize, Serialize};
 
 /// `ppo.toml`.
@@ -15,19 +13,19 @@ pub struct PpoConfig {
     /// Seed of the prompts' order, sampling and minibatches.
     pub seed: u64,
     /// The prompts.
-    pub data: DataConfig,
+    pub data: DataConfig<TooLong>,
     /// The policy's optimiser and its schedule; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub optimizer: OptimizerConfig,
     /// The value model's; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub value_optimizer: OptimizerConfig,
-    /// How much.
+    /// Training length and batch sizes.
     pub train: TrainConfig,
     /// The algorithm.
     pub ppo: PpoSection,
     /// How often to log, evaluate and save. An evaluation is better when `val/score − kl_coef·val/kl` is higher.
-    pub run: Cadence,
+    pub run: RunConfig,
 }
 
 impl Default for PpoConfig {
@@ -39,23 +37,9 @@ impl Default for PpoConfig {
             value_optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
             ppo: PpoSection::default(),
-            run: Cadence { log_every: 1, eval_every: 10, save_every: 10, ..Cadence::default() },
+            run: RunConfig { log_every: 1, eval_every: 10, save_every: 10, ..RunConfig::default() },
         }
     }
-}
-
-/// `[data]`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataConfig {
-    /// Prompts to train on (.jsonl, also .gz).
-    pub train: Vec<PathBuf>,
-    /// Prompts to evaluate on.
-    pub val: Vec<PathBuf>,
-    /// What to do with a record that is malformed: `fail` or `skip`.
-    pub on_bad_record: OnBadRecord,
-    /// What to do with a prompt that leaves too little of the context for a response.
-    pub on_too_long: TooLong,
 }
 
 /// What to do with a prompt that, with `ppo.response_length` more tokens, exceeds the context.
@@ -161,6 +145,14 @@ impl Default for PpoSection {
 }
 
 impl PpoConfig {
+    /// Reads the configuration that `args` name, with absolute paths.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not valid.
+    pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
+        session::load_config(args, Self::validate, |config| config.data.files_mut())
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
@@ -168,8 +160,8 @@ impl PpoConfig {
     pub fn validate(&self) -> anyhow::Result<()> {
         self.optimizer.validate()?;
         self.value_optimizer.validate()?;
-        ensure!(!self.data.train.is_empty(), "`data.train` names no file\nhint: list at least one .jsonl of prompts");
-        ensure!(!self.data.val.is_empty(), "`data.val` names no file\nhint: list at least one .jsonl of prompts");
+        self.data.validate("prompts")?;
+        self.run.validate()?;
         let TrainConfig { steps, batch_size, micro_batch_size, .. } = self.train;
         ensure!(steps > 0 && batch_size > 0, "`train.steps` and `train.batch_size` must be at least 1");
         let PpoSection { epochs, minibatches, response_length, .. } = self.ppo;

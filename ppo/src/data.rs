@@ -1,17 +1,15 @@
 //! Prompts to batches, and responses to what the models read.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use common::config::{ConfigError, PathResolver};
 use common::conversation;
+use common::data::collate;
 use common::data::records::{self, OnBadRecord};
-use common::data::{collate, file_sha256};
 use common::tokenizer::Tokenizer;
 
-use crate::config::{DataConfig, TooLong};
+use crate::config::TooLong;
 
 /// A prompt as the policy reads it, and as people do.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +23,6 @@ pub(crate) struct Prompt {
 /// Tokenised prompts.
 pub(crate) struct Prompts {
     pub(crate) encoded: Vec<Prompt>,
-    /// SHA-256 of each file.
-    pub(crate) sha256: BTreeMap<String, String>,
 }
 
 /// Prompts with their responses in one right-padded batch, and where the response tokens are predicted.
@@ -43,16 +39,6 @@ pub(crate) struct ResponseBatch {
     targets: Vec<i64>,
 }
 
-impl DataConfig {
-    /// Makes every path absolute.
-    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
-        for path in self.train.iter_mut().chain(&mut self.val) {
-            *path = resolver.resolve(&*path)?;
-        }
-        Ok(())
-    }
-}
-
 impl Prompts {
     /// Reads and tokenises `files`; each prompt has to leave room for `response_length` tokens in the context.
     pub(crate) fn read(
@@ -63,10 +49,9 @@ impl Prompts {
         on_bad_record: OnBadRecord,
         on_too_long: TooLong,
     ) -> anyhow::Result<Self> {
-        let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
+        let mut all = Self { encoded: Vec::new() };
         let (mut n_too_long, mut longest) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
             for prompt in records::read_prompts(file, on_bad_record)? {
                 let ids = conversation::encode_prompt(tokenizer, &prompt.messages)
                     .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;

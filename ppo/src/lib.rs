@@ -28,15 +28,14 @@ mod trial;
 mod update;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
-pub use config::{DataConfig, PpoConfig, PpoSection, TooLong, TrainConfig, ValueInit};
+pub use config::{PpoConfig, PpoSection, TooLong, TrainConfig, ValueInit};
 pub use eval::{Estimate, Evaluation, evaluate};
 pub use iteration::Seconds;
 pub use replay::{Replay, replay};
 pub use train::train;
 pub use trial::{Measurement, Trial};
 
-use common::interrupt::Interrupt;
-use common::runtime::on_pool;
+use common::session;
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
@@ -47,13 +46,7 @@ pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => {
-            args.stage.runtime.start()?;
-            on_pool(|| train(&args, Interrupt::install()?, None)).map(|_| ())
-        }
-        Command::Eval(args) => {
-            args.runtime.start()?;
-            on_pool(|| eval::run(&args))
-        }
+        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt, None)),
+        Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

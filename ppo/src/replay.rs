@@ -11,10 +11,10 @@ use common::model::Gpt;
 use common::rng::Streams;
 
 use crate::cli::TrainArgs;
+use crate::config::PpoConfig;
 use crate::data::{Prompt, Prompts};
 use crate::eval::open_reward_model;
 use crate::rollout::{Experience, Judge, Rollout, Sampling, log_probs, of_response_tokens, values};
-use crate::train::load_config;
 use crate::update::Learner;
 
 /// What one iteration computes, each as flat numbers under the name of the quantity.
@@ -44,7 +44,7 @@ pub fn replay(
     n_prompts: usize,
     responses: Option<&[Vec<u32>]>,
 ) -> anyhow::Result<Replay> {
-    let config = load_config(args)?;
+    let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;

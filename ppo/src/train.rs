@@ -1,19 +1,18 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use burn::module::Module;
 use common::checkpoint::{self, Checkpoint, Stage};
-use common::config;
 use common::data::order::Order;
 use common::interrupt::Interrupt;
-use common::metrics::{self, names};
+use common::metrics::{self, Recorder, names};
 use common::model::Gpt;
-use common::optim::{AdamW, GradNorm};
+use common::optim::GradNorm;
 use common::rng::Streams;
 use common::runtime::Runtime;
-use common::session::{Exported, Extras, Origin, Outcome, Restored, Session};
+use common::session::{Contents, Exported, Outcome, Plan, Restored, Session, Step, Training};
 use serde_json::json;
 
 use crate::Gold;
@@ -40,42 +39,38 @@ const HELD_OUT_ROW: u64 = 1 << 48;
 /// Whatever stands in the way: configuration, data, models that do not fit together, the output directory, a ratio that
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
-    let config = load_config(args)?;
+    let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
     initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
     let reward_model = open_reward_model(&args.reward_model, &initial)?;
-    let tokenizer = initial.require_tokenizer()?.clone();
+    let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
-    let read = |files: &[std::path::PathBuf]| {
+    let read = |files: &[PathBuf]| {
         let (bad, long) = (config.data.on_bad_record, config.data.on_too_long);
-        Prompts::read(files, &tokenizer, max_seq_len, config.ppo.response_length, bad, long)
+        Prompts::read(files, tokenizer, max_seq_len, config.ppo.response_length, bad, long)
     };
     let training = read(&config.data.train).context("failed to read the training prompts")?;
     let held_out = read(&config.data.val).context("failed to read the held-out prompts")?;
-    let data: BTreeMap<String, String> = training.sha256.clone().into_iter().chain(held_out.sha256.clone()).collect();
-    let origin = Origin {
+    let plan = Plan {
         stage: Stage::Ppo,
-        parents: vec![initial.as_parent(), reward_model.as_parent()],
-        data,
-        tokenizer: tokenizer.clone(),
-        config_toml: config::to_toml(&config)?,
-        backend: runtime.label.clone(),
+        parents: &[("--policy", &initial), ("--reward-model", &reward_model)],
+        data: config.data.sources(),
+        tokenizer,
+        config: &config,
+        run: &config.run,
+        runtime: &runtime,
+        total_steps: config.train.steps,
     };
-    let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
-    let resumes = restored.is_some();
+    let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let mut kl_coef = config.ppo.kl_coef as f32;
-    if resumes {
+    if restored.is_some() {
         let saved = session.progress().stage["kl_coef"].as_f64();
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
         metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
     }
-    let mut controller = config
-        .ppo
-        .kl_target
-        .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32));
-    let mut learner = Learner::start(&config, &initial, &reward_model, restored, &runtime.autodiff())?;
+    let learner = Learner::start(&config, &initial, &reward_model, restored, &runtime.autodiff())?;
     let judge = Judge {
         reference: runtime.gpt(&initial)?,
         reward_model: runtime.scalar(&reward_model)?,
@@ -83,60 +78,81 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         missing_eos_score: config.ppo.missing_eos_score as f32,
         batch_size: config.micro_batch_size(),
     };
-    let sampling = Sampling::new(config.ppo.temperature, config.ppo.response_length, streams, &tokenizer);
     tracing::info!(
         "{} parameters of the policy, {} training prompts, {} held-out ones",
         learner.policy.num_params(),
         training.encoded.len(),
         held_out.encoded.len()
     );
-    let iteration = Iteration { config: &config, sampling: &sampling, judge: &judge, streams };
-    let held_out = HeldOut { prompts: &held_out, judge: &judge, sampling: &sampling, config: &config };
-    if !resumes {
-        held_out.evaluate(&mut session, &learner.policy)?;
-    }
-
-    let mut order = Order::new(training.encoded.len(), streams, "order");
-    let batch_size = config.train.batch_size as u64;
-    while session.goes_on() {
-        let step = session.progress().step;
-        let first = step * batch_size;
-        let prompts: Vec<Prompt> =
-            (first..first + batch_size).map(|position| training.encoded[order.item(position)].clone()).collect();
-        let done = iteration.run(learner, &prompts, step, kl_coef)?;
-        let Done { batch, update, seconds, .. } = done;
-        learner = done.learner;
-
-        let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
-        session.count_step(n_tokens as u64, GradNorm::Host(update.policy_grad_norm + update.value_grad_norm))?;
-        for experience in &batch {
-            session.recorder.append_to(ROLLOUTS_FILE, session.progress().step, &experience.rollout.to_json())?;
-        }
-        let measured = Measured::of(&batch);
-        if session.logs() {
-            let lr = config.optimizer.lr_at(step, config.train.steps);
-            session.log(&measured.metrics(kl_coef, &update, seconds, lr))?;
-        }
-        if let Some(controller) = &mut controller {
-            kl_coef = controller.update(measured.kl as f32, batch.len());
-        }
-        if session.evaluates() {
-            held_out.evaluate(&mut session, &learner.policy)?;
-        }
-        if session.saves() {
-            session.save(Exported::Lm(&learner.policy), &learner.optimizers(), learner.extras(kl_coef))?;
-        }
-    }
-    session.finish(Exported::Lm(&learner.policy), &learner.optimizers(), learner.extras(kl_coef))
+    let sampling = Sampling::new(config.ppo.temperature, config.ppo.response_length, streams, tokenizer);
+    session.drive(Ppo {
+        learner,
+        kl_coef,
+        controller: config
+            .ppo
+            .kl_target
+            .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32)),
+        iteration: Iteration { config: &config, sampling: &sampling, judge: &judge, streams },
+        held_out: HeldOut { prompts: &held_out, judge: &judge, sampling: &sampling, config: &config },
+        order: Order::new(training.encoded.len(), streams, "order"),
+        training: &training,
+        config: &config,
+    })
 }
 
-/// The configuration with absolute paths.
-pub(crate) fn load_config(args: &TrainArgs) -> anyhow::Result<PpoConfig> {
-    let path = &args.stage.config;
-    let mut config: PpoConfig = config::load(path, &args.stage.overrides)?;
-    config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
-    config.data.resolve(&config::PathResolver::new(path, args.stage.data.as_deref()))?;
-    Ok(config)
+/// A policy that is being trained.
+struct Ppo<'a> {
+    learner: Learner,
+    /// Reward per nat away from the reference, at present.
+    kl_coef: f32,
+    controller: Option<AdaptiveController>,
+    iteration: Iteration<'a>,
+    held_out: HeldOut<'a>,
+    order: Order,
+    training: &'a Prompts,
+    config: &'a PpoConfig,
+}
+
+impl Training for Ppo<'_> {
+    fn step(mut self, step: u64, recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
+        let batch_size = self.config.train.batch_size as u64;
+        let first = step * batch_size;
+        let prompts: Vec<Prompt> = (first..first + batch_size)
+            .map(|position| self.training.encoded[self.order.item(position)].clone())
+            .collect();
+        let Done { learner, batch, update, seconds } =
+            self.iteration.run(self.learner, &prompts, step, self.kl_coef)?;
+        self.learner = learner;
+        for experience in &batch {
+            recorder.append_to(ROLLOUTS_FILE, step + 1, &experience.rollout.to_json())?;
+        }
+        let measured = Measured::of(&batch);
+        let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
+        let metrics = measured.metrics(self.kl_coef, &update, seconds, lr);
+        if let Some(controller) = &mut self.controller {
+            self.kl_coef = controller.update(measured.kl as f32, batch.len());
+        }
+        let n_tokens: usize = batch.iter().map(|experience| experience.values.len()).sum();
+        let step = Step {
+            tokens: n_tokens as u64,
+            grad_norm: GradNorm::Host(update.policy_grad_norm + update.value_grad_norm),
+            metrics: Box::new(|| Ok(metrics)),
+        };
+        Ok((self, step))
+    }
+
+    fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
+        self.held_out.evaluate(session, &self.learner.policy)
+    }
+
+    /// The policy that training starts from is evaluated too.
+    fn begin(&self, session: &mut Session) -> anyhow::Result<()> {
+        self.evaluate(session)
+    }
+
+    fn contents(&self) -> Contents<'_> {
+        self.learner.contents(self.kl_coef)
+    }
 }
 
 impl Learner {
@@ -150,10 +166,9 @@ impl Learner {
     ) -> anyhow::Result<Self> {
         Ok(match restored {
             Some(mut restored) => {
-                let weights = restored.tensors("weights")?;
                 let value_config = &config.value_optimizer;
                 Self {
-                    policy: runtime.gpt_of(restored.checkpoint.model_config(), weights)?,
+                    policy: restored.gpt(runtime)?,
                     value: runtime.value(&restored.checkpoint)?,
                     policy_optimizer: restored.optimizer("optimizer", &config.optimizer, runtime)?,
                     value_optimizer: restored.optimizer("value_optimizer", value_config, runtime)?,
@@ -171,12 +186,15 @@ impl Learner {
         })
     }
 
-    fn optimizers(&self) -> [(&'static str, &AdamW); 2] {
-        [("optimizer", &self.policy_optimizer), ("value_optimizer", &self.value_optimizer)]
-    }
-
-    fn extras(&self, kl_coef: f32) -> Extras<'_> {
-        Extras { value: Some(&self.value), stage: json!({ "kl_coef": kl_coef }), ..Extras::default() }
+    /// What a checkpoint holds of them, with the price of divergence.
+    fn contents(&self, kl_coef: f32) -> Contents<'_> {
+        let mut contents = Contents {
+            value: Some(&self.value),
+            stage: json!({ "kl_coef": kl_coef }),
+            ..Contents::new(Exported::Lm(&self.policy), &self.policy_optimizer)
+        };
+        contents.optimizers.push(("value_optimizer", &self.value_optimizer));
+        contents
     }
 }
 

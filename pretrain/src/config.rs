@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use common::cli::StageArgs;
 use common::data::records::{OnBadRecord, Separator};
-use common::model::ModelSection;
+use common::model::{GptConfig, ModelSection};
 use common::optim::OptimizerConfig;
-use common::session::Cadence;
+use common::session::{self, Amount, RunConfig};
 use common::tokenizer::TokenizerConfig;
 use serde::{Deserialize, Serialize};
 
@@ -24,10 +25,10 @@ pub struct PretrainConfig {
     pub tokenizer: TokenizerConfig,
     /// AdamW and its schedule.
     pub optimizer: OptimizerConfig,
-    /// How much.
+    /// Training length and batch sizes.
     pub train: TrainConfig,
     /// How often to log, evaluate and save.
-    pub run: Cadence,
+    pub run: RunConfig,
 }
 
 /// `[data]`.
@@ -100,7 +101,35 @@ impl Default for TrainConfig {
     }
 }
 
+impl DataConfig {
+    /// The files by their key.
+    pub fn sources(&self) -> [(&'static str, &[PathBuf]); 2] {
+        [("train", &self.train), ("val", &self.val)]
+    }
+
+    /// Every file.
+    pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
+        self.train.iter_mut().chain(&mut self.val).collect()
+    }
+}
+
+impl TrainConfig {
+    /// How long to train and in what portions.
+    pub const fn amount(&self) -> Amount {
+        let Self { steps, batch_size, micro_batch_size, .. } = *self;
+        Amount { epochs: None, steps: Some(steps), batch_size, micro_batch_size }
+    }
+}
+
 impl PretrainConfig {
+    /// Reads the configuration that `args` name, with absolute paths.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not valid.
+    pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
+        session::load_config(args, Self::validate, |config| config.data.files_mut())
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
@@ -117,14 +146,22 @@ impl PretrainConfig {
             "`data.val_fraction` must lie in (0, 1), found {}",
             self.data.val_fraction
         );
-        let TrainConfig { steps, batch_size, micro_batch_size, seq_len, .. } = self.train;
-        ensure!(steps > 0 && batch_size > 0, "`train.steps` and `train.batch_size` must be at least 1");
-        let micro = micro_batch_size.unwrap_or(batch_size);
+        self.train.amount().validate()?;
+        ensure!(self.train.seq_len != Some(0), "`train.seq_len` must be at least 1");
+        self.run.validate()
+    }
+
+    /// Tokens in a window of a model that reads at most `model.max_seq_len`.
+    ///
+    /// # Errors
+    /// If `train.seq_len` is more than that.
+    pub fn seq_len(&self, model: &GptConfig) -> anyhow::Result<usize> {
+        let (seq_len, max_seq_len) = (self.train.seq_len.unwrap_or(model.max_seq_len), model.max_seq_len);
         ensure!(
-            micro > 0 && batch_size % micro == 0,
-            "`train.micro_batch_size` {micro} does not divide `train.batch_size` {batch_size}"
+            seq_len <= max_seq_len,
+            "`train.seq_len` {seq_len} exceeds the model's context, `model.max_seq_len` {max_seq_len}\nhint: lower \
+             the one or raise the other"
         );
-        ensure!(seq_len != Some(0), "`train.seq_len` must be at least 1");
-        Ok(())
+        Ok(seq_len)
     }
 }

@@ -1,11 +1,9 @@
 //! Text to windows of tokens.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use common::config::{ConfigError, PathResolver};
-use common::data::file_sha256;
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::data::order::Order;
 use common::data::records;
 use common::data::shards::{ShardSource, TokenShard};
@@ -22,8 +20,6 @@ const CACHE_VARIABLE: &str = "KINDLING_CACHE";
 pub(crate) struct Corpus {
     pub(crate) train: TokenSet,
     pub(crate) val: TokenSet,
-    /// SHA-256 of each file.
-    pub(crate) sha256: BTreeMap<String, String>,
 }
 
 /// A stream of tokens, cut into windows.
@@ -48,16 +44,6 @@ pub struct Windows {
     pub bos: Option<u32>,
 }
 
-impl DataConfig {
-    /// Makes every path absolute.
-    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
-        for path in self.train.iter_mut().chain(&mut self.val) {
-            *path = resolver.resolve(&*path)?;
-        }
-        Ok(())
-    }
-}
-
 impl Corpus {
     /// Reads the configured files, or what an earlier run made of them with the same tokenizer.
     pub(crate) fn open(
@@ -67,14 +53,10 @@ impl Corpus {
         streams: &Streams,
         quiet: bool,
     ) -> anyhow::Result<Self> {
-        let mut sha256 = BTreeMap::new();
-        let mut open = |files: &[PathBuf]| {
+        let open = |files: &[PathBuf]| {
             files
                 .iter()
-                .map(|file| {
-                    sha256.insert(file.display().to_string(), file_sha256(file)?);
-                    open_shard(file, data, tokenizer, quiet)
-                })
+                .map(|file| open_shard(file, data, tokenizer, quiet))
                 .collect::<anyhow::Result<Vec<_>>>()
                 .context("failed to tokenise the text")
         };
@@ -114,7 +96,7 @@ impl Corpus {
         }
         // One window fewer than fit, so that each epoch can begin at another offset.
         train.order = Some(Order::new(train.n_windows(seq_len - 1), *streams, "order"));
-        Ok(Self { train, val, sha256 })
+        Ok(Self { train, val })
     }
 }
 
@@ -187,6 +169,18 @@ impl TokenSet {
 }
 
 impl Windows {
+    /// Inputs `[batch, seq]` and the tokens that follow them, `[batch · seq]`.
+    pub(crate) fn tensors(&self, device: &Device) -> (Tensor<2, Int>, Tensor<1, Int>) {
+        let (batch, seq) = (self.rows.len(), self.seq_len);
+        let ids = |skip: usize| -> Vec<i64> {
+            self.rows.iter().flat_map(|row| row[skip..skip + seq].iter().map(|&id| i64::from(id))).collect()
+        };
+        (
+            Tensor::from_data(TensorData::new(ids(0), [batch, seq]), device),
+            Tensor::from_data(TensorData::new(ids(1), [batch * seq]), device),
+        )
+    }
+
     /// How many tokens are predicted.
     pub(crate) fn n_targets(&self) -> usize {
         self.rows.len() * self.seq_len

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
-use common::checkpoint::{Checkpoint, Stage};
+use common::checkpoint::{CONFIG_FILE, Checkpoint, Stage};
 use common::data::{collate, ids};
 use common::model::{Gpt, Layout};
 use common::{config, loss};
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             let tokenizer = checkpoint.require_tokenizer()?;
             let text = data::single_file(
                 file,
-                &data_config(&checkpoint),
+                &data_config(&checkpoint)?,
                 tokenizer,
                 gpt.config().max_seq_len,
                 args.runtime.quiet,
@@ -92,15 +92,15 @@ fn evaluate_batch(gpt: &Gpt, windows: &Windows) -> anyhow::Result<Evaluation> {
     Ok(Evaluation { nats: -log_probs.iter().map(|&p| f64::from(p)).sum::<f64>(), tokens: batch * seq })
 }
 
-/// How the text of a checkpoint's own pretraining was cut, or the defaults for one that others made.
-fn data_config(checkpoint: &Checkpoint) -> DataConfig {
-    let path = checkpoint.dir().join("config.toml");
-    match checkpoint.stage() {
-        Some(Stage::Pretrain) => {
-            config::load::<PretrainConfig>(&path, &[]).map(|config| config.data).unwrap_or_default()
-        }
-        _ => DataConfig::default(),
+/// How the text of a checkpoint's own pretraining was cut; the defaults for a checkpoint of another stage or program.
+fn data_config(checkpoint: &Checkpoint) -> anyhow::Result<DataConfig> {
+    if checkpoint.stage() != Some(Stage::Pretrain) {
+        return Ok(DataConfig::default());
     }
+    let path = checkpoint.dir().join(CONFIG_FILE);
+    let config: PretrainConfig =
+        config::load(&path, &[]).context("failed to read how the checkpoint's text was cut into documents")?;
+    Ok(config.data)
 }
 
 /// Loss, and logits if asked, of rows of token ids given as JSON.

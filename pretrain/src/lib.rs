@@ -25,8 +25,7 @@ pub use windows::first_windows;
 use std::io::Write;
 
 use anyhow::Context;
-use common::interrupt::Interrupt;
-use common::runtime::on_pool;
+use common::session;
 
 /// Carries out one command line.
 ///
@@ -39,13 +38,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             let result = train_tokenizer(&args)?;
             writeln!(std::io::stdout(), "{result}").context("failed to write the result")
         }
-        Command::Train(args) => {
-            args.stage.runtime.start()?;
-            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
-        }
-        Command::Eval(args) => {
-            args.runtime.start()?;
-            on_pool(|| eval::run(&args))
-        }
+        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt)),
+        Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

@@ -21,7 +21,10 @@ const HELD_OUT_BYTES: usize = 1 << 20;
 pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value> {
     let mut config: PretrainConfig = config::load(&args.config, &args.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", args.config.display()))?;
-    config.data.resolve(&PathResolver::new(&args.config, args.data.as_deref()))?;
+    let resolver = PathResolver::new(&args.config, args.data.as_deref());
+    for path in config.data.files_mut() {
+        *path = resolver.resolve(&*path)?;
+    }
     let read = |files: &[std::path::PathBuf]| {
         let mut texts = Vec::new();
         for file in files {

@@ -1,18 +1,18 @@
 //! The training loop.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::interrupt::Interrupt;
-use common::metrics::names;
+use common::loss;
+use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
 use common::rng::{Rng, Streams};
-use common::session::{Exported, Extras, Origin, Outcome, Session};
+use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
 use common::tokenizer::Tokenizer;
-use common::{config, loss};
 use serde_json::json;
 
 use crate::cli::TrainArgs;
@@ -23,36 +23,37 @@ use crate::eval;
 /// Trains a language model on text.
 ///
 /// # Errors
-/// Whatever stands in the way: configuration, data, the output directory, a loss that is not finite.
+/// If configuration, data or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
-    let config = load_config(args)?;
+    let config = PretrainConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.autodiff();
     let streams = Streams::new(config.seed);
-    let (tokenizer, init) = starting_point(args)?;
+    let (tokenizer, init) = starting_point(args, &config)?;
     let model_config = if let Some(init) = &init {
         init.model_config().clone()
     } else {
         let resolved = config.model.resolve(tokenizer.vocab_size());
         resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
     };
-    let seq_len = config.train.seq_len.unwrap_or(model_config.max_seq_len).min(model_config.max_seq_len);
-    let mut corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
-    let origin = Origin {
+    let seq_len = config.seq_len(&model_config)?;
+    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
+    let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
+    let plan = Plan {
         stage: Stage::Pretrain,
-        parents: init.iter().map(Checkpoint::as_parent).collect(),
-        data: corpus.sha256.clone(),
-        tokenizer,
-        config_toml: config::to_toml(&config)?,
-        backend: runtime.label.clone(),
+        parents: &parents,
+        data: config.data.sources(),
+        tokenizer: &tokenizer,
+        config: &config,
+        run: &config.run,
+        runtime: &runtime,
+        total_steps: config.train.steps,
     };
-    let (mut session, restored) = Session::start(&args.stage, origin, &config.run, config.train.steps, interrupt)?;
-    let (mut gpt, mut optimizer) = match (restored, init) {
+    let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
+    let (gpt, optimizer) = match (restored, &init) {
         (Some(mut restored), _) => {
-            let weights = restored.tensors("weights")?;
-            let gpt = runtime.gpt_of(restored.checkpoint.model_config(), weights)?;
-            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
+            (restored.gpt(&runtime)?, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        (None, Some(init)) => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
+        (None, Some(init)) => (runtime.gpt(init)?, runtime.optimizer(&config.optimizer)),
         (None, None) => (runtime.new_gpt(&model_config, &streams), runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
@@ -61,44 +62,87 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         corpus.train.n_tokens(),
         corpus.val.n_tokens()
     );
+    session.drive(Pretraining { gpt, optimizer, corpus, config: &config, streams, seq_len })
+}
 
-    let batch_size = config.train.batch_size as u64;
-    let n_targets = config.train.batch_size * seq_len;
-    let micro = config.train.micro_batch_size.unwrap_or(config.train.batch_size) as u64;
-    while session.goes_on() {
-        let step = session.progress().step;
+/// A language model that is being pretrained.
+struct Pretraining<'a> {
+    gpt: Gpt,
+    optimizer: AdamW,
+    corpus: Corpus,
+    config: &'a PretrainConfig,
+    streams: Streams,
+    /// Tokens in a window.
+    seq_len: usize,
+}
+
+impl Training for Pretraining<'_> {
+    fn step(mut self, step: u64, _recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
+        let (batch_size, micro) = (self.config.train.batch_size as u64, self.config.train.amount().micro());
+        let n_targets = self.config.train.batch_size * self.seq_len;
         let mut grads = Grads::default();
         let mut losses = Vec::new();
-        for first in (0..batch_size).step_by(micro as usize) {
+        for first in (0..batch_size).step_by(micro) {
             let position = step * batch_size + first;
-            let windows = corpus.train.batch(position..position + micro)?;
-            let mut dropout = streams.get("dropout", position);
+            let windows = self.corpus.train.batch(position..position + micro as u64)?;
+            let mut dropout = self.streams.get("dropout", position);
             // The whole batch's number of targets, so that micro-batches add up to its mean.
-            let (of_windows, loss) = gradients(&gpt, &optimizer, &windows, n_targets, Some(&mut dropout));
+            let (of_windows, loss) = gradients(&self.gpt, &self.optimizer, &windows, n_targets, Some(&mut dropout));
             grads = grads.plus(of_windows);
             losses.push(loss);
         }
-        let lr = config.optimizer.lr_at(step, config.train.steps);
+        let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
         let grad_norm;
-        (gpt, grad_norm) = optimizer.step(gpt, grads, lr);
-        session.count_step(n_targets as u64, grad_norm.clone())?;
-
-        if session.logs() {
-            let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
-            session.log(&[
-                (names::TRAIN_LOSS, f64::from(loss)),
-                (names::TRAIN_LR, lr),
-                (names::TRAIN_GRAD_NORM, grad_norm.value()),
-            ])?;
-        }
-        if session.evaluates() {
-            evaluate(&mut session, &gpt, &corpus, &config, &streams)?;
-        }
-        if session.saves() {
-            session.save(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())?;
-        }
+        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads, lr);
+        Ok((self, Step::of_lm(n_targets as u64, losses, lr, grad_norm)))
     }
-    session.finish(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())
+
+    fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
+        let plain = self.gpt.valid();
+        let n_windows = if session.is_last() { 0 } else { self.config.train.eval_windows };
+        let text = &self.corpus.val;
+        let held_out = eval::evaluate_windows(&plain, text, n_windows, self.config.train.amount().micro())?;
+        session.log(&[
+            (names::VAL_LOSS, held_out.loss()),
+            (names::VAL_BITS_PER_BYTE, held_out.nats / std::f64::consts::LN_2 / text.bytes_of(held_out.tokens)),
+        ])?;
+        self.sample(session, &plain)?;
+        session.note_evaluation(held_out.loss(), Exported::Lm(&self.gpt));
+        Ok(())
+    }
+
+    fn contents(&self) -> Contents<'_> {
+        Contents::new(Exported::Lm(&self.gpt), &self.optimizer)
+    }
+}
+
+impl Pretraining<'_> {
+    /// Continues the configured beginnings and writes the texts to `samples.jsonl`.
+    fn sample(&self, session: &Session, plain: &Gpt) -> anyhow::Result<()> {
+        let tokenizer = session.tokenizer();
+        let specials = tokenizer.specials();
+        let step = session.progress().step;
+        let train = &self.config.train;
+        let sampling = SamplingConfig {
+            temperature: 0.8,
+            max_tokens: train.sample_tokens,
+            stop: vec![specials.bos, specials.end],
+            ..SamplingConfig::default()
+        };
+        for (i, prompt) in train.sample_prompts.iter().enumerate() {
+            let mut ids = if self.config.data.document_bos { vec![specials.bos] } else { Vec::new() };
+            ids.extend(tokenizer.encode(prompt)?);
+            if ids.is_empty() {
+                continue;
+            }
+            let first_row = step << 16 | i as u64;
+            let continued = generate(plain, &[ids], &sampling, &self.streams, first_row, GenerateOptions::default())?;
+            let text = tokenizer.decode(&continued[0].ids);
+            tracing::info!("sample: {prompt}{}", text.replace('\n', "⏎"));
+            session.recorder.sample(step, &json!({ "prompt": prompt, "text": text }))?;
+        }
+        Ok(())
+    }
 }
 
 /// The gradients of the windows' cross-entropy as `optimizer` takes them, and its value, off the graph.
@@ -122,94 +166,18 @@ pub fn gradients(
     (Grads::take(gpt, optimizer.scaled(loss).backward()), value)
 }
 
-/// The configuration with absolute paths.
-pub(crate) fn load_config(args: &TrainArgs) -> anyhow::Result<PretrainConfig> {
-    let path = &args.stage.config;
-    let mut config: PretrainConfig = config::load(path, &args.stage.overrides)?;
-    config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
-    config.data.resolve(&config::PathResolver::new(path, args.stage.data.as_deref()))?;
-    Ok(config)
-}
-
 /// The tokenizer, and the checkpoint to start from if there is one.
-fn starting_point(args: &TrainArgs) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
+fn starting_point(args: &TrainArgs, config: &PretrainConfig) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
-            let init = checkpoint::init_from(dir).context("failed to load the initial model")?;
+            let init = checkpoint::init_from(dir)
+                .context("failed to load the initial model")?
+                .with_dropout(config.model.dropout);
             init.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])
                 .context("failed to load the initial model")?;
             Ok((init.require_tokenizer()?.clone(), Some(init)))
         }
         (Some(dir), None) => Ok((Tokenizer::load(dir)?, None)),
-        (None, None) => anyhow::bail!("either `--tokenizer` or `--init` is needed"),
-    }
-}
-
-/// Held-out loss and samples.
-fn evaluate(
-    session: &mut Session,
-    gpt: &Gpt,
-    corpus: &Corpus,
-    config: &PretrainConfig,
-    streams: &Streams,
-) -> anyhow::Result<()> {
-    let plain = gpt.valid();
-    let last = session.progress().step == session.total_steps();
-    let n_windows = if last { 0 } else { config.train.eval_windows };
-    let held_out = eval::evaluate_windows(&plain, &corpus.val, n_windows, config.train.batch_size)?;
-    session.log(&[
-        (names::VAL_LOSS, held_out.loss()),
-        (names::VAL_BITS_PER_BYTE, held_out.nats / std::f64::consts::LN_2 / corpus.val.bytes_of(held_out.tokens)),
-    ])?;
-    sample(session, &plain, config, streams)?;
-    session.note_evaluation(held_out.loss(), Exported::Lm(gpt));
-    Ok(())
-}
-
-/// Continues the configured beginnings and writes what comes of them to `samples.jsonl`.
-fn sample(session: &Session, gpt: &Gpt, config: &PretrainConfig, streams: &Streams) -> anyhow::Result<()> {
-    let tokenizer = session.tokenizer();
-    let specials = tokenizer.specials();
-    let step = session.progress().step;
-    let prompts = config
-        .train
-        .sample_prompts
-        .iter()
-        .map(|prompt| {
-            let mut ids = if config.data.document_bos { vec![specials.bos] } else { Vec::new() };
-            ids.extend(tokenizer.encode(prompt)?);
-            Ok(ids)
-        })
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    let sampling = SamplingConfig {
-        temperature: 0.8,
-        max_tokens: config.train.sample_tokens,
-        stop: vec![specials.bos, specials.end],
-        ..SamplingConfig::default()
-    };
-    for (i, (prompt, ids)) in config.train.sample_prompts.iter().zip(prompts).enumerate() {
-        if ids.is_empty() {
-            continue;
-        }
-        let first_row = step << 16 | i as u64;
-        let continued = generate(gpt, &[ids], &sampling, streams, first_row, GenerateOptions::default())?;
-        let text = tokenizer.decode(&continued[0].ids);
-        tracing::info!("sample: {prompt}{}", text.replace('\n', "⏎"));
-        session.recorder.sample(step, &json!({ "prompt": prompt, "text": text }))?;
-    }
-    Ok(())
-}
-
-impl Windows {
-    /// Inputs `[batch, seq]` and the tokens that follow them, `[batch · seq]`.
-    pub(crate) fn tensors(&self, device: &Device) -> (Tensor<2, Int>, Tensor<1, Int>) {
-        let (batch, seq) = (self.rows.len(), self.seq_len);
-        let ids = |skip: usize| -> Vec<i64> {
-            self.rows.iter().flat_map(|row| row[skip..skip + seq].iter().map(|&id| i64::from(id))).collect()
-        };
-        (
-            Tensor::from_data(TensorData::new(ids(0), [batch, seq]), device),
-            Tensor::from_data(TensorData::new(ids(1), [batch * seq]), device),
-        )
+        (None, None) => bail!("either `--tokenizer` or `--init` is needed"),
     }
 }

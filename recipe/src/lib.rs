@@ -40,8 +40,7 @@ pub use run::run;
 use std::io::Write as _;
 
 use anyhow::{Context, Result, bail};
-use common::interrupt::Interrupt;
-use common::runtime::on_pool;
+use common::session;
 
 use toy::WorldConfig;
 
@@ -51,10 +50,7 @@ use toy::WorldConfig;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Run(args) => {
-            args.runtime.start()?;
-            on_pool(|| run(&args, Interrupt::install()?)).map(|_| ())
-        }
+        Command::Run(args) => session::run(&args.runtime, |interrupt| run(&args, interrupt)),
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {
             args.runtime.start()?;

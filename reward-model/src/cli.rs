@@ -4,7 +4,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::cli::{RuntimeArgs, StageArgs, at_least_1};
+pub use common::cli::InitArgs as TrainArgs;
+use common::cli::{RuntimeArgs, at_least_1};
 
 /// Train a reward model on preference pairs
 #[derive(Debug, Parser)]
@@ -32,18 +33,6 @@ pub enum Command {
     Eval(EvalArgs),
     /// Score answers, one JSON line each
     Score(ScoreArgs),
-}
-
-/// Flags of `reward-model train`.
-#[derive(Debug, Args)]
-pub struct TrainArgs {
-    /// Checkpoint to start from: stage sft or pretrain, or a Hugging Face directory
-    #[arg(long, value_name = "DIR")]
-    pub init: PathBuf,
-
-    /// What every stage takes
-    #[command(flatten)]
-    pub stage: StageArgs,
 }
 
 /// Flags of `reward-model eval`.

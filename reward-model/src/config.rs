@@ -1,11 +1,9 @@
 //! The TOML of this stage.
 
-use std::path::PathBuf;
-
 use anyhow::ensure;
-use common::data::records::OnBadRecord;
+use common::cli::StageArgs;
 use common::optim::{OptimizerConfig, RlhfDefaults};
-use common::session::Cadence;
+use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use serde::{Deserialize, Serialize};
 
 /// `reward-model.toml`.
@@ -15,16 +13,18 @@ pub struct RewardModelConfig {
     /// Seed of the head, order, dropout and the samples of the normalisation.
     pub seed: u64,
     /// The pairs.
-    pub data: DataConfig,
+    pub data: DataConfig<TooLong>,
+    /// What differs from the initial model.
+    pub model: ModelOverrides,
     /// The optimiser and its schedule; linear to 0 by default.
     #[serde(with = "RlhfDefaults")]
     pub optimizer: OptimizerConfig,
-    /// How much.
+    /// Training length and batch sizes.
     pub train: TrainConfig,
     /// How scores are scaled after training.
     pub normalisation: NormalisationConfig,
     /// How often to log, evaluate and save.
-    pub run: Cadence,
+    pub run: RunConfig,
 }
 
 impl Default for RewardModelConfig {
@@ -32,26 +32,13 @@ impl Default for RewardModelConfig {
         Self {
             seed: 0,
             data: DataConfig::default(),
+            model: ModelOverrides::default(),
             optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
             normalisation: NormalisationConfig::default(),
-            run: Cadence::default(),
+            run: RunConfig::default(),
         }
     }
-}
-
-/// `[data]`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataConfig {
-    /// Pairs to train on (.jsonl, also .gz).
-    pub train: Vec<PathBuf>,
-    /// Pairs to evaluate on.
-    pub val: Vec<PathBuf>,
-    /// What to do with a record that is malformed: `fail` or `skip`.
-    pub on_bad_record: OnBadRecord,
-    /// What to do with a pair that exceeds the context.
-    pub on_too_long: TooLong,
 }
 
 /// What to do with a pair whose prompt and longer answer exceed the context.
@@ -136,25 +123,34 @@ impl Default for NormalisationConfig {
     }
 }
 
+impl TrainConfig {
+    /// How long to train and in what portions.
+    pub const fn amount(&self) -> Amount {
+        let Self { epochs, steps, batch_size, micro_batch_size, .. } = *self;
+        Amount { epochs: Some(epochs), steps, batch_size, micro_batch_size }
+    }
+}
+
 impl RewardModelConfig {
+    /// Reads the configuration that `args` name, with absolute paths.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not valid.
+    pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
+        session::load_config(args, Self::validate, |config| config.data.files_mut())
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
     /// Naming the key that is out of range.
     pub fn validate(&self) -> anyhow::Result<()> {
         self.optimizer.validate()?;
-        ensure!(!self.data.train.is_empty(), "`data.train` names no file\nhint: list at least one .jsonl of pairs");
-        ensure!(!self.data.val.is_empty(), "`data.val` names no file\nhint: list at least one .jsonl of pairs");
-        let TrainConfig { epochs, steps, batch_size, micro_batch_size, centring_coef, .. } = self.train;
-        ensure!(
-            steps.unwrap_or(epochs) > 0 && batch_size > 0,
-            "`train.epochs`, `train.steps` and `train.batch_size` must be at least 1"
-        );
-        let micro = micro_batch_size.unwrap_or(batch_size);
-        ensure!(
-            micro > 0 && batch_size % micro == 0,
-            "`train.micro_batch_size` {micro} does not divide `train.batch_size` {batch_size}"
-        );
+        self.data.validate("pairs")?;
+        self.model.validate()?;
+        self.train.amount().validate()?;
+        self.run.validate()?;
+        let centring_coef = self.train.centring_coef;
         ensure!(
             centring_coef >= 0.0 && centring_coef.is_finite(),
             "`train.centring_coef` must be 0 or more, found {centring_coef}"
@@ -170,10 +166,5 @@ impl RewardModelConfig {
             "`normalisation.max_tokens` and `normalisation.batch_size` must be at least 1"
         );
         Ok(())
-    }
-
-    /// Optimiser steps for `n` pairs.
-    pub fn n_steps(&self, n: usize) -> u64 {
-        self.train.steps.unwrap_or_else(|| (self.train.epochs * n as u64).div_ceil(self.train.batch_size as u64))
     }
 }

@@ -1,17 +1,17 @@
 //! Preference pairs to batches.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use common::config::{ConfigError, PathResolver};
 use common::conversation;
-use common::data::records::{self, OnBadRecord, Pair};
-use common::data::{collate, file_sha256};
+use common::data::collate;
+use common::data::records::{self, Pair};
+use common::logging::counted;
+use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
-use crate::config::{DataConfig, TooLong};
+use crate::config::TooLong;
 
 /// A pair as the model reads it.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,8 +29,6 @@ pub(crate) struct EncodedPair {
 /// Tokenised pairs.
 pub(crate) struct Pairs {
     pub(crate) encoded: Vec<EncodedPair>,
-    /// SHA-256 of each file.
-    pub(crate) sha256: BTreeMap<String, String>,
 }
 
 /// The answers of some pairs in one right-padded batch: all chosen ones, then all rejected ones.
@@ -43,36 +41,24 @@ pub(crate) struct Batch {
     margins: Option<Vec<f32>>,
 }
 
-impl DataConfig {
-    /// Makes every path absolute.
-    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
-        for path in self.train.iter_mut().chain(&mut self.val) {
-            *path = resolver.resolve(&*path)?;
-        }
-        Ok(())
-    }
-}
-
 impl Pairs {
     /// Reads and tokenises `files`.
     pub(crate) fn read(
         files: &[PathBuf],
         tokenizer: &Tokenizer,
         max_seq_len: usize,
-        on_bad_record: OnBadRecord,
-        on_too_long: TooLong,
+        data: &DataConfig<TooLong>,
     ) -> anyhow::Result<Self> {
-        let mut all = Self { encoded: Vec::new(), sha256: BTreeMap::new() };
+        let mut all = Self { encoded: Vec::new() };
         let (mut n_cut, mut n_left_out) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
-            for pair in records::read_pairs(file, on_bad_record)? {
+            for pair in records::read_pairs(file, data.on_bad_record)? {
                 let pair = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
                 if pair.len() <= max_seq_len {
                     all.encoded.push(pair);
                     continue;
                 }
-                match on_too_long {
+                match data.on_too_long {
                     TooLong::TruncatePrompt => match pair.with_prompt_cut(max_seq_len) {
                         Some(pair) => {
                             n_cut += 1;
@@ -90,11 +76,11 @@ impl Pairs {
                 }
             }
         }
-        if n_cut + n_left_out > 0 {
-            tracing::warn!(
-                "of the pairs that exceed the context of {max_seq_len} tokens, {n_cut} lost the beginning of their \
-                 prompt and {n_left_out} were left out"
-            );
+        for (n, done) in [(n_cut, "the beginning of the prompt is cut off"), (n_left_out, "left out")] {
+            if n > 0 {
+                let are = counted(n, "pair is", "pairs are");
+                tracing::warn!("{are} longer than {max_seq_len} tokens: {done} (data.on_too_long)");
+            }
         }
         ensure!(!all.encoded.is_empty(), "no pair is left to use");
         Ok(all)
@@ -161,7 +147,7 @@ impl Batch {
     pub(crate) fn new(pairs: &[&EncodedPair]) -> Self {
         let rows: Vec<Vec<u32>> =
             pairs.iter().map(|p| p.chosen.clone()).chain(pairs.iter().map(|p| p.rejected.clone())).collect();
-        // Any token will do for padding: it stands behind all that is looked at.
+        // The padding id is arbitrary: no position that is read comes after it.
         let padded = collate::right_pad(&rows, 0);
         let last = rows.iter().enumerate().map(|(i, row)| (i * padded.seq + row.len() - 1) as i64).collect();
         let margins = pairs

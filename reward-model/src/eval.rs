@@ -4,16 +4,15 @@ use std::io::Write;
 
 use anyhow::{Context, ensure};
 use common::checkpoint::{Checkpoint, Stage};
-use common::data::records::OnBadRecord;
 use common::model::ScalarGpt;
 use common::scoring;
+use common::session::DataConfig;
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
-use crate::config::TooLong;
 use crate::data::{EncodedPair, Pairs, win};
 
-/// What a reward model makes of labelled pairs.
+/// A reward model's agreement with labelled pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Fraction of pairs whose chosen answer scores higher; equal scores count half.
@@ -45,7 +44,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let model = args.runtime.open()?.scalar(&checkpoint)?;
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
-    let pairs = Pairs::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::TruncatePrompt)?;
+    let pairs = Pairs::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
     evaluate_pairs(&model, &pairs, pairs.encoded.len(), args.batch_size.get())
 }
 

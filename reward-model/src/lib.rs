@@ -18,12 +18,11 @@ mod score;
 mod train;
 
 pub use cli::{Cli, Command, EvalArgs, ScoreArgs, TrainArgs};
-pub use config::{BestBy, DataConfig, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
+pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
 pub use eval::{Evaluation, evaluate};
 pub use train::train;
 
-use common::interrupt::Interrupt;
-use common::runtime::on_pool;
+use common::session;
 
 /// Carries out one command line.
 ///
@@ -31,17 +30,8 @@ use common::runtime::on_pool;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => {
-            args.stage.runtime.start()?;
-            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
-        }
-        Command::Eval(args) => {
-            args.runtime.start()?;
-            on_pool(|| eval::run(&args))
-        }
-        Command::Score(args) => {
-            args.runtime.start()?;
-            on_pool(|| score::run(&args))
-        }
+        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt)),
+        Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
+        Command::Score(args) => args.runtime.run(|| score::run(&args)),
     }
 }

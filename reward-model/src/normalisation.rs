@@ -90,8 +90,6 @@ pub(crate) fn score_samples(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use burn::tensor::Device;
     use common::testing::{assert_close, byte_tokenizer, tiny_config};
 
@@ -118,7 +116,7 @@ mod tests {
             let prompt = [1, 2, 3 + i];
             EncodedPair { chosen: prompt.to_vec(), rejected: prompt.to_vec(), n_prompt: 3, margin: None }
         };
-        let training = Pairs { encoded: (0..20).map(pair).collect(), sha256: BTreeMap::new() };
+        let training = Pairs { encoded: (0..20).map(pair).collect() };
         let config = NormalisationConfig { samples: 50, max_tokens: 20, ..NormalisationConfig::default() };
         let scores = |model: &ScalarGpt| {
             score_samples(&config, &initial, model, &training, &tokenizer, streams).expect("scores")

@@ -4,7 +4,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::cli::{RuntimeArgs, StageArgs, at_least_1};
+pub use common::cli::InitArgs as TrainArgs;
+use common::cli::{RuntimeArgs, at_least_1};
 
 /// Fine-tune a language model on conversations
 #[derive(Debug, Parser)]
@@ -29,18 +30,6 @@ pub enum Command {
     Train(TrainArgs),
     /// Measure a model's loss and accuracy on the assistant's tokens
     Eval(EvalArgs),
-}
-
-/// Flags of `sft train`.
-#[derive(Debug, Args)]
-pub struct TrainArgs {
-    /// Checkpoint to start from: stage pretrain or sft, or a Hugging Face directory
-    #[arg(long, value_name = "DIR")]
-    pub init: PathBuf,
-
-    /// What every stage takes
-    #[command(flatten)]
-    pub stage: StageArgs,
 }
 
 /// Flags of `sft eval`.

@@ -1,11 +1,8 @@
 //! The TOML of this stage.
 
-use std::path::PathBuf;
-
-use anyhow::ensure;
-use common::data::records::OnBadRecord;
+use common::cli::StageArgs;
 use common::optim::OptimizerConfig;
-use common::session::Cadence;
+use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use serde::{Deserialize, Serialize};
 
 /// `sft.toml`.
@@ -15,27 +12,15 @@ pub struct SftConfig {
     /// Seed of order, dropout and samples.
     pub seed: u64,
     /// The conversations.
-    pub data: DataConfig,
+    pub data: DataConfig<TooLong>,
+    /// What differs from the initial model.
+    pub model: ModelOverrides,
     /// AdamW and its schedule.
     pub optimizer: OptimizerConfig,
-    /// How much.
+    /// Training length and batch sizes.
     pub train: TrainConfig,
     /// How often to log, evaluate and save.
-    pub run: Cadence,
-}
-
-/// `[data]`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DataConfig {
-    /// Conversations to train on (.jsonl, also .gz).
-    pub train: Vec<PathBuf>,
-    /// Conversations to evaluate on.
-    pub val: Vec<PathBuf>,
-    /// What to do with a record that is malformed: `fail` or `skip`.
-    pub on_bad_record: OnBadRecord,
-    /// What to do with a conversation that exceeds the context.
-    pub on_too_long: TooLong,
+    pub run: RunConfig,
 }
 
 /// What to do with a conversation that exceeds the context.
@@ -87,33 +72,32 @@ impl Default for TrainConfig {
     }
 }
 
+impl TrainConfig {
+    /// How long to train and in what portions.
+    pub const fn amount(&self) -> Amount {
+        let Self { epochs, steps, batch_size, micro_batch_size, .. } = *self;
+        Amount { epochs: Some(epochs), steps, batch_size, micro_batch_size }
+    }
+}
+
 impl SftConfig {
+    /// Reads the configuration that `args` name, with absolute paths.
+    ///
+    /// # Errors
+    /// If it cannot be read or is not valid.
+    pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
+        session::load_config(args, Self::validate, |config| config.data.files_mut())
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
     /// Naming the key that is out of range.
     pub fn validate(&self) -> anyhow::Result<()> {
         self.optimizer.validate()?;
-        ensure!(
-            !self.data.train.is_empty(),
-            "`data.train` names no file\nhint: list at least one .jsonl of conversations"
-        );
-        ensure!(!self.data.val.is_empty(), "`data.val` names no file\nhint: list at least one .jsonl of conversations");
-        let TrainConfig { epochs, steps, batch_size, micro_batch_size, .. } = self.train;
-        ensure!(
-            steps.unwrap_or(epochs) > 0 && batch_size > 0,
-            "`train.epochs`, `train.steps` and `train.batch_size` must be at least 1"
-        );
-        let micro = micro_batch_size.unwrap_or(batch_size);
-        ensure!(
-            micro > 0 && batch_size % micro == 0,
-            "`train.micro_batch_size` {micro} does not divide `train.batch_size` {batch_size}"
-        );
-        Ok(())
-    }
-
-    /// Optimiser steps for `n` conversations.
-    pub fn n_steps(&self, n: usize) -> u64 {
-        self.train.steps.unwrap_or_else(|| (self.train.epochs * n as u64).div_ceil(self.train.batch_size as u64))
+        self.data.validate("conversations")?;
+        self.model.validate()?;
+        self.train.amount().validate()?;
+        self.run.validate()
     }
 }

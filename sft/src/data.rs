@@ -1,27 +1,24 @@
 //! Conversations to batches.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use common::config::{ConfigError, PathResolver};
 use common::conversation::{self, EncodedConversation, Message};
 use common::data::collate::{self, Example, TrainingRows};
-use common::data::file_sha256;
-use common::data::records::{self, OnBadRecord};
+use common::data::records;
+use common::logging::counted;
 use common::model::Layout;
+use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
-use crate::config::{DataConfig, TooLong};
+use crate::config::TooLong;
 
 /// Tokenised conversations.
 pub(crate) struct Conversations {
     pub(crate) encoded: Vec<EncodedConversation>,
     /// The same conversations as text, for samples.
     pub(crate) messages: Vec<Vec<Message>>,
-    /// SHA-256 of each file.
-    pub(crate) sha256: BTreeMap<String, String>,
 }
 
 /// A batch of conversations, several in a row, none seeing another.
@@ -31,35 +28,23 @@ pub(crate) struct Batch {
     positions: Vec<i64>,
 }
 
-impl DataConfig {
-    /// Makes every path absolute.
-    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<(), ConfigError> {
-        for path in self.train.iter_mut().chain(&mut self.val) {
-            *path = resolver.resolve(&*path)?;
-        }
-        Ok(())
-    }
-}
-
 impl Conversations {
     /// Reads and tokenises `files`; conversations without a trained token are left out.
     pub(crate) fn read(
         files: &[PathBuf],
         tokenizer: &Tokenizer,
         max_seq_len: usize,
-        on_bad_record: OnBadRecord,
-        on_too_long: TooLong,
+        data: &DataConfig<TooLong>,
     ) -> anyhow::Result<Self> {
-        let mut all = Self { encoded: Vec::new(), messages: Vec::new(), sha256: BTreeMap::new() };
-        let mut n_too_long = 0;
+        let mut all = Self { encoded: Vec::new(), messages: Vec::new() };
+        let (mut n_too_long, mut n_unanswered) = (0, 0);
         for file in files {
-            all.sha256.insert(file.display().to_string(), file_sha256(file)?);
-            for conversation in records::read_conversations(file, on_bad_record)? {
+            for conversation in records::read_conversations(file, data.on_bad_record)? {
                 let mut encoded = conversation::encode(tokenizer, &conversation.messages)
                     .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
                 if encoded.ids.len() > max_seq_len {
                     n_too_long += 1;
-                    match on_too_long {
+                    match data.on_too_long {
                         TooLong::Truncate => {
                             encoded.ids.truncate(max_seq_len);
                             encoded.trained.truncate(max_seq_len);
@@ -76,11 +61,19 @@ impl Conversations {
                 if encoded.trained.iter().skip(1).any(|&trained| trained) {
                     all.encoded.push(encoded);
                     all.messages.push(conversation.messages);
+                } else {
+                    n_unanswered += 1;
                 }
             }
         }
         if n_too_long > 0 {
-            tracing::warn!("{n_too_long} conversations exceed the context of {max_seq_len} tokens: {on_too_long:?}");
+            let done = if data.on_too_long == TooLong::Skip { "left out" } else { "cut to fit" };
+            let are = counted(n_too_long, "conversation is", "conversations are");
+            tracing::warn!("{are} longer than {max_seq_len} tokens: {done} (data.on_too_long)");
+        }
+        if n_unanswered > 0 {
+            let have = counted(n_unanswered, "conversation has", "conversations have");
+            tracing::warn!("{have} no token of an answer in the first {max_seq_len}: left out");
         }
         ensure!(!all.encoded.is_empty(), "no conversation has a token to train on");
         Ok(all)

@@ -3,17 +3,20 @@
 use std::io::Write;
 
 use anyhow::{Context, ensure};
+use burn::tensor::{Int, Tensor};
 use common::checkpoint::{Checkpoint, Stage};
-use common::data::records::OnBadRecord;
 use common::loss;
 use common::model::Gpt;
+use common::session::DataConfig;
 use serde_json::json;
 
 use crate::cli::EvalArgs;
-use crate::config::TooLong;
 use crate::data::{Batch, Conversations};
 
-/// What a model makes of the assistant's tokens.
+/// Logits computed at a time: 64 MiB of them.
+const MAX_LOGITS: usize = 1 << 24;
+
+/// Held-out loss and accuracy on the assistant's tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Evaluation {
     /// Sum of `−log p(token)` in nats.
@@ -44,11 +47,29 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
-    let conversations = Conversations::read(files, tokenizer, max_seq_len, OnBadRecord::Fail, TooLong::Truncate)?;
+    let conversations = Conversations::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
     let pad = tokenizer.try_specials()?.pad;
     let all = evaluate(&gpt, &conversations, conversations.encoded.len(), args.batch_size.get(), pad)?;
     let result = json!({ "loss": all.loss(), "token_accuracy": all.token_accuracy(), "tokens": all.tokens });
     writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+}
+
+/// How many targets are the most probable token, from the logits of `n_at_a_time` positions at a time.
+///
+/// # Shapes
+/// - `hidden`: `[n_targets, d_model]`
+/// - `targets`: `[n_targets]`
+fn n_correct(gpt: &Gpt, hidden: &Tensor<2>, targets: &Tensor<1, Int>, n_at_a_time: usize) -> usize {
+    let n = hidden.dims()[0];
+    let mut correct = 0;
+    for first in (0..n).step_by(n_at_a_time) {
+        let len = n_at_a_time.min(n - first);
+        // [1, len, vocab_size]
+        let logits = gpt.logits(hidden.clone().narrow(0, first, len).unsqueeze_dim(0));
+        let chosen = logits.argmax(2).reshape([len]);
+        correct += chosen.equal(targets.clone().narrow(0, first, len)).int().sum().into_scalar::<i64>() as usize;
+    }
+    correct
 }
 
 /// Loss and accuracy on the first `n` conversations.
@@ -68,14 +89,36 @@ pub(crate) fn evaluate(
         let [rows, seq, d_model] = hidden.dims();
         // [n_targets, d_model]
         let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
-        let chosen = gpt.logits(hidden.clone().unsqueeze_dim(0)).argmax(2).reshape([batch.n_targets()]);
-        let correct = chosen.equal(targets.clone()).int().sum();
+        all.correct += n_correct(gpt, &hidden, &targets, (MAX_LOGITS / gpt.config().vocab_size).max(1));
         let (log_probs, _) = loss::token_log_probs(gpt, hidden, targets, 1.0);
         let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
         all.nats -= log_probs.iter().map(|&p| f64::from(p)).sum::<f64>();
-        all.correct += correct.into_scalar::<i64>() as usize;
         all.tokens += batch.n_targets();
     }
     ensure!(all.nats.is_finite(), "the held-out loss is {}", all.nats);
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+    use common::model::Layout;
+    use common::rng::Streams;
+    use common::testing::tiny_config;
+
+    use super::*;
+
+    #[test]
+    fn the_number_of_logits_at_a_time_changes_no_count() {
+        let device = Device::flex();
+        let gpt = Gpt::new(&tiny_config(20), &Streams::new(3), &device);
+        let ids = Tensor::<2, Int>::from_data(TensorData::new((0..40).map(|i| i % 20).collect(), [1, 40]), &device);
+        let hidden = gpt.hidden(ids.clone(), &Layout::right_padded()).reshape([40, 16]);
+        let chosen = gpt.logits(hidden.clone().unsqueeze_dim(0)).argmax(2).reshape([40]);
+        // Half of the targets are what the model would choose.
+        let targets = Tensor::cat(vec![chosen.narrow(0, 0, 20), Tensor::<1, Int>::full([20], 19, &device)], 0);
+        let of = |n_at_a_time| n_correct(&gpt, &hidden, &targets, n_at_a_time);
+        assert!(of(40) >= 20);
+        assert_eq!([1, 7, 39, 1000].map(of), [of(40); 4]);
+    }
 }

@@ -13,12 +13,11 @@ mod eval;
 mod train;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
-pub use config::{DataConfig, SftConfig, TooLong, TrainConfig};
+pub use config::{SftConfig, TooLong, TrainConfig};
 pub use eval::Evaluation;
 pub use train::train;
 
-use common::interrupt::Interrupt;
-use common::runtime::on_pool;
+use common::session;
 
 /// Carries out one command line.
 ///
@@ -26,13 +25,7 @@ use common::runtime::on_pool;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => {
-            args.stage.runtime.start()?;
-            on_pool(|| train(&args, Interrupt::install()?)).map(|_| ())
-        }
-        Command::Eval(args) => {
-            args.runtime.start()?;
-            on_pool(|| eval::run(&args))
-        }
+        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt)),
+        Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

@@ -1,21 +1,20 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::Context;
 use burn::module::Module;
-use burn::tensor::Tensor;
 use common::checkpoint::{self, Stage};
 use common::conversation::{self, Role};
 use common::data::order::Order;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::interrupt::Interrupt;
-use common::metrics::names;
+use common::loss;
+use common::metrics::{Recorder, names};
 use common::model::Gpt;
-use common::optim::Grads;
+use common::optim::{AdamW, Grads};
 use common::rng::Streams;
-use common::session::{Exported, Extras, Origin, Outcome, Session};
-use common::{config, loss};
+use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
 use serde_json::json;
 
 use crate::cli::TrainArgs;
@@ -26,39 +25,32 @@ use crate::eval;
 /// Fine-tunes a language model on conversations.
 ///
 /// # Errors
-/// Whatever stands in the way: configuration, data, the initial model, the output directory, a loss that is not finite.
+/// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
-    let config = load_config(args)?;
+    let config = SftConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.autodiff();
-    let device = runtime.device.clone();
-    let streams = Streams::new(config.seed);
-    let init = checkpoint::init_from(&args.init).context("failed to load the initial model")?;
+    let init = checkpoint::init_from(&args.init)
+        .context("failed to load the initial model")?
+        .with_dropout(config.model.dropout);
     init.expect_stage(&[Stage::Pretrain, Stage::Sft]).context("failed to load the initial model")?;
-    let tokenizer = init.require_tokenizer()?.clone();
-    let pad = tokenizer.specials().pad;
-    let seq_len = init.model_config().max_seq_len;
-    let read = |files: &[std::path::PathBuf]| {
-        Conversations::read(files, &tokenizer, seq_len, config.data.on_bad_record, config.data.on_too_long)
-    };
+    let tokenizer = init.require_tokenizer()?;
+    let max_seq_len = init.model_config().max_seq_len;
+    let read = |files: &[PathBuf]| Conversations::read(files, tokenizer, max_seq_len, &config.data);
     let training = read(&config.data.train).context("failed to read the training conversations")?;
     let held_out = read(&config.data.val).context("failed to read the held-out conversations")?;
-    let n_steps = config.n_steps(training.encoded.len());
-    let data: BTreeMap<String, String> = training.sha256.iter().chain(&held_out.sha256).map(own).collect();
-    let origin = Origin {
+    let plan = Plan {
         stage: Stage::Sft,
-        parents: vec![init.as_parent()],
-        data,
-        tokenizer: tokenizer.clone(),
-        config_toml: config::to_toml(&config)?,
-        backend: runtime.label.clone(),
+        parents: &[("--init", &init)],
+        data: config.data.sources(),
+        tokenizer,
+        config: &config,
+        run: &config.run,
+        runtime: &runtime,
+        total_steps: config.train.amount().n_steps(training.encoded.len()),
     };
-    let (mut session, restored) = Session::start(&args.stage, origin, &config.run, n_steps, interrupt)?;
-    let (mut gpt, mut optimizer) = match restored {
-        Some(mut restored) => {
-            let weights = restored.tensors("weights")?;
-            let gpt = runtime.gpt_of(restored.checkpoint.model_config(), weights)?;
-            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
-        }
+    let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
+    let (gpt, optimizer) = match restored {
+        Some(mut restored) => (restored.gpt(&runtime)?, restored.optimizer("optimizer", &config.optimizer, &runtime)?),
         None => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
@@ -67,117 +59,106 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         training.encoded.len(),
         held_out.encoded.len()
     );
+    let streams = Streams::new(config.seed);
+    session.drive(FineTuning {
+        order: Order::new(training.encoded.len(), streams, "order"),
+        pad: tokenizer.specials().pad,
+        total_steps: plan.total_steps,
+        gpt,
+        optimizer,
+        training: &training,
+        held_out: &held_out,
+        config: &config,
+        streams,
+    })
+}
 
-    let mut order = Order::new(training.encoded.len(), streams, "order");
-    let batch_size = config.train.batch_size;
-    let micro = config.train.micro_batch_size.unwrap_or(batch_size);
-    while session.goes_on() {
-        let step = session.progress().step;
+/// A language model that is being fine-tuned.
+struct FineTuning<'a> {
+    gpt: Gpt,
+    optimizer: AdamW,
+    training: &'a Conversations,
+    held_out: &'a Conversations,
+    config: &'a SftConfig,
+    order: Order,
+    streams: Streams,
+    pad: u32,
+    total_steps: u64,
+}
+
+impl Training for FineTuning<'_> {
+    fn step(mut self, step: u64, _recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
+        let (batch_size, micro) = (self.config.train.batch_size, self.config.train.amount().micro());
+        let (device, seq_len) = (self.gpt.device(), self.gpt.config().max_seq_len);
         let first = step * batch_size as u64;
-        let chosen: Vec<_> =
-            (first..first + batch_size as u64).map(|position| &training.encoded[order.item(position)]).collect();
-        let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len, pad)).collect();
+        let chosen: Vec<_> = (first..first + batch_size as u64)
+            .map(|position| &self.training.encoded[self.order.item(position)])
+            .collect();
+        let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len, self.pad)).collect();
         let n_targets = batches.iter().map(Batch::n_targets).sum();
         let mut grads = Grads::default();
         let mut losses = Vec::new();
         for (i, batch) in batches.iter().enumerate() {
-            let mut dropout = streams.get("dropout", first + (i * micro) as u64);
-            let hidden = gpt.hidden_with_dropout(batch.inputs(&device), &batch.layout(), Some(&mut dropout));
+            let mut dropout = self.streams.get("dropout", first + (i * micro) as u64);
+            let hidden = self.gpt.hidden_with_dropout(batch.inputs(&device), &batch.layout(), Some(&mut dropout));
             let [rows, seq, d_model] = hidden.dims();
             let (positions, targets) = batch.targets(&device);
             let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
             // The whole batch's number of targets, so that micro-batches add up to its mean.
-            let loss = loss::cross_entropy(&gpt, hidden, targets, n_targets);
+            let loss = loss::cross_entropy(&self.gpt, hidden, targets, n_targets);
             losses.push(loss.clone().inner());
-            grads = grads.plus(Grads::take(&gpt, optimizer.scaled(loss).backward()));
+            grads = grads.plus(Grads::take(&self.gpt, self.optimizer.scaled(loss).backward()));
         }
-        let lr = config.optimizer.lr_at(step, n_steps);
+        let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (gpt, grad_norm) = optimizer.step(gpt, grads, lr);
-        session.count_step(n_targets as u64, grad_norm.clone())?;
-
-        if session.logs() {
-            let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
-            session.log(&[
-                (names::TRAIN_LOSS, f64::from(loss)),
-                (names::TRAIN_LR, lr),
-                (names::TRAIN_GRAD_NORM, grad_norm.value()),
-            ])?;
-        }
-        if session.evaluates() {
-            evaluate(&mut session, &gpt, &held_out, &config, &streams)?;
-        }
-        if session.saves() {
-            session.save(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())?;
-        }
+        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads, lr);
+        Ok((self, Step::of_lm(n_targets as u64, losses, lr, grad_norm)))
     }
-    session.finish(Exported::Lm(&gpt), &[("optimizer", &optimizer)], Extras::default())
-}
 
-fn own((file, sha256): (&String, &String)) -> (String, String) {
-    (file.clone(), sha256.clone())
-}
-
-/// The configuration with absolute paths.
-fn load_config(args: &TrainArgs) -> anyhow::Result<SftConfig> {
-    let path = &args.stage.config;
-    let mut config: SftConfig = config::load(path, &args.stage.overrides)?;
-    config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
-    config.data.resolve(&config::PathResolver::new(path, args.stage.data.as_deref()))?;
-    Ok(config)
-}
-
-/// Held-out loss, accuracy and samples.
-fn evaluate(
-    session: &mut Session,
-    gpt: &Gpt,
-    held_out: &Conversations,
-    config: &SftConfig,
-    streams: &Streams,
-) -> anyhow::Result<()> {
-    let plain = gpt.valid();
-    let last = session.progress().step == session.total_steps();
-    let all = held_out.encoded.len();
-    let n = if last || config.train.eval_conversations == 0 { all } else { config.train.eval_conversations };
-    let pad = session.tokenizer().specials().pad;
-    let measured = eval::evaluate(&plain, held_out, n, config.train.batch_size, pad)?;
-    session.log(&[(names::VAL_LOSS, measured.loss()), (names::VAL_ACCURACY, measured.token_accuracy())])?;
-    sample(session, &plain, held_out, config, streams)?;
-    session.note_evaluation(measured.loss(), Exported::Lm(gpt));
-    Ok(())
-}
-
-/// Answers the first held-out prompts and writes the answers to `samples.jsonl`.
-fn sample(
-    session: &Session,
-    gpt: &Gpt,
-    held_out: &Conversations,
-    config: &SftConfig,
-    streams: &Streams,
-) -> anyhow::Result<()> {
-    let tokenizer = session.tokenizer();
-    let step = session.progress().step;
-    let sampling = SamplingConfig {
-        temperature: 0.8,
-        max_tokens: config.train.sample_tokens,
-        stop: vec![tokenizer.specials().end],
-        ..SamplingConfig::default()
-    };
-    for (i, messages) in held_out.messages.iter().take(config.train.n_samples).enumerate() {
-        let n_given = messages.iter().position(|m| m.role == Role::Assistant).unwrap_or(messages.len());
-        let given = &messages[..n_given];
-        let Some(question) = given.last() else { continue };
-        let prompt = conversation::encode_prompt(tokenizer, given)?;
-        let room = gpt.config().max_seq_len.saturating_sub(prompt.len());
-        if room == 0 {
-            continue;
-        }
-        let sampling = SamplingConfig { max_tokens: sampling.max_tokens.min(room), ..sampling.clone() };
-        let first_row = step << 16 | i as u64;
-        let answer = generate(gpt, &[prompt], &sampling, streams, first_row, GenerateOptions::default())?;
-        let text = tokenizer.decode(&answer[0].ids);
-        tracing::info!("sample: {} → {}", question.content, text.replace('\n', "⏎"));
-        session.recorder.sample(step, &json!({ "prompt": question.content, "text": text }))?;
+    fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
+        let plain = self.gpt.valid();
+        let train = &self.config.train;
+        let all = self.held_out.encoded.len();
+        let n = if session.is_last() || train.eval_conversations == 0 { all } else { train.eval_conversations };
+        let measured = eval::evaluate(&plain, self.held_out, n, train.amount().micro(), self.pad)?;
+        session.log(&[(names::VAL_LOSS, measured.loss()), (names::VAL_ACCURACY, measured.token_accuracy())])?;
+        self.sample(session, &plain)?;
+        session.note_evaluation(measured.loss(), Exported::Lm(&self.gpt));
+        Ok(())
     }
-    Ok(())
+
+    fn contents(&self) -> Contents<'_> {
+        Contents::new(Exported::Lm(&self.gpt), &self.optimizer)
+    }
+}
+
+impl FineTuning<'_> {
+    /// Answers the first held-out prompts and writes the answers to `samples.jsonl`.
+    fn sample(&self, session: &Session, plain: &Gpt) -> anyhow::Result<()> {
+        let tokenizer = session.tokenizer();
+        let step = session.progress().step;
+        let sampling = SamplingConfig {
+            temperature: 0.8,
+            max_tokens: self.config.train.sample_tokens,
+            stop: vec![tokenizer.specials().end],
+            ..SamplingConfig::default()
+        };
+        for (i, messages) in self.held_out.messages.iter().take(self.config.train.n_samples).enumerate() {
+            let n_given = messages.iter().position(|m| m.role == Role::Assistant).unwrap_or(messages.len());
+            let given = &messages[..n_given];
+            let Some(question) = given.last() else { continue };
+            let prompt = conversation::encode_prompt(tokenizer, given)?;
+            let room = plain.config().max_seq_len.saturating_sub(prompt.len());
+            if room == 0 {
+                continue;
+            }
+            let sampling = SamplingConfig { max_tokens: sampling.max_tokens.min(room), ..sampling.clone() };
+            let first_row = step << 16 | i as u64;
+            let answer = generate(plain, &[prompt], &sampling, &self.streams, first_row, GenerateOptions::default())?;
+            let text = tokenizer.decode(&answer[0].ids);
+            tracing::info!("sample: {} → {}", question.content, text.replace('\n', "⏎"));
+            session.recorder.sample(step, &json!({ "prompt": question.content, "text": text }))?;
+        }
+        Ok(())
+    }
 }

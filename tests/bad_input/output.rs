@@ -80,19 +80,17 @@ fn a_full_disk_leaves_the_last_checkpoint() {
 #[test]
 fn a_run_that_diverges_says_so_and_leaves_the_last_checkpoint() {
     let lab = models();
-    lab.ok("pretrain", &PRETRAIN.train("out", &["-q", "--set", "train.steps=2"]));
-    let before = lab.bytes("out/model.safetensors");
-    let settings = ["train.steps=20", "optimizer.lr=1e30", "optimizer.grad_clip=0", "run.save_every=1"];
+    // The first step moves finite weights very far; the second has nothing finite to go by.
+    let settings = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.grad_clip=0", "run.save_every=1"];
     let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
-    let output = lab.run("pretrain", &PRETRAIN.train("out", &[&more[..], &["--resume", "-q"]].concat()));
+    let output = lab.run("pretrain", &PRETRAIN.train("out", &[&more[..], &["-q"]].concat()));
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
     // Whether it is an infinity or NaN, and which number is seen first, is the processor's business.
     assert!(output.stderr.contains("the last checkpoint is kept"), "{}", output.stderr);
     assert!(["became", "holds"].iter().any(|verb| output.stderr.contains(verb)), "{}", output.stderr);
     let checkpoint = Checkpoint::open(&lab.path("out")).unwrap();
     checkpoint.state().unwrap();
-    let step = lab.saved_step("out").unwrap();
-    assert!(step > 2 || lab.bytes("out/model.safetensors") == before, "the checkpoint of step {step}");
+    assert!(lab.saved_step("out").is_some_and(|step| (1..12).contains(&step)));
 }
 
 #[test]

@@ -61,6 +61,12 @@ pub struct Manifest {
     pub stage: Stage,
     /// Optimiser steps done (PPO: iterations).
     pub step: u64,
+    /// Optimiser steps that the run was planned for; unknown to versions that did not write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_steps: Option<u64>,
+    /// Whether the run had come to its end; unknown to versions that did not write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<bool>,
     /// Tokens trained on so far.
     pub tokens: u64,
     /// The checkpoints it was made from.
@@ -89,6 +95,8 @@ impl Manifest {
             program_version: env!("CARGO_PKG_VERSION").to_owned(),
             stage,
             step: 0,
+            total_steps: None,
+            finished: None,
             tokens: 0,
             parents: Vec::new(),
             weights_sha256: String::new(),

@@ -41,6 +41,9 @@ const STATE_DIR: &str = "state";
 /// The part of the state that is no tensor.
 const STATE_FILE: &str = "state.json";
 
+/// [`STATE_FILE`], from the checkpoint's directory.
+pub(crate) const STATE_FILE_PATH: &str = "state/state.json";
+
 /// A checkpoint's directory, read and verified: the weights are in memory, on no device.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -262,6 +265,30 @@ impl Checkpoint {
         Ok(State { json, tensors })
     }
 
+    /// Whether the run that wrote it had come to its end; `None` where nothing says so, as in a directory of another
+    /// program.
+    ///
+    /// # Errors
+    /// If the state of a checkpoint of an earlier version is damaged.
+    pub fn is_finished(&self) -> Result<Option<bool>, CheckpointError> {
+        #[derive(serde::Deserialize)]
+        struct Progress {
+            finished: bool,
+        }
+        let path = self.dir.join(STATE_FILE_PATH);
+        match &self.manifest {
+            Some(Manifest { finished: Some(finished), .. }) => Ok(Some(*finished)),
+            Some(_) if path.is_file() => {
+                let text =
+                    std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
+                let progress: Progress = serde_json::from_slice(&text)
+                    .map_err(|error| CheckpointError::Json { path, reason: error.to_string() })?;
+                Ok(Some(progress.finished))
+            }
+            _ => Ok(None),
+        }
+    }
+
     fn check_hash(&self, file: &str, sha256: &str) -> Result<(), CheckpointError> {
         let expected = self.manifest.as_ref().and_then(|manifest| manifest.files_sha256.get(file));
         match expected {
@@ -283,6 +310,17 @@ impl Checkpoint {
     /// The architecture.
     pub fn model_config(&self) -> &GptConfig {
         &self.model.config
+    }
+
+    /// The same model, to be trained with `dropout`; with the probability it was trained with where that is not given.
+    #[must_use]
+    pub fn with_dropout(mut self, dropout: Option<f64>) -> Self {
+        let own = self.model.config.dropout;
+        self.model.config.dropout = dropout.unwrap_or(own);
+        if dropout.is_none() && own > 0.0 {
+            tracing::info!("`{}` goes on with its dropout of {own}; `model.dropout` sets another", self.dir.display());
+        }
+        self
     }
 
     /// The weights that [`Checkpoint::load_gpt`] or [`Checkpoint::load_scalar`] would put on a device.
@@ -309,13 +347,6 @@ impl Checkpoint {
         let own = self.tokenizer().and_then(Tokenizer::eos);
         let others = self.end_ids.iter().copied().filter(|id| Some(*id) != own);
         own.into_iter().chain(others).collect()
-    }
-
-    /// The same checkpoint whose model drops with `probability` in training, in place of what config.json says.
-    #[must_use]
-    pub fn with_dropout(mut self, probability: Option<f64>) -> Self {
-        self.model.config.dropout = probability.unwrap_or(self.model.config.dropout);
-        self
     }
 
     /// The entry under which a checkpoint made from this one names it.

@@ -1,0 +1,214 @@
+//! The parts of a configuration that every stage has, and how a stage reads its own.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::resume;
+use crate::cli::StageArgs;
+use crate::config::{self, PathResolver};
+use crate::data::records::OnBadRecord;
+
+/// The `[run]` section: how often a run logs, evaluates and saves, and when it stops early.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Steps between lines of metrics.
+    pub log_every: u64,
+    /// Steps between evaluations on held-out data; 0 for none but the last.
+    pub eval_every: u64,
+    /// Steps between checkpoints; 0 for none but the last.
+    pub save_every: u64,
+    /// Minutes between checkpoints at most, so that a kill costs no more than that; 0 for no such limit.
+    pub save_every_minutes: f64,
+    /// Whether the exported weights are those of the best evaluation, not the last.
+    pub keep_best: bool,
+    /// Evaluations without a new best after which training stops; 0 for never.
+    pub patience: u64,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { log_every: 10, eval_every: 100, save_every: 500, save_every_minutes: 5.0, keep_best: false, patience: 0 }
+    }
+}
+
+impl RunConfig {
+    /// Checks what the types cannot.
+    ///
+    /// # Errors
+    /// Naming the key that is out of range.
+    pub fn validate(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.save_every_minutes >= 0.0 && self.save_every_minutes.is_finite(),
+            "`run.save_every_minutes` must be 0 or more, found {}",
+            self.save_every_minutes
+        );
+        Ok(())
+    }
+
+    /// Whether training has stopped early, `evals_since_best` evaluations after the best one.
+    pub(super) const fn is_stale(&self, evals_since_best: u64) -> bool {
+        self.patience > 0 && evals_since_best >= self.patience
+    }
+}
+
+/// The `[data]` section of a stage that reads records; `L` says what to do with one that is too long.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig<L> {
+    /// Files to train on (.jsonl, also .gz).
+    pub train: Vec<PathBuf>,
+    /// Files to evaluate on.
+    pub val: Vec<PathBuf>,
+    /// What to do with a record that is malformed: `fail` or `skip`.
+    pub on_bad_record: OnBadRecord,
+    /// What to do with a record that exceeds the context.
+    pub on_too_long: L,
+}
+
+impl<L> DataConfig<L> {
+    /// Checks that there are files of `records` to train and to evaluate on.
+    ///
+    /// # Errors
+    /// Naming the key that is empty.
+    pub fn validate(&self, records: &str) -> anyhow::Result<()> {
+        for (key, files) in self.sources() {
+            ensure!(!files.is_empty(), "`data.{key}` names no file\nhint: list at least one .jsonl of {records}");
+        }
+        Ok(())
+    }
+
+    /// The files by their key.
+    pub fn sources(&self) -> [(&'static str, &[PathBuf]); 2] {
+        [("train", &self.train), ("val", &self.val)]
+    }
+
+    /// Every file.
+    pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
+        self.train.iter_mut().chain(&mut self.val).collect()
+    }
+}
+
+/// The `[model]` section of a stage that trains a model of another's: what may differ from the architecture it has.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelOverrides {
+    /// Dropout probability in training; that of the initial model by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
+}
+
+impl ModelOverrides {
+    /// Checks the probability's range.
+    ///
+    /// # Errors
+    /// If it does not lie in `[0, 1)`.
+    pub fn validate(self) -> anyhow::Result<()> {
+        let dropout = self.dropout.unwrap_or(0.0);
+        ensure!((0.0..1.0).contains(&dropout), "`model.dropout` must lie in [0, 1), found {dropout}");
+        Ok(())
+    }
+}
+
+/// How long a stage trains and in what portions: the keys of `[train]` that every stage has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Amount {
+    /// Passes over the data, where the stage counts them.
+    pub epochs: Option<u64>,
+    /// Optimiser steps; overrides `epochs`.
+    pub steps: Option<u64>,
+    /// Items in one optimiser step.
+    pub batch_size: usize,
+    /// Items computed at a time; divides `batch_size`, which is also the default.
+    pub micro_batch_size: Option<usize>,
+}
+
+impl Amount {
+    /// Checks that there is something to do and that micro-batches add up to batches.
+    ///
+    /// # Errors
+    /// Naming the key that is out of range.
+    pub fn validate(&self) -> anyhow::Result<()> {
+        let keys = if self.epochs.is_some() { "`train.epochs`, `train.steps`" } else { "`train.steps`" };
+        ensure!(
+            self.steps.or(self.epochs).unwrap_or(0) > 0 && self.batch_size > 0,
+            "{keys} and `train.batch_size` must be at least 1"
+        );
+        let (micro, batch_size) = (self.micro(), self.batch_size);
+        ensure!(
+            micro > 0 && batch_size.is_multiple_of(micro),
+            "`train.micro_batch_size` {micro} does not divide `train.batch_size` {batch_size}"
+        );
+        Ok(())
+    }
+
+    /// Optimiser steps for `n` items.
+    pub fn n_steps(&self, n: usize) -> u64 {
+        let of_epochs = || self.epochs.unwrap_or(1).saturating_mul(n as u64).div_ceil(self.batch_size as u64);
+        self.steps.unwrap_or_else(of_epochs)
+    }
+
+    /// Items computed at a time.
+    pub fn micro(&self) -> usize {
+        self.micro_batch_size.unwrap_or(self.batch_size)
+    }
+}
+
+/// Reads a stage's configuration, the `--set` flags over it (with `--resume` those of earlier calls too), and makes the
+/// paths that `files` names absolute.
+///
+/// # Errors
+/// If it cannot be read or is not valid.
+pub fn load_config<C: DeserializeOwned>(
+    args: &StageArgs,
+    validate: impl Fn(&C) -> anyhow::Result<()>,
+    files: impl Fn(&mut C) -> Vec<&mut PathBuf>,
+) -> anyhow::Result<C> {
+    let mut config: C = config::load(&args.config, &resume::overrides(args)?)?;
+    validate(&config).with_context(|| format!("invalid config `{}`", args.config.display()))?;
+    let resolver = PathResolver::new(&args.config, args.data.as_deref());
+    for path in files(&mut config) {
+        *path = resolver.resolve(&*path)?;
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AMOUNT: Amount = Amount { epochs: Some(2), steps: None, batch_size: 4, micro_batch_size: None };
+
+    #[test]
+    fn steps_go_before_epochs_and_a_last_batch_may_be_part_of_the_next_pass() {
+        assert_eq!([8, 9].map(|n| AMOUNT.n_steps(n)), [4, 5]);
+        assert_eq!(Amount { steps: Some(3), ..AMOUNT }.n_steps(9), 3);
+        assert_eq!(Amount { epochs: Some(u64::MAX), ..AMOUNT }.n_steps(9), u64::MAX.div_ceil(4));
+    }
+
+    #[test]
+    fn micro_batches_add_up_to_batches() {
+        let check = |amount: Amount| amount.validate().map_err(|error| error.to_string());
+        assert_eq!(check(AMOUNT), Ok(()));
+        assert_eq!(check(Amount { micro_batch_size: Some(2), ..AMOUNT }), Ok(()));
+        assert_eq!(
+            check(Amount { micro_batch_size: Some(3), ..AMOUNT }),
+            Err("`train.micro_batch_size` 3 does not divide `train.batch_size` 4".to_owned())
+        );
+        for nothing in [Amount { epochs: Some(0), ..AMOUNT }, Amount { batch_size: 0, ..AMOUNT }] {
+            assert!(check(nothing).is_err(), "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn minutes_between_saves_are_0_or_more() {
+        for (minutes, is_valid) in [(0.0, true), (0.5, true), (-1.0, false), (f64::NAN, false), (f64::INFINITY, false)]
+        {
+            let run = RunConfig { save_every_minutes: minutes, ..RunConfig::default() };
+            assert_eq!(run.validate().is_ok(), is_valid, "{minutes}");
+        }
+    }
+}

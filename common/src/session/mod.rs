@@ -1,0 +1,583 @@
+//! A training run, the same in every stage: how it is opened, driven, saved, stopped and resumed.
+//!
+//! A stage gives its configuration ([`load_config`]), what it starts from ([`Plan`]) and one step with an evaluation
+//! ([`Training`]); [`Session::start`] opens the run and [`Session::drive`] is the loop.
+
+mod config;
+mod resume;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use burn::tensor::Tensor;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
+pub use resume::Restored;
+
+use crate::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, State, Weights};
+use crate::cli::{RuntimeArgs, StageArgs};
+use crate::config::to_toml;
+use crate::data::file_sha256;
+use crate::interrupt::Interrupt;
+use crate::metrics::{Recorder, ResumePoint, names};
+use crate::model::{Gpt, NamedTensors, ScalarGpt};
+use crate::optim::{AdamW, GradNorm};
+use crate::runtime::{Runtime, on_pool};
+use crate::tokenizer::Tokenizer;
+
+/// Where a run stands, as it is saved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Wall time in seconds.
+    pub seconds: f64,
+    /// Whether the run reached its end.
+    pub finished: bool,
+    /// The best evaluation so far: its step and value, lower being better.
+    pub best: Option<(u64, f64)>,
+    /// Evaluations since the best one.
+    pub evals_since_best: u64,
+    /// Updates made by each optimiser, by the name of its file.
+    pub updates: BTreeMap<String, u64>,
+    /// The `--set` flags of all calls, which a resumed run goes by too.
+    #[serde(default)]
+    pub overrides: Vec<String>,
+    /// What the stage itself has to remember.
+    #[serde(default)]
+    pub stage: Value,
+}
+
+/// What a run starts from.
+#[derive(Debug)]
+pub struct Plan<'a, C> {
+    /// The stage that is running.
+    pub stage: Stage,
+    /// The checkpoints it starts from, each with the flag that names it.
+    pub parents: &'a [(&'static str, &'a Checkpoint)],
+    /// The data files, by their key in `[data]`.
+    pub data: [(&'static str, &'a [PathBuf]); 2],
+    /// The tokenizer that every model of the run shares.
+    pub tokenizer: &'a Tokenizer,
+    /// The resolved configuration.
+    pub config: &'a C,
+    /// Its section `[run]`.
+    pub run: &'a RunConfig,
+    /// The device.
+    pub runtime: &'a Runtime,
+    /// Optimiser steps in all (PPO: iterations).
+    pub total_steps: u64,
+}
+
+/// A model in training, as [`Session::drive`] drives it.
+pub trait Training: Sized {
+    /// Makes optimiser step `step`; the first is 0.
+    ///
+    /// # Errors
+    /// If the data or the device cannot be read.
+    fn step(self, step: u64, recorder: &Recorder) -> anyhow::Result<(Self, Step)>;
+
+    /// Measures the model on held-out data, logs it and calls [`Session::note_evaluation`].
+    ///
+    /// # Errors
+    /// If a number is not finite or cannot be written.
+    fn evaluate(&self, session: &mut Session) -> anyhow::Result<()>;
+
+    /// What a checkpoint holds of it.
+    fn contents(&self) -> Contents<'_>;
+
+    /// What is done before the first step of a run that is not resumed.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate).
+    fn begin(&self, _session: &mut Session) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`complete`](Self::complete) does something: then the trained weights are saved before it.
+    fn is_incomplete(&self) -> bool {
+        false
+    }
+
+    /// What is done to the model after the last step, such as the normalisation of scores.
+    ///
+    /// # Errors
+    /// If it cannot be done; what was trained is saved, and `--resume` goes on from there.
+    fn complete(&mut self, _session: &Session) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+/// An optimiser step that was made.
+pub struct Step {
+    /// Tokens it trained on.
+    pub tokens: u64,
+    /// The norm of its gradient.
+    pub grad_norm: GradNorm,
+    /// Its metrics. They are asked for where a line is logged: to read them may mean to wait for a GPU.
+    pub metrics: Box<dyn FnOnce() -> anyhow::Result<Vec<(&'static str, f64)>>>,
+}
+
+impl Step {
+    /// Of a language model: `losses` are the parts of the batch's mean loss, each `[1]`.
+    pub fn of_lm(tokens: u64, losses: Vec<Tensor<1>>, lr: f64, grad_norm: GradNorm) -> Self {
+        let norm = grad_norm.clone();
+        let metrics = move || {
+            let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
+            Ok(vec![
+                (names::TRAIN_LOSS, f64::from(loss)),
+                (names::TRAIN_LR, lr),
+                (names::TRAIN_GRAD_NORM, norm.value()),
+            ])
+        };
+        Self { tokens, grad_norm, metrics: Box::new(metrics) }
+    }
+}
+
+/// The model whose weights a checkpoint exports.
+#[derive(Debug, Clone, Copy)]
+pub enum Exported<'a> {
+    /// A language model.
+    Lm(&'a Gpt),
+    /// A reward model.
+    Scalar(&'a ScalarGpt),
+}
+
+/// What a checkpoint holds of a model in training.
+#[derive(Debug)]
+pub struct Contents<'a> {
+    /// The trained weights.
+    pub weights: Exported<'a>,
+    /// The optimisers by the name of their file.
+    pub optimizers: Vec<(&'static str, &'a AdamW)>,
+    /// The value model, saved beside the policy.
+    pub value: Option<&'a ScalarGpt>,
+    /// What the stage itself has to remember.
+    pub stage: Value,
+    /// What to export in place of the trained weights, such as a reward model whose scores were normalised.
+    pub exported: Option<Exported<'a>>,
+}
+
+impl<'a> Contents<'a> {
+    /// A model and its only optimiser.
+    pub fn new(weights: Exported<'a>, optimizer: &'a AdamW) -> Self {
+        Self { weights, optimizers: vec![("optimizer", optimizer)], value: None, stage: Value::Null, exported: None }
+    }
+}
+
+/// Carries out a command that trains: logging, threads, signals, and the exit code of a run that was asked to stop.
+///
+/// # Errors
+/// As `train`; [`Stopped`](crate::interrupt::Stopped) for a run that was interrupted.
+pub fn run(
+    runtime: &RuntimeArgs,
+    train: impl FnOnce(Interrupt) -> anyhow::Result<Outcome> + Send,
+) -> anyhow::Result<()> {
+    runtime.start()?;
+    let interrupt = Interrupt::install()?;
+    match on_pool(|| train(interrupt))? {
+        Outcome::Finished => Ok(()),
+        Outcome::Interrupted => Err(interrupt.stopped().into()),
+    }
+}
+
+/// A running stage.
+#[derive(Debug)]
+pub struct Session {
+    out: PathBuf,
+    run: RunConfig,
+    total_steps: u64,
+    interrupt: Interrupt,
+    /// Where metrics go.
+    pub recorder: Recorder,
+    progress: Progress,
+    /// What every checkpoint of the run says of its origin.
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    config_toml: String,
+    /// Of the last step.
+    grad_norm: Option<GradNorm>,
+    best_weights: Option<NamedTensors>,
+    /// Step and time of the last checkpoint, or of the start.
+    last_save: (Option<u64>, Instant),
+    resumed: bool,
+}
+
+impl Session {
+    /// Prepares `--out`, writes the resolved configuration and, with `--resume`, reads where the run stood.
+    ///
+    /// Returns the session and, when resuming, what to go on with.
+    ///
+    /// # Errors
+    /// If `--out` is not usable, there is nothing to resume, or the run to resume did not begin as `plan` says.
+    pub fn start<C: Serialize + DeserializeOwned>(
+        args: &StageArgs,
+        plan: &Plan<'_, C>,
+        interrupt: Interrupt,
+    ) -> anyhow::Result<(Self, Option<Restored>)> {
+        let inputs: Vec<&Path> = plan.parents.iter().map(|(_, parent)| parent.dir()).collect();
+        for (flag, parent) in plan.parents {
+            warn_of_unfinished(flag, parent)?;
+        }
+        let mut data = BTreeMap::new();
+        for file in plan.data.iter().flat_map(|(_, files)| *files) {
+            data.insert(file.display().to_string(), file_sha256(file)?);
+        }
+        args.prepare_out(&inputs)?;
+        let config_toml = to_toml(plan.config)?;
+        let mut best_weights = None;
+        let restored = if args.resume { Some(restore(args, plan, &data)?) } else { None };
+        let resumed = restored.is_some();
+        let (progress, restored) = match restored {
+            Some((progress, restored)) => {
+                if plan.run.keep_best && progress.best.is_some() {
+                    best_weights = Some(restored.checkpoint.named().clone());
+                }
+                (progress, Some(restored))
+            }
+            None => {
+                let path = args.out.join(checkpoint::CONFIG_FILE);
+                std::fs::write(&path, &config_toml).with_context(|| format!("failed to write `{}`", path.display()))?;
+                (Progress::new(resume::overrides(args)?), None)
+            }
+        };
+        let point = resumed.then_some(ResumePoint { step: progress.step, seconds: progress.seconds });
+        let session = Self {
+            out: args.out.clone(),
+            run: plan.run.clone(),
+            total_steps: plan.total_steps,
+            interrupt,
+            recorder: Recorder::open(&args.out, plan.total_steps, point)?,
+            last_save: (resumed.then_some(progress.step), Instant::now()),
+            progress,
+            manifest: Manifest {
+                parents: plan.parents.iter().map(|(_, parent)| parent.as_parent()).collect(),
+                data,
+                backend: plan.runtime.label.clone(),
+                total_steps: Some(plan.total_steps),
+                ..Manifest::new(plan.stage)
+            },
+            tokenizer: plan.tokenizer.clone(),
+            config_toml,
+            grad_norm: None,
+            best_weights,
+            resumed,
+        };
+        Ok((session, restored))
+    }
+
+    /// Where the run stands.
+    pub const fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// The tokenizer of the run.
+    pub const fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Where the run writes to.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// Whether the last step is done: the evaluation after it is over all held-out data.
+    pub const fn is_last(&self) -> bool {
+        self.progress.step == self.total_steps
+    }
+
+    /// Trains to the end, or until the user asks to stop; saves along the way and at the end.
+    ///
+    /// # Errors
+    /// If a step fails or its numbers are not finite, or something cannot be written.
+    pub fn drive<T: Training>(mut self, mut training: T) -> anyhow::Result<Outcome> {
+        if self.progress.finished {
+            tracing::info!("`{}` is finished: nothing is left to do", self.out.display());
+            return Ok(Outcome::Finished);
+        }
+        if !self.resumed {
+            training.begin(&mut self)?;
+        }
+        while self.goes_on() {
+            let step;
+            (training, step) = training.step(self.progress.step, &self.recorder)?;
+            self.count(step.tokens, step.grad_norm)?;
+            if self.logs() {
+                self.log(&(step.metrics)()?)?;
+            }
+            if self.evaluates() {
+                training.evaluate(&mut self)?;
+            }
+            if self.saves() {
+                self.save(training.contents())?;
+            }
+        }
+        if training.is_incomplete() && !self.was_interrupted() {
+            // What follows may fail, and nothing trained is to be lost by that.
+            if self.last_save.0 != Some(self.progress.step) {
+                self.save(training.contents())?;
+            }
+            training.complete(&self)?;
+        }
+        self.finish(training.contents())
+    }
+
+    /// Whether another step should be made.
+    fn goes_on(&self) -> bool {
+        let stale = self.run.is_stale(self.progress.evals_since_best);
+        self.progress.step < self.total_steps && !stale && !self.interrupt.requested()
+    }
+
+    /// Whether the loop ended because the user asked for it, before all steps were made.
+    fn was_interrupted(&self) -> bool {
+        self.interrupt.requested() && self.progress.step < self.total_steps
+    }
+
+    /// Counts a step that was made. Where its gradient can only be known by waiting for a GPU, the next line of metrics
+    /// or checkpoint looks at it.
+    fn count(&mut self, tokens: u64, grad_norm: GradNorm) -> anyhow::Result<()> {
+        self.progress.step += 1;
+        self.progress.tokens += tokens;
+        let is_known = grad_norm.known().is_some();
+        self.grad_norm = Some(grad_norm);
+        if is_known {
+            self.check_gradient()?;
+        }
+        self.recorder.advance(self.progress.step);
+        Ok(())
+    }
+
+    /// Checks the last step's gradient; a number that is not finite stays in the weights, so that none is missed.
+    fn check_gradient(&self) -> anyhow::Result<()> {
+        let norm = self.grad_norm.as_ref().map_or(0.0, GradNorm::value);
+        ensure!(
+            norm.is_finite(),
+            "the gradient became {norm} at step {}; the last checkpoint is kept\nhint: lower `optimizer.lr`, lengthen \
+             `optimizer.warmup_steps` or lower `optimizer.grad_clip`, and train anew",
+            self.progress.step
+        );
+        Ok(())
+    }
+
+    /// Whether this step's numbers should be logged.
+    const fn logs(&self) -> bool {
+        let step = self.progress.step;
+        step == 1 || step == self.total_steps || step.is_multiple_of(max_1(self.run.log_every))
+    }
+
+    /// Appends a line of metrics for this step.
+    ///
+    /// # Errors
+    /// If the loss among `values` or the gradient is not finite, or the file cannot be written.
+    pub fn log(&mut self, values: &[(&str, f64)]) -> anyhow::Result<()> {
+        self.check_gradient()?;
+        let (step, tokens) = (self.progress.step, self.progress.tokens);
+        if let Some((name, value)) = values.iter().find(|(name, value)| name.ends_with("loss") && !value.is_finite()) {
+            bail!(
+                "`{name}` became {value} at step {step}; the last checkpoint is kept\nhint: lower `optimizer.lr` or \
+                 lengthen `optimizer.warmup_steps`"
+            );
+        }
+        let mut values = values.to_vec();
+        if values.iter().any(|(name, _)| *name == names::TRAIN_LOSS)
+            && let Some(rate) = self.recorder.tokens_per_second(tokens)
+        {
+            values.push((names::TRAIN_TOKENS_PER_SECOND, rate));
+        }
+        Ok(self.recorder.record(step, tokens, &values)?)
+    }
+
+    /// Whether to evaluate after this step.
+    const fn evaluates(&self) -> bool {
+        let (step, every) = (self.progress.step, self.run.eval_every);
+        step == self.total_steps || (every > 0 && step.is_multiple_of(every))
+    }
+
+    /// Notes an evaluation; `value` is better when lower. Returns whether it is the best so far.
+    pub fn note_evaluation(&mut self, value: f64, weights: Exported<'_>) -> bool {
+        self.recorder.restart_clock(self.progress.tokens);
+        let better = self.progress.best.is_none_or(|(_, best)| value < best);
+        if better {
+            self.progress.best = Some((self.progress.step, value));
+            self.progress.evals_since_best = 0;
+            if self.run.keep_best {
+                self.best_weights = Some(weights.to_named());
+            }
+        } else {
+            self.progress.evals_since_best += 1;
+        }
+        better
+    }
+
+    /// The weights of the best evaluation, where they are kept.
+    pub const fn best_weights(&self) -> Option<&NamedTensors> {
+        self.best_weights.as_ref()
+    }
+
+    /// Whether to save after this step.
+    fn saves(&self) -> bool {
+        let (step, every) = (self.progress.step, self.run.save_every);
+        let limit = Duration::try_from_secs_f64(self.run.save_every_minutes * 60.0).unwrap_or(Duration::MAX);
+        let is_due = self.run.save_every_minutes > 0.0 && self.last_save.1.elapsed() >= limit;
+        step < self.total_steps && (is_due || every > 0 && step.is_multiple_of(every))
+    }
+
+    /// Saves everything a resume needs.
+    fn save(&mut self, contents: Contents<'_>) -> anyhow::Result<()> {
+        self.check_gradient()?;
+        let Contents { weights, optimizers, value, stage, exported } = contents;
+        self.progress.seconds = self.recorder.seconds();
+        self.progress.stage = stage;
+        self.progress.updates = optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.n_updates())).collect();
+        let mut tensors: BTreeMap<String, NamedTensors> =
+            optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
+        let current = weights.to_named();
+        tensors.insert("weights".into(), current.clone());
+        let exported = match exported {
+            Some(exported) => exported.with(exported.to_named()),
+            None => weights.with(self.best_weights.clone().filter(|_| self.run.keep_best).unwrap_or(current)),
+        };
+        let snapshot = Snapshot {
+            weights: exported,
+            manifest: self.manifest(),
+            tokenizer: Some(&self.tokenizer),
+            config_toml: &self.config_toml,
+            value: value.map(|value| Exported::Scalar(value).with(value.to_named())),
+            state: Some(State { json: json!(self.progress), tensors }),
+        };
+        checkpoint::save(&self.out, &snapshot)
+            .with_context(|| format!("failed to save the checkpoint of step {}", self.progress.step))?;
+        self.recorder.restart_clock(self.progress.tokens);
+        self.last_save = (Some(self.progress.step), Instant::now());
+        Ok(())
+    }
+
+    /// Saves a last time, as finished or as interrupted, and says so.
+    fn finish(mut self, contents: Contents<'_>) -> anyhow::Result<Outcome> {
+        let interrupted = self.was_interrupted();
+        self.progress.finished = !interrupted;
+        self.save(contents)?;
+        let (step, out) = (self.progress.step, self.out.display());
+        if interrupted {
+            tracing::info!("stopped at step {step} of {}; saved in `{out}`; go on with `--resume`", self.total_steps);
+        } else {
+            tracing::info!("done at step {step}; the checkpoint is in `{out}`");
+        }
+        self.recorder.finish();
+        Ok(if interrupted { Outcome::Interrupted } else { Outcome::Finished })
+    }
+
+    fn manifest(&self) -> Manifest {
+        let mut metrics: BTreeMap<String, f64> = self.recorder.last().clone();
+        if let Some((step, value)) = self.progress.best {
+            metrics.insert("best/step".into(), step as f64);
+            metrics.insert("best/value".into(), value);
+        }
+        Manifest {
+            step: self.progress.step,
+            tokens: self.progress.tokens,
+            finished: Some(self.progress.finished),
+            metrics,
+            ..self.manifest.clone()
+        }
+    }
+}
+
+/// Reads what a run goes on with, and checks that it goes on as it began.
+fn restore<C: Serialize + DeserializeOwned>(
+    args: &StageArgs,
+    plan: &Plan<'_, C>,
+    data: &BTreeMap<String, String>,
+) -> anyhow::Result<(Progress, Restored)> {
+    let checkpoint = Checkpoint::open(&args.out).context("failed to resume")?;
+    checkpoint.expect_stage(&[plan.stage]).context("failed to resume")?;
+    let state = checkpoint.state().context("failed to read what `--resume` needs")?;
+    resume::check(&args.out, &checkpoint, plan, data)?;
+    let mut progress: Progress =
+        serde_json::from_value(state.json).context("`state/state.json` does not fit this program")?;
+    ensure!(
+        plan.total_steps >= progress.step,
+        "`{}` stands at step {}, past the {} steps asked for\nhint: ask for more with `--set train.steps=N`, or start \
+         anew in another `--out`",
+        args.out.display(),
+        progress.step,
+        plan.total_steps
+    );
+    // A longer schedule or more patience than before makes a finished run go on.
+    progress.finished &= progress.step == plan.total_steps || plan.run.is_stale(progress.evals_since_best);
+    progress.overrides = resume::overrides(args)?;
+    tracing::info!("going on from step {} of {}", progress.step, plan.total_steps);
+    let updates = progress.updates.clone();
+    Ok((progress, Restored { checkpoint, tensors: state.tensors, updates }))
+}
+
+/// Warns where a run starts from one that was stopped before its end.
+fn warn_of_unfinished(flag: &str, parent: &Checkpoint) -> anyhow::Result<()> {
+    if parent.is_finished()? == Some(false) {
+        let manifest = parent.manifest();
+        let step = manifest.map_or(0, |manifest| manifest.step);
+        let of = manifest.and_then(|m| m.total_steps).map_or(String::new(), |total| format!(" of {total}"));
+        let scores =
+            if parent.stage() == Some(Stage::RewardModel) { ", and its scores are not normalised yet" } else { "" };
+        tracing::warn!(
+            "`{flag} {}` is unfinished: it was stopped at step {step}{of}{scores}; `--resume` finishes it",
+            parent.dir().display()
+        );
+    }
+    Ok(())
+}
+
+impl Progress {
+    /// Of a run that has not begun.
+    fn new(overrides: Vec<String>) -> Self {
+        Self {
+            step: 0,
+            tokens: 0,
+            seconds: 0.0,
+            finished: false,
+            best: None,
+            evals_since_best: 0,
+            updates: BTreeMap::new(),
+            overrides,
+            stage: Value::Null,
+        }
+    }
+}
+
+/// How a stage ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were made, or training stopped early as configured.
+    Finished,
+    /// The user asked to stop; `--resume` goes on.
+    Interrupted,
+}
+
+impl Exported<'_> {
+    fn to_named(self) -> NamedTensors {
+        match self {
+            Self::Lm(gpt) => gpt.to_named(),
+            Self::Scalar(scalar) => scalar.to_named(),
+        }
+    }
+
+    fn with(&self, named: NamedTensors) -> Weights {
+        match self {
+            Self::Lm(gpt) => Weights::Lm { named, config: gpt.config().clone() },
+            Self::Scalar(scalar) => {
+                Weights::Scalar { named, config: scalar.config().clone(), score_bias: scalar.score_bias() }
+            }
+        }
+    }
+}
+
+const fn max_1(n: u64) -> u64 {
+    if n == 0 { 1 } else { n }
+}
