@@ -1,5 +1,5 @@
 //! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), files
-//! that are whole or absent ([`files`]), and helpers of tests.
+//! that are whole or absent, or fail ([`files`]), and helpers of tests.
 
 pub mod files;
 pub mod hash;

@@ -73,6 +73,13 @@ pub struct EncodedConversation {
     pub trained: Vec<bool>,
 }
 
+impl EncodedConversation {
+    /// Whether there is a token to train on; the first one has no token before it to be predicted from.
+    pub fn has_target(&self) -> bool {
+        self.trained.iter().skip(1).any(|&trained| trained)
+    }
+}
+
 /// Why messages are no conversation.
 #[derive(Debug, thiserror::Error)]
 pub enum ConversationError {

@@ -1,4 +1,4 @@
-//! Equal rows of unequal ones, for training and scoring.
+//! Equal rows of unequal ones.
 
 /// Token ids in rows of equal length.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,24 +9,20 @@ pub struct Padded {
     pub batch: usize,
     /// Length of each row: that of the longest.
     pub seq: usize,
-    /// How many ids of each row are real, `[batch]`.
-    pub lengths: Vec<usize>,
 }
 
-/// Rows that begin together, padded behind: for training and scoring.
+/// Rows padded behind to the longest: for training and scoring.
 ///
 /// # Panics
 /// If there is no row, or none has an id.
 pub fn right_pad(rows: &[Vec<u32>], pad: u32) -> Padded {
-    let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
-    let seq = lengths.iter().copied().max().unwrap_or(0);
+    let seq = rows.iter().map(Vec::len).max().unwrap_or(0);
     assert!(seq > 0, "{} rows without an id make no batch", rows.len());
-    let mut ids = Vec::with_capacity(rows.len() * seq);
-    for row in rows {
-        ids.extend(row.iter().map(|&id| id as i32));
-        ids.resize(ids.len() + seq - row.len(), pad as i32);
+    let mut ids = vec![pad as i32; rows.len() * seq];
+    for (padded, row) in ids.chunks_mut(seq).zip(rows) {
+        padded.iter_mut().zip(row).for_each(|(padded, &id)| *padded = id as i32);
     }
-    Padded { ids, batch: rows.len(), seq, lengths }
+    Padded { ids, batch: rows.len(), seq }
 }
 
 /// Token ids to learn from, and which of them are trained on.
@@ -56,13 +52,6 @@ pub struct TrainingRows {
     pub batch: usize,
     /// Length of each row.
     pub seq: usize,
-}
-
-impl TrainingRows {
-    /// Number of targets that the loss counts.
-    pub fn n_trained(&self) -> usize {
-        self.trained.iter().filter(|&&trained| trained).count()
-    }
 }
 
 /// Several examples a row of at most `max_seq` positions, none of which sees another's.
@@ -131,8 +120,7 @@ mod tests {
     #[test]
     fn padding_stands_behind() {
         let padded = right_pad(&[vec![1, 2, 3], vec![4]], 9);
-        assert_eq!((padded.batch, padded.seq), (2, 3));
-        assert_eq!((padded.ids, padded.lengths), (vec![1, 2, 3, 4, 9, 9], vec![3, 1]));
+        assert_eq!(padded, Padded { ids: vec![1, 2, 3, 4, 9, 9], batch: 2, seq: 3 });
     }
 
     #[test]

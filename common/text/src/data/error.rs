@@ -1,28 +1,44 @@
 //! What can go wrong with data.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use base::files::FileError;
+
+use super::shards::CACHE_VARIABLE;
 
 /// Why data cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// A file cannot be read.
-    #[error("cannot read `{path}`", path = path.display())]
-    Read {
-        /// The file.
+    /// A file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A folder, a device or a pipe stands where a file is expected.
+    #[error("`{path}` is not a file\nhint: a pattern such as `{path}/*.jsonl` names the files of a folder", path = .0.display())]
+    NotAFile(PathBuf),
+    /// No file matches a pattern.
+    #[error("no file matches `{pattern}`", pattern = .0.display())]
+    NoMatch(PathBuf),
+    /// A pattern has no meaning.
+    #[error("invalid pattern `{pattern}`: {reason}", pattern = pattern.display())]
+    Pattern {
+        /// The pattern.
+        pattern: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The folder of tokenised text cannot be used.
+    #[error(
+        "cannot keep the tokenised text in `{path}`\nhint: set `{CACHE_VARIABLE}` to a folder that can be written",
+        path = path.display()
+    )]
+    Cache {
+        /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The system's reason.
         source: io::Error,
     },
-    /// A file or folder of the cache cannot be written.
-    #[error("cannot write `{path}`", path = path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// The file's name says nothing of its format.
+    /// The file's name does not tell its format.
     #[error(
         "cannot tell the format of `{path}` by its name: expected one of {expected}",
         path = path.display(),
@@ -34,38 +50,41 @@ pub enum DataError {
         /// The endings that are known here.
         expected: &'static [&'static str],
     },
-    /// A record is not one.
-    #[error(
-        "bad record in `{path}`, {unit} {number}: {reason}\nhint: mend it; training leaves such records out with `data.on_bad_record = \"skip\"`",
-        path = path.display()
-    )]
+    /// A record is malformed.
+    #[error("bad record in `{path}`, {unit} {number}: {reason}\nhint: {hint}", path = path.display())]
     BadRecord {
         /// The file.
         path: PathBuf,
-        /// `line`, `row` or `document`.
+        /// `line` or `row`.
         unit: &'static str,
-        /// Which one, from 1.
+        /// Its number, from 1.
         number: usize,
         /// What is wrong with it.
         reason: String,
+        /// What to do about it.
+        hint: &'static str,
     },
-    /// A text file is in another encoding.
-    #[error("`{path}`, line {line}, is not valid UTF-8\nhint: convert the file to UTF-8", path = path.display())]
-    NotUtf8 {
+    /// A file unpacks to far more than its own size.
+    #[error(
+        "`{path}` unpacks to more than {factor} times its size, as a file made to fill the memory does\n\
+         hint: if you trust it, unpack it or raise `data.max_record_bytes`",
+        path = path.display()
+    )]
+    Expands {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
-        line: usize,
+        /// The ratio that is allowed.
+        factor: u64,
     },
-    /// There is nothing in the file.
+    /// The file has no record.
     #[error("`{path}` is empty", path = .0.display())]
     Empty(PathBuf),
-    /// There is nothing good in the file.
+    /// Every record of the file is malformed.
     #[error("all {n_skipped} records of `{path}` are bad; the first: {reason}", path = path.display())]
     AllBad {
         /// The file.
         path: PathBuf,
-        /// How many there are.
+        /// Number of records.
         n_skipped: usize,
         /// What is wrong with the first one.
         reason: String,
@@ -79,7 +98,7 @@ pub enum DataError {
         reason: String,
     },
     /// A file of tokens is damaged.
-    #[error("`{path}` is not a whole file of tokens: {reason}\nhint: delete it; it is written again when it is needed", path = path.display())]
+    #[error("`{path}` is not a whole file of tokens: {reason}\nhint: delete it; it is written again when needed", path = path.display())]
     Shard {
         /// The file.
         path: PathBuf,
@@ -97,4 +116,11 @@ pub enum DataError {
     /// The documents cannot be encoded.
     #[error("cannot encode the documents")]
     Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl DataError {
+    /// A damaged Parquet file.
+    pub(super) fn parquet(path: &Path, reason: String) -> Self {
+        Self::Parquet { path: path.to_owned(), reason }
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use base::files::FileError;
+
 use super::DataError;
 
 /// Reads a JSON array of arrays of token ids.
@@ -10,7 +12,7 @@ use super::DataError;
 /// If the file cannot be read, is no such array, or a row is empty, longer than `max_seq_len` or holds an id outside
 /// `0..vocab_size`.
 pub fn read(path: &Path, vocab_size: usize, max_seq_len: usize) -> Result<Vec<Vec<u32>>, DataError> {
-    let text = std::fs::read_to_string(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(FileError::read(path))?;
     let invalid = |reason: String| DataError::Ids { path: path.to_owned(), reason };
     let rows: Vec<Vec<u32>> = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
     if rows.is_empty() {

@@ -1,11 +1,12 @@
 //! From files on disk to rows of token ids.
 //!
-//! [`records`] reads people's files, [`shards`] keeps tokenised text, [`order`] says which item comes when, and
+//! [`files`] finds people's files, [`records`] reads them, [`shards`] keeps tokenised text, [`order`] says which item comes when, and
 //! [`collate`] makes equal rows of unequal ones. [`ids`] reads rows of token ids that others prepared.
 
 mod error;
 
 pub mod collate;
+pub mod files;
 pub mod ids;
 pub mod order;
 pub mod records;
@@ -18,5 +19,5 @@ pub use error::DataError;
 /// # Errors
 /// If the file cannot be read.
 pub fn file_sha256(path: &std::path::Path) -> Result<String, DataError> {
-    base::hash::sha256_of_file(path).map_err(|source| DataError::Read { path: path.to_owned(), source })
+    Ok(base::hash::sha256_of_file(path).map_err(base::files::FileError::read(path))?)
 }

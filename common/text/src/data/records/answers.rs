@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{OnBadRecord, Pair, check_turns, lines, pairs, prompt_of, string_of};
+use super::{Pair, ReadOptions, check_turns, json, pairs, prompt_of, shapes, string_of};
 use crate::conversation::Message;
 use crate::data::DataError;
 
@@ -34,17 +34,17 @@ pub struct AnswerRecord {
 /// Reads answers: `{"prompt", "response"}`, or preference pairs as [`read_pairs`](super::read_pairs) does.
 ///
 /// # Errors
-/// If the file cannot be read or is empty, or, unless they are skipped, at the first bad record.
-pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<AnswerRecord>, DataError> {
-    lines::read(path, on_bad, |record| {
+/// If the file cannot be read or is empty, or, unless they are skipped, at the first malformed record.
+pub fn read_answers(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<AnswerRecord>, DataError> {
+    json::read(path, options.into(), |record| {
         let answers = if record.contains_key("response") {
             let prompt = prompt_of(record)?;
             check_turns(&prompt, "`prompt`")?;
             Answers::One { prompt, response: string_of(record, "response")? }
         } else if record.contains_key("chosen") || record.contains_key("rejected") {
-            Answers::Two(pairs::pair(record)?)
+            Answers::Two(pairs::pair_of(record)?)
         } else {
-            return Err("expected `prompt` and `response`, or a preference pair".to_owned());
+            return Err(shapes::other(record, shapes::ANSWER));
         };
         Ok(AnswerRecord { fields: record.clone(), answers })
     })
@@ -54,6 +54,7 @@ pub fn read_answers(path: &Path, on_bad: OnBadRecord) -> Result<Vec<AnswerRecord
 mod tests {
     use super::*;
     use crate::conversation::Role;
+    use crate::data::records::OnBadRecord;
 
     #[test]
     fn answers_stand_alone_or_in_pairs_and_keep_their_fields() {

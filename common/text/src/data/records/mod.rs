@@ -1,28 +1,39 @@
-//! Records as people write them: JSON lines, text and Parquet to documents, conversations, pairs and prompts.
+//! Records as people write them: JSON, text and Parquet to documents, conversations, pairs and prompts.
 //!
-//! Keys that a record does not need are allowed and ignored. Texts are taken as they stand, white space included.
+//! Keys that a record does not need are allowed and ignored. Texts are taken as they stand, white space included. Each
+//! `read_…` has a `check_…` that reads the same file, finds the same faults and keeps nothing: what a program calls
+//! before its first long step.
 
 mod answers;
-mod lines;
+mod json;
+mod options;
+mod pages;
 mod pairs;
+mod shapes;
+mod source;
+mod table;
+mod tally;
+mod texts;
 
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
 use std::path::Path;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::RowAccessor;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::DataError;
 use crate::conversation::{Message, Role};
 pub use answers::{AnswerRecord, Answers, read_answers};
-use lines::{BadRecords, Record};
+use json::Record;
+pub use options::{OnBadRecord, ReadOptions, RecordLimit};
+pub use tally::Summary;
+pub use texts::{Separator, Texts};
 
-const NO_CONVERSATION: &str = "expected `messages`, or `prompt` and `completion`";
+const NOT_UTF8: &str = "it is not valid UTF-8";
+
+/// Some editors put it at the beginning of a file.
+const BYTE_ORDER_MARK: &str = "\u{feff}";
 
 /// A list of turns with at least one of the assistant's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +43,7 @@ pub struct Conversation {
 }
 
 /// Two answers to one prompt, the better one first.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Pair {
     /// The turns up to the answer.
     pub prompt: Vec<Message>,
@@ -42,6 +53,13 @@ pub struct Pair {
     pub rejected: String,
     /// By how much it is preferred, in units of score.
     pub margin: Option<f32>,
+    /// The person who decided.
+    pub annotator: Option<String>,
+    /// How long the decision took.
+    pub seconds: Option<f64>,
+    /// The well-formed record that the pair comes from, counted from 0 within its file: several pairs come from one
+    /// ranked list, one after the other.
+    pub record: usize,
 }
 
 /// What a policy is asked to answer.
@@ -53,176 +71,118 @@ pub struct Prompt {
     pub text: String,
 }
 
-/// What to do about a record that is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OnBadRecord {
-    /// Stop, naming file, line and reason.
-    #[default]
-    Fail,
-    /// Leave it out, and say in the log how many there were.
-    Skip,
-}
-
-/// Where a `.txt` file is cut into documents.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(from = "String", into = "String")]
-pub enum Separator {
-    /// `"blank-line"`: at lines of nothing but white space.
-    #[default]
-    BlankLine,
-    /// `"line"`: each line is a document.
-    Line,
-    /// `"none"`: the whole file is one document, to the byte.
-    None,
-    /// Any other string, `"<|endoftext|>"` say: wherever it stands. Line breaks around it belong to no document.
-    Text(String),
-}
-
-impl From<String> for Separator {
-    fn from(name: String) -> Self {
-        match name.as_str() {
-            "blank-line" | "" => Self::BlankLine,
-            "line" => Self::Line,
-            "none" => Self::None,
-            _ => Self::Text(name),
-        }
-    }
-}
-
-impl From<Separator> for String {
-    fn from(separator: Separator) -> Self {
-        match separator {
-            Separator::BlankLine => "blank-line".to_owned(),
-            Separator::Line => "line".to_owned(),
-            Separator::None => "none".to_owned(),
-            Separator::Text(text) => text,
-        }
-    }
-}
-
-/// Reads documents for pretraining: `.txt` cut at `separator`, `{"text"}` lines, or Parquet's column `text`; the
-/// first two also gzipped.
+/// Reads documents for pretraining; see [`Texts::open`].
 ///
 /// # Errors
-/// If the file cannot be read or is empty, or, unless they are skipped, at the first bad record.
-pub fn read_texts(path: &Path, separator: &Separator, on_bad: OnBadRecord) -> Result<Vec<String>, DataError> {
-    const ENDINGS: &[&str] = &[".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"];
-    match lines::ending(path, ENDINGS)? {
-        ".txt" | ".txt.gz" => read_plain(path, separator),
-        ".parquet" => read_parquet(path, on_bad),
-        _ => lines::read(path, on_bad, |record| text_of(record, "text")),
-    }
+/// If the file cannot be read or is empty, or, unless they are skipped, at the first malformed record.
+pub fn read_texts(
+    path: &Path,
+    separator: &Separator,
+    options: impl Into<ReadOptions>,
+) -> Result<Vec<String>, DataError> {
+    Texts::open(path, separator, options.into())?.collect()
+}
+
+/// Checks a file that [`read_texts`] reads.
+///
+/// # Errors
+/// As [`read_texts`].
+pub fn check_texts(path: &Path, separator: &Separator, options: impl Into<ReadOptions>) -> Result<Summary, DataError> {
+    let mut texts = Texts::open(path, separator, options.into())?;
+    texts.by_ref().try_for_each(|text| text.map(drop))?;
+    Ok(texts.summary())
 }
 
 /// Reads conversations for fine-tuning: `{"messages"}`, or `{"prompt", "completion"}` where `response` may stand for
 /// `completion`. Prompt and completion are strings or lists of messages.
 ///
 /// # Errors
-/// As [`read_texts`]; a record is bad if it is no such object or a user's or assistant's text is empty.
-pub fn read_conversations(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Conversation>, DataError> {
-    lines::read(path, on_bad, |record| {
-        let messages = if record.contains_key("messages") {
-            messages_of(record, "messages")?
-        } else if !record.contains_key("prompt") {
-            return Err(NO_CONVERSATION.to_owned());
-        } else {
-            let mut messages = prompt_of(record)?;
-            let key = if record.contains_key("completion") { "completion" } else { "response" };
-            match record.get(key) {
-                None => return Err(NO_CONVERSATION.to_owned()),
-                Some(Value::Array(_)) => messages.extend(messages_of(record, key)?),
-                Some(_) => messages.push(Message::new(Role::Assistant, text_of(record, key)?)),
-            }
-            check_turns(&messages, "the record")?;
-            messages
-        };
-        if !messages.iter().any(|message| message.role == Role::Assistant) {
-            return Err("no message is the assistant's, so there is nothing to learn".to_owned());
-        }
-        Ok(Conversation { messages })
-    })
+/// As [`read_texts`]; a record is malformed if it has another shape or a user's or assistant's text is empty.
+pub fn read_conversations(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<Conversation>, DataError> {
+    json::read(path, options.into(), conversation_of)
 }
 
-/// Reads preference pairs: `{"prompt", "chosen", "rejected"}`, transcripts `{"chosen", "rejected"}` as in HH-RLHF, or
-/// `{"chosen": [messages], "rejected": [messages]}`; each with an optional `margin`.
-///
-/// Without a `prompt`, it is the longest beginning that both share, up to where an answer starts. An answer may be
-/// empty, as in HH-RLHF: it is one that ends at once.
+/// Checks a file that [`read_conversations`] reads.
 ///
 /// # Errors
-/// As [`read_texts`]; a record is bad if it is no such object, its prompt is empty or its answers are equal.
-pub fn read_pairs(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Pair>, DataError> {
-    lines::read(path, on_bad, pairs::pair)
+/// As [`read_conversations`].
+pub fn check_conversations(path: &Path, options: impl Into<ReadOptions>) -> Result<Summary, DataError> {
+    json::check(path, options.into(), conversation_of)
+}
+
+/// Reads preference pairs: `{"prompt", "chosen", "rejected"}`; `{"chosen", "rejected"}`, both conversations, or
+/// transcripts as in HH-RLHF; each with an optional `margin`. A ranked list `{"prompt", "responses"}`, the best first,
+/// gives every pair of its responses, the better one as `chosen`.
+///
+/// Beside a `prompt`, an answer is a string, the assistant's message, or a whole conversation that begins with the
+/// prompt, as in `UltraFeedback`. Without a `prompt`, it is the longest beginning that both share, up to where an answer
+/// starts. An answer may be empty, as in HH-RLHF: it is one that ends at once.
+///
+/// # Errors
+/// As [`read_texts`]; a record is malformed if it has another shape, its prompt is empty or two answers are equal.
+pub fn read_pairs(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<Pair>, DataError> {
+    let records = json::read(path, options.into(), pairs::pairs_of)?;
+    let numbered = records.into_iter().enumerate();
+    Ok(numbered.flat_map(|(record, pairs)| pairs.into_iter().map(move |pair| Pair { record, ..pair })).collect())
+}
+
+/// Checks a file that [`read_pairs`] reads.
+///
+/// # Errors
+/// As [`read_pairs`].
+pub fn check_pairs(path: &Path, options: impl Into<ReadOptions>) -> Result<Summary, DataError> {
+    json::check(path, options.into(), pairs::pairs_of)
 }
 
 /// Reads prompts: `{"prompt"}`, a string or a list of messages that ends with the user's.
 ///
 /// # Errors
-/// As [`read_texts`]; a record is bad if it has no such prompt or the prompt is empty.
-pub fn read_prompts(path: &Path, on_bad: OnBadRecord) -> Result<Vec<Prompt>, DataError> {
-    lines::read(path, on_bad, |record| {
-        let messages = prompt_of(record)?;
-        match messages.last() {
-            Some(Message { role: Role::User, content }) => Ok(Prompt { text: content.clone(), messages }),
-            _ => Err("`prompt` does not end with the user's message".to_owned()),
-        }
-    })
+/// As [`read_texts`]; a record is malformed if it has no such prompt or the prompt is empty.
+pub fn read_prompts(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<Prompt>, DataError> {
+    json::read(path, options.into(), user_prompt_of)
 }
 
-fn read_plain(path: &Path, separator: &Separator) -> Result<Vec<String>, DataError> {
-    let bytes = lines::read_bytes(path)?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at].split(|&byte| byte == b'\n').count();
-        DataError::NotUtf8 { path: path.to_owned(), line }
-    })?;
-    let text = text.strip_prefix(lines::BYTE_ORDER_MARK).unwrap_or(&text);
-    let documents = documents(text, separator);
-    if documents.is_empty() { Err(DataError::Empty(path.to_owned())) } else { Ok(documents) }
+/// Checks a file that [`read_prompts`] reads.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn check_prompts(path: &Path, options: impl Into<ReadOptions>) -> Result<Summary, DataError> {
+    json::check(path, options.into(), user_prompt_of)
 }
 
-/// The documents of `text`: those that are not only white space.
-fn documents(text: &str, separator: &Separator) -> Vec<String> {
-    let parts: Vec<String> = match separator {
-        Separator::None => vec![text.to_owned()],
-        Separator::Line => text.lines().map(str::to_owned).collect(),
-        Separator::Text(mark) => {
-            text.split(mark.as_str()).map(|part| part.trim_matches(['\r', '\n']).to_owned()).collect()
+fn conversation_of(record: &Record) -> Result<Conversation, String> {
+    let other = || Err(shapes::other(record, shapes::CONVERSATION));
+    let messages = if record.contains_key("messages") {
+        messages_of(record, "messages")?
+    } else if !record.contains_key("prompt") {
+        return other();
+    } else {
+        let key = if record.contains_key("completion") { "completion" } else { "response" };
+        let Some(completion) = record.get(key) else { return other() };
+        let mut messages = prompt_of(record)?;
+        if completion.is_array() {
+            messages.extend(messages_of(record, key)?);
+        } else {
+            messages.push(Message::new(Role::Assistant, text_of(record, key)?));
         }
-        Separator::BlankLine => {
-            let lines: Vec<&str> = text.lines().collect();
-            lines.split(|line| line.trim().is_empty()).map(|lines| lines.join("\n")).collect()
-        }
+        check_turns(&messages, "the record")?;
+        messages
     };
-    parts.into_iter().filter(|part| !part.trim().is_empty()).collect()
+    if !messages.iter().any(|message| message.role == Role::Assistant) {
+        return Err("no message is the assistant's, so there is nothing to learn".to_owned());
+    }
+    Ok(Conversation { messages })
 }
 
-fn read_parquet(path: &Path, on_bad: OnBadRecord) -> Result<Vec<String>, DataError> {
-    let parquet = |reason: String| DataError::Parquet { path: path.to_owned(), reason };
-    let file = File::open(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
-    if file.metadata().is_ok_and(|data| data.len() == 0) {
-        return Err(DataError::Empty(path.to_owned()));
+fn user_prompt_of(record: &Record) -> Result<Prompt, String> {
+    if !record.contains_key("prompt") {
+        return Err(shapes::other(record, shapes::PROMPT));
     }
-    let reader = SerializedFileReader::new(file).map_err(|error| parquet(error.to_string()))?;
-    let schema = reader.metadata().file_metadata().schema();
-    let column = schema.get_fields().iter().find(|field| field.name() == "text").cloned();
-    let column = column.ok_or_else(|| parquet("it has no column `text`".to_owned()))?;
-    // Only the column that is needed is read and unpacked.
-    let projection = parquet::schema::types::Type::group_type_builder(schema.name()).with_fields(vec![column]).build();
-    let projection = projection.map_err(|error| parquet(error.to_string()))?;
-    let rows = reader.get_row_iter(Some(projection)).map_err(|error| parquet(error.to_string()))?;
-    let mut texts = Vec::new();
-    let mut bad = BadRecords::new(path, "row", on_bad);
-    for (i, row) in rows.enumerate() {
-        let row = row.map_err(|error| parquet(error.to_string()))?;
-        match row.get_string(0) {
-            Ok(text) if text.trim().is_empty() => bad.add(i + 1, "`text` is empty".to_owned())?,
-            Ok(text) => texts.push(text.clone()),
-            Err(_) => bad.add(i + 1, "`text` is not a string".to_owned())?,
-        }
+    let messages = prompt_of(record)?;
+    match messages.last() {
+        Some(Message { role: Role::User, content }) => Ok(Prompt { text: content.clone(), messages }),
+        _ => Err("`prompt` does not end with the user's message".to_owned()),
     }
-    bad.report(texts)
 }
 
 /// The string under `key`, which is not empty.
@@ -270,6 +230,7 @@ fn any_messages_of(record: &Record, key: &str) -> Result<Vec<Message>, String> {
             "user" => Role::User,
             "assistant" => Role::Assistant,
             _ => {
+                let role = shapes::shortened(&role);
                 return Err(at(format!("unknown role `{role}`, expected `system`, `user` or `assistant`")));
             }
         };

@@ -1,3 +1,6 @@
+mod hostile;
+
+use std::fmt::Debug;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -44,7 +47,7 @@ fn assistant(content: &str) -> Message {
 }
 
 /// The reason in the error for a file of one bad line behind a good one.
-fn reason<T: std::fmt::Debug>(line: &str, read: impl Fn(&Path, OnBadRecord) -> Result<T, DataError>) -> String {
+fn reason<T: Debug>(line: &str, read: impl Fn(&Path, OnBadRecord) -> Result<T, DataError>) -> String {
     let scratch = Scratch::new();
     match read(&scratch.file("bad.jsonl", format!("\n{line}\n")), FAIL) {
         Err(DataError::BadRecord { number: 2, unit: "line", reason, .. }) => reason,
@@ -135,8 +138,19 @@ fn bad_conversations_say_why() {
     for (line, expected) in [
         ("[1]", "it is a list, expected a JSON object"),
         ("{\"prompt\":", "it is not JSON: EOF while parsing a value at column 10"),
-        ("{}", "expected `messages`, or `prompt` and `completion`"),
-        (r#"{"prompt":"a"}"#, "expected `messages`, or `prompt` and `completion`"),
+        ("{}", "expected `messages`, or `prompt` with `completion` or `response`; the record has no key"),
+        (r#"{"prompt":"a"}"#, "expected `messages`, or `prompt` with `completion` or `response`; found `prompt`"),
+        (
+            r#"{"instruction":"a","input":"","output":"b"}"#,
+            "expected `messages`, or `prompt` with `completion` or `response`; found `instruction`, `input`, `output` \
+             (Alpaca's form: `instruction` and `input` joined are `prompt`, `output` is `completion`)",
+        ),
+        (
+            r#"{"conversations":[{"from":"human","value":"a"}]}"#,
+            "expected `messages`, or `prompt` with `completion` or `response`; found `conversations` (ShareGPT's \
+             form: `conversations` are `messages`, `from` is `role`, `human` is `user`, `gpt` is `assistant`, `value` \
+             is `content`)",
+        ),
         (r#"{"prompt":"","completion":"b"}"#, "`prompt` is empty"),
         (r#"{"prompt":"a","response":" \n"}"#, "`response` is empty"),
         (r#"{"prompt":"a","completion":3}"#, "`completion` is a number, expected a string"),
@@ -186,6 +200,37 @@ fn pairs_come_in_three_ways() {
 }
 
 #[test]
+fn whole_conversations_begin_with_their_prompt() {
+    let scratch = Scratch::new();
+    let lines = r#"{"prompt":"p","prompt_id":"1","chosen":[{"content":"p","role":"user"},{"content":"c","role":"assistant"}],"rejected":[{"content":"p ","role":"user"},{"content":"r","role":"assistant"}],"messages":[],"score_chosen":8.5}
+{"prompt":"p","chosen":[{"role":"system","content":"s"},{"role":"user","content":"p"},{"role":"assistant","content":"c"}],"rejected":[{"role":"system","content":"s"},{"role":"user","content":"p"},{"role":"assistant","content":""}]}
+{"prompt":[{"role":"user","content":"p"}],"chosen":[{"role":"user","content":"p"},{"role":"assistant","content":"a"},{"role":"user","content":"q"},{"role":"assistant","content":"c"}],"rejected":[{"role":"user","content":"p"},{"role":"assistant","content":"a"},{"role":"user","content":"q"},{"role":"assistant","content":"r"}]}
+{"prompt":null,"chosen":[{"role":"user","content":"p"},{"role":"assistant","content":"c"}],"rejected":[{"role":"user","content":"p"},{"role":"assistant","content":"r"}]}"#;
+    let path = scratch.file("a.jsonl", lines.replace("\"p \"", "\"p\""));
+    let read = read_pairs(&path, FAIL).unwrap();
+    assert_eq!(read[0].prompt, [user("p")]);
+    assert_eq!((read[0].chosen.as_str(), read[0].rejected.as_str()), ("c", "r"));
+    assert_eq!(
+        (&read[1].prompt[..], read[1].rejected.as_str()),
+        (&[Message::new(Role::System, "s"), user("p")][..], "")
+    );
+    assert_eq!(read[2].prompt, [user("p"), assistant("a"), user("q")]);
+    assert_eq!(read[3].prompt, [user("p")]);
+}
+
+#[test]
+fn a_ranked_list_gives_every_pair_of_its_responses() {
+    let scratch = Scratch::new();
+    let lines = r#"{"prompt":"p","responses":["a","b","c"],"annotator":"x","seconds":1.5}
+{"prompt":"q","chosen":"a","rejected":"b","annotator":7}"#;
+    let read = read_pairs(&scratch.file("a.jsonl", lines), FAIL).unwrap();
+    let texts: Vec<_> = read.iter().map(|pair| (pair.chosen.as_str(), pair.rejected.as_str(), pair.record)).collect();
+    assert_eq!(texts, [("a", "b", 0), ("a", "c", 0), ("b", "c", 0), ("a", "b", 1)]);
+    assert!(read[..3].iter().all(|pair| pair.prompt == [user("p")] && pair.annotator.as_deref() == Some("x")));
+    assert_eq!((read[0].seconds, read[3].seconds, read[3].annotator.as_deref()), (Some(1.5), None, Some("7")));
+}
+
+#[test]
 fn transcripts_part_at_the_last_answer_that_begins_alike() {
     let chosen = "\n\nHuman: a\nb\n\nAssistant: same\n\nHuman: Ä?\n\nAssistant: alike é";
     let rejected = "\n\nHuman: a\nb\n\nAssistant: same\n\nHuman: Ä?\n\nAssistant: alike è ";
@@ -200,6 +245,44 @@ fn transcripts_part_at_the_last_answer_that_begins_alike() {
 fn bad_pairs_say_why() {
     for (line, expected) in [
         (r#"{"prompt":"p","chosen":"c"}"#, "`rejected` is missing"),
+        (
+            r#"{"prompt":"p","completion":"c","label":true}"#,
+            "expected `prompt`, `chosen` and `rejected`; `chosen` and `rejected` that are conversations or transcripts \
+             with the same beginning; or `prompt` and `responses`, the best first; found `prompt`, `completion`, \
+             `label` (KTO's form: single answers with a `label` are no pairs)",
+        ),
+        (
+            r#"{"prompt":"p","chosen":[{"role":"user","content":"q"},{"role":"assistant","content":"c"}],"rejected":"r"}"#,
+            "`chosen` is a conversation that does not begin with `prompt`",
+        ),
+        (
+            r#"{"prompt":"p","chosen":[{"role":"user","content":"p"}],"rejected":"r"}"#,
+            "`chosen` ends with a message of role `user`, expected `assistant`",
+        ),
+        (
+            r#"{"prompt":"p","chosen":[{"role":"system","content":"s"},{"role":"user","content":"p"},{"role":"assistant","content":"c"}],"rejected":"r"}"#,
+            "`chosen` and `rejected` differ before their last messages",
+        ),
+        (r#"{"prompt":"p","responses":["a"]}"#, "`responses` has 1 entries, expected 2 to 64"),
+        (r#"{"prompt":"p","responses":["a","b","a"]}"#, "responses 1 and 3 of `responses` are equal"),
+        (r#"{"prompt":"p","responses":["a",2]}"#, "response 2 of `responses` is a number, expected a string"),
+        (r#"{"prompt":"p","responses":{}}"#, "`responses` is an object, expected a list of strings"),
+        (
+            r#"{"prompt":"p","responses":["a","b"],"margin":1}"#,
+            "`margin` belongs to a pair, not to a list of `responses`",
+        ),
+        (
+            r#"{"prompt":"p","chosen":"c","rejected":"r","margin":1e39}"#,
+            "`margin` is 1e+39, expected a number from -1e30 to 1e30",
+        ),
+        (
+            r#"{"prompt":"p","chosen":"c","rejected":"r","margin":-1e308}"#,
+            "`margin` is -1e+308, expected a number from -1e30 to 1e30",
+        ),
+        (
+            r#"{"prompt":"p","chosen":"c","rejected":"r","margin":1e400}"#,
+            "it is not JSON: number out of range at column 56",
+        ),
         (r#"{"prompt":"p","chosen":"c","rejected":"c"}"#, "`chosen` and `rejected` are equal"),
         (r#"{"prompt":" ","chosen":"c","rejected":"r"}"#, "`prompt` is empty"),
         (r#"{"prompt":"p","chosen":"c","rejected":"r","margin":"1"}"#, "`margin` is a string, expected a number"),
@@ -253,10 +336,76 @@ fn bad_records_stop_or_are_skipped() {
 }
 
 #[test]
+fn an_array_of_records_is_a_file_of_records() {
+    let scratch = Scratch::new();
+    let array = "\u{feff}[\r\n  {\"prompt\": \"a, ]\\\"}\"},\n  {\"prompt\": \"b\", \"x\": [[], {}]}\n]\n";
+    for path in [scratch.file("a.json", array), scratch.file("a.json.gz", gz(array))] {
+        let texts: Vec<_> = read_prompts(&path, FAIL).unwrap().into_iter().map(|prompt| prompt.text).collect();
+        assert_eq!(texts, ["a, ]\"}", "b"]);
+    }
+    // Two arrays, as joined files are; and objects a line under the same name.
+    for text in ["[{\"prompt\":\"a\"}]\u{feff}\n[{\"prompt\":\"b\"}]", "{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}"] {
+        assert_eq!(read_prompts(&scratch.file("a.json", text), FAIL).unwrap().len(), 2);
+    }
+    assert_eq!(read_texts(&scratch.file("t.json", "[{\"text\":\"a\"}]"), &Separator::None, FAIL).unwrap(), ["a"]);
+    assert!(matches!(read_prompts(&scratch.file("a.json", "[]"), FAIL), Err(DataError::Empty(_))));
+    for (text, line, reason) in [
+        ("[\n{\"prompt\":\"a\"},\n\n{}]", 4, "expected `prompt`; the record has no key"),
+        ("[{\"prompt\":\"a\"},\n]", 2, "an element of the array is missing"),
+        ("[{\"prompt\":\"a\"},,{}]", 1, "an element of the array is missing"),
+        ("[{\"prompt\":\"a\"},\n{\"prompt\":\"b\"}", 2, "the file ends within the array: `]` is missing"),
+        ("[{\"prompt\":\"a\"}]\n{}", 2, "something other than an array follows the array"),
+        ("[3]", 1, "it is a number, expected a JSON object"),
+    ] {
+        let error = read_prompts(&scratch.file("a.json", text), FAIL).unwrap_err().to_string();
+        assert!(error.contains(&format!("a.json`, line {line}: {reason}\n")), "{text}: {error}");
+    }
+}
+
+#[test]
+fn joined_files_may_differ_in_line_breaks_and_byte_order_marks() {
+    let scratch = Scratch::new();
+    let lines = "{\"prompt\":\"a\"}\r\n\u{feff}{\"prompt\":\"b\"}\n\u{feff}\r\n{\"prompt\":\"c\"}";
+    assert_eq!(read_prompts(&scratch.file("a.jsonl", lines), FAIL).unwrap().len(), 3);
+    let text = "a\r\n\r\n\u{feff}b\r\n\u{feff}\n<|e|>\n\u{feff}\nc";
+    let path = scratch.file("a.txt", text);
+    let read = |separator: &str| read_texts(&path, &Separator::from(separator.to_owned()), FAIL).unwrap();
+    assert_eq!(read("blank-line"), ["a", "b", "<|e|>", "c"]);
+    assert_eq!(read("line"), ["a", "b", "<|e|>", "c"]);
+    assert_eq!(read("<|e|>"), ["a\r\n\r\n\u{feff}b\r\n\u{feff}", "c"]);
+}
+
+#[test]
+fn hints_name_only_keys_that_the_reader_has() {
+    let scratch = Scratch::new();
+    let path = scratch.file("a.jsonl", "{}");
+    let by_flag = read_prompts(&path, FAIL).unwrap_err().to_string();
+    assert!(by_flag.ends_with("\nhint: fix the record"), "{by_flag}");
+    let configured = read_prompts(&path, ReadOptions { configured: true, ..FAIL.into() }).unwrap_err().to_string();
+    assert!(configured.ends_with("fix the record, or skip such records with `data.on_bad_record = \"skip\"`"));
+}
+
+#[test]
+fn checks_find_what_reading_finds() {
+    let scratch = Scratch::new();
+    let good = scratch.file("a.jsonl", r#"{"prompt":"a","completion":"b","chosen":"c","rejected":"d","text":"e"}"#);
+    let bad = scratch.file("b.jsonl", "{\"x\":1}\n{\"prompt\":\"a\",\"completion\":\"b\"}");
+    let one = Summary { n_records: 1, n_skipped: 0 };
+    assert_eq!(check_texts(&good, &Separator::None, FAIL).unwrap(), one);
+    assert_eq!(check_conversations(&good, FAIL).unwrap(), one);
+    assert_eq!(check_pairs(&good, FAIL).unwrap(), one);
+    assert_eq!(check_prompts(&good, FAIL).unwrap(), one);
+    assert_eq!(check_conversations(&bad, SKIP).unwrap(), Summary { n_records: 1, n_skipped: 1 });
+    let (read, check) = (read_conversations(&bad, FAIL).unwrap_err(), check_conversations(&bad, FAIL).unwrap_err());
+    assert_eq!(read.to_string(), check.to_string());
+    assert!(check_pairs(&bad, SKIP).unwrap_err().to_string().contains("all 2 records of"));
+}
+
+#[test]
 fn files_that_are_none_are_errors() {
     let scratch = Scratch::new();
     let missing = scratch.0.path().join("none.jsonl");
-    assert!(matches!(read_prompts(&missing, FAIL), Err(DataError::Read { .. })));
+    assert!(matches!(read_prompts(&missing, FAIL), Err(DataError::File(_))));
     assert!(matches!(read_prompts(&scratch.file("a.csv", ""), FAIL), Err(DataError::Format { .. })));
     assert!(matches!(read_prompts(&scratch.file("a.txt", "x"), FAIL), Err(DataError::Format { .. })));
     for name in ["a.jsonl", "a.txt", "a.parquet"] {
@@ -267,12 +416,12 @@ fn files_that_are_none_are_errors() {
     assert!(matches!(read_texts(&blank, &Separator::None, FAIL), Err(DataError::Empty(_))));
     let latin1 = scratch.file("latin1.txt", b"ok\ncaf\xe9\n");
     let error = read_texts(&latin1, &Separator::BlankLine, FAIL).unwrap_err();
-    assert!(matches!(error, DataError::NotUtf8 { .. }));
+    assert!(error.to_string().contains("latin1.txt`, line 2: it is not valid UTF-8\nhint: fix"), "{error}");
     let whole = gz("{\"text\":\"a\"}\n");
     let cut = scratch.file("cut.jsonl.gz", &whole[..whole.len() - 6]);
-    assert!(matches!(read_texts(&cut, &Separator::BlankLine, FAIL), Err(DataError::Read { .. })));
+    assert!(matches!(read_texts(&cut, &Separator::BlankLine, FAIL), Err(DataError::File(_))));
     let plain = scratch.file("plain.jsonl.gz", "{}");
-    assert!(matches!(read_texts(&plain, &Separator::BlankLine, FAIL), Err(DataError::Read { .. })));
+    assert!(matches!(read_texts(&plain, &Separator::BlankLine, FAIL), Err(DataError::File(_))));
 }
 
 #[test]
@@ -286,7 +435,7 @@ fn real_files_have_as_many_records_as_their_readme_says() {
     assert_eq!(texts("shakespeare/input.txt", &Separator::None)[0].chars().count(), 1_115_394);
     assert!(texts("chitchat/pretrain.txt.gz", &Separator::BlankLine).len() > 1000);
 
-    let conversations = |name: &str, on_bad| read_conversations(&data.join(name), on_bad);
+    let conversations = |name: &str, on_bad: OnBadRecord| read_conversations(&data.join(name), on_bad);
     assert_eq!(conversations("stories/sft.train.jsonl", FAIL).unwrap().len(), 2631);
     assert_eq!(conversations("stories/sft.val.jsonl", FAIL).unwrap().len(), 148);
     // 32 of its 7,097 records have an empty prompt or response.
