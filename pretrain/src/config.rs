@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use common::cli::StageArgs;
-use common::data::records::{OnBadRecord, Separator};
+use common::data::files::one_or_many;
+use common::data::records::{OnBadRecord, ReadOptions, RecordLimit, Separator};
 use common::model::{GptConfig, ModelSection};
 use common::optim::OptimizerConfig;
 use common::session::{self, Amount, RunConfig};
@@ -35,9 +36,12 @@ pub struct PretrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// Files to train on (.txt, .jsonl or .parquet, also .gz).
+    /// Files to train on (.txt, .jsonl, .json or .parquet, all but the last also .gz): a path, a list of paths, or
+    /// patterns such as `data/*.txt`.
+    #[serde(deserialize_with = "one_or_many")]
     pub train: Vec<PathBuf>,
     /// Files to evaluate on; empty to hold out the end of the training text instead.
+    #[serde(deserialize_with = "one_or_many")]
     pub val: Vec<PathBuf>,
     /// The part of the training text that is held out where there are no `val` files.
     pub val_fraction: f64,
@@ -45,6 +49,8 @@ pub struct DataConfig {
     pub separator: Separator,
     /// What to do with a record that is malformed: `fail` or `skip`.
     pub on_bad_record: OnBadRecord,
+    /// The longest record or document that is read, in bytes.
+    pub max_record_bytes: RecordLimit,
     /// Whether each document begins with `<|bos|>`; without, the text is one stream.
     pub document_bos: bool,
     /// Whether a token may attend to the documents before its own in the same window.
@@ -59,6 +65,7 @@ impl Default for DataConfig {
             val_fraction: 0.1,
             separator: Separator::default(),
             on_bad_record: OnBadRecord::default(),
+            max_record_bytes: RecordLimit::default(),
             document_bos: true,
             attend_across_documents: false,
         }
@@ -107,9 +114,14 @@ impl DataConfig {
         [("train", &self.train), ("val", &self.val)]
     }
 
-    /// Every file.
-    pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
-        self.train.iter_mut().chain(&mut self.val).collect()
+    /// The files by their key in the configuration.
+    pub fn sources_mut(&mut self) -> session::Sources<'_> {
+        [("data.train", &mut self.train), ("data.val", &mut self.val)]
+    }
+
+    /// How the documents of the files are read.
+    pub fn read_options(&self) -> ReadOptions {
+        ReadOptions { on_bad_record: self.on_bad_record, max_record_bytes: self.max_record_bytes, configured: true }
     }
 }
 
@@ -127,7 +139,7 @@ impl PretrainConfig {
     /// # Errors
     /// If it cannot be read or is not valid.
     pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
-        session::load_config(args, Self::validate, |config| config.data.files_mut())
+        session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
     /// Checks what the types cannot.

@@ -1,20 +1,18 @@
 //! Text to windows of tokens.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::data::file_sha256;
 use common::data::order::Order;
-use common::data::records;
-use common::data::shards::{ShardSource, TokenShard};
+use common::data::shards::{ShardSource, TokenShard, cache_dir};
 use common::model::Layout;
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
 
 use crate::config::DataConfig;
-
-/// Where tokenised text is kept between runs, if not in the user's cache directory.
-const CACHE_VARIABLE: &str = "KINDLING_CACHE";
 
 /// The training text and the held-out text.
 pub(crate) struct Corpus {
@@ -24,7 +22,7 @@ pub(crate) struct Corpus {
 
 /// A stream of tokens, cut into windows.
 pub(crate) struct TokenSet {
-    shards: Vec<TokenShard>,
+    shards: Arc<[TokenShard]>,
     /// Which of the tokens of all shards, one after the other, belong to this set.
     range: std::ops::Range<usize>,
     bytes_per_token: f64,
@@ -45,7 +43,7 @@ pub struct Windows {
 }
 
 impl Corpus {
-    /// Reads the configured files, or what an earlier run made of them with the same tokenizer.
+    /// Tokenises the configured files, or opens the shards that an earlier run with the same tokenizer left.
     pub(crate) fn open(
         data: &DataConfig,
         tokenizer: &Tokenizer,
@@ -54,38 +52,23 @@ impl Corpus {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let open = |files: &[PathBuf]| {
-            files
-                .iter()
-                .map(|file| open_shard(file, data, tokenizer, quiet))
-                .collect::<anyhow::Result<Vec<_>>>()
-                .context("failed to tokenise the text")
+            let shards = files.iter().map(|file| open_shard(file, data, tokenizer, quiet));
+            shards.collect::<anyhow::Result<Arc<[TokenShard]>>>().context("failed to tokenise the text")
         };
         let (train, val) = (open(&data.train)?, open(&data.val)?);
-        // Where no file is held out, the end of the training text is: the same shards, opened twice.
-        let shared = if val.is_empty() { open(&data.train)? } else { Vec::new() };
-        let n_train = train.iter().map(TokenShard::len).sum::<usize>();
-        let stops = data.document_bos && !data.attend_across_documents;
-        let set = |shards: Vec<TokenShard>, range: std::ops::Range<usize>, order| {
-            let n_tokens: usize = shards.iter().map(TokenShard::len).sum();
-            let n_bytes: u64 = shards.iter().map(TokenShard::n_bytes).sum();
-            TokenSet {
-                bytes_per_token: n_bytes as f64 / n_tokens.max(1) as f64,
-                shards,
-                range,
-                seq_len,
-                order,
-                streams: *streams,
-                bos: if stops { tokenizer.bos() } else { None },
-            }
-        };
-        let split = if val.is_empty() { n_train - (n_train as f64 * data.val_fraction) as usize } else { n_train };
+        let n_train = n_tokens(&train);
+        // Where no file is held out, the end of the training text is.
+        let n_held_out = if val.is_empty() { (n_train as f64 * data.val_fraction) as usize } else { 0 };
+        let split = n_train - n_held_out;
+        let bos = bos_of(data, tokenizer);
+        let set = |shards, range| TokenSet::new(shards, range, seq_len, *streams, bos);
         let val = if val.is_empty() {
-            set(shared, split..n_train, None)
+            set(Arc::clone(&train), split..n_train)
         } else {
-            let n_val = val.iter().map(TokenShard::len).sum();
-            set(val, 0..n_val, None)
+            let n_val = n_tokens(&val);
+            set(val, 0..n_val)
         };
-        let mut train = set(train, 0..split, None);
+        let mut train = set(train, 0..split);
         for (name, set) in [("training", &train), ("held-out", &val)] {
             ensure!(
                 set.n_windows(0) > 0,
@@ -100,7 +83,29 @@ impl Corpus {
     }
 }
 
+fn n_tokens(shards: &[TokenShard]) -> usize {
+    shards.iter().map(TokenShard::len).sum()
+}
+
+/// The token that begins a document, where attention stops at documents' ends.
+fn bos_of(data: &DataConfig, tokenizer: &Tokenizer) -> Option<u32> {
+    if data.document_bos && !data.attend_across_documents { tokenizer.bos() } else { None }
+}
+
 impl TokenSet {
+    /// The tokens `range` of `shards`, in no order yet.
+    fn new(
+        shards: Arc<[TokenShard]>,
+        range: std::ops::Range<usize>,
+        seq_len: usize,
+        streams: Streams,
+        bos: Option<u32>,
+    ) -> Self {
+        let n_bytes: u64 = shards.iter().map(TokenShard::n_bytes).sum();
+        let bytes_per_token = n_bytes as f64 / n_tokens(&shards).max(1) as f64;
+        Self { shards, range, bytes_per_token, seq_len, order: None, streams, bos }
+    }
+
     /// Number of tokens in the set.
     pub(crate) fn n_tokens(&self) -> usize {
         self.range.len()
@@ -151,7 +156,7 @@ impl TokenSet {
     /// `len` tokens from `start` of all shards together.
     fn read(&self, mut start: usize, len: usize) -> anyhow::Result<Vec<u32>> {
         let mut tokens = Vec::with_capacity(len);
-        for shard in &self.shards {
+        for shard in &*self.shards {
             if start >= shard.len() {
                 start -= shard.len();
                 continue;
@@ -207,23 +212,16 @@ impl Windows {
 
 /// The tokens of one file, from an earlier run where there are any.
 fn open_shard(file: &Path, data: &DataConfig, tokenizer: &Tokenizer, quiet: bool) -> anyhow::Result<TokenShard> {
-    let documents = records::read_texts(file, &data.separator, data.on_bad_record)?;
     let source = ShardSource {
-        documents: &documents,
+        path: file,
+        sha256: &file_sha256(file)?,
+        separator: &data.separator,
+        options: data.read_options(),
         begin: if data.document_bos { tokenizer.bos() } else { None },
         tokenizer_sha256: &tokenizer.sha256(),
         vocab_size: tokenizer.vocab_size(),
     };
     Ok(TokenShard::open_or_encode(&cache_dir(), &source, |texts| tokenizer.encode_batch(texts), quiet)?)
-}
-
-/// The directory of tokenised text: `KINDLING_CACHE`, else `kindling` in the user's cache directory.
-fn cache_dir() -> PathBuf {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    variable(CACHE_VARIABLE)
-        .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("kindling")))
-        .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".cache/kindling")))
-        .unwrap_or_else(|| std::env::temp_dir().join("kindling"))
 }
 
 /// Text of one file as a stream of its own, cut into windows without overlap: what `pretrain eval` measures.
@@ -237,15 +235,8 @@ pub(crate) fn single_file(
     let shard = open_shard(file, data, tokenizer, quiet).context("failed to tokenise the text")?;
     let n_tokens = shard.len();
     ensure!(n_tokens > 1, "`{}` has {n_tokens} tokens; at least 2 are needed", file.display());
-    Ok(TokenSet {
-        bytes_per_token: shard.n_bytes() as f64 / n_tokens as f64,
-        shards: vec![shard],
-        range: 0..n_tokens,
-        seq_len: seq_len.min(n_tokens - 1),
-        order: None,
-        streams: Streams::new(0),
-        bos: if data.document_bos && !data.attend_across_documents { tokenizer.bos() } else { None },
-    })
+    let bos = bos_of(data, tokenizer);
+    Ok(TokenSet::new(Arc::new([shard]), 0..n_tokens, seq_len.min(n_tokens - 1), Streams::new(0), bos))
 }
 
 impl TokenSet {

@@ -22,13 +22,13 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
     let mut config: PretrainConfig = config::load(&args.config, &args.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", args.config.display()))?;
     let resolver = PathResolver::new(&args.config, args.data.as_deref());
-    for path in config.data.files_mut() {
-        *path = resolver.resolve(&*path)?;
+    for (key, paths) in config.data.sources_mut() {
+        resolver.resolve_files(key, paths)?;
     }
     let read = |files: &[std::path::PathBuf]| {
         let mut texts = Vec::new();
         for file in files {
-            texts.extend(records::read_texts(file, &config.data.separator, config.data.on_bad_record)?);
+            texts.extend(records::read_texts(file, &config.data.separator, config.data.read_options())?);
         }
         anyhow::Ok(texts)
     };
