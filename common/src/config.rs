@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use text::data::{DataError, files};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -120,6 +121,17 @@ impl PathResolver {
             std::path::absolute(&joined).map_err(|source| ConfigError::Read { path: joined.clone(), source })?;
         Ok(without_dots(&absolute))
     }
+
+    /// [`resolve`](Self::resolve)s the paths under `key`; a pattern becomes the files that match it.
+    ///
+    /// # Errors
+    /// As `resolve`, or if a pattern has no match; naming `key`.
+    pub fn resolve_files(&self, key: &str, paths: &mut Vec<PathBuf>) -> Result<(), ConfigError> {
+        let files = |path| files::expand(&self.resolve(path)?).map_err(ConfigError::Data);
+        let found: Result<Vec<_>, _> = paths.iter().map(files).collect();
+        *paths = found.map_err(|error| ConfigError::Key { key: key.to_owned(), source: Box::new(error) })?.concat();
+        Ok(())
+    }
 }
 
 /// What is wrong with a config, in the words of the file or the flag.
@@ -153,11 +165,22 @@ pub enum ConfigError {
         /// A `\nhint: …` line, or nothing.
         hint: String,
     },
-    /// A `$DATA` path without a data directory.
-    #[error("path `{}` lies in the data directory, and none was given\nhint: pass `--data DIR` or set `{DATA_VARIABLE}`", path.display())]
+    /// A `$DATA` path without a data folder.
+    #[error("path `{}` starts with `$DATA`, but no data folder is set\nhint: pass `--data DIR` or set `{DATA_VARIABLE}`", path.display())]
     NoDataDir {
         /// The path as the config has it.
         path: PathBuf,
+    },
+    /// A pattern names no file.
+    #[error(transparent)]
+    Data(DataError),
+    /// The value of a key cannot be used.
+    #[error("`{key}`")]
+    Key {
+        /// The key.
+        key: String,
+        /// Why.
+        source: Box<ConfigError>,
     },
     /// A config that TOML cannot express.
     #[error("failed to write the config as TOML: {source}")]

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::conversation;
 use common::data::collate;
-use common::data::records::{self, OnBadRecord};
+use common::data::records::{self, ReadOptions};
 use common::tokenizer::Tokenizer;
 
 use crate::config::TooLong;
@@ -46,13 +46,13 @@ impl Prompts {
         tokenizer: &Tokenizer,
         max_seq_len: usize,
         response_length: usize,
-        on_bad_record: OnBadRecord,
+        options: ReadOptions,
         on_too_long: TooLong,
     ) -> anyhow::Result<Self> {
         let mut all = Self { encoded: Vec::new() };
         let (mut n_too_long, mut longest) = (0, 0);
         for file in files {
-            for prompt in records::read_prompts(file, on_bad_record)? {
+            for prompt in records::read_prompts(file, options)? {
                 let ids = conversation::encode_prompt(tokenizer, &prompt.messages)
                     .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;
                 if ids.len() + response_length > max_seq_len {
@@ -87,7 +87,7 @@ impl ResponseBatch {
         let responses: Vec<_> = responses.into_iter().collect();
         let rows: Vec<Vec<u32>> =
             responses.iter().map(|(prompt, response)| [prompt, &response[..response.len() - 1]].concat()).collect();
-        // Any token will do for padding: it stands behind all that is looked at.
+        // The padding id is arbitrary: no position that is read comes after it.
         let padded = collate::right_pad(&rows, 0);
         let mut positions = Vec::new();
         let mut targets = Vec::new();

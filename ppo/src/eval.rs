@@ -173,7 +173,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let max_seq_len = [&policy, &reference, &reward_model].map(|model| model.model_config().max_seq_len);
     let max_seq_len = max_seq_len.into_iter().min().unwrap_or(0);
     let files = std::slice::from_ref(&args.data);
-    let prompts = Prompts::read(files, tokenizer, max_seq_len, max_tokens, OnBadRecord::Fail, TooLong::Fail)?;
+    let prompts = Prompts::read(files, tokenizer, max_seq_len, max_tokens, OnBadRecord::Fail.into(), TooLong::Fail)?;
 
     let runtime = args.runtime.open()?;
     let judge = Judge {

@@ -52,7 +52,7 @@ pub fn replay(
     let reward_model = open_reward_model(&args.reward_model, &initial)?;
     let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
-    let (bad, long) = (config.data.on_bad_record, config.data.on_too_long);
+    let (bad, long) = (config.data.read_options(), config.data.on_too_long);
     let all = Prompts::read(&config.data.train, tokenizer, max_seq_len, config.ppo.response_length, bad, long)?;
     let minibatches = config.ppo.minibatches;
     let n = responses.map_or(n_prompts / minibatches * minibatches, <[_]>::len).max(minibatches);

@@ -48,7 +48,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
     let read = |files: &[PathBuf]| {
-        let (bad, long) = (config.data.on_bad_record, config.data.on_too_long);
+        let (bad, long) = (config.data.read_options(), config.data.on_too_long);
         Prompts::read(files, tokenizer, max_seq_len, config.ppo.response_length, bad, long)
     };
     let training = read(&config.data.train).context("failed to read the training prompts")?;

@@ -64,7 +64,7 @@ pub struct TrainConfig {
     /// Optimiser steps; overrides `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
-    /// Pairs in one optimiser step.
+    /// Records in one optimiser step: pairs, or ranked lists with all their pairs.
     pub batch_size: usize,
     /// Pairs computed at a time, sorted by length so that little is padded; divides `batch_size`, which is also the
     /// default.
@@ -137,7 +137,7 @@ impl RewardModelConfig {
     /// # Errors
     /// If it cannot be read or is not valid.
     pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
-        session::load_config(args, Self::validate, |config| config.data.files_mut())
+        session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
     /// Checks what the types cannot.

@@ -1,5 +1,6 @@
 //! Preference pairs to batches.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
@@ -29,6 +30,8 @@ pub(crate) struct EncodedPair {
 /// Tokenised pairs.
 pub(crate) struct Pairs {
     pub(crate) encoded: Vec<EncodedPair>,
+    /// Which of `encoded` come from one record: one pair, or all pairs of a ranked list. A batch holds them together.
+    pub(crate) records: Vec<Range<usize>>,
 }
 
 /// The answers of some pairs in one right-padded batch: all chosen ones, then all rejected ones.
@@ -49,31 +52,37 @@ impl Pairs {
         max_seq_len: usize,
         data: &DataConfig<TooLong>,
     ) -> anyhow::Result<Self> {
-        let mut all = Self { encoded: Vec::new() };
+        let mut all = Self { encoded: Vec::new(), records: Vec::new() };
         let (mut n_cut, mut n_left_out) = (0, 0);
         for file in files {
-            for pair in records::read_pairs(file, data.on_bad_record)? {
-                let pair = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
-                if pair.len() <= max_seq_len {
-                    all.encoded.push(pair);
+            let mut last = None;
+            for pair in records::read_pairs(file, data.read_options())? {
+                let encoded = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
+                let fitting = if encoded.len() <= max_seq_len {
+                    Some(encoded)
+                } else {
+                    match data.on_too_long {
+                        TooLong::TruncatePrompt => encoded.with_prompt_cut(max_seq_len).inspect(|_| n_cut += 1),
+                        TooLong::Skip => None,
+                        TooLong::Fail => bail!(
+                            "a pair of `{}` has {} tokens, the context {max_seq_len}\nhint: set `data.on_too_long` to \
+                             \"truncate-prompt\" or \"skip\"",
+                            file.display(),
+                            encoded.len()
+                        ),
+                    }
+                };
+                let Some(encoded) = fitting else {
+                    n_left_out += 1;
                     continue;
+                };
+                all.encoded.push(encoded);
+                let n = all.encoded.len();
+                match all.records.last_mut() {
+                    Some(record) if last == Some(pair.record) => record.end = n,
+                    _ => all.records.push(n - 1..n),
                 }
-                match data.on_too_long {
-                    TooLong::TruncatePrompt => match pair.with_prompt_cut(max_seq_len) {
-                        Some(pair) => {
-                            n_cut += 1;
-                            all.encoded.push(pair);
-                        }
-                        None => n_left_out += 1,
-                    },
-                    TooLong::Skip => n_left_out += 1,
-                    TooLong::Fail => bail!(
-                        "a pair of `{}` has {} tokens, the context {max_seq_len}\nhint: set `data.on_too_long` to \
-                         \"truncate-prompt\" or \"skip\"",
-                        file.display(),
-                        pair.len()
-                    ),
-                }
+                last = Some(pair.record);
             }
         }
         for (n, done) in [(n_cut, "the beginning of the prompt is cut off"), (n_left_out, "left out")] {

@@ -116,7 +116,7 @@ mod tests {
             let prompt = [1, 2, 3 + i];
             EncodedPair { chosen: prompt.to_vec(), rejected: prompt.to_vec(), n_prompt: 3, margin: None }
         };
-        let training = Pairs { encoded: (0..20).map(pair).collect() };
+        let training = Pairs { encoded: (0..20).map(pair).collect(), records: Vec::new() };
         let config = NormalisationConfig { samples: 50, max_tokens: 20, ..NormalisationConfig::default() };
         let scores = |model: &ScalarGpt| {
             score_samples(&config, &initial, model, &training, &tokenizer, streams).expect("scores")

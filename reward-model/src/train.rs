@@ -53,7 +53,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         config: &config,
         run: &config.run,
         runtime: &runtime,
-        total_steps: config.train.amount().n_steps(training.encoded.len()),
+        total_steps: config.train.amount().n_steps(training.records.len()),
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (model, optimizer) = match restored {
@@ -69,7 +69,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
     session.drive(RewardTraining {
-        order: Order::new(training.encoded.len(), streams, "order"),
+        order: Order::new(training.records.len(), streams, "order"),
         total_steps: plan.total_steps,
         model,
         optimizer,
@@ -106,8 +106,9 @@ impl Training for RewardTraining<'_> {
         let device = self.model.device();
         let first = step * batch_size as u64;
         let chosen: Vec<&EncodedPair> = (first..first + batch_size as u64)
-            .map(|position| &self.training.encoded[self.order.item(position)])
+            .flat_map(|position| &self.training.encoded[self.training.records[self.order.item(position)].clone()])
             .collect();
+        let n_in_batch = chosen.len();
         let mut grads = Grads::default();
         let mut parts = Vec::new();
         let mut n_tokens = 0;
@@ -120,7 +121,7 @@ impl Training for RewardTraining<'_> {
             let (chosen, rejected) = (scores.clone().narrow(0, 0, n_pairs), scores.narrow(0, n_pairs, n_pairs));
             let pairwise = pairwise_loss(chosen.clone(), rejected.clone(), batch.margins(&device));
             // Each part's mean by its share of the pairs, so that micro-batches add up to the batch's mean.
-            let share = n_pairs as f64 / batch_size as f64;
+            let share = n_pairs as f64 / n_in_batch as f64;
             parts.push(Part {
                 loss: pairwise.clone().inner() * share,
                 distances: (chosen.clone() - rejected.clone()).inner(),
@@ -136,7 +137,7 @@ impl Training for RewardTraining<'_> {
         let grad_norm;
         (self.model, grad_norm) = self.optimizer.step(self.model, grads, lr);
         let norm = grad_norm.clone();
-        let metrics = Box::new(move || metrics(parts, batch_size, lr, &norm));
+        let metrics = Box::new(move || metrics(parts, n_in_batch, lr, &norm));
         Ok((self, Step { tokens: n_tokens as u64, grad_norm, metrics }))
     }
 
@@ -202,7 +203,7 @@ struct Part {
 /// The line of metrics of a step.
 fn metrics(
     parts: Vec<Part>,
-    batch_size: usize,
+    n_pairs: usize,
     lr: f64,
     grad_norm: &GradNorm,
 ) -> anyhow::Result<Vec<(&'static str, f64)>> {
@@ -210,7 +211,7 @@ fn metrics(
     let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
     let distances = Tensor::cat(distances, 0).try_into_vec_as::<f32>().context("failed to read the scores")?;
     let mean = |value: &dyn Fn(f64) -> f64| {
-        distances.iter().map(|&distance| value(f64::from(distance))).sum::<f64>() / batch_size as f64
+        distances.iter().map(|&distance| value(f64::from(distance))).sum::<f64>() / n_pairs as f64
     };
     Ok(vec![
         (names::TRAIN_LOSS, f64::from(loss)),

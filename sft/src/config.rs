@@ -86,7 +86,7 @@ impl SftConfig {
     /// # Errors
     /// If it cannot be read or is not valid.
     pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
-        session::load_config(args, Self::validate, |config| config.data.files_mut())
+        session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
     /// Checks what the types cannot.

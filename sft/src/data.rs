@@ -37,11 +37,12 @@ impl Conversations {
         data: &DataConfig<TooLong>,
     ) -> anyhow::Result<Self> {
         let mut all = Self { encoded: Vec::new(), messages: Vec::new() };
-        let (mut n_too_long, mut n_unanswered) = (0, 0);
+        let (mut n_too_long, mut n_cut_off, mut n_unanswered) = (0, 0, 0);
         for file in files {
-            for conversation in records::read_conversations(file, data.on_bad_record)? {
+            for conversation in records::read_conversations(file, data.read_options())? {
                 let mut encoded = conversation::encode(tokenizer, &conversation.messages)
                     .with_context(|| format!("failed to encode a conversation of `{}`", file.display()))?;
+                let has_answer = encoded.has_target();
                 if encoded.ids.len() > max_seq_len {
                     n_too_long += 1;
                     match data.on_too_long {
@@ -58,9 +59,11 @@ impl Conversations {
                         ),
                     }
                 }
-                if encoded.trained.iter().skip(1).any(|&trained| trained) {
+                if encoded.has_target() {
                     all.encoded.push(encoded);
                     all.messages.push(conversation.messages);
+                } else if has_answer {
+                    n_cut_off += 1;
                 } else {
                     n_unanswered += 1;
                 }
@@ -71,9 +74,13 @@ impl Conversations {
             let are = counted(n_too_long, "conversation is", "conversations are");
             tracing::warn!("{are} longer than {max_seq_len} tokens: {done} (data.on_too_long)");
         }
+        if n_cut_off > 0 {
+            let have = counted(n_cut_off, "conversation has", "conversations have");
+            tracing::warn!("{have} no token of an answer in the first {max_seq_len}: left out");
+        }
         if n_unanswered > 0 {
             let have = counted(n_unanswered, "conversation has", "conversations have");
-            tracing::warn!("{have} no token of an answer in the first {max_seq_len}: left out");
+            tracing::warn!("{have} no answer to learn: left out");
         }
         ensure!(!all.encoded.is_empty(), "no conversation has a token to train on");
         Ok(all)

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::resume;
 use crate::cli::StageArgs;
 use crate::config::{self, PathResolver};
-use crate::data::records::OnBadRecord;
+use crate::data::files::one_or_many;
+use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
 
 /// The `[run]` section: how often a run logs, evaluates and saves, and when it stops early.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,16 +56,23 @@ impl RunConfig {
     }
 }
 
+/// Lists of files by their key in the configuration.
+pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
+
 /// The `[data]` section of a stage that reads records; `L` says what to do with one that is too long.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig<L> {
-    /// Files to train on (.jsonl, also .gz).
+    /// Files to train on (.jsonl or .json, also .gz): a path, a list of paths, or patterns such as `data/*.jsonl`.
+    #[serde(deserialize_with = "one_or_many")]
     pub train: Vec<PathBuf>,
     /// Files to evaluate on.
+    #[serde(deserialize_with = "one_or_many")]
     pub val: Vec<PathBuf>,
     /// What to do with a record that is malformed: `fail` or `skip`.
     pub on_bad_record: OnBadRecord,
+    /// The longest record that is read, in bytes.
+    pub max_record_bytes: RecordLimit,
     /// What to do with a record that exceeds the context.
     pub on_too_long: L,
 }
@@ -86,9 +94,14 @@ impl<L> DataConfig<L> {
         [("train", &self.train), ("val", &self.val)]
     }
 
-    /// Every file.
-    pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
-        self.train.iter_mut().chain(&mut self.val).collect()
+    /// The files by their key in the configuration.
+    pub fn sources_mut(&mut self) -> Sources<'_> {
+        [("data.train", &mut self.train), ("data.val", &mut self.val)]
+    }
+
+    /// How the records of the files are read.
+    pub fn read_options(&self) -> ReadOptions {
+        ReadOptions { on_bad_record: self.on_bad_record, max_record_bytes: self.max_record_bytes, configured: true }
     }
 }
 
@@ -157,21 +170,21 @@ impl Amount {
     }
 }
 
-/// Reads a stage's configuration, the `--set` flags over it (with `--resume` those of earlier calls too), and makes the
-/// paths that `files` names absolute.
+/// Reads a stage's configuration, the `--set` flags over it (with `--resume` those of earlier calls too), makes the
+/// paths that `files` names absolute and lists the files that patterns match.
 ///
 /// # Errors
 /// If it cannot be read or is not valid.
 pub fn load_config<C: DeserializeOwned>(
     args: &StageArgs,
     validate: impl Fn(&C) -> anyhow::Result<()>,
-    files: impl Fn(&mut C) -> Vec<&mut PathBuf>,
+    files: impl Fn(&mut C) -> Sources<'_>,
 ) -> anyhow::Result<C> {
     let mut config: C = config::load(&args.config, &resume::overrides(args)?)?;
     validate(&config).with_context(|| format!("invalid config `{}`", args.config.display()))?;
     let resolver = PathResolver::new(&args.config, args.data.as_deref());
-    for path in files(&mut config) {
-        *path = resolver.resolve(&*path)?;
+    for (key, paths) in files(&mut config) {
+        resolver.resolve_files(key, paths)?;
     }
     Ok(config)
 }

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
+pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, Sources, load_config};
 pub use resume::Restored;
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, State, Weights};
