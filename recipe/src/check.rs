@@ -1,11 +1,11 @@
 //! What can be found wrong in the first seconds instead of after hours: data, models and lengths of the steps to come.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use common::checkpoint::{self, Checkpoint};
 use common::conversation;
+use common::data::files;
 use common::data::records::{self, OnBadRecord, Prompt};
 use common::tokenizer::Tokenizer;
 
@@ -137,8 +137,13 @@ impl Checker<'_> {
     /// The files of a step that should be there now, as absolute paths.
     fn files(&self, step: Step, files: &[PathBuf]) -> Result<Vec<PathBuf>> {
         let resolver = self.setup.recipe.resolver(step);
-        let mut all = files.iter().map(|file| Ok(resolver.resolve(file)?)).collect::<Result<Vec<PathBuf>>>()?;
-        all.retain(|file| self.is_there(file));
+        let mut all = Vec::new();
+        for file in files {
+            let path = resolver.resolve(file)?;
+            if self.is_there(&path) {
+                all.extend(files::expand(&path)?);
+            }
+        }
         Ok(all)
     }
 
@@ -149,24 +154,19 @@ impl Checker<'_> {
             Step::Tokenizer | Step::Pretrain => {
                 let Some(config) = &self.setup.configs.pretrain else { return Ok(()) };
                 for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
-                    let failed = || format!("failed to read `{}`", file.display());
-                    let size = File::open(&file).and_then(|file| file.metadata()).with_context(failed)?.len();
-                    ensure!(size > 0, "`{}` is empty", file.display());
+                    records::check_texts(&file, &config.data.separator, config.data.read_options())?;
                 }
             }
             Step::Sft => {
                 let Some(config) = &self.setup.configs.sft else { return Ok(()) };
                 for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
-                    for conversation in records::read_conversations(&file, config.data.on_bad_record)? {
-                        conversation::validate(&conversation.messages)
-                            .with_context(|| format!("a conversation of `{}` is not valid", file.display()))?;
-                    }
+                    records::check_conversations(&file, config.data.read_options())?;
                 }
             }
             Step::RewardModel => {
                 let Some(config) = &self.setup.configs.reward_model else { return Ok(()) };
                 for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
-                    records::read_pairs(&file, config.data.on_bad_record)?;
+                    records::check_pairs(&file, config.data.read_options())?;
                 }
             }
             Step::Collect | Step::Ppo | Step::Evaluate => {
@@ -179,7 +179,7 @@ impl Checker<'_> {
             && self.is_there(&pairs)
             && self.setup.recipe.config.stages().contains(&Step::RewardModel)
         {
-            records::read_pairs(&pairs, OnBadRecord::Fail)?;
+            records::check_pairs(&pairs, OnBadRecord::Fail)?;
         }
         Ok(())
     }
@@ -189,10 +189,10 @@ impl Checker<'_> {
         let config = &self.setup.recipe.config;
         let (files, on_bad) = match (step, &config.collect, &config.evaluate, &self.setup.configs.ppo) {
             (Step::Collect, Some(collect), ..) => {
-                (vec![collect.prompts.clone(), collect.test_prompts.clone()], OnBadRecord::Fail)
+                (vec![collect.prompts.clone(), collect.test_prompts.clone()], OnBadRecord::Fail.into())
             }
-            (Step::Evaluate, _, Some(evaluate), _) => (vec![evaluate.prompts.clone()], OnBadRecord::Fail),
-            (Step::Ppo, .., Some(ppo)) => ([&ppo.data.train[..], &ppo.data.val[..]].concat(), ppo.data.on_bad_record),
+            (Step::Evaluate, _, Some(evaluate), _) => (vec![evaluate.prompts.clone()], OnBadRecord::Fail.into()),
+            (Step::Ppo, .., Some(ppo)) => ([&ppo.data.train[..], &ppo.data.val[..]].concat(), ppo.data.read_options()),
             _ => return Ok(Vec::new()),
         };
         let files: Vec<PathBuf> = files.into_iter().filter(|file| !file.as_os_str().is_empty()).collect();

@@ -249,7 +249,7 @@ mod tests {
             prompt: vec![Message::new(Role::User, "Hello?")],
             chosen: chosen.to_owned(),
             rejected: rejected.to_owned(),
-            margin: None,
+            ..Pair::default()
         };
         let pairs = [pair("good day", "bad day"), pair("bad day", "good day"), pair("a day", "one day")];
         let ordered = in_gold_order(&pairs, &gold).unwrap();

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::PathResolver;
+use common::data::files;
 use common::hash::{sha256_of, sha256_of_file};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -66,7 +67,13 @@ impl Inputs {
     /// If it has no form in TOML, or a file cannot be read.
     pub fn stage_config<T: Serialize>(&mut self, prefix: &str, config: &T, resolver: &PathResolver) -> Result<()> {
         for (name, path) in self.settings(prefix, config)? {
-            self.file(format!("{prefix}.data.{name}"), &resolver.resolve(path)?)?;
+            let path = resolver.resolve(path)?;
+            // A pattern without a match counts as a file that is absent.
+            let files = files::expand(&path).unwrap_or_else(|_| vec![path]);
+            for (i, file) in files.iter().enumerate() {
+                let of_pattern = if files.len() > 1 { format!(" ({})", i + 1) } else { String::new() };
+                self.file(format!("{prefix}.data.{name}{of_pattern}"), file)?;
+            }
         }
         Ok(())
     }

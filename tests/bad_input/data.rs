@@ -41,6 +41,8 @@ fn conversations_that_are_none() {
         ("not-json", r#"{"prompt": "hello", "completion"}"#),
         ("no-object", "[1, 2]"),
         ("without-keys", r#"{"question": "hello", "answer": "hi"}"#),
+        ("of-alpaca", r#"{"instruction": "hello", "input": "", "output": "hi"}"#),
+        ("of-sharegpt", r#"{"conversations": [{"from": "human", "value": "hello"}]}"#),
         ("wrong-type", r#"{"prompt": "hello", "completion": 7}"#),
         ("unknown-role", r#"{"messages": [{"role": "human", "content": "hi"}]}"#),
         ("without-answer", r#"{"messages": [{"role": "user", "content": "hi"}]}"#),
@@ -63,6 +65,19 @@ fn conversations_that_are_none() {
 }
 
 #[test]
+fn files_that_are_not_there_or_too_much() {
+    let lab = models();
+    lab.write("data/line.jsonl", format!("{{\"prompt\": \"hello\", \"response\": \"{}\"}}", "ab ".repeat(100)));
+    let sft = |more: &[&str]| crate::sft(&[&["--set", "data.train=../data/line.jsonl"], more].concat());
+    Case(&lab, "data-no-match").refused("sft", &sft(&["--set", "data.val=../data/*.nothing"]));
+    std::fs::create_dir(lab.path("data.jsonl")).unwrap();
+    Case(&lab, "data-folder").refused("sft", &sft(&["--set", "data.val=../data.jsonl"]));
+    Case(&lab, "data-no-folder").refused("sft", &sft(&["--set", "data.val=$DATA/line.jsonl"]));
+    Case(&lab, "data-record-too-long").refused("sft", &sft(&["--set", "data.max_record_bytes=100"]));
+    Case(&lab, "data-record-limit-of-zero").refused("sft", &sft(&["--set", "data.max_record_bytes=0"]));
+}
+
+#[test]
 fn pairs_and_prompts_that_are_none() {
     let lab = models();
     for (name, line) in [
@@ -70,6 +85,11 @@ fn pairs_and_prompts_that_are_none() {
         ("equal", r#"{"prompt": "a", "chosen": "b", "rejected": "b"}"#),
         ("no-transcript", r#"{"chosen": "b", "rejected": "c"}"#),
         ("margin", r#"{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}"#),
+        ("margin-beyond-f32", r#"{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39}"#),
+        (
+            "of-another-prompt",
+            r#"{"prompt": "a", "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}], "rejected": "c"}"#,
+        ),
     ] {
         lab.write("data/bad.jsonl", line);
         let args = crate::reward_model(&["--set", "data.train=[\"../data/bad.jsonl\"]"]);
