@@ -245,18 +245,16 @@ mod tests {
     /// The variable that tells a test process to use no more than `v3` or `baseline`.
     pub(super) const LIMIT: &str = "KINDLING_TEST_LEVEL";
 
-    /// Runs the tests of the kernels in a process of lesser instructions.
+    /// Runs all other tests of this crate in a process of lesser instructions.
     #[track_caller]
-    fn kernels_hold_with(limit: &str, tests: &[&str]) {
+    fn kernels_hold_with(limit: &str) {
         let output = std::process::Command::new(std::env::current_exe().expect("this program"))
-            .args(tests)
             .args(["--skip", "instructions_too"])
             .env(LIMIT, limit)
             .output()
             .expect("this program can be started");
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "with {limit}: {said}");
-        assert!(!said.contains("running 0 tests"), "no test is called {tests:?}");
     }
 
     #[test]
@@ -271,12 +269,12 @@ mod tests {
 
     #[test]
     fn kernels_hold_with_avx2_instructions_too() {
-        kernels_hold_with("v3", &["kernels::", "model::", "generate::"]);
+        kernels_hold_with("v3");
     }
 
     #[test]
     fn kernels_hold_with_baseline_instructions_too() {
-        kernels_hold_with("baseline", &["kernels::"]);
+        kernels_hold_with("baseline");
     }
 
     /// Units in the last place between `x` and the correctly rounded value.
