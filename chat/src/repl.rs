@@ -52,12 +52,12 @@ fn in_pipe(conversation: &mut Conversation) -> anyhow::Result<()> {
     for (number, line) in (1..).zip(std::io::stdin().lock().lines()) {
         let line = line.context("failed to read standard input")?;
         match conversation.take(&line)? {
-            Taken::Done => {}
-            Taken::Refused(reason) => {
+            Next::Line => {}
+            Next::Refused(reason) => {
                 notice(&format!("error: line {number}: {reason}"));
                 writeln!(std::io::stdout())?;
             }
-            Taken::Left => break,
+            Next::End => break,
         }
     }
     Ok(())
@@ -76,9 +76,9 @@ fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
         AT_PROMPT.store(false, Ordering::SeqCst);
         match line {
             Ok(line) => match conversation.take(&line)? {
-                Taken::Done => {}
-                Taken::Refused(reason) => notice(&format!("error: {reason}")),
-                Taken::Left => return Ok(()),
+                Next::Line => {}
+                Next::Refused(reason) => notice(&format!("error: {reason}")),
+                Next::End => return Ok(()),
             },
             Err(ReadlineError::Interrupted) => notice("Ctrl-D or /quit leaves"),
             Err(ReadlineError::Eof) => return Ok(()),
@@ -87,14 +87,14 @@ fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
     }
 }
 
-/// What became of a line.
-enum Taken {
-    /// It was answered or carried out.
-    Done,
-    /// A message that cannot be answered, for this reason; it is forgotten.
+/// What follows a line.
+enum Next {
+    /// The next line: this one was answered or carried out.
+    Line,
+    /// The next line, though this message cannot be answered, for this reason; it is forgotten.
     Refused(String),
-    /// The user leaves.
-    Left,
+    /// The end: the user leaves.
+    End,
 }
 
 /// The model and the conversation with it so far.
@@ -106,12 +106,12 @@ struct Conversation {
 
 impl Conversation {
     /// Carries out one line.
-    fn take(&mut self, line: &str) -> anyhow::Result<Taken> {
+    fn take(&mut self, line: &str) -> anyhow::Result<Next> {
         let line = line.trim();
         let (command, text) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match command {
             "" => {}
-            "/quit" => return Ok(Taken::Left),
+            "/quit" => return Ok(Next::End),
             "/reset" => {
                 self.history.reset();
                 notice(if self.history.has_system() {
@@ -128,14 +128,14 @@ impl Conversation {
             unknown if unknown.starts_with('/') => notice(&format!("unknown command `{unknown}`; /help lists them")),
             _ => return self.reply(line),
         }
-        Ok(Taken::Done)
+        Ok(Next::Line)
     }
 
     /// Answers a message and remembers both.
-    fn reply(&mut self, message: &str) -> anyhow::Result<Taken> {
+    fn reply(&mut self, message: &str) -> anyhow::Result<Next> {
         let prompt = match self.history.prompt(self.model.tokenizer(), message, self.model.prompt_budget()) {
             Ok(prompt) => prompt,
-            Err(error) => return Ok(Taken::Refused(error.to_string())),
+            Err(error) => return Ok(Next::Refused(error.to_string())),
         };
         match prompt.n_dropped {
             0 => {}
@@ -145,7 +145,7 @@ impl Conversation {
         let (n_tokens, max_seq_len) = (prompt.ids.len(), self.model.max_seq_len());
         if n_tokens >= max_seq_len {
             let reason = format!("the message is too long: {n_tokens} tokens for a context window of {max_seq_len}");
-            return Ok(Taken::Refused(reason));
+            return Ok(Next::Refused(reason));
         }
 
         let mut out = std::io::stdout().lock();
@@ -167,7 +167,7 @@ impl Conversation {
         }
         self.n_answers += 1;
         self.history.push(message.to_owned(), answer.text);
-        Ok(Taken::Done)
+        Ok(Next::Line)
     }
 }
 
