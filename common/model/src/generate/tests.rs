@@ -73,9 +73,13 @@ fn log_probs(model: &Gpt, prompt: &[u32], answer: &[u32], temperature: f64) -> V
 }
 
 fn assert_near(found: &[f32], expected: &[f32], what: &str) {
+    assert_within(REORDERED, found, expected, what);
+}
+
+fn assert_within(tolerance: f32, found: &[f32], expected: &[f32], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
-        assert!((found - expected).abs() < REORDERED * expected.abs().max(1.0), "{what}: {found} for {expected}");
+        assert!((found - expected).abs() < tolerance * expected.abs().max(1.0), "{what}: {found} for {expected}");
     }
 }
 
@@ -356,7 +360,8 @@ proptest! {
         let options = GenerateOptions { max_batch: limits.1, batch_invariant: true, ..GenerateOptions::default() };
         prop_assert_eq!(&answers, &generate(&model, &prompts, &sampling, &Streams::new(1), 0, options).unwrap());
         for (prompt, answer) in prompts.iter().zip(&answers).take(4) {
-            assert_near(&answer.log_probs, &log_probs(&model, prompt, &answer.ids, 1.0), "uncached");
+            // Sums of some hundred products.
+            assert_within(10.0 * REORDERED, &answer.log_probs, &log_probs(&model, prompt, &answer.ids, 1.0), "uncached");
         }
     }
 }
