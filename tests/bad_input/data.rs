@@ -71,7 +71,7 @@ fn files_that_are_not_there_or_too_much() {
     let sft = |more: &[&str]| crate::sft(&[&["--set", "data.train=../data/line.jsonl"], more].concat());
     Case(&lab, "data-no-match").refused("sft", &sft(&["--set", "data.val=../data/*.nothing"]));
     std::fs::create_dir(lab.path("data.jsonl")).unwrap();
-    Case(&lab, "data-folder").refused("sft", &sft(&["--set", "data.val=../data.jsonl"]));
+    Case(&lab, "data-folder").refused("sft", &crate::sft(&["--set", "data.train=../data.jsonl"]));
     Case(&lab, "data-no-folder").refused("sft", &sft(&["--set", "data.val=$DATA/line.jsonl"]));
     Case(&lab, "data-record-too-long").refused("sft", &sft(&["--set", "data.max_record_bytes=100"]));
     Case(&lab, "data-record-limit-of-zero").refused("sft", &sft(&["--set", "data.max_record_bytes=0"]));
