@@ -96,11 +96,9 @@ impl Checker<'_> {
     fn parents(&self, step: Step) -> Result<()> {
         let config = &self.setup.recipe.config;
         let mut parents = match step {
-            Step::World | Step::Tokenizer => Vec::new(),
             Step::Pretrain if config.init.is_none() => vec![Step::Tokenizer],
-            Step::Pretrain => Vec::new(),
             Step::Sft if self.setup.base() == self.setup.dir(Step::Pretrain) => vec![Step::Pretrain],
-            Step::Sft => Vec::new(),
+            Step::World | Step::Tokenizer | Step::Pretrain | Step::Sft => Vec::new(),
             Step::Collect | Step::RewardModel => vec![Step::Sft],
             Step::Ppo => vec![Step::Sft, Step::RewardModel],
             Step::Evaluate => config.stages(),
@@ -212,14 +210,14 @@ impl Checker<'_> {
             && let Some(prompt) = foreign
         {
             bail!(
-                "the gold scorer cannot judge answers to `{}` of `{}`\nhint: leave such prompts out",
+                "the gold score is not defined for answers to `{}` of `{}`\nhint: leave such prompts out",
                 prompt.text,
                 file.display()
             );
         }
         ensure!(
             prompts.iter().any(|prompt| gold.understands(&prompt.text)),
-            "no prompt of `{}` is a request of the world, which is all that `gold.kind = \"world\"` can judge\n\
+            "no prompt of `{}` is a request of the world, which is all that `gold.kind = \"world\"` scores\n\
              hint: leave `[gold]` out of recipe.toml, or choose `kind = \"lexicon\"`",
             file.display()
         );

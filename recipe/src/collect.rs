@@ -1,7 +1,7 @@
 //! Preference pairs of the SFT model's own answers.
 //!
 //! Two answers to the same prompt are shown to the simulated labeller, who prefers the first with probability
-//! `σ((gold_a − gold_b) / temperature)` ([`toy::label_pair`]). A reward model that is to judge this model's
+//! `σ((gold_a − gold_b) / temperature)` ([`toy::label_pair`]). A reward model that is to score this model's
 //! answers learns most from pairs of exactly such answers.
 
 use std::fmt::Write as _;
@@ -183,7 +183,7 @@ impl Labeller<'_> {
                 .map(|answer| {
                     self.gold.score(&prompt.text, &answer.text).with_context(|| {
                         format!(
-                            "the gold scorer cannot judge answers to `{}`\nhint: leave such prompts out",
+                            "the gold score is not defined for answers to `{}`\nhint: leave such prompts out",
                             prompt.text
                         )
                     })

@@ -1,4 +1,4 @@
-//! `recipe.toml`: which stages, from which seed, judged how.
+//! `recipe.toml`: which stages, from which seed, on which data, and how they are evaluated.
 
 use std::path::PathBuf;
 

@@ -16,7 +16,7 @@ use sft::SftConfig;
 use crate::collect::PairFiles;
 use crate::config::{CollectConfig, EvaluateConfig};
 use crate::folder::Recipe;
-use crate::gold::GoldScorer;
+use crate::gold::{GoldConfig, GoldScorer};
 use crate::inputs::Inputs;
 use crate::steps::Step;
 use toy::WorldConfig;
@@ -88,7 +88,7 @@ impl Setup {
     /// # Errors
     /// If a configuration is not valid, or the gold scorer's words cannot be read.
     pub fn open(recipe: Recipe, out: &Path, precision: &'static str) -> Result<Self> {
-        let gold = recipe.config.gold.as_ref().map(|gold| gold.open()).transpose();
+        let gold = recipe.config.gold.as_ref().map(GoldConfig::open).transpose();
         let gold = gold.context("failed to open the gold scorer")?;
         let mut setup = Self { gold, out: out.to_owned(), precision, configs: StageConfigs::default(), recipe };
         setup.configs = StageConfigs::load(&setup.recipe, |step| setup.overrides(step))?;

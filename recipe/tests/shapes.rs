@@ -78,7 +78,7 @@ fn a_gold_score_without_collected_pairs_is_reported() {
     assert!(report["stages"]["reward-model"]["metrics"]["gold_accuracy"].is_number(), "{report}");
     assert!(report["stages"]["ppo"]["metrics"]["gold/score"].is_number(), "{report}");
 
-    // Another judge is reported on, not trained with: PPO stays, without the curve of the judge before.
+    // Another gold score is reported, not trained on: PPO stays, without the curve of the one before.
     lab.write("data/words.json", r#"{"happy": 3, "sad": -3}"#);
     let lexicon = "[gold]\nkind = \"lexicon\"\nwords = \"$DATA/words.json\"\n";
     lab.write("micro/recipe.toml", &format!("{EVALUATE}{PAIRS}{lexicon}"));
