@@ -46,7 +46,9 @@ pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt, None)),
+        Command::Train(args) => {
+            session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt, None))
+        }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

@@ -38,7 +38,9 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             let result = train_tokenizer(&args)?;
             writeln!(std::io::stdout(), "{result}").context("failed to write the result")
         }
-        Command::Train(args) => session::run(&args.stage.runtime, |interrupt| train(&args, interrupt)),
+        Command::Train(args) => {
+            session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt))
+        }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

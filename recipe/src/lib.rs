@@ -50,7 +50,9 @@ use toy::WorldConfig;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Run(args) => session::run(&args.runtime, |interrupt| run(&args, interrupt)),
+        Command::Run(args) => {
+            session::run(&args.runtime, "run the same command again to go on", |interrupt| run(&args, interrupt))
+        }
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {
             args.runtime.start()?;

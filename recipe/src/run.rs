@@ -45,7 +45,7 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     report::write(&args.out).context("failed to write the report")?;
     match outcome {
         Outcome::Finished => run.say_result()?,
-        Outcome::Interrupted => tracing::info!("stopped; run the same command again to go on"),
+        Outcome::Interrupted => tracing::info!("stopped"),
     }
     Ok(outcome)
 }

@@ -172,19 +172,24 @@ impl<'a> Contents<'a> {
     }
 }
 
-/// Carries out a command that trains: logging, threads, signals, and the exit code of a run that was asked to stop.
+/// Carries out a command that trains: logging, threads, signals, and the exit code of a run that was asked to stop, which
+/// ends with `advice` on how to go on.
 ///
 /// # Errors
 /// As `train`; [`Stopped`](crate::interrupt::Stopped) for a run that was interrupted.
 pub fn run(
     runtime: &RuntimeArgs,
+    advice: &str,
     train: impl FnOnce(Interrupt) -> anyhow::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
     runtime.start()?;
     let interrupt = Interrupt::install()?;
     match on_pool(|| train(interrupt))? {
         Outcome::Finished => Ok(()),
-        Outcome::Interrupted => Err(interrupt.stopped().into()),
+        Outcome::Interrupted => {
+            tracing::info!("{advice}");
+            Err(interrupt.stopped().into())
+        }
     }
 }
 
@@ -466,7 +471,7 @@ impl Session {
         self.save(contents)?;
         let (step, out) = (self.progress.step, self.out.display());
         if interrupted {
-            tracing::info!("stopped at step {step} of {}; saved in `{out}`; go on with `--resume`", self.total_steps);
+            tracing::info!("stopped at step {step} of {}; saved in `{out}`", self.total_steps);
         } else {
             tracing::info!("done at step {step}; the checkpoint is in `{out}`");
         }
