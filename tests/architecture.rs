@@ -18,9 +18,10 @@ const MAX_LINES: usize = 600;
 const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each module of `common` may use of the others, as its `lib.rs` lists it.
-const EDGES: [(&str, &[&str]); 25] = [
+const EDGES: [(&str, &[&str]); 26] = [
     ("backend", &["config", "kernels"]),
-    ("cli", &["backend", "kernels", "logging", "out_dir", "runtime"]),
+    ("capacity", &["model"]),
+    ("cli", &["backend", "config", "kernels", "logging", "out_dir", "runtime"]),
     ("checkpoint", &["hash", "hf", "model", "tokenizer"]),
     ("config", &[]),
     ("conversation", &["tokenizer"]),

@@ -9,8 +9,8 @@ use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EP
 
 /// Talk to a model
 ///
-/// Without a command: a conversation. In a terminal /help lists what else can be typed; from a pipe every line is one
-/// message, and the answers are all that is printed.
+/// Without a command it holds a conversation. In a terminal, /help lists the commands; from a pipe, every line is one
+/// message, and only the answers are printed.
 #[derive(Debug, Parser)]
 #[command(
     name = "chat",
@@ -23,7 +23,7 @@ use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EP
         chat generate --checkpoint runs/tiny/ppo --prompt 'Tell me a story about a fox.' --temperature 0"
 )]
 pub struct Cli {
-    /// What to do instead of a conversation
+    /// The command, instead of a conversation
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -50,11 +50,11 @@ pub struct ConversationArgs {
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 
-    /// How answers are chosen
+    /// Sampling or beam search
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -69,7 +69,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
 
-    /// What to answer; `-` reads it from standard input
+    /// Prompt to answer; `-` reads it from standard input
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: String,
 
@@ -81,19 +81,19 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
 
-    /// Print one JSON object an answer: the text, its token ids and their log-probabilities, why it ended
+    /// Print one JSON object for each answer: text, token ids, their log-probabilities and the finish reason
     #[arg(long)]
     pub json: bool,
 
-    /// Answer N times, with a line of `---` between two answers; answer I of a seed is the same for every N
+    /// Sample N answers, separated by lines of `---`; answer I of a seed is the same for every N
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=MAX_SAMPLES))]
     pub num_samples: u64,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 
-    /// How the answer is chosen
+    /// Sampling or beam search
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -109,23 +109,23 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 256, allow_negative_numbers = true)]
     pub max_tokens: usize,
 
-    /// Divides the logits; 0 always takes the likeliest token [default: 0.8]
+    /// Sampling temperature; 0 always takes the most likely token [default: 0.8]
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
 
-    /// Choose among the K likeliest tokens; 0 for all [default: 0]
+    /// Sample from the K most likely tokens; 0 for all [default: 0]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
 
-    /// Choose among the likeliest tokens that together have probability P [default: 0.95]
+    /// Sample from the most likely tokens with a total probability of P [default: 0.95]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
 
-    /// Divides the logits of tokens already seen, or multiplies them where negative; 1 is off
+    /// Divides positive and multiplies negative logits of tokens seen before; 1 disables it
     #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f64,
 
-    /// Search for the likeliest answer with N beams instead of sampling; 1 is off
+    /// Search for the most likely answer with N beams instead of sampling; 1 disables it
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub beams: usize,
 
@@ -133,11 +133,11 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "L", allow_negative_numbers = true)]
     pub length_penalty: Option<f64>,
 
-    /// Seed of the random numbers: the same seed gives the same answers
+    /// Random seed: the same seed gives the same answers
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
 
-    /// End the answer before this text (repeatable)
+    /// Text at which the answer ends, itself left out (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
 }

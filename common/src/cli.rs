@@ -5,9 +5,11 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use clap::{ArgAction, Args, Parser};
+use anyhow::Context;
+use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
 
 use crate::backend::{self, BackendError};
+use crate::config::{self, ConfigError, Configuration, PathResolver};
 use crate::kernels::{Kernels, Precision, memory};
 use crate::logging;
 use crate::out_dir::{self, OutDirError};
@@ -15,28 +17,29 @@ use crate::runtime::{self, Runtime, ThreadsError};
 
 /// The flags of every command that trains.
 #[derive(Debug, Clone, Args)]
+#[command(arg(print_config_flag()))]
 pub struct StageArgs {
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 
-    /// Where the checkpoint, the metrics and the resolved config go
+    /// Directory for the checkpoint, the metrics and the resolved configuration
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Go on from the checkpoint in --out
+    /// Continue from the checkpoint in --out
     #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
 
-    /// Replace what an earlier run left in --out
+    /// Replace an earlier run in --out
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Override one value of the config; VALUE is TOML, or a string (repeatable)
+    /// Override a key of the configuration; VALUE is TOML, or else a string (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 
-    /// Where paths of the config that begin with `$DATA/` lie; else the variable `KINDLING_DATA` says
+    /// Folder that $DATA/ stands for in the paths of the configuration [env: KINDLING_DATA]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
@@ -52,46 +55,69 @@ pub struct InitArgs {
     #[arg(long, value_name = "DIR")]
     pub init: PathBuf,
 
-    /// What every stage takes
+    /// The flags of every training command
     #[command(flatten)]
     pub stage: StageArgs,
 }
 
-/// The flags of every command: device, precision, threads, verbosity.
+/// The flags of every command that computes with a model: device, precision, threads, verbosity.
 #[derive(Debug, Clone, Args)]
 pub struct RuntimeArgs {
-    /// Device to run on: flex, ndarray, wgpu, vulkan, metal, cuda or cpu, with :INDEX where there are several; `list`
-    /// shows what is there
+    /// Device to compute on: flex, ndarray, wgpu, vulkan, metal, cuda or cpu, with :INDEX if there are several; `list`
+    /// lists those available
     #[arg(long, value_name = "NAME[:INDEX]", default_value = "flex")]
     pub backend: String,
 
-    /// Float type of the model's computations, where the device has it; weights and optimiser stay in f32
+    /// Floating-point type of the model's computations; weights and optimiser state stay in f32
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub precision: Precision,
 
-    /// CPU threads [default: one for each core]
-    #[arg(long, value_name = "N", value_parser = at_least_1)]
-    pub threads: Option<NonZeroUsize>,
-
-    /// Fused kernels of our own where the backend has them, or plain tensor operations
+    /// Our own fused kernels where the backend has them, or plain tensor operations
     #[arg(long, value_name = "KIND", default_value = "fused")]
     kernels: Kernels,
 
-    /// Say more (-vv: still more)
+    /// Threads and verbosity
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// The flags of every command: threads and verbosity.
+#[derive(Debug, Clone, Args)]
+pub struct ProcessArgs {
+    /// CPU threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    pub threads: Option<NonZeroUsize>,
+
+    /// Log more (-vv: everything)
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet")]
     pub verbose: u8,
 
-    /// Say nothing but warnings and errors
+    /// Log warnings and errors only
     #[arg(short, long)]
     pub quiet: bool,
 }
 
+/// The largest count that a flag takes: sums and products of a few such counts stay within 64 bits.
+const MAX_COUNT: usize = 1_000_000_000;
+
+/// More threads than any machine has cores for.
+const MAX_THREADS: usize = 1024;
+
 /// Parses a flag whose value is a count of at least 1.
 ///
 /// # Errors
-/// If `text` is not a whole number of at least 1.
+/// If `text` is not a whole number from 1 to 1,000,000,000.
 pub fn at_least_1(text: &str) -> Result<NonZeroUsize, String> {
-    text.parse().map_err(|_| "expected a whole number of at least 1".to_owned())
+    count_up_to(MAX_COUNT, text)
+}
+
+fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    count_up_to(MAX_THREADS, text)
+}
+
+fn count_up_to(max: usize, text: &str) -> Result<NonZeroUsize, String> {
+    let count = text.parse().ok().filter(|count: &NonZeroUsize| count.get() <= max);
+    count.ok_or_else(|| format!("expected a whole number from 1 to {max}"))
 }
 
 impl StageArgs {
@@ -121,12 +147,22 @@ impl RuntimeArgs {
     /// Runs a command's work: logging and threads are set up before.
     ///
     /// # Errors
-    /// As [`start`](Self::start) and `work`.
+    /// As [`ProcessArgs::start`] and `work`.
     pub fn run(&self, work: impl FnOnce() -> anyhow::Result<()> + Send) -> anyhow::Result<()> {
         self.start()?;
         runtime::on_pool(work)
     }
 
+    /// As [`ProcessArgs::start`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(&self) -> Result<(), ThreadsError> {
+        self.process.start()
+    }
+}
+
+impl ProcessArgs {
     /// Starts logging and sets the number of threads and the policy for freed memory: the first thing a command does.
     ///
     /// # Errors
@@ -147,6 +183,76 @@ pub fn parse<C: Parser>() -> C {
         std::process::exit(0);
     }
     C::parse()
+}
+
+/// Reads the command line and carries it out with `run`, or with `print` where it says `--print-config`.
+///
+/// # Errors
+/// As `run` and `print`.
+pub fn carry_out<C: Parser>(
+    run: impl FnOnce(C) -> anyhow::Result<()>,
+    print: impl FnOnce(&ConfigSource) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    match ConfigSource::asked_for::<C>(std::env::args_os()) {
+        Some(source) => print(&source),
+        None => run(parse()),
+    }
+}
+
+/// The flag `--print-config`; [`carry_out`] looks for it, and no command reads it.
+pub fn print_config_flag() -> Arg {
+    let help = "Print the configuration with defaults and comments, then exit; no other flag is needed";
+    Arg::new("print_config").long("print-config").action(ArgAction::SetTrue).help(help)
+}
+
+/// Which configuration `--print-config` is to print: a file with overrides, or the defaults with overrides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigSource {
+    config: Option<PathBuf>,
+    overrides: Vec<String>,
+    data: Option<PathBuf>,
+}
+
+impl ConfigSource {
+    /// The flags of a subcommand with `--print-config`, for which no other flag is required. Ends the program with clap's
+    /// message if they are wrong.
+    fn asked_for<C: CommandFactory>(args: impl Iterator<Item = OsString>) -> Option<Self> {
+        let args: Vec<OsString> = args.collect();
+        if !args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--print-config") {
+            return None;
+        }
+        let command = C::command().mut_subcommands(|command| command.mut_args(|arg| arg.required(false)));
+        let matches = command.get_matches_from(args);
+        let (_, flags) = matches.subcommand()?;
+        Some(Self {
+            config: flags.get_one("config").cloned(),
+            overrides: flags.get_many("overrides").into_iter().flatten().cloned().collect(),
+            data: flags.get_one("data").cloned(),
+        })
+    }
+
+    /// Prints the configuration to stdout. Paths of a file's configuration are made absolute, so that the output can be
+    /// passed back as `--config` from anywhere; `$DATA/` stays where no data folder is given. `files` are the paths.
+    ///
+    /// # Errors
+    /// If the file cannot be read or does not fit `T`, or stdout is closed.
+    pub fn print<T: Configuration + Default>(&self, files: impl Fn(&mut T) -> Vec<&mut PathBuf>) -> anyhow::Result<()> {
+        let mut config: T = match &self.config {
+            Some(path) => config::load(path, &self.overrides)?,
+            None => config::parse("", Path::new("the defaults"), &self.overrides)?,
+        };
+        if let Some(path) = &self.config {
+            let resolver = PathResolver::new(path, self.data.as_deref());
+            for file in files(&mut config) {
+                match resolver.resolve(&*file) {
+                    Ok(absolute) => *file = absolute,
+                    Err(ConfigError::NoDataDir { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        std::io::stdout().write_all(config::print(&config).as_bytes()).context("failed to write the configuration")
+    }
 }
 
 fn asks_for_backends(args: impl Iterator<Item = OsString>) -> bool {
@@ -178,8 +284,8 @@ mod tests {
             ["--set", "a.b=1", "--set", "c=d", "--threads", "2", "--kernels", "plain", "-vv", "--backend", "wgpu:1"];
         let args = parse(&flags).expect("valid");
         assert_eq!(args.overrides, ["a.b=1", "c=d"]);
-        assert_eq!(args.runtime.threads.map(NonZeroUsize::get), Some(2));
-        assert_eq!((args.runtime.kernels(), args.runtime.verbose), (Kernels::Plain, 2));
+        assert_eq!(args.runtime.process.threads.map(NonZeroUsize::get), Some(2));
+        assert_eq!((args.runtime.kernels(), args.runtime.process.verbose), (Kernels::Plain, 2));
     }
 
     #[test]

@@ -4,8 +4,15 @@
 //! each error still names what the user typed: the file with line and column, or the flag. [`PathResolver`] turns the
 //! paths in a config into absolute ones, which is what makes `<out>/config.toml` usable as `--config` again.
 
+mod keys;
+mod print;
+
+pub use keys::{Interval, Key, Kind, Section, sections};
+pub use print::{print, toml_text};
+
 use std::path::{Component, Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use text::data::{DataError, files};
@@ -21,14 +28,21 @@ const DATA_PREFIX: &str = "$DATA";
 /// How alike two keys are (Jaro–Winkler, 1 is equal) before one is offered for the other.
 const NEAREST_KEY_SIMILARITY: f64 = 0.8;
 
+/// A type that a configuration file is read into.
+pub trait Configuration: DeserializeOwned + Serialize + JsonSchema {}
+
+impl<T: DeserializeOwned + Serialize + JsonSchema> Configuration for T {}
+
 /// Reads the TOML file at `path`, lays `overrides` over it and deserialises the whole.
 ///
-/// An override is `section.key=VALUE`. VALUE is read as TOML; where it is none (a bare word, a path) it is a string.
-/// `T` should say `#[serde(deny_unknown_fields)]`, so that a misspelt key is an error here and not a default later.
+/// An override is `section.key=VALUE`. VALUE is read as TOML; a VALUE that is not TOML (a bare word, a path) is a string.
+/// `T` should say `#[serde(deny_unknown_fields)]`, so that a misspelt key is an error here and not a default later. The
+/// ranges of numbers are those of `T`'s schema, see [`sections`].
 ///
 /// # Errors
-/// If the file cannot be read, is not TOML, or does not fit `T`. The error points at the line, or names the flag.
-pub fn load<T: DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T, ConfigError> {
+/// If the file cannot be read, is not TOML, or does not fit `T`, a number outside its range included. The error points at
+/// the line, or names the flag.
+pub fn load<T: DeserializeOwned + JsonSchema>(path: &Path, overrides: &[String]) -> Result<T, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     parse(&text, path, overrides)
 }
@@ -37,7 +51,11 @@ pub fn load<T: DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T,
 ///
 /// # Errors
 /// As [`load`], but for reading.
-pub fn parse<T: DeserializeOwned>(text: &str, path: &Path, overrides: &[String]) -> Result<T, ConfigError> {
+pub fn parse<T: DeserializeOwned + JsonSchema>(
+    text: &str,
+    path: &Path,
+    overrides: &[String],
+) -> Result<T, ConfigError> {
     let mut root = DeTable::parse(text).map_err(|error| invalid(path, text, error))?;
     // Each override is a document of its own, indented so far that its spans start behind the file and behind the
     // overrides before it: a span alone then says which text it belongs to.
@@ -56,7 +74,8 @@ pub fn parse<T: DeserializeOwned>(text: &str, path: &Path, overrides: &[String])
             hint: String::new(),
         })?;
     }
-    T::deserialize(toml::Deserializer::from(root)).map_err(|error| {
+    let checked = keys::check::<T>(root.get_ref());
+    checked.and_then(|()| T::deserialize(toml::Deserializer::from(root))).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         match starts.iter().rposition(|&s| s <= start) {
             Some(flag_idx) => ConfigError::Override {
@@ -293,7 +312,7 @@ fn without_dots(path: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    #[derive(Debug, Default, PartialEq, serde::Deserialize, Serialize)]
+    #[derive(Debug, Default, PartialEq, serde::Deserialize, Serialize, JsonSchema)]
     #[serde(default, deny_unknown_fields)]
     struct Sample {
         seed: u64,
@@ -302,7 +321,7 @@ mod tests {
         model: Option<Model>,
     }
 
-    #[derive(Debug, PartialEq, serde::Deserialize, Serialize)]
+    #[derive(Debug, PartialEq, serde::Deserialize, Serialize, JsonSchema)]
     #[serde(default, deny_unknown_fields)]
     struct Train {
         lr: f64,
@@ -311,14 +330,14 @@ mod tests {
         files: Vec<String>,
     }
 
-    #[derive(Debug, PartialEq, serde::Deserialize, Serialize)]
+    #[derive(Debug, PartialEq, serde::Deserialize, Serialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
     struct Model {
         d_model: usize,
         preset: Preset,
     }
 
-    #[derive(Debug, PartialEq, serde::Deserialize, Serialize)]
+    #[derive(Debug, PartialEq, serde::Deserialize, Serialize, JsonSchema)]
     #[serde(rename_all = "lowercase")]
     enum Preset {
         Transformer,

@@ -2,18 +2,19 @@
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
-//! [`backend`], [`runtime`] (models placed on a device), [`rng`], [`hash`]; of the command line [`cli`], [`logging`],
+//! [`backend`], [`runtime`] (models placed on a device), [`capacity`] (whether they fit into memory), [`rng`], [`hash`]; of the command line [`cli`], [`logging`],
 //! [`interrupt`], [`out_dir`], [`exit`]; and [`session`] (what every training run does the same way).
 //!
 //! # Invariants
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
 //!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `scoring` → `model`,
 //!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `runtime` →
-//!   `backend`, `checkpoint`, `model`, `optim`; `cli` → `runtime`, `out_dir`, `logging`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
+//!   `backend`, `checkpoint`, `model`, `optim`; `capacity` → `model`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
 pub mod backend;
+pub mod capacity;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -17,7 +17,7 @@ use common::cli::{RuntimeArgs, StageArgs, at_least_1};
         ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data DATA/stories/prompts.test.jsonl"
 )]
 pub struct Cli {
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -25,7 +25,7 @@ pub struct Cli {
 /// The commands of `ppo`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Train a policy to score higher
+    /// Train a policy for higher scores
     Train(TrainArgs),
     /// Compare a policy with its reference on held-out prompts
     Eval(EvalArgs),
@@ -33,22 +33,29 @@ pub enum Command {
 
 /// Flags of `ppo train`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ppo train --config configs/tiny/ppo.toml --data data/tiny --policy runs/sft --reward-model runs/rm --out runs/ppo\n  \
+        ppo train --config configs/tiny/ppo.toml --set train.steps=2 --print-config"
+)]
 pub struct TrainArgs {
-    /// Checkpoint of the initial policy, which stays the reference: stage sft
+    /// Checkpoint of the initial policy, which is also the reference: stage sft
     #[arg(long, value_name = "DIR")]
     pub policy: PathBuf,
 
-    /// Checkpoint of the reward model, which the value model starts from too
+    /// Checkpoint of the reward model, which also initialises the value model
     #[arg(long, value_name = "DIR")]
     pub reward_model: PathBuf,
 
-    /// What every stage takes
+    /// The flags of every training command
     #[command(flatten)]
     pub stage: StageArgs,
 }
 
 /// Flags of `ppo eval`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data data/tiny/prompts.test.jsonl"
+)]
 pub struct EvalArgs {
     /// Checkpoint of the policy
     #[arg(long, value_name = "DIR")]
@@ -66,23 +73,23 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Sampling temperature [default: as the checkpoint was trained, else 1]
+    /// Sampling temperature [default: that of the checkpoint's training, else 1]
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
 
-    /// Tokens of an answer at most [default: as the checkpoint was trained, else 128]
+    /// Maximum tokens per answer [default: that of the checkpoint's training, else 128]
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<usize>,
 
-    /// Seed of the sampling
+    /// Random seed of the samples
     #[arg(long, value_name = "N", default_value = "0")]
     pub seed: u64,
 
-    /// Answers computed at a time
+    /// Answers computed at once
     #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

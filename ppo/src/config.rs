@@ -1,30 +1,35 @@
-//! The TOML of this stage.
+//! The configuration of this stage.
 
 use anyhow::ensure;
 use common::cli::StageArgs;
 use common::optim::{OptimizerConfig, RlhfDefaults};
 use common::session::{self, DataConfig, RunConfig};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `ppo.toml`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PpoConfig {
-    /// Seed of the prompts' order, sampling and minibatches.
+    /// Random seed of the prompt order, sampling and minibatches.
     pub seed: u64,
-    /// The prompts.
+    /// Prompts to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a path in the
+    /// folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig<TooLong>,
-    /// The policy's optimiser and its schedule; linear to 0 by default.
+    /// AdamW of the policy and its learning-rate schedule, which falls linearly to 0 by default.
     #[serde(with = "RlhfDefaults")]
+    #[schemars(with = "OptimizerConfig")]
     pub optimizer: OptimizerConfig,
-    /// The value model's; linear to 0 by default.
+    /// AdamW of the value model and its learning-rate schedule, which falls linearly to 0 by default.
     #[serde(with = "RlhfDefaults")]
+    #[schemars(with = "OptimizerConfig")]
     pub value_optimizer: OptimizerConfig,
     /// Training length and batch sizes.
     pub train: TrainConfig,
-    /// The algorithm.
+    /// Rollouts, rewards, advantages and the clipped objectives.
     pub ppo: PpoSection,
-    /// How often to log, evaluate and save. An evaluation is better when `val/score − kl_coef·val/kl` is higher.
+    /// Intervals of logging, evaluation and checkpoints, in PPO steps. The best evaluation is the one with the highest
+    /// `val/score − kl_coef·val/kl`.
     pub run: RunConfig,
 }
 
@@ -43,31 +48,34 @@ impl Default for PpoConfig {
 }
 
 /// What to do with a prompt that, with `ppo.response_length` more tokens, exceeds the context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {
     /// Stop with an error.
     #[default]
     Fail,
-    /// Leave it out.
+    /// Leave the prompt out.
     Skip,
 }
 
 /// `[train]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Steps: each samples a batch of responses and makes all updates on it.
+    /// Number of PPO steps; each samples a batch of responses and makes all updates on it.
+    #[schemars(range(min = 1, max = 1_000_000_000_000_u64))]
     pub steps: u64,
-    /// Prompts in one step, one response each.
+    /// Number of prompts in a step, with one response each.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
-    /// Responses computed at a time, sorted by length so that little is padded; `batch_size / ppo.minibatches` by
-    /// default.
+    /// Number of responses computed at once, sorted by length to save padding, with gradients accumulated over the
+    /// minibatch; divides `batch_size / ppo.minibatches`, which is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub micro_batch_size: Option<usize>,
-    /// Held-out prompts of an evaluation along the way; 0 for all.
+    /// Number of held-out prompts in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_prompts: usize,
-    /// Of these, how many answers go to `samples.jsonl`.
+    /// Number of held-out answers written to `samples.jsonl` at every evaluation.
     pub n_samples: usize,
 }
 
@@ -78,45 +86,59 @@ impl Default for TrainConfig {
 }
 
 /// `[ppo]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PpoSection {
-    /// Tokens of a response at most, `<|end|>` included.
+    /// Maximum number of tokens in a response, `<|end|>` included.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub response_length: usize,
-    /// Sampling temperature, in every log-probability too.
+    /// Sampling temperature; log-probabilities are taken at the same temperature.
+    #[schemars(range(min = 0.001, max = 1000))]
     pub temperature: f64,
-    /// Score of a response that was cut off instead of ending, in place of the reward model's.
+    /// Score of a response that was cut off before `<|end|>`, in place of the reward model's.
+    #[schemars(range(min = -1_000_000, max = 1_000_000))]
     pub missing_eos_score: f64,
-    /// Reward per nat away from the reference; with `kl_target`, only at the start.
+    /// KL coefficient: reward lost per nat of divergence from the reference policy. With `kl_target`, its initial value.
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub kl_coef: f64,
-    /// Nats that an adaptive coefficient steers `objective/kl` to; absent for a fixed one.
+    /// Target of the adaptive KL coefficient, in nats per response; without it the coefficient is fixed.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1e-6, max = 1_000_000))]
     pub kl_target: Option<f64>,
-    /// Responses over which the adaptive coefficient moves.
+    /// Time constant of the adaptive KL coefficient, in responses.
+    #[schemars(range(min = 1e-3, max = 1e12))]
     pub kl_horizon: f64,
-    /// Discount γ per token; 1 because a response is one decision in many tokens.
+    /// Discount factor γ per token; 1 because a response is one decision in many tokens.
+    #[schemars(range(min = 0, max = 1))]
     pub gamma: f64,
-    /// λ of the advantage estimates: 1 trusts returns, 0 values.
+    /// λ of generalised advantage estimation: 1 relies on the returns alone, 0 on the values.
+    #[schemars(range(min = 0, max = 1))]
     pub lambda: f64,
-    /// Passes over the batch of responses.
+    /// Number of passes over the responses of a step (PPO epochs).
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub epochs: u64,
-    /// Optimiser steps in a pass; divides `train.batch_size`.
+    /// Number of minibatches, and so of optimiser steps, in a pass; divides `train.batch_size`.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub minibatches: usize,
-    /// Probability ratios count within `1 ± clip_range`.
+    /// Clip range ε of the policy: probability ratios are clipped to `1 ± clip_range`.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub clip_range: f64,
-    /// Values count within `± value_clip_range` of the old ones, in units of the score.
+    /// Clip range of the value model: values are clipped to within this distance of the old ones, in units of the score.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub value_clip_range: f64,
-    /// What the value model starts from.
+    /// Initial weights of the value model.
     pub value_init: ValueInit,
-    /// How far from 1 a ratio may be before the first update of a step; only rounding should be.
+    /// Largest difference from 1 that probability ratios may have before the first update of a step; it should be rounding
+    /// alone.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub ratio_tolerance: f64,
 }
 
-/// What the value model starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Initial weights of the value model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ValueInit {
-    /// The reward model, head and all.
+    /// The reward model with its head.
     #[default]
     RewardModel,
     /// The reward model's trunk with a head of zeros: no response is worth more than another at first.
@@ -162,15 +184,10 @@ impl PpoConfig {
         self.value_optimizer.validate()?;
         self.data.validate("prompts")?;
         self.run.validate()?;
-        let TrainConfig { steps, batch_size, micro_batch_size, .. } = self.train;
-        ensure!(steps > 0 && batch_size > 0, "`train.steps` and `train.batch_size` must be at least 1");
-        let PpoSection { epochs, minibatches, response_length, .. } = self.ppo;
+        let TrainConfig { batch_size, micro_batch_size, .. } = self.train;
+        let minibatches = self.ppo.minibatches;
         ensure!(
-            epochs > 0 && minibatches > 0 && response_length > 0,
-            "`ppo.epochs`, `ppo.minibatches` and `ppo.response_length` must be at least 1"
-        );
-        ensure!(
-            batch_size % minibatches == 0,
+            minibatches > 0 && batch_size % minibatches == 0,
             "`ppo.minibatches` {minibatches} does not divide `train.batch_size` {batch_size}"
         );
         let minibatch = batch_size / minibatches;
@@ -179,28 +196,6 @@ impl PpoConfig {
             micro > 0 && minibatch % micro == 0,
             "`train.micro_batch_size` {micro} does not divide the {minibatch} responses of a minibatch"
         );
-        let unit = |x: f64| (0.0..=1.0).contains(&x);
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        let checks = [
-            ("temperature", "a positive number", self.ppo.temperature, positive(self.ppo.temperature)),
-            ("missing_eos_score", "a number", self.ppo.missing_eos_score, self.ppo.missing_eos_score.is_finite()),
-            ("kl_coef", "0 or more", self.ppo.kl_coef, self.ppo.kl_coef >= 0.0 && self.ppo.kl_coef.is_finite()),
-            (
-                "kl_target",
-                "a positive number",
-                self.ppo.kl_target.unwrap_or(1.0),
-                self.ppo.kl_target.is_none_or(positive),
-            ),
-            ("kl_horizon", "a positive number", self.ppo.kl_horizon, positive(self.ppo.kl_horizon)),
-            ("gamma", "between 0 and 1", self.ppo.gamma, unit(self.ppo.gamma)),
-            ("lambda", "between 0 and 1", self.ppo.lambda, unit(self.ppo.lambda)),
-            ("clip_range", "a positive number", self.ppo.clip_range, positive(self.ppo.clip_range)),
-            ("value_clip_range", "a positive number", self.ppo.value_clip_range, positive(self.ppo.value_clip_range)),
-            ("ratio_tolerance", "a positive number", self.ppo.ratio_tolerance, positive(self.ppo.ratio_tolerance)),
-        ];
-        for (name, expected, found, ok) in checks {
-            ensure!(ok, "`ppo.{name}` must be {expected}, found {found}");
-        }
         Ok(())
     }
 

@@ -35,6 +35,7 @@ pub use replay::{Replay, replay};
 pub use train::train;
 pub use trial::{Measurement, Trial};
 
+use common::cli::ConfigSource;
 use common::session;
 
 /// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
@@ -51,4 +52,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
+}
+
+/// Prints the configuration that `source` describes, with every key and its meaning.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
+    source.print(|config: &mut PpoConfig| config.data.files_mut())
 }

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::exit::report(ppo::run(common::cli::parse::<ppo::Cli>()))
+    common::exit::report(common::cli::carry_out(ppo::run, ppo::print_config))
 }

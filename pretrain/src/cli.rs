@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use common::cli::{RuntimeArgs, StageArgs, at_least_1};
+use common::cli::{ProcessArgs, RuntimeArgs, StageArgs, at_least_1, print_config_flag};
 
 /// Pretrain a GPT on text
 #[derive(Debug, Parser)]
@@ -18,7 +18,7 @@ use common::cli::{RuntimeArgs, StageArgs, at_least_1};
         pretrain eval --checkpoint runs/base --data held-out.txt"
 )]
 pub struct Cli {
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -26,7 +26,7 @@ pub struct Cli {
 /// The commands of `pretrain`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Train a tokenizer on the config's text
+    /// Train a tokenizer on the text of the configuration
     Tokenizer(TokenizerArgs),
     /// Train a model, from random weights or from a checkpoint
     Train(TrainArgs),
@@ -36,44 +36,52 @@ pub enum Command {
 
 /// Flags of `pretrain tokenizer`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  pretrain tokenizer --config configs/tiny/pretrain.toml --data data/tiny --out runs/tokenizer",
+    arg(print_config_flag())
+)]
 pub struct TokenizerArgs {
-    /// What to do, as TOML
+    /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 
-    /// Where the tokenizer goes
+    /// Directory for the tokenizer
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Replace what an earlier run left in --out
+    /// Replace an earlier tokenizer in --out
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Override one value of the config; VALUE is TOML, or a string (repeatable)
+    /// Override a key of the configuration; VALUE is TOML, or else a string (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 
-    /// Where the paths of the config that begin with $DATA/ lie [env: KINDLING_DATA]
+    /// Folder that $DATA/ stands for in the paths of the configuration [env: KINDLING_DATA]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
-    /// On what to run
+    /// Threads and verbosity
     #[command(flatten)]
-    pub runtime: RuntimeArgs,
+    pub process: ProcessArgs,
 }
 
 /// Flags of `pretrain train`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  pretrain train --config configs/tiny/pretrain.toml --data data/tiny --tokenizer runs/tokenizer --out runs/base\n  \
+        pretrain train --config configs/tiny/pretrain.toml --set train.steps=20 --print-config"
+)]
 pub struct TrainArgs {
     /// Directory of the tokenizer; not needed with --init
-    #[arg(long, value_name = "DIR", required_unless_present = "init", conflicts_with = "init")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["init", "print_config"], conflicts_with = "init")]
     pub tokenizer: Option<PathBuf>,
 
-    /// Checkpoint to go on from with new data, instead of random weights
+    /// Checkpoint to start from, instead of random weights
     #[arg(long, value_name = "DIR")]
     pub init: Option<PathBuf>,
 
-    /// What every stage takes
+    /// The flags of every training command
     #[command(flatten)]
     pub stage: StageArgs,
 }
@@ -81,28 +89,30 @@ pub struct TrainArgs {
 /// Flags of `pretrain eval`.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true))]
+#[command(after_help = "Example:\n  pretrain eval --checkpoint runs/base --data data/tiny/pretrain.val.txt\n  \
+        pretrain eval --checkpoint runs/base --ids ids.json --logits")]
 pub struct EvalArgs {
     /// Checkpoint of a language model
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
 
-    /// Text to measure the loss on (.txt, .jsonl or .parquet, also .gz)
+    /// Text file (.txt, .jsonl or .parquet, also .gz)
     #[arg(long, value_name = "FILE", group = "input")]
     pub data: Option<PathBuf>,
 
-    /// A JSON array of arrays of token ids, used as they are
+    /// File of token ids: a JSON array with an array for each sequence
     #[arg(long, value_name = "FILE", group = "input")]
     pub ids: Option<PathBuf>,
 
-    /// Print the logits of every position too
+    /// Print the logits of every position as well
     #[arg(long, requires = "ids", conflicts_with = "data")]
     pub logits: bool,
 
-    /// Rows computed at a time
+    /// Sequences computed at once
     #[arg(long, value_name = "N", default_value = "8", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

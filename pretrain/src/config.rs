@@ -1,4 +1,4 @@
-//! The TOML of this stage.
+//! The configuration of this stage.
 
 use std::path::PathBuf;
 
@@ -10,50 +10,54 @@ use common::model::{GptConfig, ModelSection};
 use common::optim::OptimizerConfig;
 use common::session::{self, Amount, RunConfig};
 use common::tokenizer::TokenizerConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `pretrain.toml`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PretrainConfig {
-    /// Seed of weights, order and dropout.
+    /// Random seed of the initial weights, the data order, dropout and samples.
     pub seed: u64,
-    /// The text.
+    /// Text to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a path in the
+    /// folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig,
-    /// The architecture.
+    /// Architecture of a new model; with `--init` the checkpoint's applies.
     pub model: ModelSection,
-    /// The tokenizer, for `pretrain tokenizer`.
+    /// Tokenizer that `pretrain tokenizer` learns.
     pub tokenizer: TokenizerConfig,
-    /// AdamW and its schedule.
+    /// AdamW and its learning-rate schedule.
     pub optimizer: OptimizerConfig,
     /// Training length and batch sizes.
     pub train: TrainConfig,
-    /// How often to log, evaluate and save.
+    /// Intervals of logging, evaluation and checkpoints.
     pub run: RunConfig,
 }
 
 /// `[data]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// Files to train on (.txt, .jsonl, .json or .parquet, all but the last also .gz): a path, a list of paths, or
-    /// patterns such as `data/*.txt`.
+    /// Training files: `.txt`, `.jsonl` or `.json` with `{"text"}`, all also `.gz`, or `.parquet` with a column `text`; a path, a
+    /// list of paths, or patterns such as `data/*.txt`. Required.
     #[serde(deserialize_with = "one_or_many")]
     pub train: Vec<PathBuf>,
-    /// Files to evaluate on; empty to hold out the end of the training text instead.
+    /// Validation files of the same formats; if empty, the end of the training text is held out instead.
     #[serde(deserialize_with = "one_or_many")]
     pub val: Vec<PathBuf>,
-    /// The part of the training text that is held out where there are no `val` files.
+    /// Fraction of the training text that is held out if there are no `val` files.
+    #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
     pub val_fraction: f64,
-    /// What separates the documents of a `.txt`: `blank-line`, `line`, `none` or a text of one's own.
+    /// Separator of the documents in a `.txt` file: `"blank-line"`, `"line"` (each line is a document), `"none"` (each file is
+    /// a document), or any other string, such as `"<|endoftext|>"`.
     pub separator: Separator,
-    /// What to do with a record that is malformed: `fail` or `skip`.
+    /// What to do with a malformed record.
     pub on_bad_record: OnBadRecord,
-    /// The longest record or document that is read, in bytes.
+    /// Largest size of a record or document in bytes; a longer one is malformed.
     pub max_record_bytes: RecordLimit,
-    /// Whether each document begins with `<|bos|>`; without, the text is one stream.
+    /// Whether every document begins with `<|bos|>`; if not, the text is one continuous stream.
     pub document_bos: bool,
-    /// Whether a token may attend to the documents before its own in the same window.
+    /// Whether a token may attend to earlier documents in the same window.
     pub attend_across_documents: bool,
 }
 
@@ -73,24 +77,30 @@ impl Default for DataConfig {
 }
 
 /// `[train]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Optimiser steps.
+    /// Number of optimiser steps.
+    #[schemars(range(min = 1, max = 1_000_000_000_000_u64))]
     pub steps: u64,
-    /// Windows in one optimiser step.
+    /// Number of windows in one optimiser step.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
-    /// Windows computed at a time; divides `batch_size`, which is also the default.
+    /// Number of windows computed at once, with gradients accumulated over the batch; divides `batch_size`, which is the
+    /// default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub micro_batch_size: Option<usize>,
-    /// Tokens in a window; `model.max_seq_len` by default.
+    /// Length of a window in tokens; at most `model.max_seq_len`, which is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub seq_len: Option<usize>,
-    /// Windows of an evaluation along the way; 0 for all held-out text.
+    /// Number of held-out windows in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_windows: usize,
-    /// Beginnings that samples along the way continue.
+    /// Texts that the model continues at every evaluation; the results go to `samples.jsonl`.
     pub sample_prompts: Vec<String>,
-    /// Tokens of each sample.
+    /// Maximum number of tokens in a sample.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub sample_tokens: usize,
 }
 
@@ -153,13 +163,7 @@ impl PretrainConfig {
             !self.data.train.is_empty(),
             "`data.train` names no file\nhint: list at least one .txt, .jsonl or .parquet"
         );
-        ensure!(
-            self.data.val_fraction > 0.0 && self.data.val_fraction < 1.0,
-            "`data.val_fraction` must lie in (0, 1), found {}",
-            self.data.val_fraction
-        );
         self.train.amount().validate()?;
-        ensure!(self.train.seq_len != Some(0), "`train.seq_len` must be at least 1");
         self.run.validate()
     }
 

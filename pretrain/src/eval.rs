@@ -48,7 +48,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
                 &data_config(&checkpoint)?,
                 tokenizer,
                 gpt.config().max_seq_len,
-                args.runtime.quiet,
+                args.runtime.process.quiet,
             )?;
             let mut all = evaluate_windows(&gpt, &text, 0, args.batch_size.get())?;
             if let Some(rest) = text.remainder()? {

@@ -25,6 +25,7 @@ pub use windows::first_windows;
 use std::io::Write;
 
 use anyhow::Context;
+use common::cli::ConfigSource;
 use common::session;
 
 /// Carries out one command line.
@@ -34,7 +35,7 @@ use common::session;
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Tokenizer(args) => {
-            args.runtime.start()?;
+            args.process.start()?;
             let result = train_tokenizer(&args)?;
             writeln!(std::io::stdout(), "{result}").context("failed to write the result")
         }
@@ -43,4 +44,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
+}
+
+/// Prints the configuration that `source` describes, with every key and its meaning.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
+    source.print(|config: &mut PretrainConfig| config.data.files_mut())
 }

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::exit::report(pretrain::run(common::cli::parse::<pretrain::Cli>()))
+    common::exit::report(common::cli::carry_out(pretrain::run, pretrain::print_config))
 }

@@ -41,7 +41,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
         read(&config.data.val)?
     };
     out_dir::prepare(&args.out, false, args.overwrite, &[])?;
-    let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.runtime.quiet)?;
+    let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.process.quiet)?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");
     std::fs::write(&path, config::to_toml(&config)?)

@@ -3,6 +3,7 @@
 use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::tensor::Tensor;
+use common::capacity;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::interrupt::Interrupt;
@@ -36,7 +37,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
     };
     let seq_len = config.seq_len(&model_config)?;
-    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.quiet)?;
+    capacity::check_training(&model_config, config.train.amount().micro(), seq_len)?;
+    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.process.quiet)?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {
         stage: Stage::Pretrain,
@@ -139,7 +141,7 @@ impl Pretraining<'_> {
             let continued = generate(plain, &[ids], &sampling, &self.streams, first_row, GenerateOptions::default())?;
             let text = tokenizer.decode(&continued[0].ids);
             tracing::info!("sample: {prompt}{}", text.replace('\n', "⏎"));
-            session.recorder.sample(step, &json!({ "prompt": prompt, "text": text }))?;
+            session.recorder.sample(step, &json!({ "prompt": prompt, "response": text }))?;
         }
         Ok(())
     }

@@ -18,6 +18,6 @@ pub fn first_windows(args: &TrainArgs, n: usize) -> anyhow::Result<Vec<Vec<u32>>
     let model = config.model.resolve(tokenizer.vocab_size())?;
     let seq_len = config.seq_len(&model)?;
     let mut corpus =
-        Corpus::open(&config.data, &tokenizer, seq_len, &Streams::new(config.seed), args.stage.runtime.quiet)?;
+        Corpus::open(&config.data, &tokenizer, seq_len, &Streams::new(config.seed), args.stage.runtime.process.quiet)?;
     Ok(corpus.train.batch(0..n as u64)?.rows)
 }

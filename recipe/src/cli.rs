@@ -22,7 +22,7 @@ use compare::{CompareArgs, ProbeArgs};
         recipe bench train --size a"
 )]
 pub struct Cli {
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -32,11 +32,13 @@ pub struct Cli {
 pub enum Command {
     /// Run every stage of a recipe in turn, then write report.html and report.json
     Run(RunArgs),
+    /// Write a small recipe for your own files
+    New(NewArgs),
     /// Run a recipe on several backends and compare every level, from single operations to whole curves
     Compare(CompareArgs),
     /// Generate the data of configs/tiny as files
     World(WorldArgs),
-    /// Measure the speed of training, decoding or PPO on random weights and tokens: one JSON line
+    /// Measure the speed of training, decoding or PPO with random weights and tokens: one line of JSON
     #[command(subcommand)]
     Bench(BenchCommand),
     /// One backend's part of `compare`
@@ -58,15 +60,15 @@ pub struct RunArgs {
     #[arg(value_name = "RECIPE")]
     pub recipe: String,
 
-    /// Where everything goes: one directory per stage, the data, the report
+    /// Directory for everything: one directory for each stage, the data, the report
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Where the paths of the recipe that begin with $DATA/ lie [env: KINDLING_DATA]
+    /// Folder that $DATA/ stands for in the paths of the recipe [env: KINDLING_DATA]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
-    /// Seed of all stages, instead of the recipe's
+    /// Random seed of all stages, instead of the recipe's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
@@ -74,7 +76,8 @@ pub struct RunArgs {
     #[arg(long, alias = "stage", value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
 
-    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
+    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.`; VALUE is TOML, or else a string
+    /// (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 
@@ -83,36 +86,79 @@ pub struct RunArgs {
     #[arg(long)]
     pub overwrite: bool,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+}
+
+/// Flags of `recipe new`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A stage whose file is not given is left out. All files are read and checked first. Of conversations, pairs and \
+        prompts every twentieth is held out for evaluation.\n\nExample:\n  \
+        recipe new my-recipe --text book.txt --sft answers.jsonl\n  \
+        recipe new my-recipe --text book.txt --sft answers.jsonl --pairs preferences.jsonl --prompts prompts.jsonl"
+)]
+pub struct NewArgs {
+    /// Folder of the new recipe
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// Text to pretrain on (.txt, .jsonl or .parquet, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+
+    /// Conversations to fine-tune on (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub sft: Option<PathBuf>,
+
+    /// Preference pairs for the reward model (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub pairs: Option<PathBuf>,
+
+    /// Prompts for PPO (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+
+    /// Model to start from instead of pretraining one: a checkpoint or a Hugging Face directory
+    #[arg(long, value_name = "DIR", conflicts_with = "text")]
+    pub init: Option<PathBuf>,
 }
 
 /// Flags of `recipe world`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  recipe world --out data/tiny --seed 1 --stories 24000")]
 pub struct WorldArgs {
-    /// Where the files go
+    /// Directory for the files
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Everything follows from it; that of configs/tiny is 1
+    /// Random seed; that of configs/tiny is 1
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
-    /// Stories to pretrain on; the other files keep their proportion to them
-    #[arg(long, value_name = "N")]
+    /// Number of stories to pretrain on; the other files scale with it
+    #[arg(long, value_name = "N", value_parser = stories)]
     pub stories: Option<usize>,
 
     /// Replace the files of an earlier world in --out
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Say more (-vv: still more)
+    /// Log more (-vv: everything)
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet")]
     pub verbose: u8,
 
-    /// Say nothing but warnings and errors
+    /// Log warnings and errors only
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// Parses a number of stories that a world can have.
+fn stories(text: &str) -> Result<usize, String> {
+    let range = 1..=toy::MOST_STORIES;
+    text.parse()
+        .ok()
+        .filter(|n| range.contains(n))
+        .ok_or_else(|| format!("expected a whole number from 1 to {}", range.end()))
 }

@@ -48,7 +48,7 @@ pub fn prepare(args: &CompareArgs, out: &Path) -> Result<Prepared> {
         overwrite: true,
         overrides: recipe.stage_overrides(Step::Tokenizer),
         data: recipe.data.clone(),
-        runtime: args.runtime.clone(),
+        process: args.runtime.process.clone(),
     })?;
     Ok(prepared)
 }

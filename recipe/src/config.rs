@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::config::PathResolver;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::gold::GoldConfig;
@@ -11,57 +12,67 @@ use crate::steps::Step;
 use toy::WorldConfig;
 
 /// A recipe's own TOML file; the stages have one each beside it.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecipeConfig {
-    /// Heading of the report.
+    /// Title of the report.
     pub title: String,
-    /// The one seed of all steps; it goes before a `seed` in a stage's file.
+    /// Random seed of all steps; takes precedence over the `seed` of a stage's file.
     pub seed: u64,
-    /// Training stages to run; all of them if not given, or with `init` those after pretraining.
+    /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`. All of them by default, or with `init`
+    /// those after `pretrain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stages: Option<Vec<Step>>,
-    /// A model to start from, a checkpoint or a directory in Hugging Face layout: SFT starts from it, or pretraining if
-    /// `stages` names it.
+    /// Model to start from, a checkpoint or a directory in Hugging Face layout: the initial model of SFT, or of pretraining
+    /// if `stages` names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
-    /// Data to generate; they are then what `$DATA/` means.
+    /// Generated world of stories. With this table the recipe generates its own data, and `$DATA/` stands for the folder of
+    /// the generated files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub world: Option<WorldConfig>,
-    /// What answers are really worth, where that is known.
+    /// Gold score: the true quality of an answer, where it is known. No model is trained on it; it labels the pairs of
+    /// `[collect]` and is reported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gold: Option<GoldConfig>,
-    /// Preference pairs of the SFT model's own answers; the reward model then learns from them.
+    /// Preference pairs of the SFT model's own answers, labelled by a simulated labeller; the reward model then learns from
+    /// them instead of the files in `reward-model.toml`. Needs `[gold]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub collect: Option<CollectConfig>,
-    /// Answers to held-out prompts, for the report.
+    /// Evaluation of the base model, the SFT model and the PPO policy on held-out prompts, for the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<EvaluateConfig>,
 }
 
 /// `[collect]`: pairs of the SFT model's own answers, labelled by the simulated labeller.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CollectConfig {
-    /// Prompts to answer for training and validation pairs.
+    /// Prompts of the training and validation pairs (`.jsonl`). Required.
     pub prompts: PathBuf,
-    /// Prompts to answer for test pairs.
+    /// Prompts of the test pairs; if empty, there are none.
     pub test_prompts: PathBuf,
-    /// Prompts to use of `prompts`, from the beginning; 0 for all.
+    /// Number of prompts used, from the beginning of `prompts`; 0 uses all.
     pub n_prompts: usize,
-    /// Of these, the last that give validation pairs.
+    /// Number of these prompts, from the end, whose pairs are for validation.
     pub n_val_prompts: usize,
-    /// Answers sampled to each prompt; every two of them make a pair.
+    /// Number of answers sampled to each prompt; every two of them form a pair.
+    #[schemars(range(min = 2, max = 1000))]
     pub samples_per_prompt: usize,
     /// Sampling temperature.
+    #[schemars(range(min = 0.001, max = 1000))]
     pub temperature: f64,
-    /// Longest answer in tokens.
+    /// Maximum number of tokens in an answer.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max_tokens: usize,
-    /// The labeller's temperature in units of the gold score; higher errs more.
+    /// Temperature of the simulated labeller, in units of the gold score; the higher, the more labels are wrong.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub label_temperature: f64,
-    /// Pairs whose gold scores are nearer than this are not shown to the labeller.
+    /// Smallest difference in gold score between the answers of a pair; closer pairs are discarded.
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub least_difference: f64,
-    /// Answers decoded together.
+    /// Number of answers decoded at once.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
 }
 
@@ -83,23 +94,26 @@ impl Default for CollectConfig {
 }
 
 /// `[evaluate]`: answers of the base model, the SFT model and the PPO policy to prompts that none was trained on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateConfig {
-    /// The held-out prompts.
+    /// Held-out prompts that every model answers (`.jsonl`). Required.
     pub prompts: PathBuf,
-    /// Prompts to use, from the beginning; 0 for all.
+    /// Number of prompts used, from the beginning of `prompts`; 0 uses all.
     pub n_prompts: usize,
-    /// Preference pairs for the reward model's accuracy; with `[collect]`, its test pairs if not given.
+    /// Preference pairs for the accuracy of the reward model; the test pairs of `[collect]` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pairs: Option<PathBuf>,
-    /// Sampling temperature; 0 takes the likeliest token.
+    /// Sampling temperature; 0 always takes the most likely token.
+    #[schemars(range(min = 0, max = 1000))]
     pub temperature: f64,
-    /// Longest answer in tokens.
+    /// Maximum number of tokens in an answer.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max_tokens: usize,
-    /// How the base model, which knows no conversations, is asked.
+    /// Form in which the prompt is given to the base model, which has seen no conversations.
     pub base_prompt: BasePrompt,
-    /// Answers decoded together.
+    /// Number of answers decoded at once.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
 }
 
@@ -117,14 +131,14 @@ impl Default for EvaluateConfig {
     }
 }
 
-/// How the pretrained model is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Form in which a prompt is given to the pretrained model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BasePrompt {
-    /// `<|bos|>`, the request, a line break: text to go on from.
+    /// `<|bos|>`, the prompt and a line break, as text to continue.
     #[default]
     Raw,
-    /// The chat format, whose special tokens it has never seen.
+    /// The chat format, whose special tokens the model has never seen.
     Chat,
 }
 
@@ -210,24 +224,6 @@ impl RecipeConfig {
 impl CollectConfig {
     fn validate(&self) -> Result<()> {
         ensure!(!self.prompts.as_os_str().is_empty(), "`prompts` names no file");
-        ensure!(self.samples_per_prompt >= 2, "`samples_per_prompt` must be at least 2 to make a pair");
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        ensure!(
-            positive(self.temperature),
-            "`temperature` must be a positive number, found {}: at 0 all answers to a prompt are the same",
-            self.temperature
-        );
-        ensure!(
-            positive(self.label_temperature),
-            "`label_temperature` must be a positive number, found {}",
-            self.label_temperature
-        );
-        ensure!(
-            self.least_difference >= 0.0 && self.least_difference.is_finite(),
-            "`least_difference` must be 0 or more, found {}",
-            self.least_difference
-        );
-        ensure!(self.max_tokens > 0 && self.batch_size > 0, "`max_tokens` and `batch_size` must be at least 1");
         ensure!(
             self.n_prompts == 0 || self.n_val_prompts < self.n_prompts,
             "`n_val_prompts` {} leaves nothing to train on of `n_prompts` {}",
@@ -241,12 +237,6 @@ impl CollectConfig {
 impl EvaluateConfig {
     fn validate(&self) -> Result<()> {
         ensure!(!self.prompts.as_os_str().is_empty(), "`prompts` names no file");
-        ensure!(
-            self.temperature >= 0.0 && self.temperature.is_finite(),
-            "`temperature` must be 0 or more, found {}",
-            self.temperature
-        );
-        ensure!(self.max_tokens > 0 && self.batch_size > 0, "`max_tokens` and `batch_size` must be at least 1");
         Ok(())
     }
 }

@@ -3,11 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use common::config::{self, ConfigError, PathResolver};
+use common::config::{self, ConfigError, Configuration, PathResolver};
 use common::exit::UsageError;
 use common::files::write_whole;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use crate::config::RecipeConfig;
 use crate::steps::Step;
@@ -84,7 +82,7 @@ impl Recipe {
     ///
     /// # Errors
     /// If the file cannot be read or does not fit `T`.
-    pub fn load<T: DeserializeOwned + Default + Serialize>(&self, step: Step, overrides: &[String]) -> Result<T> {
+    pub fn load<T: Configuration + Default>(&self, step: Step, overrides: &[String]) -> Result<T> {
         Ok(load(&self.stage_config(step), file_of(step).name(), overrides)?)
     }
 }
@@ -95,11 +93,7 @@ fn file_of(step: Step) -> Step {
 }
 
 /// [`config::load`], with errors in terms of `--set <prefix>.key=VALUE`.
-fn load<T: DeserializeOwned + Default + Serialize>(
-    path: &Path,
-    prefix: &str,
-    overrides: &[String],
-) -> Result<T, ConfigError> {
+fn load<T: Configuration + Default>(path: &Path, prefix: &str, overrides: &[String]) -> Result<T, ConfigError> {
     config::load(path, overrides).map_err(|error| match error {
         ConfigError::Override { flag, reason, hint } => {
             let hint = match section_of::<T>(path, &flag) {
@@ -116,7 +110,7 @@ fn load<T: DeserializeOwned + Default + Serialize>(
 }
 
 /// The section of `T` in which the override `flag`, `key=VALUE`, would be valid.
-fn section_of<T: DeserializeOwned + Default + Serialize>(path: &Path, flag: &str) -> Option<String> {
+fn section_of<T: Configuration + Default>(path: &Path, flag: &str) -> Option<String> {
     let table = toml::Table::try_from(T::default()).ok()?;
     let sections = table.into_iter().filter(|(_, value)| value.is_table()).map(|(name, _)| name);
     sections.into_iter().find(|section| config::load::<T>(path, &[format!("{section}.{flag}")]).is_ok())
@@ -262,7 +256,10 @@ mod tests {
             ("stages = [\"world\"]", "`stages` names `world`"),
             ("stages = [\"sft\", \"pretrain\"]", "order"),
             ("[collect]\nprompts = \"p\"", "`[collect]` needs `[gold]`"),
-            ("[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\nsamples_per_prompt = 1", "to make a pair"),
+            (
+                "[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\nsamples_per_prompt = 1",
+                "`collect.samples_per_prompt` to be a whole number from 2",
+            ),
             ("[evaluate]\nn_prompts = 3", "`prompts` names no file"),
             ("[evalute]", "did you mean `evaluate`"),
             ("[world]\n", "generates its data"),

@@ -23,6 +23,7 @@ mod evaluate;
 mod folder;
 pub mod gold;
 pub mod inputs;
+mod new;
 mod plan;
 pub mod record;
 pub mod report;
@@ -32,7 +33,7 @@ mod setup;
 pub mod stats;
 pub mod steps;
 
-pub use cli::{Cli, Command, RunArgs, WorldArgs};
+pub use cli::{Cli, Command, NewArgs, RunArgs, WorldArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, RecipeConfig};
 pub use folder::Recipe;
 pub use run::run;
@@ -52,6 +53,10 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
             session::run(&args.runtime, "run the same command again to go on", |interrupt| run(&args, interrupt))
+        }
+        Command::New(args) => {
+            common::logging::init(0, false);
+            write!(std::io::stdout(), "{}", new::new(&args)?).context("failed to write the result")
         }
         Command::Bench(command) => bench::run(&command),
         Command::Compare(args) => {

@@ -213,7 +213,7 @@ impl<'a> Run<'a> {
             overwrite: true,
             overrides: self.setup.recipe.stage_overrides(Step::Tokenizer),
             data: self.setup.recipe.data.clone(),
-            runtime: self.args.runtime.clone(),
+            process: self.args.runtime.process.clone(),
         })?;
         tracing::info!(
             "{} tokens, {:.2} bytes of held-out text each",
@@ -344,5 +344,9 @@ fn describe_gold(kind: GoldKind) -> &'static str {
 }
 
 fn n_threads(args: &RunArgs) -> usize {
-    args.runtime.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, std::num::NonZeroUsize::get)
+    args.runtime
+        .process
+        .threads
+        .or_else(|| std::thread::available_parallelism().ok())
+        .map_or(1, std::num::NonZeroUsize::get)
 }

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
-use common::config;
+use common::config::{self, Configuration};
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use sft::SftConfig;
 
 use crate::collect::PairFiles;
@@ -57,7 +56,7 @@ impl StageConfigs {
     }
 }
 
-fn load<T: DeserializeOwned + Default + Serialize>(
+fn load<T: Configuration + Default>(
     recipe: &Recipe,
     step: Step,
     overrides: &[String],
@@ -296,7 +295,7 @@ impl Setup {
     }
 }
 
-fn read_settings<T: DeserializeOwned + Serialize>(settings: &mut Inputs, step: Step, path: &Path) -> Result<()> {
+fn read_settings<T: Configuration>(settings: &mut Inputs, step: Step, path: &Path) -> Result<()> {
     let config: T = config::load(path, &[])?;
     settings.settings(step.name(), &config)?;
     Ok(())

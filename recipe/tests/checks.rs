@@ -45,9 +45,9 @@ fn numbers_that_do_not_fit_together_are_refused() {
         ("ppo.ppo.response_length=300", "`ppo.ppo.response_length` is 300, but the model's context"),
         ("reward-model.normalisation.max_tokens=256", "`reward-model.normalisation.max_tokens` is 256"),
         ("recipe.collect.max_tokens=256", "`recipe.collect.max_tokens` is 256"),
-        ("recipe.evaluate.max_tokens=9999999", "`recipe.evaluate.max_tokens` is 9999999"),
+        ("recipe.evaluate.max_tokens=999999", "`recipe.evaluate.max_tokens` is 999999"),
         ("recipe.evaluate.temperature=0", "`evaluate.temperature` is 0"),
-        ("recipe.evaluate.temperature=nan", "`temperature` must be 0 or more"),
+        ("recipe.evaluate.temperature=nan", "`evaluate.temperature` to be a number from 0"),
         ("pretrain.model.n_heads=3", "n_heads"),
     ] {
         let error = refused(&lab, &["--set", flag]);

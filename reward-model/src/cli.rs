@@ -19,7 +19,7 @@ use common::cli::{RuntimeArgs, at_least_1};
         reward-model score --checkpoint runs/rm --data answers.jsonl"
 )]
 pub struct Cli {
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -28,15 +28,19 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Train on pairs of a preferred and a rejected answer
+    #[command(after_help = "Example:\n  \
+        reward-model train --config configs/tiny/reward-model.toml --data data/tiny --init runs/sft --out runs/rm\n  \
+        reward-model train --config configs/tiny/reward-model.toml --set train.steps=20 --print-config")]
     Train(TrainArgs),
-    /// Measure how often the model agrees with the labels of held-out pairs
+    /// Measure agreement with the labels of held-out pairs
     Eval(EvalArgs),
-    /// Score answers, one JSON line each
+    /// Score answers: one line of JSON for each
     Score(ScoreArgs),
 }
 
 /// Flags of `reward-model eval`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  reward-model eval --checkpoint runs/rm --data data/tiny/prefs.test.jsonl")]
 pub struct EvalArgs {
     /// Checkpoint of a reward model
     #[arg(long, value_name = "DIR")]
@@ -46,11 +50,11 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Answers computed at a time
+    /// Answers computed at once
     #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }
@@ -58,6 +62,7 @@ pub struct EvalArgs {
 /// Flags of `reward-model score`.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("input").required(true))]
+#[command(after_help = "Example:\n  reward-model score --checkpoint runs/rm --data answers.jsonl")]
 pub struct ScoreArgs {
     /// Checkpoint of a reward model
     #[arg(long, value_name = "DIR")]
@@ -67,15 +72,15 @@ pub struct ScoreArgs {
     #[arg(long, value_name = "FILE", group = "input")]
     pub data: Option<PathBuf>,
 
-    /// A JSON array of arrays of token ids, used as they are
+    /// File of token ids: a JSON array with an array for each sequence
     #[arg(long, value_name = "FILE", group = "input")]
     pub ids: Option<PathBuf>,
 
-    /// Answers computed at a time
+    /// Answers computed at once
     #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

@@ -1,29 +1,33 @@
-//! The TOML of this stage.
+//! The configuration of this stage.
 
 use anyhow::ensure;
 use common::cli::StageArgs;
 use common::optim::{OptimizerConfig, RlhfDefaults};
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `reward-model.toml`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardModelConfig {
-    /// Seed of the head, order, dropout and the samples of the normalisation.
+    /// Random seed of the new head, the data order, dropout and the samples of the normalisation.
     pub seed: u64,
-    /// The pairs.
+    /// Preference pairs to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a
+    /// path in the folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig<TooLong>,
-    /// What differs from the initial model.
+    /// Changes to the architecture of the initial model.
     pub model: ModelOverrides,
-    /// The optimiser and its schedule; linear to 0 by default.
+    /// AdamW and its learning-rate schedule, which falls linearly to 0 by default.
     #[serde(with = "RlhfDefaults")]
+    #[schemars(with = "OptimizerConfig")]
     pub optimizer: OptimizerConfig,
     /// Training length and batch sizes.
     pub train: TrainConfig,
-    /// How scores are scaled after training.
+    /// Normalisation of the scores after training: answers of the initial model to training prompts get mean 0 and standard
+    /// deviation 1.
     pub normalisation: NormalisationConfig,
-    /// How often to log, evaluate and save.
+    /// Intervals of logging, evaluation and checkpoints.
     pub run: RunConfig,
 }
 
@@ -41,12 +45,12 @@ impl Default for RewardModelConfig {
     }
 }
 
-/// What to do with a pair whose prompt and longer answer exceed the context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What to do with a pair whose prompt and longer answer do not fit into the model's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {
-    /// Cut the prompt's beginning off (but for `<|bos|>`), the same for both answers: the score is read at the
-    /// answer's end, so the answer has to stay whole. A pair whose answer alone does not fit is left out.
+    /// Cut off the beginning of the prompt (after `<|bos|>`), the same for both answers. The score is read at the end of
+    /// the answer, so the answer stays whole; a pair whose answer alone does not fit is left out.
     #[default]
     TruncatePrompt,
     /// Leave the pair out.
@@ -56,36 +60,42 @@ pub enum TooLong {
 }
 
 /// `[train]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Passes over the pairs; more than one overfits easily.
+    /// Number of passes over the training pairs; ignored if `steps` is given. More than one overfits easily.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub epochs: u64,
-    /// Optimiser steps; overrides `epochs`.
+    /// Number of optimiser steps; takes precedence over `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000_000_u64))]
     pub steps: Option<u64>,
-    /// Records in one optimiser step: pairs, or ranked lists with all their pairs.
+    /// Number of records in one optimiser step: pairs, or ranked lists with all their pairs.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
-    /// Pairs computed at a time, sorted by length so that little is padded; divides `batch_size`, which is also the
-    /// default.
+    /// Number of pairs computed at once, sorted by length to save padding, with gradients accumulated over the batch;
+    /// divides `batch_size`, which is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub micro_batch_size: Option<usize>,
-    /// Weight of `mean((r_c + r_r)²)`, which keeps scores near 0; 0 for none, TRL recommends 0.01.
+    /// Weight of the auxiliary loss `mean((r_chosen + r_rejected)²)`, which keeps scores near 0; TRL recommends 0.01, 0
+    /// disables it.
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub centring_coef: f64,
-    /// Pairs of an evaluation along the way; 0 for all held-out ones.
+    /// Number of held-out pairs in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_pairs: usize,
-    /// By what `run.keep_best` and `run.patience` judge an evaluation.
+    /// Metric by which `run.keep_best` and `run.patience` compare evaluations.
     pub best_by: BestBy,
 }
 
-/// What makes one evaluation better than another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Metric by which evaluations are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum BestBy {
-    /// A lower `val/loss`, which notices over-confidence early.
+    /// The lower `val/loss` is better; it notices over-confidence early.
     #[default]
     Loss,
-    /// A higher `val/accuracy`.
+    /// The higher `val/accuracy` is better.
     Accuracy,
 }
 
@@ -104,16 +114,20 @@ impl Default for TrainConfig {
 }
 
 /// `[normalisation]`: after training, answers of the initial model to training prompts get mean 0 and deviation 1.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct NormalisationConfig {
-    /// Answers sampled; 0 leaves the scores as trained.
+    /// Number of answers sampled, at least 2; 0 leaves the scores as trained.
+    #[schemars(range(min = 0, max = 10_000_000))]
     pub samples: usize,
-    /// Sampling temperature: that of the PPO rollouts to come.
+    /// Sampling temperature; use that of the PPO rollouts to come.
+    #[schemars(range(min = 0.001, max = 1000))]
     pub temperature: f64,
-    /// Tokens of an answer at most: as in the PPO rollouts to come.
+    /// Maximum number of tokens in an answer; use that of the PPO rollouts to come.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max_tokens: usize,
-    /// Answers sampled at a time.
+    /// Number of answers sampled at once.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
 }
 
@@ -150,20 +164,9 @@ impl RewardModelConfig {
         self.model.validate()?;
         self.train.amount().validate()?;
         self.run.validate()?;
-        let centring_coef = self.train.centring_coef;
         ensure!(
-            centring_coef >= 0.0 && centring_coef.is_finite(),
-            "`train.centring_coef` must be 0 or more, found {centring_coef}"
-        );
-        let NormalisationConfig { samples, temperature, max_tokens, batch_size } = self.normalisation;
-        ensure!(samples != 1, "`normalisation.samples` must be 0 or at least 2: one answer has no deviation");
-        ensure!(
-            temperature > 0.0 && temperature.is_finite(),
-            "`normalisation.temperature` must be a positive number, found {temperature}"
-        );
-        ensure!(
-            max_tokens > 0 && batch_size > 0,
-            "`normalisation.max_tokens` and `normalisation.batch_size` must be at least 1"
+            self.normalisation.samples != 1,
+            "`normalisation.samples` must be 0 or at least 2: one answer has no standard deviation"
         );
         Ok(())
     }

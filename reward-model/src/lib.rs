@@ -22,6 +22,7 @@ pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainC
 pub use eval::{Evaluation, evaluate};
 pub use train::train;
 
+use common::cli::ConfigSource;
 use common::session;
 
 /// Carries out one command line.
@@ -36,4 +37,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
         Command::Score(args) => args.runtime.run(|| score::run(&args)),
     }
+}
+
+/// Prints the configuration that `source` describes, with every key and its meaning.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
+    source.print(|config: &mut RewardModelConfig| config.data.files_mut())
 }

@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::exit::report(reward_model::run(common::cli::parse::<reward_model::Cli>()))
+    common::exit::report(common::cli::carry_out(reward_model::run, reward_model::print_config))
 }

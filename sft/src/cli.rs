@@ -18,7 +18,7 @@ use common::cli::{RuntimeArgs, at_least_1};
         sft eval --checkpoint runs/sft --data DATA/stories/sft.val.jsonl"
 )]
 pub struct Cli {
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
@@ -27,13 +27,18 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Train on the assistant's side of conversations
+    #[command(
+        after_help = "Example:\n  sft train --config configs/tiny/sft.toml --data data/tiny --init runs/base --out runs/sft\n  \
+        sft train --config configs/tiny/sft.toml --set train.steps=20 --print-config"
+    )]
     Train(TrainArgs),
-    /// Measure a model's loss and accuracy on the assistant's tokens
+    /// Measure loss and accuracy on the assistant's tokens
     Eval(EvalArgs),
 }
 
 /// Flags of `sft eval`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  sft eval --checkpoint runs/sft --data data/tiny/sft.val.jsonl")]
 pub struct EvalArgs {
     /// Checkpoint of a language model
     #[arg(long, value_name = "DIR")]
@@ -43,11 +48,11 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Conversations computed at a time
+    /// Conversations computed at once
     #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

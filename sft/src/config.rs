@@ -1,60 +1,68 @@
-//! The TOML of this stage.
+//! The configuration of this stage.
 
 use common::cli::StageArgs;
 use common::optim::OptimizerConfig;
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `sft.toml`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SftConfig {
-    /// Seed of order, dropout and samples.
+    /// Random seed of the data order, dropout and samples.
     pub seed: u64,
-    /// The conversations.
+    /// Conversations to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a path
+    /// in the folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig<TooLong>,
-    /// What differs from the initial model.
+    /// Changes to the architecture of the initial model.
     pub model: ModelOverrides,
-    /// AdamW and its schedule.
+    /// AdamW and its learning-rate schedule.
     pub optimizer: OptimizerConfig,
     /// Training length and batch sizes.
     pub train: TrainConfig,
-    /// How often to log, evaluate and save.
+    /// Intervals of logging, evaluation and checkpoints.
     pub run: RunConfig,
 }
 
-/// What to do with a conversation that exceeds the context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What to do with a conversation that is longer than the model's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {
-    /// Cut off its end; the cut answer then has no `<|end|>` to learn.
+    /// Cut off the end of the conversation; its last answer then has no `<|end|>` to learn from.
     #[default]
     Truncate,
-    /// Leave it out.
+    /// Leave the conversation out.
     Skip,
     /// Stop with an error.
     Fail,
 }
 
 /// `[train]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Passes over the conversations.
+    /// Number of passes over the training conversations; ignored if `steps` is given.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub epochs: u64,
-    /// Optimiser steps; overrides `epochs`.
+    /// Number of optimiser steps; takes precedence over `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000_000_u64))]
     pub steps: Option<u64>,
-    /// Conversations in one optimiser step.
+    /// Number of conversations in one optimiser step.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
-    /// Conversations computed at a time; divides `batch_size`, which is also the default.
+    /// Number of conversations computed at once, with gradients accumulated over the batch; divides `batch_size`, which is
+    /// the default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub micro_batch_size: Option<usize>,
-    /// Conversations of an evaluation along the way; 0 for all held-out ones.
+    /// Number of held-out conversations in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_conversations: usize,
-    /// Held-out prompts that samples along the way answer.
+    /// Number of held-out prompts that the model answers at every evaluation; the results go to `samples.jsonl`.
     pub n_samples: usize,
-    /// Tokens of each sample at most.
+    /// Maximum number of tokens in a sample.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub sample_tokens: usize,
 }
 

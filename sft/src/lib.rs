@@ -17,6 +17,7 @@ pub use config::{SftConfig, TooLong, TrainConfig};
 pub use eval::Evaluation;
 pub use train::train;
 
+use common::cli::ConfigSource;
 use common::session;
 
 /// Carries out one command line.
@@ -30,4 +31,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
+}
+
+/// Prints the configuration that `source` describes, with every key and its meaning.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
+    source.print(|config: &mut SftConfig| config.data.files_mut())
 }

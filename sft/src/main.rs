@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    common::exit::report(sft::run(common::cli::parse::<sft::Cli>()))
+    common::exit::report(common::cli::carry_out(sft::run, sft::print_config))
 }

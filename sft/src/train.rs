@@ -157,7 +157,7 @@ impl FineTuning<'_> {
             let answer = generate(plain, &[prompt], &sampling, &self.streams, first_row, GenerateOptions::default())?;
             let text = tokenizer.decode(&answer[0].ids);
             tracing::info!("sample: {} → {}", question.content, text.replace('\n', "⏎"));
-            session.recorder.sample(step, &json!({ "prompt": question.content, "text": text }))?;
+            session.recorder.sample(step, &json!({ "prompt": question.content, "response": text }))?;
         }
         Ok(())
     }

@@ -71,7 +71,7 @@ const _: () = assert!(flex::few::STREAMED + 1 == *BATCH_INVARIANT_ROWS.start());
 const _: () = assert!(flex::few::ROWS == *BATCH_INVARIANT_ROWS.end());
 
 /// The non-linearity between the two projections of the feed-forward layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Activation {
     /// `max(x, 0)`, with gradient 0 at 0.

@@ -1,5 +1,6 @@
 //! Architecture: presets, every switch between them, and what makes a configuration valid.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -7,8 +8,8 @@ pub use kernels::Activation;
 
 use crate::params::{Output, Parameter, parameters};
 
-/// How a token's place in the sequence enters the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// How the position of a token enters the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Positions {
     /// Fixed sines and cosines (Vaswani et al. 2017, section 3.5).
@@ -17,8 +18,8 @@ pub enum Positions {
     Learned,
 }
 
-/// Where LayerNorm stands relative to a residual branch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Where LayerNorm is applied relative to a residual branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NormPlacement {
     /// `LayerNorm(x + SubLayer(x))` (Vaswani et al. 2017, GPT-1).
@@ -28,7 +29,7 @@ pub enum NormPlacement {
 }
 
 /// A named architecture that a configuration starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
     /// "Attention is all you need", decoder only: sinusoidal positions, post-norm, `ReLU`, tied output weights.
@@ -68,39 +69,45 @@ pub struct GptConfig {
 }
 
 /// The `[model]` section of a configuration file: a preset and what overrides it.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSection {
-    /// The architecture to start from.
+    /// Architecture to start from; every other key of this section overrides one of its properties.
     pub preset: Preset,
-    /// Width of the residual stream; 128 by default.
+    /// Width of the residual stream, a multiple of `n_heads`; 128 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub d_model: Option<usize>,
-    /// Number of blocks; 4 by default.
+    /// Number of transformer blocks; 4 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000))]
     pub n_layers: Option<usize>,
-    /// Attention heads per block; 4 by default.
+    /// Attention heads per block; divides `d_model`; 4 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub n_heads: Option<usize>,
-    /// Feed-forward width; `4 · d_model` by default.
+    /// Width of the feed-forward layers; 4 times `d_model` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub d_ff: Option<usize>,
-    /// Longest sequence in tokens; 256 by default.
+    /// Context length in tokens: the longest sequence that the model can read; 256 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub max_seq_len: Option<usize>,
-    /// Dropout probability; 0 by default.
+    /// Probability with which dropout zeroes an activation in training; 0 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: Option<f64>,
-    /// Overrides the preset's positions.
+    /// Position encoding, instead of the preset's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub positions: Option<Positions>,
-    /// Overrides the preset's norm placement.
+    /// Placement of the layer norms, instead of the preset's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormPlacement>,
-    /// Overrides the preset's activation.
+    /// Non-linearity of the feed-forward layers, instead of the preset's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation: Option<Activation>,
-    /// Overrides whether output weights are tied.
+    /// Whether the output layer shares its weights with the token embeddings; both presets do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tie_embeddings: Option<bool>,
 }
@@ -238,7 +245,7 @@ impl GptConfig {
     pub const LARGEST_MODEL: u128 = 1 << 36;
 
     /// Number of parameters and of the numbers in a table of fixed positions.
-    fn n_numbers(&self) -> u128 {
+    pub fn n_numbers(&self) -> u128 {
         let one_layer = Self { n_layers: 1, ..self.clone() };
         let numbers = |p: Parameter<'_>| {
             let copies = if p.block().is_some() { self.n_layers } else { 1 };

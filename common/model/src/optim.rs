@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -15,8 +16,8 @@ use crate::params::role_of;
 use crate::{HostTensor, NamedTensors};
 use kernels::{self, AdamWParam, AdamWStep, Kernels, Precision};
 
-/// How the learning rate moves after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// How the learning rate changes after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     /// Half a cosine from `lr` to `min_lr`.
@@ -29,24 +30,31 @@ pub enum Schedule {
 }
 
 /// The `[optimizer]` section of every training stage.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// Peak learning rate.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000))]
     pub lr: f64,
-    /// Learning rate at the end of the schedule.
+    /// Learning rate at the end of the schedule; at most `lr`.
+    #[schemars(range(min = 0, max = 1000))]
     pub min_lr: f64,
-    /// How the rate moves after the warm-up.
+    /// How the learning rate changes after the warm-up.
     pub schedule: Schedule,
-    /// Steps over which the rate rises from 0.
+    /// Optimiser steps over which the learning rate rises from 0 to `lr`.
+    #[schemars(range(max = 1_000_000_000_000_u64))]
     pub warmup_steps: u64,
-    /// Decoupled weight decay, on matrices only.
+    /// Decoupled weight decay of AdamW; applies to weight matrices, not to biases and norms.
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub weight_decay: f64,
-    /// Decay rates of the two moments.
+    /// Decay rates of the first and second moment estimates (β₁, β₂).
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment before dividing (ε).
+    #[schemars(range(min = 1e-30, max = 1_000_000))]
     pub eps: f64,
-    /// Largest global gradient norm; 0 for no clipping.
+    /// Global norm that gradients are clipped to; 0 disables clipping.
+    #[schemars(range(min = 0, max = 1e30))]
     pub grad_clip: f64,
 }
 
@@ -98,39 +106,24 @@ pub struct RlhfDefaults {
     grad_clip: f64,
 }
 
-/// A value of [`OptimizerConfig`] that makes no sense.
+/// The learning rate at the end of the schedule is above the peak.
 #[derive(Debug, Clone, PartialEq, Error)]
-#[error("optimizer: `{name}` must be {expected}, found {found}")]
+#[error("optimizer: `min_lr` must be at most `lr` {lr}, found {min_lr}")]
 pub struct OptimizerConfigError {
-    /// The configuration key.
-    pub name: &'static str,
-    /// What would be accepted.
-    pub expected: &'static str,
-    /// The value found.
-    pub found: f64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Learning rate at the end.
+    pub min_lr: f64,
 }
 
 impl OptimizerConfig {
-    /// Checks every value's range.
+    /// Checks that the values fit together; their ranges are those of the schema.
     ///
     /// # Errors
-    /// Naming the first key whose value is out of range.
+    /// If `min_lr` is above `lr`.
     pub fn validate(&self) -> Result<(), OptimizerConfigError> {
-        let [beta_1, beta_2] = self.betas;
-        let non_negative = |x: f64| x >= 0.0 && x.is_finite();
-        let checks = [
-            ("lr", "a positive number", self.lr, self.lr > 0.0 && self.lr.is_finite()),
-            ("min_lr", "between 0 and `lr`", self.min_lr, (0.0..=self.lr).contains(&self.min_lr)),
-            ("weight_decay", "0 or more", self.weight_decay, non_negative(self.weight_decay)),
-            ("betas", "in [0, 1)", beta_1, (0.0..1.0).contains(&beta_1)),
-            ("betas", "in [0, 1)", beta_2, (0.0..1.0).contains(&beta_2)),
-            ("eps", "a positive number", self.eps, self.eps > 0.0 && self.eps.is_finite()),
-            ("grad_clip", "0 or more", self.grad_clip, non_negative(self.grad_clip)),
-        ];
-        match checks.into_iter().find(|(.., ok)| !ok) {
-            Some((name, expected, found, _)) => Err(OptimizerConfigError { name, expected, found }),
-            None => Ok(()),
-        }
+        let Self { lr, min_lr, .. } = *self;
+        if min_lr > lr { Err(OptimizerConfigError { lr, min_lr }) } else { Ok(()) }
     }
 
     /// The learning rate of step `step` (the first is 0) out of `n_steps`.

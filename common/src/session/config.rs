@@ -3,30 +3,31 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use serde::de::DeserializeOwned;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::resume;
 use crate::cli::StageArgs;
-use crate::config::{self, PathResolver};
+use crate::config::{self, Configuration, PathResolver};
 use crate::data::files::one_or_many;
 use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
 
 /// The `[run]` section: how often a run logs, evaluates and saves, and when it stops early.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
-    /// Steps between lines of metrics.
+    /// Steps between two lines of training metrics; 0 counts as 1.
     pub log_every: u64,
-    /// Steps between evaluations on held-out data; 0 for none but the last.
+    /// Steps between two evaluations on held-out data; 0 evaluates at the end only.
     pub eval_every: u64,
-    /// Steps between checkpoints; 0 for none but the last.
+    /// Steps between two checkpoints; 0 sets no such interval.
     pub save_every: u64,
-    /// Minutes between checkpoints at most, so that a kill costs no more than that; 0 for no such limit.
+    /// Minutes between two checkpoints at most, so that a killed run loses no more than that; 0 sets no such limit.
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub save_every_minutes: f64,
-    /// Whether the exported weights are those of the best evaluation, not the last.
+    /// Whether the checkpoint holds the weights of the best evaluation instead of the last step's.
     pub keep_best: bool,
-    /// Evaluations without a new best after which training stops; 0 for never.
+    /// Number of evaluations without a new best after which training stops early; 0 never stops early.
     pub patience: u64,
 }
 
@@ -60,20 +61,21 @@ impl RunConfig {
 pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
 
 /// The `[data]` section of a stage that reads records; `L` says what to do with one that is too long.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(bound = "L: Default + Serialize + JsonSchema")]
 pub struct DataConfig<L> {
-    /// Files to train on (.jsonl or .json, also .gz): a path, a list of paths, or patterns such as `data/*.jsonl`.
+    /// Training files (`.jsonl` or `.json`, also `.gz`): a path, a list of paths, or patterns such as `data/*.jsonl`. Required.
     #[serde(deserialize_with = "one_or_many")]
     pub train: Vec<PathBuf>,
-    /// Files to evaluate on.
+    /// Validation files in the same formats. Required.
     #[serde(deserialize_with = "one_or_many")]
     pub val: Vec<PathBuf>,
-    /// What to do with a record that is malformed: `fail` or `skip`.
+    /// What to do with a malformed record.
     pub on_bad_record: OnBadRecord,
-    /// The longest record that is read, in bytes.
+    /// Largest size of a record in bytes; a longer one is malformed.
     pub max_record_bytes: RecordLimit,
-    /// What to do with a record that exceeds the context.
+    /// What to do with a record that is longer than the model's context.
     pub on_too_long: L,
 }
 
@@ -106,11 +108,12 @@ impl<L> DataConfig<L> {
 }
 
 /// The `[model]` section of a stage that trains a model of another's: what may differ from the architecture it has.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelOverrides {
-    /// Dropout probability in training; that of the initial model by default.
+    /// Probability with which dropout zeroes an activation in training; that of the initial model by default.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: Option<f64>,
 }
 
@@ -175,7 +178,7 @@ impl Amount {
 ///
 /// # Errors
 /// If it cannot be read or is not valid.
-pub fn load_config<C: DeserializeOwned>(
+pub fn load_config<C: Configuration>(
     args: &StageArgs,
     validate: impl Fn(&C) -> anyhow::Result<()>,
     files: impl Fn(&mut C) -> Sources<'_>,

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::Tensor;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -21,7 +20,7 @@ pub use resume::Restored;
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, State, Weights};
 use crate::cli::{RuntimeArgs, StageArgs};
-use crate::config::to_toml;
+use crate::config::{Configuration, to_toml};
 use crate::data::file_sha256;
 use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
@@ -222,7 +221,7 @@ impl Session {
     ///
     /// # Errors
     /// If `--out` is not usable, there is nothing to resume, or the run to resume did not begin as `plan` says.
-    pub fn start<C: Serialize + DeserializeOwned>(
+    pub fn start<C: Configuration>(
         args: &StageArgs,
         plan: &Plan<'_, C>,
         interrupt: Interrupt,
@@ -496,7 +495,7 @@ impl Session {
 }
 
 /// Reads what a run goes on with, and checks that it goes on as it began.
-fn restore<C: Serialize + DeserializeOwned>(
+fn restore<C: Configuration>(
     args: &StageArgs,
     plan: &Plan<'_, C>,
     data: &BTreeMap<String, String>,

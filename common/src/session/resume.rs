@@ -9,13 +9,12 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 use super::{Plan, Progress};
 use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH};
 use crate::cli::StageArgs;
-use crate::config;
+use crate::config::{self, Configuration};
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
 use crate::runtime::Runtime;
@@ -114,7 +113,7 @@ pub(super) fn overrides(args: &StageArgs) -> anyhow::Result<Vec<String>> {
 ///
 /// # Errors
 /// Naming all that differs and may not, old and new.
-pub(super) fn check<C: Serialize + DeserializeOwned>(
+pub(super) fn check<C: Configuration>(
     out: &Path,
     checkpoint: &Checkpoint,
     plan: &Plan<'_, C>,

@@ -25,7 +25,7 @@ pub struct GemmBenchArgs {
     #[arg(long, value_name = "N", default_value = "20", value_parser = at_least_1)]
     pub steps: NonZeroUsize,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

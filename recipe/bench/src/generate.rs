@@ -29,7 +29,7 @@ pub struct GenerateBenchArgs {
     #[command(flatten)]
     pub shape: Shape,
 
-    /// Prompts decoded together, one measurement for each
+    /// Prompts decoded at once, one measurement for each
     #[arg(long, visible_alias = "batch", value_name = "N,...", default_value = "1,32", value_delimiter = ',',
         value_parser = at_least_1)]
     pub batches: Vec<NonZeroUsize>,
@@ -42,11 +42,11 @@ pub struct GenerateBenchArgs {
     #[arg(long = "gen", value_name = "N", default_value = "192", value_parser = at_least_1)]
     pub new_tokens: NonZeroUsize,
 
-    /// Keep the K likeliest tokens; 0 keeps all
+    /// Sample from the K most likely tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub top_k: usize,
 
-    /// Divides the logits
+    /// Sampling temperature
     #[arg(long, value_name = "T", default_value_t = 1.0)]
     pub temperature: f64,
 
@@ -54,11 +54,11 @@ pub struct GenerateBenchArgs {
     #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_1)]
     pub steps: NonZeroUsize,
 
-    /// Of the weights, prompts and samples
+    /// Random seed of the weights, prompts and samples
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

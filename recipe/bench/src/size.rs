@@ -1,6 +1,7 @@
 //! The sizes that are compared.
 
 use clap::{Args, ValueEnum};
+use common::capacity;
 use common::exit::UsageError;
 use common::model::GptConfig;
 use serde_json::{Map, Value, json};
@@ -97,6 +98,7 @@ impl Shape {
         set(&mut model.vocab_size, self.vocab_size);
         model.d_ff = 4 * model.d_model;
         model.validate().map_err(|error| UsageError(error.to_string()))?;
+        capacity::check_training(&model, 1, 1).map_err(|error| UsageError(error.to_string()))?;
         Ok(model)
     }
 

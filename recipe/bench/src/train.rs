@@ -35,15 +35,15 @@ pub struct TrainBenchArgs {
     #[arg(long, value_name = "N", default_value = "20", value_parser = at_least_1)]
     pub steps: NonZeroUsize,
 
-    /// Steps before them
+    /// Steps before the measured ones
     #[arg(long, value_name = "N", default_value = "3", value_parser = at_least_1)]
     pub warmup: NonZeroUsize,
 
-    /// Of the weights and tokens
+    /// Random seed of the weights and tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

@@ -10,7 +10,8 @@ use common::kernels::fault::Fault;
 /// Flags of `recipe compare`.
 #[derive(Debug, Args)]
 #[command(
-    mut_arg("backend", |arg| arg.hide(true)),
+    // The backends are those of `--backends`.
+    mut_arg("backend", |arg| arg.hide(true).conflicts_with("backends")),
     after_help = "The first backend is the reference; each runs in a process of its own. Exits with 1 if a budget is exceeded.\n\n\
         Example:\n  \
         recipe compare configs/tiny --backends flex,ndarray --steps 20\n  \
@@ -30,22 +31,23 @@ pub struct CompareArgs {
     pub stages: Vec<Stage>,
 
     /// Steps of the loss curves
-    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(2..))]
+    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(2..=1_000_000_000))]
     pub steps: u64,
 
-    /// Where tables, plots and the backends' records go [default: runs/compare-RECIPE]
+    /// Directory for the tables, plots and records of the backends [default: runs/compare-RECIPE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
-    /// Where the paths of the recipe that begin with $DATA/ lie [env: KINDLING_DATA]
+    /// Folder that $DATA/ stands for in the paths of the recipe [env: KINDLING_DATA]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
-    /// Seed of all stages, instead of the recipe's
+    /// Random seed of all stages, instead of the recipe's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
-    /// Override one value of a stage's config, or of recipe.toml with `recipe.`; VALUE is TOML, or a string (repeatable)
+    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.`; VALUE is TOML, or else a string
+    /// (repeatable)
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 
@@ -81,7 +83,7 @@ pub struct ProbeArgs {
     #[arg(long, value_name = "OPERATION")]
     pub plant: Option<Fault>,
 
-    /// On what to run
+    /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

@@ -169,7 +169,7 @@ fn run_probe(
     if let Some(reference) = reference {
         command.arg("--reference").arg(reference);
     }
-    if let Some(threads) = args.runtime.threads {
+    if let Some(threads) = args.runtime.process.threads {
         command.arg("--threads").arg(threads.to_string());
     }
     command.args(["--precision", args.runtime.precision.name()]);

@@ -65,7 +65,7 @@ pub fn probe(args: &ProbeArgs) -> Result<()> {
     let reference = args.reference.as_deref().map(Records::read).transpose()?;
     let parents = args.reference.clone().unwrap_or_else(|| args.out.clone());
     let mut flags = args.runtime.clone();
-    flags.quiet = true;
+    flags.process.quiet = true;
     let mut probe = Probe { plan, out: args.out.clone(), parents, reference, flags, runtime, recorder };
     probe.run()?;
     probe.recorder.done()

@@ -11,6 +11,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub mod lexicon;
@@ -18,23 +19,23 @@ pub mod lexicon;
 pub use lexicon::Lexicon;
 
 /// The `[gold]` section of a recipe.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GoldConfig {
-    /// Which scorer.
+    /// The scorer. Required.
     pub kind: GoldKind,
-    /// The word list of [`GoldKind::Lexicon`], a JSON object from words to valences.
+    /// Word list of `lexicon`: a JSON object from words to valences, such as AFINN.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub words: Option<PathBuf>,
 }
 
 /// The scorers there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum GoldKind {
-    /// [`toy::gold::score`]: does a story do what its request asks?
+    /// Whether a story of the generated world does what its request asks, from 0 to 1.
     World,
-    /// [`Lexicon::score`]: how pleasant are the words of a text?
+    /// How pleasant the words of a text are.
     Lexicon,
 }
 

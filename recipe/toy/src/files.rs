@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use common::rng::{Rng, Streams};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -19,26 +20,33 @@ use crate::gold;
 use crate::labeller::{self, label_pair};
 
 /// How large a world is, and how flawed its answers are.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorldConfig {
-    /// Everything follows from it.
+    /// Random seed; a recipe sets it to its own.
     pub seed: u64,
-    /// Stories to pretrain on; all different.
+    /// Number of stories to pretrain on, all different.
+    #[schemars(range(min = 1, max = MOST_STORIES))]
     pub stories: usize,
-    /// Conversations to fine-tune on.
+    /// Number of conversations to fine-tune on.
+    #[schemars(range(min = 1, max = MOST_STORIES))]
     pub sft: usize,
-    /// Generated pairs.
+    /// Number of generated preference pairs.
+    #[schemars(range(min = 1, max = MOST_STORIES))]
     pub prefs: usize,
-    /// Requests for pairs of a model's own answers.
+    /// Number of prompts for preference pairs of a model's own answers.
+    #[schemars(range(min = 1, max = MOST_PROMPTS))]
     pub pair_prompts: usize,
-    /// Requests for PPO.
+    /// Number of prompts for PPO.
+    #[schemars(range(min = 1, max = MOST_PROMPTS))]
     pub prompts: usize,
-    /// Records in each validation and test file.
+    /// Number of records in each validation and test file.
+    #[schemars(range(min = 1, max = MOST_HELD_OUT))]
     pub held_out: usize,
-    /// How often answers are flawed.
+    /// Probabilities of the flaws in the answers to fine-tune on, independent of each other.
     pub flaws: FlawRates,
-    /// Temperature of the simulated labeller, in units of the gold score.
+    /// Temperature of the simulated labeller, in units of the gold score; the higher, the more labels are wrong.
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub label_temperature: f64,
 }
 
@@ -105,8 +113,8 @@ impl WorldConfig {
     }
 }
 
-/// More would make the search for different ones long.
-const MOST_STORIES: usize = 1_000_000;
+/// The largest number of stories; more would make the search for different ones long.
+pub const MOST_STORIES: usize = 1_000_000;
 const MOST_PROMPTS: usize = 100_000;
 const MOST_HELD_OUT: usize = 10_000;
 

@@ -1,6 +1,7 @@
 //! Answers of mixed quality: how an imperfect story-teller goes wrong, and how often.
 
 use common::rng::Rng;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::request::Request;
@@ -10,22 +11,29 @@ use super::words::{CHARACTERS, COLOURS, OBJECTS, PLACES};
 /// How often an answer has each flaw: probabilities, independent of each other.
 ///
 /// With the defaults the mean gold score is near 0.67.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FlawRates {
-    /// For each character, thing and place asked for: the story is about another one.
+    /// Probability, for each character, thing and place asked for, that the story is about another one.
+    #[schemars(range(min = 0, max = 1))]
     pub wrong_thing: f64,
-    /// For each colour asked for: the thing has another one, or none.
+    /// Probability, for each colour asked for, that the thing has another colour or none.
+    #[schemars(range(min = 0, max = 1))]
     pub wrong_colour: f64,
-    /// For a mood asked for: the story ends in the other one.
+    /// Probability that a story for which a mood was asked ends in the other mood.
+    #[schemars(range(min = 0, max = 1))]
     pub wrong_mood: f64,
-    /// The story stops before its ending, after a sentence or in the middle of one.
+    /// Probability that a story stops before its ending, after a sentence or in the middle of one.
+    #[schemars(range(min = 0, max = 1))]
     pub no_ending: f64,
-    /// A sentence or two are said again.
+    /// Probability that a sentence or two are repeated.
+    #[schemars(range(min = 0, max = 1))]
     pub repetition: f64,
-    /// Hardly more than the first sentence and the ending.
+    /// Probability that a story is hardly more than its first sentence and ending.
+    #[schemars(range(min = 0, max = 1))]
     pub too_short: f64,
-    /// The story goes on and on before it ends.
+    /// Probability that a story goes on for too long before it ends; with `too_short` at most 1.
+    #[schemars(range(min = 0, max = 1))]
     pub too_long: f64,
 }
 

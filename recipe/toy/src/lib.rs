@@ -40,5 +40,5 @@ pub mod template;
 pub mod text;
 pub mod words;
 
-pub use files::{Summary, WorldConfig, write};
+pub use files::{MOST_STORIES, Summary, WorldConfig, write};
 pub use labeller::label_pair;

@@ -1,33 +1,35 @@
 //! The `[tokenizer]` table.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{SPECIAL_TOKENS, TokenizerError};
 
 /// How text is cut into tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TokenizerKind {
-    /// Byte-level byte-pair encoding, as in GPT-2: every UTF-8 text round-trips.
+    /// Byte-level byte-pair encoding, as in GPT-2; every UTF-8 text round-trips.
     Bpe,
-    /// Words and pieces of words, as in BERT: whitespace is not kept, rare characters become `[UNK]`.
+    /// Words and pieces of words, as in BERT; white space is not kept, rare characters become `[UNK]`.
     Wordpiece,
-    /// One token a character of the training text; other characters are errors.
+    /// One token for each character of the training text; any other character is an error.
     Char,
-    /// One token a byte; nothing to train.
+    /// One token for each byte; nothing is learnt.
     Byte,
 }
 
 /// The `[tokenizer]` table of a configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TokenizerConfig {
-    /// How text is cut into tokens.
+    /// How text is split into tokens.
     pub kind: TokenizerKind,
-    /// Number of tokens to learn, everything counted: bytes, merges and special tokens. A small text may give fewer.
-    /// `char` and `byte` do not read it: their size follows from the text and from what a byte is.
+    /// Size of the vocabulary to learn: bytes, merges and special tokens together. At least 262 for `bpe` (256 bytes and 6
+    /// special tokens) and 8 for `wordpiece`; a small text may give fewer. Ignored by `char` and `byte`.
+    #[schemars(range(max = 1_000_000))]
     pub vocab_size: usize,
-    /// A pair that occurs less often is not merged; 0, as in the `tokenizers` library, merges any.
+    /// Number of occurrences below which a pair is not merged; 0 merges any pair, as in the `tokenizers` library.
     pub min_frequency: u64,
 }
 

@@ -2,16 +2,17 @@
 
 use std::num::NonZeroU64;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What to do with a malformed record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRecord {
-    /// Stop, naming file, line and reason.
+    /// Stop with an error that names file, line and reason.
     #[default]
     Fail,
-    /// Leave it out, and say in the log how many there were.
+    /// Leave the record out; the log says how many were skipped.
     Skip,
 }
 
@@ -19,7 +20,7 @@ pub enum OnBadRecord {
 ///
 /// A line of a compressed file can be a thousand times as long as the file. Without a limit it fills the memory before
 /// anything can be said about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct RecordLimit(NonZeroU64);
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::json::Records;
@@ -12,7 +13,7 @@ use super::{BYTE_ORDER_MARK, NOT_UTF8, ReadOptions, Summary, json, shapes, text_
 use crate::data::DataError;
 
 /// Where a `.txt` file is cut into documents.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(from = "String", into = "String")]
 pub enum Separator {
     /// `"blank-line"`: at lines of white space.
