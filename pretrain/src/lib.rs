@@ -18,7 +18,7 @@ pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
 pub use config::{DataConfig, PretrainConfig, TrainConfig};
 pub use data::Windows;
 pub use eval::Evaluation;
-pub use tokenizer::train_tokenizer;
+pub use tokenizer::{TokenizerReport, train_tokenizer};
 pub use train::{gradients, train};
 pub use windows::first_windows;
 
@@ -36,8 +36,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Tokenizer(args) => {
             args.process.start()?;
-            let result = train_tokenizer(&args)?;
-            writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+            let report = serde_json::to_string(&train_tokenizer(&args)?)?;
+            writeln!(std::io::stdout(), "{report}").context("failed to write the result")
         }
         Command::Train(args) => {
             session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt))

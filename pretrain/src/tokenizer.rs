@@ -5,7 +5,7 @@ use common::config::{self, PathResolver};
 use common::data::records;
 use common::out_dir;
 use common::tokenizer::Tokenizer;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::cli::TokenizerArgs;
 use crate::config::PretrainConfig;
@@ -13,12 +13,24 @@ use crate::config::PretrainConfig;
 /// Bytes of text that the measure of compression looks at.
 const HELD_OUT_BYTES: usize = 1 << 20;
 
-/// Trains a tokenizer on the configured text, writes its directory and returns what `pretrain tokenizer` prints:
-/// `vocab_size`, and `bytes_per_token` on held-out text.
+/// A tokenizer that was learned, in numbers: what `pretrain tokenizer` prints, as JSON.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TokenizerReport {
+    /// Number of tokens, special ones included.
+    pub vocab_size: usize,
+    /// Bytes of held-out text for each of its tokens.
+    pub bytes_per_token: f64,
+    /// Bytes of held-out text that were looked at.
+    pub held_out_bytes: usize,
+    /// SHA-256 of the vocabulary and its rules, as [`Tokenizer::sha256`] defines it.
+    pub sha256: String,
+}
+
+/// Trains a tokenizer on the configured text and writes its directory.
 ///
 /// # Errors
 /// If the configuration, the text or the output directory cannot be used.
-pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value> {
+pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<TokenizerReport> {
     let mut config: PretrainConfig = config::load(&args.config, &args.overrides)?;
     config.validate().with_context(|| format!("invalid config `{}`", args.config.display()))?;
     let resolver = PathResolver::new(&args.config, args.data.as_deref());
@@ -55,10 +67,10 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<serde_json::Value
             break;
         }
     }
-    Ok(json!({
-        "vocab_size": tokenizer.vocab_size(),
-        "bytes_per_token": n_bytes as f64 / n_tokens as f64,
-        "held_out_bytes": n_bytes,
-        "sha256": tokenizer.sha256(),
-    }))
+    Ok(TokenizerReport {
+        vocab_size: tokenizer.vocab_size(),
+        bytes_per_token: if n_tokens == 0 { 0.0 } else { n_bytes as f64 / n_tokens as f64 },
+        held_out_bytes: n_bytes,
+        sha256: tokenizer.sha256(),
+    })
 }

@@ -217,8 +217,8 @@ impl<'a> Run<'a> {
         })?;
         tracing::info!(
             "{} tokens, {:.2} bytes of held-out text each",
-            learned["vocab_size"],
-            learned["bytes_per_token"].as_f64().unwrap_or(f64::NAN)
+            learned.vocab_size,
+            learned.bytes_per_token
         );
         Ok(Outcome::Finished)
     }

@@ -3,12 +3,14 @@
 //! A conversation is `<|bos|>` and then, for each message, its role's token, its text, `<|end|>`. The loss is on the
 //! assistant's text and its `<|end|>`: a model that is never taught its `<|end|>` never stops. Texts are encoded apart
 //! from the marks, so nothing that a user writes can become a mark.
+//!
+//! A tokenizer from elsewhere that brings a chat template of its own has its conversations written by that.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
+use crate::tokenizer::{EncodedChat, Specials, Tokenizer, TokenizerError};
 
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -80,10 +82,10 @@ impl EncodedConversation {
     }
 }
 
-/// Why messages are no conversation.
+/// Why messages are not a valid conversation.
 #[derive(Debug, thiserror::Error)]
 pub enum ConversationError {
-    /// There are none.
+    /// The list of messages is empty.
     #[error("the conversation has no message")]
     Empty,
     /// A system message stands among the others.
@@ -112,7 +114,7 @@ pub enum ConversationError {
 /// Turns need not alternate: real chats do not.
 ///
 /// # Errors
-/// If they are none.
+/// If `messages` is not a valid conversation.
 pub fn validate(messages: &[Message]) -> Result<(), ConversationError> {
     if messages.is_empty() {
         return Err(ConversationError::Empty);
@@ -125,10 +127,17 @@ pub fn validate(messages: &[Message]) -> Result<(), ConversationError> {
 
 /// A whole conversation for training.
 ///
+/// By a template of the tokenizer's own, the model is trained on its `{% generation %}` blocks, or, where it has none,
+/// on what an assistant's message adds to the prompt before it.
+///
 /// # Errors
-/// If the messages are none, or a text cannot be encoded.
+/// If `messages` is not a valid conversation, or a text cannot be encoded.
 pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<EncodedConversation, ConversationError> {
     validate(messages)?;
+    if tokenizer.writes_by_template() {
+        let EncodedChat { ids, generated } = tokenizer.encode_chat_template(&pairs(messages), false)?;
+        return Ok(EncodedConversation { ids, trained: generated });
+    }
     let specials = tokenizer.try_specials()?;
     let mut encoded = EncodedConversation { ids: vec![specials.bos], trained: vec![false] };
     for message in messages {
@@ -141,42 +150,42 @@ pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<EncodedConv
     Ok(encoded)
 }
 
-/// A conversation that the assistant is to go on: it ends after `<|assistant|>`.
-///
-/// A tokenizer from elsewhere that lacks our special tokens but brings a chat template is prompted by that.
+/// A conversation that the assistant is to go on: it ends after `<|assistant|>`, or as the tokenizer's own template
+/// lets an answer begin.
 ///
 /// # Errors
-/// If the messages are none or end with the assistant's, or a text cannot be encoded.
+/// If `messages` is not a valid conversation or ends with the assistant's, or a text cannot be encoded.
 pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ConversationError> {
     validate(messages)?;
     if let Some(last) = messages.last().filter(|last| last.role == Role::Assistant) {
         return Err(ConversationError::NothingToAnswer { found: last.role });
     }
-    match tokenizer.try_specials() {
-        Ok(specials) => {
-            let mut ids = encode(tokenizer, messages)?.ids;
-            ids.push(specials.assistant);
-            Ok(ids)
-        }
-        Err(_) if !tokenizer.chat_template().is_empty() => {
-            let messages: Vec<_> = messages.iter().map(|m| (m.role.name(), m.content.as_str())).collect();
-            Ok(tokenizer.encode_chat_template(&messages)?)
-        }
-        Err(missing) => Err(missing.into()),
+    if tokenizer.writes_by_template() {
+        return Ok(tokenizer.encode_chat_template(&pairs(messages), true)?.ids);
     }
+    let mut ids = encode(tokenizer, messages)?.ids;
+    ids.push(tokenizer.try_specials()?.assistant);
+    Ok(ids)
 }
 
-/// An answer to a prompt: the text and `<|end|>`.
+/// An answer to a prompt: the text and `<|end|>`, or what ends a turn in the tokenizer's own template.
 ///
 /// `encode_prompt(prompt)` followed by `encode_response(text)` is `encode` of the prompt and the answer.
 ///
 /// # Errors
 /// If the text cannot be encoded.
 pub fn encode_response(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, ConversationError> {
+    if tokenizer.writes_by_template() {
+        return Ok(tokenizer.encode_chat_template_response(text)?);
+    }
     let specials = tokenizer.try_specials()?;
     let mut ids = tokenizer.encode(text)?;
     ids.push(specials.end);
     Ok(ids)
+}
+
+fn pairs(messages: &[Message]) -> Vec<(&str, &str)> {
+    messages.iter().map(|message| (message.role.name(), message.content.as_str())).collect()
 }
 
 #[cfg(test)]
@@ -253,7 +262,9 @@ mod tests {
         let prompt = encode_prompt(&tokenizer, &chat[..4]).unwrap();
         let rendered = tokenizer.render_chat_template(&pairs[..4], true).unwrap();
         assert_eq!(rendered, tokenizer.decode_with_specials(&prompt));
-        assert_eq!(tokenizer.encode_chat_template(&pairs[..4]).unwrap(), prompt);
+        assert_eq!(tokenizer.encode_chat_template(&pairs[..4], true).unwrap().ids, prompt);
+        assert_eq!(tokenizer.encode_chat_template(&pairs, false).unwrap().ids, encoded.ids);
+        assert_eq!(tokenizer.encode_chat_template(&pairs, false).unwrap().generated, encoded.trained);
         assert!(tokenizer.render_chat_template(&[("tool", "x")], false).is_err());
     }
 }

@@ -69,8 +69,8 @@ pub enum TokenizerError {
         .0.iter().map(|token| format!("`{token}`")).collect::<Vec<_>>().join(", ")
     )]
     MissingSpecials(Vec<&'static str>),
-    /// A text can only be written with a token that is reserved.
-    #[error("the text {0:?} is a special token to this tokenizer and cannot be encoded as text")]
+    /// A text can only be written with a token that structures conversations.
+    #[error("the text spells `{0}`, for which this tokenizer has no tokens but the special one\nhint: leave it out of the text")]
     Reserved(String),
     /// The chat template does not render.
     #[error(

@@ -1,47 +1,56 @@
 //! The tokenizer's directory, ours and Hugging Face's.
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use tokenizers::models::bpe::BPE;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer as Library};
+use tokenizers::Tokenizer as Library;
 
-use super::{Tokenizer, TokenizerError};
+use super::guard::guarded;
+use super::{Tokenizer, TokenizerError, call, foreign};
 
 /// The end of a document in GPT-2's vocabulary.
 const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// The largest file that is read, in bytes. Gemma's `tokenizer.json` has 33 MB.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// Texts that every tokenizer must take without a panic.
+const PROBES: [&str; 5] = ["", " ", "a", "Hello,  world! 12\n\tx", "é字🦊\u{fffd}"];
 
 impl Tokenizer {
     /// Reads the tokenizer in `dir`: a tokenizer directory, a checkpoint, or a directory that transformers wrote.
     ///
     /// The vocabulary comes from `tokenizer.json`, else from `vocab.json` and `merges.txt`, else from `encoder.json`
-    /// and `vocab.bpe` (GPT-2's own names). `tokenizer_config.json` may be absent; a chat template may stand there or
-    /// in `chat_template.jinja`. Truncation, padding and merge dropout written in `tokenizer.json` are left out: they
-    /// would change the text's tokens.
+    /// and `vocab.bpe` (GPT-2's own names). `tokenizer_config.json` may be absent; special tokens that it does not name
+    /// are those of its class in transformers. A template in `chat_template.jinja` goes before one there. Truncation,
+    /// padding and merge dropout written in `tokenizer.json` are left out: they would change the text's tokens.
     ///
     /// # Errors
-    /// If `dir` or its files are missing, unreadable or not a tokenizer.
+    /// If `dir` or its files are missing, unreadable or not a tokenizer; if the library would change ids; if the files
+    /// could take more time or memory than a tokenizer needs.
     pub fn load(dir: &Path) -> Result<Self, TokenizerError> {
         if !dir.is_dir() {
             return Err(TokenizerError::NoDirectory(dir.to_owned()));
         }
         let mut settings = settings(dir)?;
+        let class = class(dir, &settings)?;
         let json = dir.join("tokenizer.json");
         if json.is_file() {
-            let library = library(&json)?;
-            return Self::new(library, settings).map_err(|error| invalid(&json, error));
+            add_defaults(&mut settings, &class);
+            return build(&json, parse(&json)?, settings);
         }
         for (vocab, merges) in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")] {
             let (vocab, merges) = (dir.join(vocab), dir.join(merges));
             if vocab.is_file() && merges.is_file() {
-                let library = gpt2(&vocab, &merges)?;
-                for name in ["bos_token", "eos_token"] {
-                    settings.entry(name).or_insert_with(|| json!(END_OF_TEXT));
+                if !matches!(class.as_str(), "" | "GPT2" | "PreTrained") {
+                    let reason = format!("without a `tokenizer.json` it would be GPT-2's, but its class is `{class}`");
+                    return Err(invalid(&vocab, reason));
                 }
-                return Self::new(library, settings).map_err(|error| invalid(&vocab, error));
+                add_defaults(&mut settings, "GPT2");
+                return build(&vocab, gpt2(&vocab, &merges)?, settings);
             }
         }
         Err(TokenizerError::NoFiles(dir.to_owned()))
@@ -67,103 +76,148 @@ impl Tokenizer {
     }
 }
 
+/// `tokenizer_config.json`, with what other files of the directory say in its place.
 fn settings(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
-    let path = dir.join("tokenizer_config.json");
-    let mut settings = match read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|error| TokenizerError::Invalid { path, reason: error.to_string() })?,
-        Err(TokenizerError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Map::new(),
-        Err(error) => return Err(error),
-    };
-    // Newer transformers write the template beside.
-    let path = dir.join("chat_template.jinja");
-    if path.is_file() && !settings.contains_key("chat_template") {
-        let template = fs::read_to_string(&path).map_err(|source| TokenizerError::Read { path, source })?;
-        settings.insert("chat_template".to_owned(), Value::String(template));
+    let mut settings: Map<String, Value> = parse_if_there(&dir.join("tokenizer_config.json"))?;
+    if !settings.contains_key("added_tokens_decoder") {
+        // Older versions of transformers name the special tokens here.
+        let named: Map<String, Value> = parse_if_there(&dir.join("special_tokens_map.json"))?;
+        settings.extend(named);
+    }
+    // Newer ones write templates to files of their own.
+    let mut templates = Map::new();
+    let further = fs::read_dir(dir.join("additional_chat_templates")).into_iter().flatten().flatten();
+    for path in further.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "jinja")) {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        templates.insert(name, Value::String(text(&path)?));
+    }
+    let default = dir.join("chat_template.jinja");
+    if default.is_file() {
+        let template = Value::String(text(&default)?);
+        if templates.is_empty() {
+            settings.insert("chat_template".to_owned(), template);
+            return Ok(settings);
+        }
+        templates.insert("default".to_owned(), template);
+    }
+    if !templates.is_empty() {
+        settings.insert("chat_template".to_owned(), Value::Object(templates));
     }
     Ok(settings)
 }
 
-fn library(path: &Path) -> Result<Library, TokenizerError> {
-    let invalid = |reason: String| TokenizerError::Invalid { path: path.to_owned(), reason };
-    let mut value: Value = serde_json::from_slice(&read(path)?).map_err(|error| invalid(error.to_string()))?;
-    if value.get("model").is_none_or(|model| !model.is_object()) {
-        return Err(invalid("it has no `model`".to_owned()));
+/// The tokenizer's class in transformers, without `Tokenizer` or `TokenizerFast`: as the settings name it, else as the
+/// model's `config.json` beside them implies; empty if neither does.
+fn class(dir: &Path, settings: &Map<String, Value>) -> Result<String, TokenizerError> {
+    if let Some(name) = settings.get("tokenizer_class").and_then(Value::as_str) {
+        let name = name.strip_suffix("Fast").unwrap_or(name);
+        return Ok(name.strip_suffix("Tokenizer").unwrap_or(name).to_owned());
     }
-    value["truncation"] = Value::Null;
-    value["padding"] = Value::Null;
-    if value["model"].get("dropout").is_some() {
-        value["model"]["dropout"] = Value::Null;
-    }
-    check_merges(&value["model"]).map_err(invalid)?;
-    Library::from_bytes(value.to_string()).map_err(|error| invalid(error.to_string()))
+    let config: Map<String, Value> = parse_if_there(&dir.join("config.json"))?;
+    let class = match config.get("model_type").and_then(Value::as_str) {
+        Some("gpt2") => "GPT2",
+        Some("gpt_neox") => "GPTNeoX",
+        Some("llama") => "Llama",
+        Some("qwen2" | "qwen3") => "Qwen2",
+        _ => "",
+    };
+    Ok(class.to_owned())
 }
 
-/// The library panics on a merge whose result is longer than every token of the vocabulary.
-fn check_merges(model: &Value) -> Result<(), String> {
-    let (Some(merges), Some(vocab)) = (model["merges"].as_array(), model["vocab"].as_object()) else {
-        return Ok(());
+/// Names the special tokens that `settings` do not, as transformers' class does.
+///
+/// # Source
+/// The defaults of `__init__` of the classes in transformers 5.23.0.
+fn add_defaults(settings: &mut Map<String, Value>, class: &str) {
+    let defaults: &[(&str, &str)] = match class {
+        "GPT2" | "GPTNeoX" => {
+            &[("bos_token", END_OF_TEXT), ("eos_token", END_OF_TEXT), ("unk_token", END_OF_TEXT)]
+        }
+        "Qwen2" => &[("eos_token", END_OF_TEXT), ("unk_token", END_OF_TEXT), ("pad_token", END_OF_TEXT)],
+        "Llama" => &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")],
+        _ => &[],
     };
-    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
-    for merge in merges {
-        let pair = match merge {
-            Value::String(pair) => pair.split_once(' '),
-            Value::Array(pair) => match pair.as_slice() {
-                [Value::String(a), Value::String(b)] => Some((a.as_str(), b.as_str())),
-                _ => None,
-            },
-            _ => None,
-        };
-        let known = pair.and_then(|(a, b)| {
-            let joined = format!("{a}{}", b.strip_prefix(prefix)?);
-            (vocab.contains_key(a) && vocab.contains_key(b)).then(|| vocab.contains_key(&joined))
-        });
-        if known != Some(true) {
-            return Err(format!("merge {merge} is not of tokens in the vocabulary"));
+    for (name, token) in defaults {
+        settings.entry(*name).or_insert_with(|| json!(token));
+    }
+}
+
+/// The tokenizer of `file`, which was read from `path`.
+fn build(path: &Path, mut file: Value, settings: Map<String, Value>) -> Result<Tokenizer, TokenizerError> {
+    foreign::prepare(&mut file, &settings).map_err(|reason| invalid(path, reason))?;
+    let library = call(|| Library::from_bytes(file.to_string()), "read the tokenizer");
+    let tokenizer = library.and_then(|library| Tokenizer::new(library, settings)).map_err(|error| match error {
+        TokenizerError::Library { reason, .. } => invalid(path, reason),
+        other => other,
+    })?;
+    for token in file["added_tokens"].as_array().into_iter().flatten() {
+        let (id, content) = (token["id"].as_u64(), token["content"].as_str().unwrap_or_default());
+        if id != tokenizer.token_id(content).map(u64::from) {
+            let reason = format!("the library gives added token `{content}` another id than {}", token["id"]);
+            return Err(invalid(path, reason));
         }
     }
-    Ok(())
+    for library in [Some(&tokenizer.library), tokenizer.twin.as_deref()].into_iter().flatten() {
+        for probe in PROBES {
+            let round_trip = || {
+                // A vocabulary without a token for unknown text may refuse one.
+                let ids = library.encode_fast(probe, false).map_or(vec![], |encoding| encoding.get_ids().to_vec());
+                tokenizer.library.decode(&ids, true).ok()
+            };
+            guarded(round_trip).map_err(|reason| invalid(path, reason))?;
+        }
+    }
+    Ok(tokenizer)
 }
 
-/// GPT-2's byte-level BPE from its two files.
-fn gpt2(vocab: &Path, merges: &Path) -> Result<Library, TokenizerError> {
-    let invalid =
-        |path: &Path, reason: &str| TokenizerError::Invalid { path: path.to_owned(), reason: reason.to_owned() };
-    let entries: Map<String, Value> =
-        serde_json::from_slice(&read(vocab)?).map_err(|error| invalid(vocab, &error.to_string()))?;
-    let text = String::from_utf8(read(merges)?).map_err(|_| invalid(merges, "it is not UTF-8"))?;
+/// GPT-2's byte-level BPE from its two files, in the form of `tokenizer.json`.
+fn gpt2(vocab: &Path, merges: &Path) -> Result<Value, TokenizerError> {
+    let entries: Map<String, Value> = parse(vocab)?;
     if entries.keys().any(|token| token.ends_with("</w>")) {
         return Err(invalid(vocab, "this is not a byte-level vocabulary: its words end in `</w>`"));
     }
-    let pairs: Vec<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with("#version")).collect();
-    let ends_a_text = entries.contains_key(END_OF_TEXT);
-    let model = json!({
-        "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-        "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": entries, "merges": pairs,
+    let merges = text(merges)?;
+    let pairs: Vec<&str> = merges.lines().filter(|line| !line.is_empty() && !line.starts_with("#version")).collect();
+    let end_of_text = entries.get(END_OF_TEXT).map(|id| {
+        json!({
+            "id": id, "content": END_OF_TEXT, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        })
     });
-    check_merges(&model).map_err(|reason| invalid(merges, &reason))?;
-    // Through text: the library's model reads borrowed strings only.
-    let model: BPE = serde_json::from_str(&model.to_string()).map_err(|error| invalid(vocab, &error.to_string()))?;
-    let byte_level = ByteLevel::new(false, false, true);
-    let mut library = Library::new(model);
-    library.with_pre_tokenizer(Some(byte_level));
-    library.with_decoder(Some(byte_level));
-    library.with_post_processor(Some(byte_level));
-    if ends_a_text {
-        let added = library.add_special_tokens([AddedToken::from(END_OF_TEXT, true)]);
-        added.map_err(|error| invalid(vocab, &error.to_string()))?;
-    }
-    Ok(library)
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true });
+    Ok(json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": Vec::from_iter(end_of_text),
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": entries, "merges": pairs,
+        },
+    }))
+}
+
+fn parse<T: DeserializeOwned>(path: &Path) -> Result<T, TokenizerError> {
+    serde_json::from_slice(&read(path)?).map_err(|error| invalid(path, error.to_string()))
+}
+
+/// The content of `path`, or nothing if there is no such file.
+fn parse_if_there(path: &Path) -> Result<Map<String, Value>, TokenizerError> {
+    if path.exists() { parse(path) } else { Ok(Map::new()) }
+}
+
+fn text(path: &Path) -> Result<String, TokenizerError> {
+    String::from_utf8(read(path)?).map_err(|_| invalid(path, "it is not UTF-8"))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
-    fs::read(path).map_err(|source| TokenizerError::Read { path: path.to_owned(), source })
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
+    read.map_err(|source| TokenizerError::Read { path: path.to_owned(), source })?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(invalid(path, format!("it has more than {MAX_BYTES} bytes")));
+    }
+    Ok(bytes)
 }
 
-/// Names the file in an error about its content.
-fn invalid(path: &Path, error: TokenizerError) -> TokenizerError {
-    match error {
-        TokenizerError::Library { reason, .. } => TokenizerError::Invalid { path: PathBuf::from(path), reason },
-        other => other,
-    }
+fn invalid(path: &Path, reason: impl Into<String>) -> TokenizerError {
+    TokenizerError::Invalid { path: path.to_owned(), reason: reason.into() }
 }

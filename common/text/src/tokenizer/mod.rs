@@ -7,6 +7,11 @@
 mod config;
 mod error;
 mod files;
+mod foreign;
+mod guard;
+mod jinja;
+mod marks;
+mod prompt;
 mod stream;
 mod template;
 mod train;
@@ -14,8 +19,9 @@ mod train;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -23,10 +29,13 @@ use tokenizers::{AddedToken, Tokenizer as Library};
 
 pub use config::{TokenizerConfig, TokenizerKind};
 pub use error::TokenizerError;
+pub use prompt::EncodedChat;
 pub use stream::StreamDecoder;
 pub use template::CHAT_TEMPLATE;
 
 use base::hash::sha256_of;
+use marks::Marks;
+use prompt::Chat;
 
 /// The special tokens, in the order of their ids in a tokenizer trained here.
 pub const SPECIAL_TOKENS: [&str; 6] = ["<|bos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"];
@@ -52,14 +61,18 @@ pub struct Specials {
 #[derive(Clone)]
 pub struct Tokenizer {
     library: Library,
+    /// Encodes text in the place of `library`, where that would make marks of it.
+    twin: Option<Arc<Library>>,
     /// `tokenizer_config.json`, with whatever a foreign one holds.
     settings: Map<String, Value>,
     codec: Codec,
     specials: Result<Specials, Vec<&'static str>>,
-    /// Ids that text must not yield.
-    reserved: BTreeSet<u32>,
+    /// The tokens that text must not yield.
+    marks: Marks,
     vocab_size: usize,
     sha256: String,
+    /// What writes conversations by the tokenizer's own template, set up when the first is written.
+    chat: Arc<OnceLock<Chat>>,
 }
 
 /// How text becomes ids.
@@ -78,8 +91,11 @@ impl Tokenizer {
     fn new(mut library: Library, settings: Map<String, Value>) -> Result<Self, TokenizerError> {
         // Text that spells a special token is text. The switch is not part of tokenizer.json.
         library.set_encode_special_tokens(true);
-        let parts = serde_json::to_value(&library)
-            .map_err(|e| TokenizerError::Library { doing: "read the tokenizer", reason: e.to_string() })?;
+        let named = marks::named(&library, &settings);
+        if !named.is_empty() {
+            call(|| library.add_special_tokens(named), "add the named tokens")?;
+        }
+        let parts = parts(&library)?;
         let id_of = |token: &str| library.token_to_id(token);
         let missing: Vec<_> = SPECIAL_TOKENS.into_iter().filter(|token| id_of(token).is_none()).collect();
         let specials = match SPECIAL_TOKENS.map(id_of) {
@@ -88,14 +104,27 @@ impl Tokenizer {
             }
             _ => Err(missing),
         };
-        let unknown = parts["model"]["unk_token"].as_str().and_then(id_of);
-        let added = library.get_added_tokens_decoder();
-        let reserved = added.iter().filter(|(id, token)| token.special && Some(**id) != unknown).map(|(id, _)| *id);
+        let marks = Marks::find(&library, &parts, &settings);
+        let twin = if marks.can_be_spelled(&library, &parts) {
+            let mut twin = marks.twin(&parts)?;
+            twin.set_encode_special_tokens(true);
+            Some(Arc::new(twin))
+        } else {
+            None
+        };
         let vocab_size = library.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        let reserved = reserved.collect();
         let json = library.to_string(false).map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
-        let sha256 = sha256_of(json.as_bytes());
-        Ok(Self { reserved, codec: codec(&parts), settings, specials, vocab_size, sha256, library })
+        Ok(Self {
+            twin,
+            codec: codec(&parts),
+            settings,
+            specials,
+            marks,
+            vocab_size,
+            sha256: sha256_of(json.as_bytes()),
+            chat: Arc::default(),
+            library,
+        })
     }
 
     /// Token ids of `text`.
@@ -124,21 +153,14 @@ impl Tokenizer {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
-    /// A foreign vocabulary can hold a special token as a word. Text that is one is halved until it is none.
     fn encode_by_library(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.library.encode_fast(text, false);
-        let encoding = encoding.map_err(|e| TokenizerError::library("encode the text", &*e))?;
+        let library = self.twin.as_deref().unwrap_or(&self.library);
+        let encoding = call(|| library.encode_fast(text, false), "encode the text")?;
         let ids = encoding.get_ids();
-        if !ids.iter().any(|id| self.reserved.contains(id)) {
-            return Ok(ids.to_vec());
+        match ids.iter().find_map(|id| self.marks.spelling(*id)) {
+            None => Ok(ids.to_vec()),
+            Some(mark) => Err(TokenizerError::Reserved(mark.to_owned())),
         }
-        let half = text.chars().count() / 2;
-        let Some((middle, _)) = text.char_indices().nth(half).filter(|_| half > 0) else {
-            return Err(TokenizerError::Reserved(text.to_owned()));
-        };
-        let mut ids = self.encode_by_library(&text[..middle])?;
-        ids.extend(self.encode_by_library(&text[middle..])?);
-        Ok(ids)
     }
 
     /// The text of `ids`, special tokens left out.
@@ -157,8 +179,7 @@ impl Tokenizer {
 
     fn text(&self, ids: &[u32], skip_specials: bool) -> String {
         // A decoder of the library fails on no sequence that it knows of; should one, the bare tokens are better than nothing.
-        self.library
-            .decode(ids, skip_specials)
+        call(|| self.library.decode(ids, skip_specials), "decode tokens")
             .unwrap_or_else(|_| ids.iter().filter_map(|&id| self.token_text(id)).collect())
     }
 
@@ -177,10 +198,14 @@ impl Tokenizer {
         self.library.token_to_id(token)
     }
 
+    /// Whether text never yields `id`: it is a special token, or another that structures conversations.
+    pub fn is_mark(&self, id: u32) -> bool {
+        self.marks.contains(id)
+    }
+
     /// Whether `id` is a special token, which decoding leaves out.
     pub fn is_special(&self, id: u32) -> bool {
-        self.reserved.contains(&id)
-            || self.library.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+        self.library.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
     }
 
     /// Ids of the special tokens.
@@ -245,17 +270,35 @@ impl Tokenizer {
         Ok((grown, n_added))
     }
 
-    /// The Jinja template that renders conversations; empty if a foreign tokenizer has none.
+    /// The Jinja template that renders conversations; empty if a foreign tokenizer has none, or several of which none
+    /// is the default.
     pub fn chat_template(&self) -> &str {
-        match self.settings.get("chat_template") {
-            Some(Value::String(template)) => template,
-            // Several, by name: the first is the one for conversations if none is called default.
-            Some(Value::Array(templates)) => {
-                let named = templates.iter().find(|template| template["name"] == "default");
-                named.or(templates.first()).and_then(|template| template["template"].as_str()).unwrap_or_default()
-            }
-            _ => "",
+        template::chosen(&self.settings).ok().flatten().unwrap_or_default()
+    }
+
+    /// Whether conversations are written by a template of the tokenizer's own, and not as ours are.
+    pub fn writes_by_template(&self) -> bool {
+        let templates = template::sources(&self.settings);
+        match templates.as_slice() {
+            [] => false,
+            [(_, template)] => self.specials.is_err() || *template != CHAT_TEMPLATE,
+            _ => true,
         }
+    }
+
+    fn chat(&self) -> Result<&Chat, TokenizerError> {
+        match self.chat.get() {
+            Some(chat) => Ok(chat),
+            None => {
+                let chat = Chat::new(self)?;
+                Ok(self.chat.get_or_init(|| chat))
+            }
+        }
+    }
+
+    /// The parts of the library's tokenizer, as `tokenizer.json` has them.
+    fn parts(&self) -> Result<Value, TokenizerError> {
+        parts(&self.library)
     }
 
     /// SHA-256 of the vocabulary and its rules, in hexadecimal: of `tokenizer.json` in its shortest form.
@@ -268,16 +311,28 @@ impl Tokenizer {
         sha256_of(self.chat_template().as_bytes())
     }
 
-    /// A token that `tokenizer_config.json` names: a string, or an object with its `content`.
+    /// A token that `tokenizer_config.json` names.
     fn configured(&self, name: &str) -> Option<String> {
-        let token = self.settings.get(name)?;
-        token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+        marks::content(self.settings.get(name)?)
     }
 }
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size).finish_non_exhaustive()
+    }
+}
+
+fn parts(library: &Library) -> Result<Value, TokenizerError> {
+    serde_json::to_value(library)
+        .map_err(|e| TokenizerError::Library { doing: "read the tokenizer", reason: e.to_string() })
+}
+
+/// Calls the library while `doing` something; a panic of it is an error too.
+fn call<T>(library: impl FnOnce() -> tokenizers::Result<T>, doing: &'static str) -> Result<T, TokenizerError> {
+    match guard::guarded(library) {
+        Ok(result) => result.map_err(|error| TokenizerError::library(doing, &*error)),
+        Err(reason) => Err(TokenizerError::Library { doing, reason }),
     }
 }
 

@@ -11,7 +11,7 @@ use super::Tokenizer;
 #[derive(Debug)]
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
-    /// The tokens whose text is not wholly out, and one before them: a token's spaces depend on its neighbour.
+    /// The tokens whose text is not wholly out, after some that are: a token's spaces depend on its neighbour.
     window: Vec<u32>,
     /// How many bytes of the window's text are out.
     n_out: usize,
@@ -41,9 +41,13 @@ impl<'a> StreamDecoder<'a> {
         let piece = text.get(self.n_out..certain).unwrap_or_default().to_owned();
         self.n_out = certain;
         if certain == text.len() {
-            self.window.clear();
-            self.window.push(id);
-            self.n_out = self.tokenizer.decode(&self.window).len();
+            // The beginning of a text has no space, nor has that of the window: it must hold text.
+            let begins = self.tokenizer.decode(&[id]).len();
+            if begins > 0 {
+                self.window.clear();
+                self.window.push(id);
+                self.n_out = begins;
+            }
         }
         piece
     }

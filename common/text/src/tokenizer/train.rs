@@ -1,6 +1,7 @@
 //! Learning a vocabulary from text.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,11 +20,19 @@ use super::{CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, TokenizerConfig, Tokenizer
 /// What `WordPiece` writes for a word with a character it does not know.
 const UNKNOWN: &str = "[UNK]";
 
+/// The longest word, in characters, that a vocabulary is learned from.
+///
+/// The library moves the rest of a word at each merge, so that a text without white space (DNA, base64, minified JSON)
+/// would take time with the square of its length. No word of a language is as long, and merges that reach over a cut
+/// are as frequent inside the parts. nanochat cuts documents at 10,000 characters for the like reason.
+const MAX_WORD_CHARS: usize = 1024;
+
 impl Tokenizer {
     /// Learns a tokenizer from `texts`, one item a document.
     ///
     /// The same texts in any order give the same tokenizer, and merges equal those that the Python side of the
-    /// `tokenizers` library learns from the same documents. The special tokens come after the learned ones.
+    /// `tokenizers` library learns from the same documents, unless they have stretches of more than 1,024 characters
+    /// without a break, which are cut. The special tokens come after the learned ones.
     /// `quiet` hides the progress bar, which only a terminal shows anyway.
     ///
     /// # Errors
@@ -118,6 +127,7 @@ where
         progress.set_style(style);
     }
     let inner_chars = Mutex::new(BTreeSet::new());
+    let n_cut = AtomicUsize::new(0);
     let mut has_text = false;
     let counted = texts.inspect(|text| {
         has_text |= !text.as_ref().is_empty();
@@ -127,17 +137,45 @@ where
         let mut cut = PreTokenizedString::from(text);
         pre_tokenizer.pre_tokenize(&mut cut)?;
         let words = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
-        let words: Vec<String> = words.into_iter().map(|(word, ..)| word.to_owned()).collect();
+        let mut parts: Vec<String> = Vec::with_capacity(words.len());
+        for (word, ..) in words {
+            let n_before = parts.len();
+            parts.extend(cut_word(word).map(str::to_owned));
+            n_cut.fetch_add(usize::from(parts.len() > n_before + 1), Ordering::Relaxed);
+        }
+        let words = parts;
         let inner: BTreeSet<char> = words.iter().flat_map(|word| word.chars().skip(1)).collect();
         inner_chars.lock().unwrap_or_else(PoisonError::into_inner).extend(inner);
         Ok(words)
     });
     progress.finish_and_clear();
     fed.map_err(|e| TokenizerError::library("read the text", &*e))?;
+    if n_cut.load(Ordering::Relaxed) > 0 {
+        tracing::warn!(
+            "{} stretches of text without a break have more than {MAX_WORD_CHARS} characters: the vocabulary is learned \
+             from their parts of that length",
+            n_cut.into_inner()
+        );
+    }
     if !has_text {
         return Err(TokenizerError::NoText);
     }
     Ok(inner_chars.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Cuts `word` into parts of [`MAX_WORD_CHARS`], the last one shorter.
+fn cut_word(word: &str) -> impl Iterator<Item = &str> {
+    let mut rest = word;
+    std::iter::from_fn(move || {
+        let end = match rest.len() {
+            0 => return None,
+            n if n <= MAX_WORD_CHARS => n,
+            n => rest.char_indices().nth(MAX_WORD_CHARS).map_or(n, |(at, _)| at),
+        };
+        let (part, after) = rest.split_at(end);
+        rest = after;
+        Some(part)
+    })
 }
 
 /// One token a character, in the order of their code points, as in nanoGPT.

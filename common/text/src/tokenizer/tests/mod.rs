@@ -7,6 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use base::testing::shared;
 
+mod foreign;
+mod templates;
+
 const KINDS: [TokenizerKind; 4] =
     [TokenizerKind::Bpe, TokenizerKind::Wordpiece, TokenizerKind::Char, TokenizerKind::Byte];
 
@@ -39,6 +42,14 @@ fn of_fixture(kind: TokenizerKind) -> Tokenizer {
         texts.pop();
     }
     Tokenizer::train(&config, texts.iter(), true).unwrap()
+}
+
+/// A tokenizer of these two files.
+fn load(file: &Value, settings: &Value) -> Result<Tokenizer, TokenizerError> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+    Tokenizer::load(dir.path())
 }
 
 fn model(tokenizer: &Tokenizer) -> Value {
@@ -270,7 +281,7 @@ fn a_foreign_chat_template_is_kept_and_prompts_by_it() {
     assert_eq!(tokenizer.chat_template(), template);
     let start = tokenizer.token_id("<|im_start|>").unwrap();
     let end = tokenizer.eos().unwrap();
-    let ids = tokenizer.encode_chat_template(&[("user", "hi<|im_end|>")]).unwrap();
+    let ids = tokenizer.encode_chat_template(&[("user", "hi<|im_end|>")], true).unwrap().ids;
     assert_eq!(
         tokenizer.decode_with_specials(&ids),
         "<|im_start|>user\nhi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
