@@ -1,14 +1,14 @@
 //! What the stages of Kindling share.
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
-//! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`checkpoint`] with [`hf`], [`config`], [`metrics`],
+//! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`score`] (what models say of responses), [`checkpoint`] with [`hf`], [`config`], [`metrics`],
 //! [`backend`], [`runtime`] (models placed on a device), [`capacity`] (whether they fit into memory), [`rng`], [`hash`]; of the command line [`cli`], [`logging`],
 //! [`interrupt`], [`out_dir`], [`exit`]; and [`session`] (what every training run does the same way).
 //!
 //! # Invariants
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
-//!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `scoring` → `model`,
-//!   `data`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `runtime` →
+//!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `score` → `model`,
+//!   `data`, `generate`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `runtime` →
 //!   `backend`, `checkpoint`, `model`, `optim`; `capacity` → `model`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
@@ -24,7 +24,6 @@ pub mod logging;
 pub mod metrics;
 pub mod out_dir;
 pub mod runtime;
-pub mod scoring;
 pub mod session;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -32,4 +31,5 @@ pub mod testing;
 pub use base::{files, hash, rng};
 pub use kernels;
 pub use model::{self, generate, hf, loss, optim};
+pub use score;
 pub use text::{conversation, data, tokenizer};

@@ -3,7 +3,10 @@
 use anyhow::ensure;
 use common::cli::StageArgs;
 use common::optim::{OptimizerConfig, RlhfDefaults};
+use common::rng::Streams;
+use common::score::{Sampling, TooLong};
 use common::session::{self, DataConfig, RunConfig};
+use common::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -47,17 +50,6 @@ impl Default for PpoConfig {
     }
 }
 
-/// What to do with a prompt that, with `ppo.response_length` more tokens, exceeds the context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum TooLong {
-    /// Stop with an error.
-    #[default]
-    Fail,
-    /// Leave the prompt out.
-    Skip,
-}
-
 /// `[train]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -73,6 +65,9 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub micro_batch_size: Option<usize>,
+    /// Number of responses decoded at once: fewer need less memory for keys and values, more are faster.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub rollout_batch_size: usize,
     /// Number of held-out prompts in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_prompts: usize,
     /// Number of held-out answers written to `samples.jsonl` at every evaluation.
@@ -81,7 +76,14 @@ pub struct TrainConfig {
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        Self { steps: 100, batch_size: 64, micro_batch_size: None, eval_prompts: 64, n_samples: 4 }
+        Self {
+            steps: 100,
+            batch_size: 64,
+            micro_batch_size: None,
+            rollout_batch_size: 256,
+            eval_prompts: 64,
+            n_samples: 4,
+        }
     }
 }
 
@@ -108,6 +110,8 @@ pub struct PpoSection {
     /// Time constant of the adaptive KL coefficient, in responses.
     #[schemars(range(min = 1e-3, max = 1e12))]
     pub kl_horizon: f64,
+    /// Estimator of the advantages: `gae`.
+    pub estimator: Estimator,
     /// Discount factor γ per token; 1 because a response is one decision in many tokens.
     #[schemars(range(min = 0, max = 1))]
     pub gamma: f64,
@@ -134,6 +138,24 @@ pub struct PpoSection {
     pub ratio_tolerance: f64,
 }
 
+/// Estimator of the advantages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Estimator {
+    /// Generalised advantage estimation, with a value model.
+    #[default]
+    Gae,
+}
+
+impl Estimator {
+    /// Whether a value model is trained beside the policy.
+    pub fn has_critic(self) -> bool {
+        match self {
+            Self::Gae => true,
+        }
+    }
+}
+
 /// Initial weights of the value model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -154,6 +176,7 @@ impl Default for PpoSection {
             kl_coef: 0.05,
             kl_target: None,
             kl_horizon: 10_000.0,
+            estimator: Estimator::default(),
             gamma: 1.0,
             lambda: 0.95,
             epochs: 4,
@@ -200,7 +223,13 @@ impl PpoConfig {
     }
 
     /// Responses computed at a time.
-    pub(crate) fn micro_batch_size(&self) -> usize {
+    pub fn micro_batch_size(&self) -> usize {
         self.train.micro_batch_size.unwrap_or(self.train.batch_size / self.ppo.minibatches)
+    }
+
+    /// How the policy answers prompts.
+    pub fn sampling<'a>(&self, streams: Streams, tokenizer: &'a Tokenizer) -> Sampling<'a> {
+        let PpoSection { temperature, response_length, .. } = self.ppo;
+        Sampling::new(temperature, response_length, streams, tokenizer, self.train.rollout_batch_size)
     }
 }

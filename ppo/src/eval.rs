@@ -2,18 +2,17 @@
 
 use std::io::Write;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::config;
 use common::data::records::OnBadRecord;
 use common::exit::UsageError;
 use common::rng::Streams;
+use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong};
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
-use crate::config::{PpoConfig, PpoSection, TooLong};
-use crate::data::Prompts;
-use crate::rollout::{Judge, Rollout, Sampling};
+use crate::config::{PpoConfig, PpoSection};
 
 /// Two-sided 95 % point of the standard normal distribution.
 const Z_95: f64 = 1.959_963_984_540_054;
@@ -116,17 +115,17 @@ impl From<Evaluation> for Flat {
 
 impl Evaluation {
     /// Compares answers of the policy with answers of the reference to the same prompts.
-    fn of_answers(policy: &[Rollout], reference: &[Rollout]) -> Self {
+    fn of_rollouts(policy: &[Rollout], reference: &[Rollout]) -> Self {
         let over = |rollouts: &[Rollout], value: fn(&Rollout) -> f64| rollouts.iter().map(value).collect::<Vec<_>>();
-        let score = |rollout: &Rollout| f64::from(rollout.raw_score);
-        let wins: Vec<f64> = policy.iter().zip(reference).map(|(a, b)| win(a.raw_score, b.raw_score)).collect();
+        let score = |rollout: &Rollout| f64::from(rollout.score);
+        let wins: Vec<f64> = policy.iter().zip(reference).map(|(a, b)| win(a.score, b.score)).collect();
         Self {
             score_mean: Estimate::of_mean(&over(policy, score)),
             score_reference_mean: Estimate::of_mean(&over(reference, score)),
             win_rate: Estimate::of_rate(&wins),
             kl_mean: Estimate::of_mean(&over(policy, Rollout::kl)),
-            length_mean: Estimate::of_mean(&over(policy, |rollout| rollout.response.len() as f64)),
-            eos_rate: Estimate::of_rate(&over(policy, |rollout| f64::from(u8::from(rollout.ended)))),
+            length_mean: Estimate::of_mean(&over(policy, |rollout| rollout.response.ids.len() as f64)),
+            eos_rate: Estimate::of_rate(&over(policy, |rollout| f64::from(u8::from(rollout.response.ended)))),
             prompts: policy.len(),
         }
     }
@@ -160,7 +159,8 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     reference
         .expect_stage(&[Stage::Sft, Stage::Pretrain, Stage::Ppo])
         .context("failed to load the reference policy")?;
-    let reward_model = open_reward_model(&args.reward_model, &policy)?;
+    let reward_model =
+        checkpoint::open_reward_model(&args.reward_model, &policy).context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy);
@@ -176,35 +176,19 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let prompts = Prompts::read(files, tokenizer, max_seq_len, max_tokens, OnBadRecord::Fail.into(), TooLong::Fail)?;
 
     let runtime = args.runtime.open()?;
-    let judge = Judge {
+    let frozen = FrozenModels {
         reference: runtime.gpt(&reference)?,
         reward_model: runtime.scalar(&reward_model)?,
         gold: None,
-        missing_eos_score: 0.0,
         batch_size: args.batch_size.get(),
     };
     let policy = runtime.gpt(&policy)?;
-    let sampling = Sampling::new(temperature, max_tokens, Streams::new(args.seed), tokenizer);
-    let answers = |model| -> anyhow::Result<Vec<Rollout>> {
-        let generated = sampling.answer(model, &prompts.encoded, 0)?;
-        judge.judge(&prompts.encoded, generated, &sampling)
+    let sampling = Sampling::new(temperature, max_tokens, Streams::new(args.seed), tokenizer, args.batch_size.get());
+    let rollouts = |model| -> anyhow::Result<Vec<Rollout>> {
+        let responses = sampling.answer(model, &prompts.encoded, 0)?;
+        Ok(frozen.rollouts(&prompts.encoded, responses, temperature)?)
     };
-    Ok(Evaluation::of_answers(&answers(&policy)?, &answers(&judge.reference)?))
-}
-
-/// Opens a reward model and checks that it reads what `policy` writes.
-pub(crate) fn open_reward_model(dir: &std::path::Path, policy: &Checkpoint) -> anyhow::Result<Checkpoint> {
-    let reward_model = Checkpoint::open(dir).context("failed to load the reward model")?;
-    reward_model.expect_stage(&[Stage::RewardModel]).context("failed to load the reward model")?;
-    checkpoint::ensure_same_tokenizer(policy, &reward_model)?;
-    let (of_policy, of_reward_model) = (policy.model_config().vocab_size, reward_model.model_config().vocab_size);
-    ensure!(
-        of_policy <= of_reward_model,
-        "the policy `{}` can sample {of_policy} tokens, the reward model `{}` knows {of_reward_model}",
-        policy.dir().display(),
-        dir.display()
-    );
-    Ok(reward_model)
+    Ok(Evaluation::of_rollouts(&rollouts(&policy)?, &rollouts(&frozen.reference)?))
 }
 
 /// How a checkpoint of this stage was trained.

@@ -1,14 +1,15 @@
-//! One step of PPO: sample, judge, learn.
+//! One step: sample, score, estimate, learn.
 
 use std::time::Instant;
 
 use burn::module::Module;
 use common::rng::Streams;
+use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError};
 
 use crate::config::PpoConfig;
-use crate::data::Prompt;
-use crate::rollout::{Experience, Judge, Sampling, of_response_tokens, values};
-use crate::update::{Learner, UpdateMetrics};
+use crate::learner::Learner;
+use crate::targets::Experience;
+use crate::update::UpdateMetrics;
 
 /// Wall-clock time of the parts of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,45 +23,68 @@ pub struct Seconds {
 }
 
 /// What stays the same from step to step.
-pub(crate) struct Iteration<'a> {
-    pub(crate) config: &'a PpoConfig,
-    pub(crate) sampling: &'a Sampling<'a>,
-    pub(crate) judge: &'a Judge<'a>,
-    /// Of the minibatches' order.
-    pub(crate) streams: Streams,
+pub struct Iteration<'a> {
+    /// The configuration.
+    pub config: &'a PpoConfig,
+    /// How prompts are answered.
+    pub sampling: &'a Sampling<'a>,
+    /// Reference policy and reward model.
+    pub frozen: &'a FrozenModels<'a>,
+    /// Seeds the order of the minibatches.
+    pub streams: Streams,
 }
 
-/// What a step leaves behind.
-pub(crate) struct Done {
-    pub(crate) learner: Learner,
-    pub(crate) batch: Vec<Experience>,
-    pub(crate) update: UpdateMetrics,
-    pub(crate) seconds: Seconds,
+/// The result of a step.
+pub struct StepOutput {
+    /// The models after the updates.
+    pub learner: Learner,
+    /// What they learned from.
+    pub batch: Vec<Experience>,
+    /// Means over the updates.
+    pub update: UpdateMetrics,
+    /// How long the parts took.
+    pub seconds: Seconds,
 }
 
 impl Iteration<'_> {
-    /// Step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`.
+    /// Makes step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`.
     ///
     /// # Errors
-    /// Where sampling, scoring or the updates fail.
-    pub(crate) fn run(&self, learner: Learner, prompts: &[Prompt], step: u64, kl_coef: f32) -> anyhow::Result<Done> {
+    /// If sampling, scoring or the updates fail.
+    pub fn run(
+        &self,
+        learner: Learner,
+        prompts: &[EncodedPrompt],
+        step: u64,
+        kl_coef: f32,
+    ) -> anyhow::Result<StepOutput> {
         let clock = Instant::now();
-        let generated = self.sampling.answer(&learner.policy.valid(), prompts, step * prompts.len() as u64)?;
+        let responses = self.sampling.answer(&learner.policy.valid(), prompts, step * prompts.len() as u64)?;
         let rollout = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
-        let rollouts = self.judge.judge(prompts, generated, self.sampling)?;
-        let old_values = {
-            let value = learner.value.valid();
-            let pairs: Vec<_> = rollouts.iter().map(|r| (&*r.prompt.ids, &*r.response)).collect();
-            of_response_tokens(&pairs, self.config.micro_batch_size(), |batch| values(&value, batch))?
-        };
-        let batch = Experience::of_batch(rollouts, old_values, kl_coef, &self.config.ppo);
+        let batch = self.experience(&learner, prompts, responses, kl_coef)?;
         let score = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
         let (learner, metrics) = learner.update(&batch, self.config, self.streams, step)?;
         let update = clock.elapsed().as_secs_f64();
-        Ok(Done { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
+        Ok(StepOutput { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
+    }
+
+    /// What there is to learn from `responses` to `prompts`: scores, divergence, values, advantages.
+    ///
+    /// # Errors
+    /// If scoring fails.
+    pub fn experience(
+        &self,
+        learner: &Learner,
+        prompts: &[EncodedPrompt],
+        responses: Vec<Response>,
+        kl_coef: f32,
+    ) -> Result<Vec<Experience>, ScoreError> {
+        let rollouts = self.frozen.rollouts(prompts, responses, self.sampling.config.temperature)?;
+        let values = learner.values(&rollouts, self.config.micro_batch_size())?;
+        Ok(Experience::of_batch(rollouts, values, kl_coef, &self.config.ppo))
     }
 }

@@ -4,9 +4,10 @@
 //! policy, and a clipped objective makes what paid more likely. Checkpoints of the stages `sft` and `reward-model` go
 //! in, one of stage `ppo` comes out, with the value model beside it.
 //!
-//! In reading order: [`advantage`], [`rewards`] and [`kl`] are the targets, plain numbers, one response a call;
-//! [`loss`] is the objective, on tensors; `rollout` samples and scores, `update` makes the epochs over a batch of
-//! rollouts, `iteration` is one after the other, `train` is the loop around it.
+//! In reading order: `train` is the loop, [`Iteration`] one step of it. A step samples and scores with
+//! [`common::score`]; [`targets`] makes rewards and advantages of that, from [`advantage`], [`rewards`] and [`kl`], plain
+//! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, and [`loss`]
+//! is their objective, on tensors.
 //!
 //! # Source
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
@@ -19,27 +20,25 @@ mod data;
 mod eval;
 mod iteration;
 pub mod kl;
+mod learner;
 pub mod loss;
-mod replay;
+mod measured;
 pub mod rewards;
-mod rollout;
+pub mod targets;
 mod train;
-mod trial;
 mod update;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
-pub use config::{PpoConfig, PpoSection, TooLong, TrainConfig, ValueInit};
+pub use common::score::{Gold, TooLong};
+pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
 pub use eval::{Estimate, Evaluation, evaluate};
-pub use iteration::Seconds;
-pub use replay::{Replay, replay};
+pub use iteration::{Iteration, Seconds, StepOutput};
+pub use learner::{Critic, Learner};
 pub use train::train;
-pub use trial::{Measurement, Trial};
+pub use update::{UpdateMetrics, ValueMetrics};
 
 use common::cli::ConfigSource;
 use common::session;
-
-/// A recipe's true reward of a response to a prompt, where it is known: reported, never trained on.
-pub type Gold<'a> = &'a dyn Fn(&str, &str) -> f64;
 
 /// Carries out one command line.
 ///

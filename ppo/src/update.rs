@@ -1,49 +1,58 @@
 //! The updates on one batch of rollouts: epochs × minibatches × micro-batches.
 
 use anyhow::{Context, bail};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use common::kernels;
-use common::model::{Gpt, ScalarGpt};
-use common::optim::{AdamW, GradNorm, Grads};
+use common::optim::{GradNorm, Grads};
 use common::rng::Streams;
-use common::scoring::by_length;
+use common::score::{ResponseBatch, by_length, log_probs, values};
 
 use crate::config::PpoConfig;
-use crate::data::ResponseBatch;
+use crate::learner::{Critic, Learner};
 use crate::loss::{policy_loss, value_loss};
-use crate::rollout::{Experience, log_probs, values};
-
-/// What learns, on an autodiff device: two models, each with its own optimiser.
-#[derive(Debug)]
-pub(crate) struct Learner {
-    pub(crate) policy: Gpt,
-    pub(crate) value: ScalarGpt,
-    pub(crate) policy_optimizer: AdamW,
-    pub(crate) value_optimizer: AdamW,
-}
+use crate::targets::{Experience, ValueTargets};
 
 /// Means over all minibatches of a step, but for the maximum.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct UpdateMetrics {
-    pub(crate) policy_loss: f64,
-    pub(crate) clip_frac: f64,
-    pub(crate) approx_kl: f64,
-    pub(crate) ratio_mean: f64,
-    pub(crate) ratio_max: f64,
-    pub(crate) entropy: f64,
-    pub(crate) value_loss: f64,
-    pub(crate) value_clip_frac: f64,
+pub struct UpdateMetrics {
+    /// Clipped policy loss.
+    pub policy_loss: f64,
+    /// Fraction of response tokens whose ratio was clipped.
+    pub clip_frac: f64,
+    /// `½·mean((log ratio)²)` in nats.
+    pub approx_kl: f64,
+    /// Mean probability ratio.
+    pub ratio_mean: f64,
+    /// Largest probability ratio.
+    pub ratio_max: f64,
+    /// Mean entropy of a next-token distribution, in nats.
+    pub entropy: f64,
     /// Global norm of the policy's gradient before clipping.
-    pub(crate) policy_grad_norm: f64,
-    /// The same of the value model.
-    pub(crate) value_grad_norm: f64,
+    pub grad_norm: f64,
+    /// The same of the value model, where there is one.
+    pub value: Option<ValueMetrics>,
 }
 
-/// Number of means that are summed on the device.
-const N_MEANS: usize = 7;
+/// Means over all minibatches of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ValueMetrics {
+    /// Clipped value loss.
+    pub loss: f64,
+    /// Fraction of response tokens whose value was clipped.
+    pub clip_frac: f64,
+    /// Global norm of the gradient before clipping.
+    pub grad_norm: f64,
+}
+
+impl UpdateMetrics {
+    /// Sum of the gradients' norms, which is finite where all are.
+    pub(crate) fn grad_norms(&self) -> f64 {
+        self.grad_norm + self.value.map_or(0.0, |value| value.grad_norm)
+    }
+}
 
 impl Learner {
-    /// Makes the updates of step `step` out of `n_steps`.
+    /// Makes the updates of step `step` of `config.train.steps`.
     ///
     /// Every epoch draws a fresh permutation of the responses and cuts it into `ppo.minibatches` equal parts, one
     /// optimiser step each. Losses are means over the response tokens of a minibatch, however it is cut into
@@ -51,7 +60,7 @@ impl Learner {
     ///
     /// # Errors
     /// If, before the first update, a ratio is further from 1 than `ppo.ratio_tolerance`.
-    pub(crate) fn update(
+    pub fn update(
         mut self,
         batch: &[Experience],
         config: &PpoConfig,
@@ -59,158 +68,211 @@ impl Learner {
         step: u64,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
         let n_steps = config.train.steps;
-        let (policy_lr, value_lr) =
-            (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
-        let mut means: Option<Tensor<1>> = None;
-        let mut ratio_max: Option<Tensor<1>> = None;
-        let (mut policy_norms, mut value_norms, mut n_updates) = (Vec::new(), Vec::new(), 0.0);
+        let lrs = (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
+        let mut sums = Sums::default();
         for epoch in 0..config.ppo.epochs {
             let order = streams.get("minibatches", step * config.ppo.epochs + epoch).permutation(batch.len());
             for minibatch in order.chunks(batch.len() / config.ppo.minibatches) {
                 let minibatch: Vec<&Experience> = minibatch.iter().map(|&i| &batch[i]).collect();
-                let minibatch_tokens = minibatch.iter().map(|experience| experience.values.len()).sum();
-                let lengths = minibatch.iter().map(|e| e.rollout.prompt.ids.len() + e.rollout.response.len());
-                let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
-                for part in by_length(lengths, config.micro_batch_size()) {
-                    let part = Part::new(part.iter().map(|&i| minibatch[i]).collect());
-                    let gradients = self.gradients(&part, config, minibatch_tokens);
-                    if n_updates == 0.0 {
-                        part.check_ratio(gradients.log_probs, config.ppo.ratio_tolerance)?;
-                    }
-                    policy_grads = policy_grads.plus(gradients.policy);
-                    value_grads = value_grads.plus(gradients.value);
-                    means = Some(match means {
-                        Some(sum) => sum + gradients.means,
-                        None => gradients.means,
-                    });
-                    ratio_max = Some(match ratio_max {
-                        Some(max) => max.max_pair(gradients.ratio_max),
-                        None => gradients.ratio_max,
-                    });
-                }
-                let device = self.policy.device();
-                let Self { policy, value, mut policy_optimizer, mut value_optimizer } = self;
-                let ((policy, policy_norm), (value, value_norm)) = kernels::at_once(
-                    &device,
-                    || policy_optimizer.step(policy, policy_grads, policy_lr),
-                    || value_optimizer.step(value, value_grads, value_lr),
-                );
-                self = Self { policy, value, policy_optimizer, value_optimizer };
-                policy_norms.push(policy_norm);
-                value_norms.push(value_norm);
-                n_updates += 1.0;
+                let (policy_grads, value_grads) = self.gradients(&minibatch, config, &mut sums)?;
+                self = self.descend(policy_grads, value_grads, lrs, &mut sums);
             }
         }
+        Ok((self, sums.metrics()?))
+    }
+
+    /// The gradients of a minibatch, accumulated over its micro-batches, longest responses first.
+    fn gradients(
+        &self,
+        minibatch: &[&Experience],
+        config: &PpoConfig,
+        sums: &mut Sums,
+    ) -> anyhow::Result<(Grads, Grads)> {
+        let n_tokens = minibatch.iter().map(|experience| experience.n_tokens()).sum();
+        let lengths = minibatch.iter().map(|e| e.rollout.prompt.ids.len() + e.rollout.response.ids.len());
+        let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
+        for part in by_length(lengths, config.micro_batch_size()) {
+            let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), n_tokens);
+            let (policy, value) = kernels::at_once(
+                &self.policy.device(),
+                || part.policy_gradients(self, config),
+                || self.critic.as_ref().map(|critic| part.value_gradients(critic, config)),
+            );
+            if sums.n_updates() == 0 {
+                part.check_ratio(policy.log_probs, config.ppo.ratio_tolerance)?;
+            }
+            policy_grads = policy_grads.plus(policy.grads);
+            let mut means = policy.means;
+            if let Some(value) = value {
+                value_grads = value_grads.plus(value.grads);
+                means.extend(value.means);
+            }
+            sums.add(Tensor::cat(means, 0), policy.ratio_max);
+        }
+        Ok((policy_grads, value_grads))
+    }
+
+    /// One step of each optimiser at the learning rates of policy and value model.
+    fn descend(self, policy_grads: Grads, value_grads: Grads, lrs: (f64, f64), sums: &mut Sums) -> Self {
+        let Self { policy, mut policy_optimizer, critic } = self;
+        let device = policy.device();
+        let ((policy, policy_norm), critic) = kernels::at_once(
+            &device,
+            || policy_optimizer.step(policy, policy_grads, lrs.0),
+            || {
+                critic.map(|Critic { model, mut optimizer }| {
+                    let (model, norm) = optimizer.step(model, value_grads, lrs.1);
+                    (Critic { model, optimizer }, norm)
+                })
+            },
+        );
+        sums.policy_norms.push(policy_norm);
+        let critic = critic.map(|(critic, norm)| {
+            sums.value_norms.push(norm);
+            critic
+        });
+        Self { policy, policy_optimizer, critic }
+    }
+}
+
+/// What the metrics of a step are made of, summed on the device so that no update waits for it.
+#[derive(Default)]
+struct Sums {
+    /// `[5]`, with a value model `[7]`, in the order in which [`Sums::metrics`] reads them.
+    means: Option<Tensor<1>>,
+    /// `[1]`
+    ratio_max: Option<Tensor<1>>,
+    policy_norms: Vec<GradNorm>,
+    value_norms: Vec<GradNorm>,
+}
+
+impl Sums {
+    fn n_updates(&self) -> usize {
+        self.policy_norms.len()
+    }
+
+    /// Adds a micro-batch's part of its minibatch's means.
+    fn add(&mut self, means: Tensor<1>, ratio_max: Tensor<1>) {
+        self.means = Some(match self.means.take() {
+            Some(sum) => sum + means,
+            None => means,
+        });
+        self.ratio_max = Some(match self.ratio_max.take() {
+            Some(max) => max.max_pair(ratio_max),
+            None => ratio_max,
+        });
+    }
+
+    fn metrics(self) -> anyhow::Result<UpdateMetrics> {
+        let n_updates = self.n_updates() as f64;
         let host = |tensor: Option<Tensor<1>>| {
             let tensor = tensor.context("a step makes at least one update")?;
             tensor.try_into_vec_as::<f32>().context("failed to read the device")
         };
-        let means: Vec<f64> = host(means)?.iter().map(|&sum| f64::from(sum) / n_updates).collect();
-        let metrics = UpdateMetrics {
+        let means: Vec<f64> = host(self.means)?.iter().map(|&sum| f64::from(sum) / n_updates).collect();
+        Ok(UpdateMetrics {
             policy_loss: means[0],
             clip_frac: means[1],
             approx_kl: means[2],
             ratio_mean: means[3],
             entropy: means[4],
-            value_loss: means[5],
-            value_clip_frac: means[6],
-            ratio_max: f64::from(host(ratio_max)?[0]),
-            policy_grad_norm: GradNorm::mean(&policy_norms),
-            value_grad_norm: GradNorm::mean(&value_norms),
-        };
-        Ok((self, metrics))
-    }
-
-    /// One micro-batch's part of a minibatch's gradients and means.
-    fn gradients(&self, part: &Part<'_>, config: &PpoConfig, minibatch_tokens: usize) -> Gradients {
-        let device = self.policy.device();
-        let flat = |numbers: fn(&Experience) -> &[f32]| -> Tensor<1> {
-            let flat: Vec<f32> = part.experiences.iter().flat_map(|experience| numbers(experience)).copied().collect();
-            Tensor::from_floats(flat.as_slice(), &device)
-        };
-        let learn_policy = || {
-            let (log_probs, entropy) = log_probs(&self.policy, &part.batch, config.ppo.temperature); // [n_tokens]
-            let loss = policy_loss(
-                log_probs.clone(),
-                flat(|experience| &experience.rollout.log_probs),
-                flat(|experience| &experience.advantages),
-                config.ppo.clip_range as f32,
-                minibatch_tokens,
-            );
-            let gradients = self.policy_optimizer.scaled(loss.loss.clone()).backward();
-            (Grads::take(&self.policy, gradients), loss, log_probs, entropy)
-        };
-        let learn_value = || {
-            let loss = value_loss(
-                values(&self.value, &part.batch),
-                flat(|experience| &experience.values),
-                flat(|experience| &experience.returns),
-                config.ppo.value_clip_range as f32,
-                minibatch_tokens,
-            );
-            let gradients = self.value_optimizer.scaled(loss.loss.clone()).backward();
-            (Grads::take(&self.value, gradients), loss)
-        };
-        let ((policy, of_policy, log_probs, entropy), (value, of_value)) =
-            kernels::at_once(&device, learn_policy, learn_value);
-        let means: [Tensor<1>; N_MEANS] = [
-            of_policy.loss.inner(),
-            of_policy.clip_frac,
-            of_policy.approx_kl,
-            of_policy.ratio_mean,
-            entropy.inner().sum().div_scalar(minibatch_tokens as f32),
-            of_value.loss.inner(),
-            of_value.clip_frac,
-        ];
-        Gradients {
-            policy,
-            value,
-            means: Tensor::cat(means.to_vec(), 0),
-            ratio_max: of_policy.ratio_max,
-            log_probs: log_probs.inner(),
-        }
+            ratio_max: f64::from(host(self.ratio_max)?[0]),
+            grad_norm: GradNorm::mean(&self.policy_norms),
+            value: (!self.value_norms.is_empty()).then(|| ValueMetrics {
+                loss: means[5],
+                clip_frac: means[6],
+                grad_norm: GradNorm::mean(&self.value_norms),
+            }),
+        })
     }
 }
 
-/// What one micro-batch gives.
-struct Gradients {
-    policy: Grads,
-    value: Grads,
-    /// `[N_MEANS]`, in the order of [`UpdateMetrics`] as read in [`Learner::update`].
-    means: Tensor<1>,
+/// The policy's part of what a micro-batch gives.
+struct PolicyGradients {
+    grads: Grads,
+    /// Of shape `[1]`, in the order of [`Sums::metrics`].
+    means: Vec<Tensor<1>>,
     ratio_max: Tensor<1>,
     /// `[n_tokens]`
     log_probs: Tensor<1>,
 }
 
-/// The responses of one micro-batch.
-struct Part<'a> {
-    experiences: Vec<&'a Experience>,
-    batch: ResponseBatch,
+/// The value model's part.
+struct ValueGradients {
+    grads: Grads,
+    means: Vec<Tensor<1>>,
 }
 
-impl<'a> Part<'a> {
-    fn new(experiences: Vec<&'a Experience>) -> Self {
-        let batch = ResponseBatch::new(experiences.iter().map(|e| (&*e.rollout.prompt.ids, &*e.rollout.response)));
-        Self { experiences, batch }
+/// The responses of one micro-batch.
+struct MicroBatch<'a> {
+    experiences: Vec<&'a Experience>,
+    batch: ResponseBatch,
+    /// Response tokens of the whole minibatch, the denominator of every mean.
+    minibatch_tokens: usize,
+}
+
+impl<'a> MicroBatch<'a> {
+    fn new(experiences: Vec<&'a Experience>, minibatch_tokens: usize) -> Self {
+        let batch = ResponseBatch::new(experiences.iter().map(|experience| experience.rollout.ids()));
+        Self { experiences, batch, minibatch_tokens }
+    }
+
+    /// The numbers of the response tokens, `[n_tokens]`.
+    fn flat(&self, device: &Device, numbers: fn(&Experience) -> &[f32]) -> Tensor<1> {
+        let flat: Vec<f32> = self.experiences.iter().flat_map(|experience| numbers(experience)).copied().collect();
+        Tensor::from_floats(flat.as_slice(), device)
+    }
+
+    fn policy_gradients(&self, learner: &Learner, config: &PpoConfig) -> PolicyGradients {
+        let device = learner.policy.device();
+        let (log_probs, entropy) = log_probs(&learner.policy, &self.batch, config.ppo.temperature); // [n_tokens]
+        let loss = policy_loss(
+            log_probs.clone(),
+            self.flat(&device, |experience| &experience.rollout.response.log_probs),
+            self.flat(&device, |experience| &experience.advantages),
+            config.ppo.clip_range as f32,
+            self.minibatch_tokens,
+        );
+        let gradients = learner.policy_optimizer.scaled(loss.loss.clone()).backward();
+        PolicyGradients {
+            grads: Grads::take(&learner.policy, gradients),
+            means: vec![
+                loss.loss.inner(),
+                loss.clip_frac,
+                loss.approx_kl,
+                loss.ratio_mean,
+                entropy.inner().sum().div_scalar(self.minibatch_tokens as f32),
+            ],
+            ratio_max: loss.ratio_max,
+            log_probs: log_probs.inner(),
+        }
+    }
+
+    fn value_gradients(&self, critic: &Critic, config: &PpoConfig) -> ValueGradients {
+        fn targets(experience: &Experience) -> &ValueTargets {
+            experience.critic.as_ref().expect("an estimator with a value model gives it targets")
+        }
+        let device = critic.model.device();
+        let loss = value_loss(
+            values(&critic.model, &self.batch),
+            self.flat(&device, |experience| &targets(experience).values),
+            self.flat(&device, |experience| &targets(experience).returns),
+            config.ppo.value_clip_range as f32,
+            self.minibatch_tokens,
+        );
+        let gradients = critic.optimizer.scaled(loss.loss.clone()).backward();
+        ValueGradients { grads: Grads::take(&critic.model, gradients), means: vec![loss.loss.inner(), loss.clip_frac] }
     }
 
     /// Checks that the policy, not yet updated, gives the sampled tokens the probability they were sampled with.
     ///
     /// Sampling goes through the key/value cache token by token, training through whole padded rows. Both must be the
     /// same function: with another temperature, position, mask or dropout, PPO would optimise a ratio of two models.
-    ///
-    /// # Source
-    /// Item 33 of "The N Implementation Details of RLHF with PPO": the first ratio of a rollout is 1.
     fn check_ratio(&self, log_probs: Tensor<1>, tolerance: f64) -> anyhow::Result<()> {
         let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the device")?;
         let sampled = self.experiences.iter().flat_map(|experience| {
-            experience
-                .rollout
-                .log_probs
-                .iter()
-                .enumerate()
-                .map(move |(t, log_prob)| (&experience.rollout, t, *log_prob))
+            let of_response = experience.rollout.response.log_probs.iter().enumerate();
+            of_response.map(move |(t, log_prob)| (&experience.rollout, t, *log_prob))
         });
         for ((rollout, t, old), new) in sampled.zip(log_probs) {
             let ratio = f64::from(new - old).exp();
@@ -222,7 +284,7 @@ impl<'a> Part<'a> {
                      with (log-probability {new} in training, {old} in sampling; token {t} of {} in the answer to \
                      `{}`), expected 1 ± {tolerance}\nhint: sampling and training disagree about temperature, \
                      positions, padding or kernels; if `--kernels plain` runs, please report the difference",
-                    rollout.response.len(),
+                    rollout.response.ids.len(),
                     rollout.prompt.text
                 );
             }

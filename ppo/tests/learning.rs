@@ -85,7 +85,7 @@ fn likes_a(tokenizer: &Tokenizer) -> Weights {
 }
 
 /// The share of `a` in an answer.
-fn share_of_a(_prompt: &str, answer: &str) -> f64 {
+fn share_of_a(answer: &str) -> f64 {
     answer.chars().filter(|&letter| letter == 'a').count() as f64 / answer.chars().count().max(1) as f64
 }
 
@@ -113,7 +113,7 @@ fn ppo_raises_a_toy_score_and_what_it_stands_for_on_three_seeds() {
         let args =
             ["ppo", "train", "--config", &config, "--policy", &policy, "--reward-model", &reward_model, "--out", &out];
         let Command::Train(args) = Cli::parse_from(args).command else { panic!("the command is `train`") };
-        ppo::train(&args, Interrupt::never(), Some(&share_of_a)).unwrap();
+        ppo::train(&args, Interrupt::never(), Some(&|_, answer| Some(share_of_a(answer)))).unwrap();
 
         let evaluations = evaluations(&dir.path().join("out"));
         let (first, last) = (&evaluations[0], &evaluations[evaluations.len() - 1]);

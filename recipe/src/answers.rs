@@ -4,27 +4,16 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, Result};
 use common::conversation::{self, Message};
-use common::generate::{Finish, GenerateOptions, SamplingConfig, generate};
+use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
 use common::logging::bars;
 use common::model::{Gpt, ScalarGpt};
 use common::rng::Streams;
-use common::scoring::score_rows;
+use common::score::{Response, Sampling, score_rows};
 use common::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::BasePrompt;
-
-/// One sampled answer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SampledAnswer {
-    /// The tokens, with the stop token where there is one.
-    pub ids: Vec<u32>,
-    /// The text, special tokens left out.
-    pub text: String,
-    /// Whether it stopped by itself.
-    pub ended: bool,
-}
 
 /// A model that answers, with how it is asked.
 pub struct PromptSampler<'a> {
@@ -54,9 +43,14 @@ impl PromptSampler<'_> {
         first_row: u64,
         what: &str,
         interrupt: Interrupt,
-    ) -> Result<Option<Vec<SampledAnswer>>> {
+    ) -> Result<Option<Vec<Response>>> {
         let specials = self.tokenizer.specials();
-        let sampling = SamplingConfig { stop: vec![specials.end, specials.bos], ..self.sampling.clone() };
+        let sampling = Sampling {
+            config: SamplingConfig { stop: vec![specials.end, specials.bos], ..self.sampling.clone() },
+            streams,
+            tokenizer: self.tokenizer,
+            batch_size: self.batch_size,
+        };
         let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
         let bar = progress_bar(ids.len(), what);
         let mut answers = Vec::with_capacity(ids.len());
@@ -66,21 +60,13 @@ impl PromptSampler<'_> {
             let row = first_row + (chunk_idx * n_at_a_time) as u64;
             let mut stop_if_asked =
                 |_, _| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            let options = GenerateOptions {
-                max_batch: self.batch_size,
-                on_token: Some(&mut stop_if_asked),
-                ..GenerateOptions::default()
-            };
-            let generated = generate(self.gpt, chunk, &sampling, &streams, row, options)
+            let responses = sampling
+                .answer_watched(self.gpt, chunk, row, Some(&mut stop_if_asked))
                 .with_context(|| format!("failed to sample answers from prompt {} on", answers.len() + 1))?;
             if interrupt.requested() {
                 return Ok(None);
             }
-            answers.extend(generated.into_iter().map(|answer| SampledAnswer {
-                text: self.tokenizer.decode(&answer.ids),
-                ended: answer.finish == Finish::Stop,
-                ids: answer.ids,
-            }));
+            answers.extend(responses);
             bar.inc(chunk.len() as u64);
         }
         bar.finish_and_clear();
@@ -109,7 +95,7 @@ pub fn scores(
     model: &ScalarGpt,
     tokenizer: &Tokenizer,
     prompts: &[Vec<Message>],
-    answers: &[SampledAnswer],
+    answers: &[Response],
     form: BasePrompt,
     batch_size: usize,
 ) -> Result<Vec<Option<f64>>> {

@@ -15,10 +15,11 @@ use common::files::write_whole;
 use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
 use common::rng::Streams;
+use common::score::Response;
 use common::session::Outcome;
 use serde_json::json;
 
-use crate::answers::{PromptSampler, SampledAnswer};
+use crate::answers::PromptSampler;
 use crate::config::{BasePrompt, CollectConfig};
 use crate::gold::GoldScorer;
 use crate::setup::Setup;
@@ -128,12 +129,7 @@ impl Collector<'_> {
     }
 
     /// `samples_per_prompt` answers to each prompt, those to one prompt side by side.
-    fn sample(
-        &self,
-        sampler: &PromptSampler<'_>,
-        prompts: &[Prompt],
-        first_row: u64,
-    ) -> Result<Option<Vec<SampledAnswer>>> {
+    fn sample(&self, sampler: &PromptSampler<'_>, prompts: &[Prompt], first_row: u64) -> Result<Option<Vec<Response>>> {
         let repeated: Vec<_> = prompts
             .iter()
             .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), self.config.samples_per_prompt))
@@ -173,7 +169,7 @@ impl Pairs {
 
 impl Labeller<'_> {
     /// Labels every two answers to the same prompt; those of the same worth are left out.
-    fn pairs(&self, prompts: &[Prompt], answers: &[SampledAnswer], part: &str) -> Result<Pairs> {
+    fn pairs(&self, prompts: &[Prompt], answers: &[Response], part: &str) -> Result<Pairs> {
         let k = self.config.samples_per_prompt;
         let mut pairs = Pairs::default();
         let mut index = 0;
@@ -230,11 +226,8 @@ mod tests {
         let prompt = Prompt { messages: vec![Message::new(Role::User, text)], text: text.to_owned() };
         let good = "On a warm day, Mia went to the park. Soon, Mia found an orange kite under a bench. Mia was very happy. \
                     On a warm day, a gentle owl went to the park. Soon, the owl found an orange kite under a bench.";
-        let answers = [good, "boat boat boat", good].map(|text| SampledAnswer {
-            ids: Vec::new(),
-            text: text.to_owned(),
-            ended: true,
-        });
+        let answers =
+            [good, "boat boat boat", good].map(|text| Response { text: text.to_owned(), ..Response::default() });
         labeller.pairs(&[prompt], &answers, "train").unwrap()
     }
 

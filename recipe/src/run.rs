@@ -238,15 +238,12 @@ impl<'a> Run<'a> {
                 reward_model::train(&args, self.interrupt)
             }
             _ => {
-                let gold = setup
-                    .gold
-                    .as_ref()
-                    .map(|gold| move |prompt: &str, response: &str| gold.score(prompt, response).unwrap_or(f64::NAN));
+                let gold = setup.gold.as_ref().map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
                 let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
                 ppo::train(
                     &ppo::TrainArgs { policy, reward_model, stage },
                     self.interrupt,
-                    gold.as_ref().map(|gold| gold as &dyn Fn(&str, &str) -> f64),
+                    gold.as_ref().map(|gold| gold as ppo::Gold<'_>),
                 )
             }
         }

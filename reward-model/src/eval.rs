@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{Context, ensure};
 use common::checkpoint::{Checkpoint, Stage};
 use common::model::ScalarGpt;
-use common::scoring;
+use common::score::score_rows;
 use common::session::DataConfig;
 use serde::Serialize;
 
@@ -57,7 +57,7 @@ pub(crate) fn evaluate_pairs(
 ) -> anyhow::Result<Evaluation> {
     let used = &pairs.encoded[..n.min(pairs.encoded.len())];
     let rows: Vec<&[u32]> = used.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
-    let scores = scoring::score_rows(model, &rows, batch_size)?;
+    let scores = score_rows(model, &rows, batch_size)?;
     ensure!(scores.iter().all(|score| score.is_finite()), "a score is not finite: the weights have diverged");
     let (mut accuracy, mut loss, mut margin_mean) = (0.0, 0.0, 0.0);
     for (pair, scores) in used.iter().zip(scores.chunks(2)) {

@@ -2,10 +2,9 @@
 
 use anyhow::{Context, ensure};
 use common::data::order::Order;
-use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::model::{Gpt, ScalarGpt};
 use common::rng::Streams;
-use common::scoring;
+use common::score::{Sampling, score_rows};
 use common::tokenizer::Tokenizer;
 
 use crate::config::NormalisationConfig;
@@ -73,19 +72,13 @@ pub(crate) fn score_samples(
         })
         .filter(|prompt| prompt.len() < max_seq_len)
         .collect();
-    let sampling = SamplingConfig {
-        temperature: config.temperature,
-        max_tokens: config.max_tokens,
-        stop: vec![tokenizer.specials().end],
-        ..SamplingConfig::default()
-    };
-    let options = GenerateOptions { max_batch: config.batch_size, ..GenerateOptions::default() };
-    let answers = generate(initial, &prompts, &sampling, &streams, 0, options)
-        .context("failed to sample answers of the initial model")?;
+    let NormalisationConfig { temperature, max_tokens, batch_size, .. } = *config;
+    let sampling = Sampling::new(temperature, max_tokens, streams, tokenizer, batch_size);
+    let answers = sampling.answer(initial, &prompts, 0).context("failed to sample answers of the initial model")?;
     let rows: Vec<Vec<u32>> =
         prompts.iter().zip(&answers).map(|(prompt, answer)| [prompt.as_slice(), &answer.ids].concat()).collect();
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-    Ok(scoring::score_rows(model, &rows, config.batch_size)?)
+    Ok(score_rows(model, &rows, batch_size)?)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use common::conversation::{self, Message};
 use common::data::ids;
 use common::data::records::{self, Answers, OnBadRecord};
 use common::model::ScalarGpt;
-use common::scoring;
+use common::score::score_rows;
 use common::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &ScoreArgs) -> anyhow::Result<()> {
         (None, None) => bail!("either `--data` or `--ids` is needed"),
     };
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-    let mut scores = scoring::score_rows(&model, &rows, args.batch_size.get())?.into_iter();
+    let mut scores = score_rows(&model, &rows, args.batch_size.get())?.into_iter();
     let mut out = BufWriter::new(std::io::stdout().lock());
     for Line { mut fields, suffixes } in lines {
         for suffix in suffixes {

@@ -13,7 +13,7 @@ use common::model::{Layout, ScalarGpt};
 use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::runtime::Runtime;
-use common::scoring::by_length;
+use common::score::by_length;
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
 
 use crate::cli::TrainArgs;

@@ -372,6 +372,26 @@ pub fn ensure_same_tokenizer(a: &Checkpoint, b: &Checkpoint) -> Result<(), Check
     Err(CheckpointError::Partners { what, a: a.dir.clone(), b: b.dir.clone() })
 }
 
+/// Opens a reward model and checks that it reads what `policy` writes.
+///
+/// # Errors
+/// If there is none of stage `reward-model`, or it does not know the tokens that the policy can sample.
+pub fn open_reward_model(dir: &Path, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
+    let reward_model = Checkpoint::open(dir)?;
+    reward_model.expect_stage(&[Stage::RewardModel])?;
+    ensure_same_tokenizer(policy, &reward_model)?;
+    let (sampled, known) = (policy.model_config().vocab_size, reward_model.model_config().vocab_size);
+    if sampled > known {
+        return Err(CheckpointError::SmallerVocabulary {
+            dir: dir.to_owned(),
+            known,
+            policy: policy.dir.clone(),
+            sampled,
+        });
+    }
+    Ok(reward_model)
+}
+
 /// Why a checkpoint cannot be read, used or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -439,6 +459,22 @@ pub enum CheckpointError {
         tokenizer: usize,
         /// Rows of the embedding.
         model: usize,
+    },
+    /// The reward model lacks embeddings of tokens that the policy can sample.
+    #[error(
+        "the policy `{}` can sample {sampled} tokens, the reward model `{}` knows {known}",
+        policy.display(),
+        dir.display()
+    )]
+    SmallerVocabulary {
+        /// The reward model's directory.
+        dir: PathBuf,
+        /// Rows of its embedding.
+        known: usize,
+        /// The policy's directory.
+        policy: PathBuf,
+        /// Rows of the policy's embedding.
+        sampled: usize,
     },
     /// Two checkpoints that do not fit together.
     #[error(

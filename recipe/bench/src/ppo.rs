@@ -7,12 +7,14 @@ use burn::module::Module;
 use clap::Args;
 use common::cli::{RuntimeArgs, at_least_1};
 use common::exit::UsageError;
-use common::model::Gpt;
+use common::model::{Gpt, GptConfig, ScalarGpt};
 use common::optim::{OptimizerConfig, Schedule};
 use common::rng::Streams;
 use common::runtime::Runtime;
+use common::score::{EncodedPrompt, FrozenModels};
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
-use ppo::{Measurement, PpoConfig, Trial};
+use ppo::targets::Experience;
+use ppo::{Critic, Iteration, Learner, PpoConfig, Seconds, StepOutput};
 use serde_json::{Map, Value, json};
 
 use super::{Shape, median, rounded, smallest};
@@ -87,20 +89,12 @@ pub fn measure(args: &PpoBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<Str
     let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
     let tokenizer = Tokenizer::train(&bytes, std::iter::empty::<String>(), true)?;
 
-    let mut trial = Trial::new(&model, config, prompt, &tokenizer, runtime);
-    let mut measured: Vec<Measurement> = Vec::new();
-    for step in 0..args.warmup.get() + args.steps.get() {
-        let of_step = trial.step(step as u64)?;
-        assert_eq!(of_step.tokens, batch * response, "a response ended early");
-        if step >= args.warmup.get() {
-            measured.push(of_step);
-        }
-    }
-    let of = |part: fn(&Measurement) -> f64| measured.iter().map(part).collect::<Vec<f64>>();
-    let (rollout, score) = (median(&of(|m| m.seconds.rollout)), median(&of(|m| m.seconds.score)));
-    let update = median(&of(|m| m.seconds.update));
-    let totals = of(|m| m.seconds.rollout + m.seconds.score + m.seconds.update);
-    let last = measured[measured.len() - 1];
+    let (measured, last) = steps(&model, &config, args, &tokenizer, runtime)?;
+    let of = |part: fn(&Seconds) -> f64| measured.iter().map(part).collect::<Vec<f64>>();
+    let (rollout, score) = (median(&of(|seconds| seconds.rollout)), median(&of(|seconds| seconds.score)));
+    let update = median(&of(|seconds| seconds.update));
+    let totals = of(|seconds| seconds.rollout + seconds.score + seconds.update);
+    let kl = last.batch.iter().map(|experience| experience.rollout.kl()).sum::<f64>() / batch as f64;
     let n_params = Gpt::new(&model, &Streams::new(args.seed), &runtime.device).num_params();
     let mut fields = args.shape.describe(&model);
     let own = [
@@ -121,12 +115,69 @@ pub fn measure(args: &PpoBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<Str
         (
             "last_metrics",
             json!({
-                "objective/kl": rounded(last.kl, 5),
-                "policy/loss": rounded(last.policy_loss, 5),
-                "value/loss": rounded(last.value_loss, 5),
+                "objective/kl": rounded(kl, 5),
+                "policy/loss": rounded(last.update.policy_loss, 5),
+                "value/loss": rounded(last.update.value.map_or(0.0, |value| value.loss), 5),
             }),
         ),
     ];
     fields.extend(own.map(|(name, value)| (name.to_owned(), value)));
     Ok(fields)
+}
+
+/// Makes the steps with random weights and prompts; returns the times of those measured, and the last step.
+///
+/// Nothing stops a response before its full length; else a step is that of `ppo train`.
+fn steps(
+    model: &GptConfig,
+    config: &PpoConfig,
+    args: &PpoBenchArgs,
+    tokenizer: &Tokenizer,
+    runtime: &Runtime,
+) -> anyhow::Result<(Vec<Seconds>, StepOutput)> {
+    let streams = Streams::new(config.seed);
+    let gpt = |seed: u64, runtime: &Runtime| runtime.new_gpt(model, &Streams::new(seed));
+    let scalar = |seed: u64, runtime: &Runtime| ScalarGpt::new(gpt(seed, runtime), &Streams::new(seed));
+    let autodiff = runtime.autodiff();
+    let mut sampling = config.sampling(streams, tokenizer);
+    sampling.config.stop.clear();
+    let frozen = FrozenModels {
+        reference: gpt(config.seed, runtime),
+        reward_model: scalar(config.seed + 1, runtime),
+        gold: None,
+        batch_size: config.micro_batch_size(),
+    };
+    let iteration = Iteration { config, sampling: &sampling, frozen: &frozen, streams };
+    let learner = Learner {
+        policy: gpt(config.seed, &autodiff),
+        policy_optimizer: runtime.optimizer(&config.optimizer),
+        critic: Some(Critic {
+            model: scalar(config.seed + 2, &autodiff),
+            optimizer: runtime.optimizer(&config.value_optimizer),
+        }),
+    };
+    let batch_size = config.train.batch_size as u64;
+    let step = |learner: Learner, step: u64| -> anyhow::Result<StepOutput> {
+        let prompts: Vec<EncodedPrompt> = (step * batch_size..(step + 1) * batch_size)
+            .map(|row| {
+                let mut rng = streams.get("trial/prompt", row);
+                let ids = (0..args.prompt.get()).map(|_| rng.below(model.vocab_size) as u32).collect();
+                EncodedPrompt { ids, text: String::new() }
+            })
+            .collect();
+        let output = iteration.run(learner, &prompts, step, config.ppo.kl_coef as f32)?;
+        let n_tokens: usize = output.batch.iter().map(Experience::n_tokens).sum();
+        assert_eq!(n_tokens, prompts.len() * args.response.get(), "a response ended early");
+        Ok(output)
+    };
+    let n_warmup = args.warmup.get() as u64;
+    let mut last = step(learner, 0)?;
+    let mut measured = Vec::new();
+    for i in 1..config.train.steps {
+        last = step(last.learner, i)?;
+        if i >= n_warmup {
+            measured.push(last.seconds);
+        }
+    }
+    Ok((measured, last))
 }

@@ -15,6 +15,7 @@ mod operations;
 mod output;
 mod probe;
 mod record;
+mod replay;
 mod tokens;
 
 pub use args::{CompareArgs, ProbeArgs};

@@ -16,7 +16,7 @@ use common::model::{Gpt, HostTensor, Layout, NamedTensors};
 use common::optim::Grads;
 use common::rng::Streams;
 use common::runtime::Runtime;
-use common::scoring::score_rows;
+use common::score::score_rows;
 use common::tokenizer::Tokenizer;
 use pretrain::PretrainConfig;
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::args::ProbeArgs;
 use super::operations::{Ids, operations};
 use super::record::{Level, RecordWriter, Records};
+use super::replay::replay;
 use super::tokens::continuations;
 use super::{Prepared, StageConfig};
 
@@ -343,7 +344,7 @@ impl Probe {
         let clock = Instant::now();
         // The divergence is from the pretrained model: from itself the policy is not divergent yet.
         let base = self.parents.join(Stage::Pretrain.to_string());
-        let iteration = ppo::replay(&args, &base, N_ANSWERS, given.as_deref()).context("failed to iterate PPO")?;
+        let iteration = replay(&args, &base, N_ANSWERS, given.as_deref()).context("failed to iterate PPO")?;
         self.recorder.measure(stage, "iteration_s", clock.elapsed().as_secs_f64())?;
         if given.is_none() {
             for (i, answer) in iteration.responses.iter().enumerate() {

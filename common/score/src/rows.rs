@@ -2,8 +2,8 @@
 
 use burn::tensor::{Int, Tensor, TensorData, TensorReadError};
 
-use crate::data::collate;
-use crate::model::{Layout, ScalarGpt};
+use model::{Layout, ScalarGpt};
+use text::data::collate;
 
 /// The score of each row: the model's number at its last token, score bias included.
 ///
@@ -49,9 +49,9 @@ pub fn by_length(lengths: impl IntoIterator<Item = usize>, batch_size: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Gpt, GptConfig};
-    use crate::rng::Streams;
+    use base::rng::Streams;
     use burn::tensor::Device;
+    use model::{Gpt, GptConfig};
 
     // Sums of a few dozen f32 products of order one, in another order.
     const REORDERED: f32 = 1e-5;

@@ -1,0 +1,30 @@
+//! What models say of responses: the library under evaluation, pair collection and every algorithm that learns from
+//! scores.
+//!
+//! In reading order: [`Prompts`] are read from files, [`Sampling`] answers them, [`FrozenModels`] make [`Rollout`]s of
+//! the [`Response`]s: log-probabilities under the reference policy, a score, their divergence ([`kl`]). Below these,
+//! [`ResponseBatch`] holds prompts with given responses as one batch, [`log_probs`] and [`values`] are tensors of one
+//! number a response token, with gradient where the model has one; [`of_response_tokens`] reads such numbers to the
+//! host; [`score_rows`] reads a reward model at the last token of each row.
+//!
+//! # Invariants
+//! - No number depends on padding: rows are padded behind, and no position that is read comes after a padding token.
+//! - Log-probabilities of one response are taken at one temperature, that of its sampling, by every model.
+//! - Nothing here knows rewards, advantages or objectives; these belong to the algorithms.
+
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod kl;
+mod prompts;
+mod rollout;
+mod rows;
+mod sampling;
+mod tokens;
+
+pub use error::ScoreError;
+pub use prompts::{EncodedPrompt, Prompts, TooLong};
+pub use rollout::{FrozenModels, Gold, Rollout};
+pub use rows::{by_length, score_rows};
+pub use sampling::{Response, Sampling};
+pub use tokens::{ResponseBatch, log_probs, of_response_tokens, values};

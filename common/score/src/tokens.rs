@@ -1,0 +1,132 @@
+//! One number for every token of a response: log-probabilities and values.
+
+use burn::tensor::{Device, Int, Tensor, TensorData, TensorReadError};
+use model::{Gpt, Layout, ScalarGpt, loss};
+use text::data::collate;
+
+use crate::by_length;
+
+/// Prompts with their responses in one right-padded batch, and where the response tokens are predicted.
+///
+/// The state *before* a token predicts it and holds its value: position `n_prompt − 1` for the first token of a
+/// response. The last token is therefore no input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResponseBatch {
+    ids: Vec<i32>,
+    rows: usize,
+    seq: usize,
+    /// Indices into `[rows · seq]`, response after response.
+    positions: Vec<i64>,
+    /// The response tokens themselves.
+    targets: Vec<i64>,
+}
+
+impl ResponseBatch {
+    /// Collates prompts and the responses to them.
+    ///
+    /// # Panics
+    /// If a prompt or a response is empty.
+    pub fn new<'a>(responses: impl IntoIterator<Item = (&'a [u32], &'a [u32])>) -> Self {
+        let responses: Vec<_> = responses.into_iter().collect();
+        let rows: Vec<Vec<u32>> =
+            responses.iter().map(|(prompt, response)| [prompt, &response[..response.len() - 1]].concat()).collect();
+        // The padding id is arbitrary: no position that is read comes after it.
+        let padded = collate::right_pad(&rows, 0);
+        let mut positions = Vec::new();
+        let mut targets = Vec::new();
+        for (i, (prompt, response)) in responses.iter().enumerate() {
+            let first = i * padded.seq + prompt.len() - 1;
+            positions.extend((first..first + response.len()).map(|position| position as i64));
+            targets.extend(response.iter().map(|&id| i64::from(id)));
+        }
+        Self { ids: padded.ids, rows: padded.batch, seq: padded.seq, positions, targets }
+    }
+
+    /// Response tokens of all rows.
+    pub fn n_tokens(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// `[rows, seq]`
+    fn inputs(&self, device: &Device) -> Tensor<2, Int> {
+        Tensor::from_data(TensorData::new(self.ids.clone(), [self.rows, self.seq]), device)
+    }
+
+    /// Indices into `[rows · seq]` of the states before the response tokens, `[n_tokens]`.
+    fn positions(&self, device: &Device) -> Tensor<1, Int> {
+        Tensor::from_data(TensorData::new(self.positions.clone(), [self.n_tokens()]), device)
+    }
+
+    /// The response tokens, `[n_tokens]`.
+    fn targets(&self, device: &Device) -> Tensor<1, Int> {
+        Tensor::from_data(TensorData::new(self.targets.clone(), [self.n_tokens()]), device)
+    }
+}
+
+/// Log-probabilities of the response tokens and entropies of the distributions they were drawn from, in nats.
+///
+/// The log-probabilities carry the gradient of a policy on an autodiff device; the entropies carry none.
+///
+/// # Shapes
+/// - returns `([n_tokens], [n_tokens])`, response after response
+pub fn log_probs(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> (Tensor<1>, Tensor<1>) {
+    let device = gpt.device();
+    let hidden = gpt.hidden(batch.inputs(&device), &Layout::right_padded());
+    let [rows, seq, d_model] = hidden.dims();
+    // Only states before response tokens meet the vocabulary: [n_tokens, d_model].
+    let hidden = hidden.reshape([rows * seq, d_model]).select(0, batch.positions(&device));
+    loss::token_log_probs(gpt, hidden, batch.targets(&device), temperature)
+}
+
+/// Values of the states before the response tokens, with gradient on an autodiff device.
+///
+/// # Shapes
+/// - returns `[n_tokens]`, response after response
+pub fn values(model: &ScalarGpt, batch: &ResponseBatch) -> Tensor<1> {
+    let device = model.device();
+    model.forward_at(batch.inputs(&device), &Layout::right_padded(), batch.positions(&device), None)
+}
+
+/// Computes a number for every response token, `batch_size` responses at a time, on the host response by response.
+///
+/// `responses` are pairs of prompt and response; neither their order nor the batch size changes a number beyond
+/// rounding.
+///
+/// # Errors
+/// If the device cannot be read.
+///
+/// # Panics
+/// If a prompt or response is empty, `batch_size` is 0, or `compute` does not return `[n_tokens]`.
+pub fn of_response_tokens(
+    responses: &[(&[u32], &[u32])],
+    batch_size: usize,
+    compute: impl Fn(&ResponseBatch) -> Tensor<1>,
+) -> Result<Vec<Vec<f32>>, TensorReadError> {
+    let mut all = vec![Vec::new(); responses.len()];
+    for batch in by_length(responses.iter().map(|(prompt, response)| prompt.len() + response.len()), batch_size) {
+        let numbers = compute(&ResponseBatch::new(batch.iter().map(|&i| responses[i])));
+        let numbers = numbers.try_into_vec_as::<f32>()?;
+        let mut rest = numbers.as_slice();
+        for i in batch {
+            let (of_response, others) = rest.split_at(responses[i].1.len());
+            all[i] = of_response.to_vec();
+            rest = others;
+        }
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_response_token_is_predicted_by_the_state_before_it() {
+        let rows: [(&[u32], &[u32]); 2] = [(&[1, 2, 3], &[7]), (&[1, 4], &[8, 9, 5])];
+        let batch = ResponseBatch::new(rows);
+        assert_eq!((batch.rows, batch.seq, batch.n_tokens()), (2, 4, 4));
+        assert_eq!(batch.ids, [1, 2, 3, 0, 1, 4, 8, 9]);
+        assert_eq!(batch.positions, [2, 5, 6, 7]);
+        assert_eq!(batch.targets, [7, 8, 9, 5]);
+    }
+}

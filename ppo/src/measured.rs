@@ -1,0 +1,138 @@
+//! The metrics of a step, and evaluation along the way.
+
+use anyhow::ensure;
+use burn::module::Module;
+use common::metrics::names;
+use common::model::Gpt;
+use common::score::{FrozenModels, Prompts, Rollout, Sampling};
+use common::session::{Exported, Session};
+
+use crate::advantage::explained_variance;
+use crate::config::PpoConfig;
+use crate::data;
+use crate::iteration::StepOutput;
+use crate::rewards::score_of_ended;
+
+/// The first stream of held-out answers, far behind those of training. Every evaluation uses the same streams, so that
+/// two evaluations differ by their policies and not by luck.
+const HELD_OUT_ROW: u64 = 1 << 48;
+
+/// Means over responses and the scores that count.
+struct Means {
+    kl: f64,
+    score: f64,
+    gold: Option<f64>,
+    response_length: f64,
+    eos_rate: f64,
+}
+
+impl Means {
+    fn of<'a>(scored: impl Iterator<Item = (&'a Rollout, f32)>) -> Self {
+        let scored: Vec<_> = scored.collect();
+        let mean = |value: &dyn Fn(&Rollout, f32) -> f64| {
+            scored.iter().map(|&(rollout, score)| value(rollout, score)).sum::<f64>() / scored.len() as f64
+        };
+        let golds: Vec<f64> = scored.iter().filter_map(|(rollout, _)| rollout.gold).collect();
+        Self {
+            kl: mean(&|rollout, _| rollout.kl()),
+            score: mean(&|_, score| f64::from(score)),
+            gold: (!golds.is_empty()).then(|| golds.iter().sum::<f64>() / golds.len() as f64),
+            response_length: mean(&|rollout, _| rollout.response.ids.len() as f64),
+            eos_rate: mean(&|rollout, _| f64::from(u8::from(rollout.response.ended))),
+        }
+    }
+}
+
+/// What a step is logged by.
+pub(crate) struct Measured {
+    /// Mean divergence from the reference in nats, which the controller of its price looks at.
+    pub(crate) kl: f64,
+    /// The line of `metrics.jsonl`.
+    pub(crate) metrics: Vec<(&'static str, f64)>,
+}
+
+impl Measured {
+    /// The metrics of a step at the price `kl_coef` and the policy's learning rate `lr`.
+    pub(crate) fn of(step: &StepOutput, kl_coef: f32, lr: f64) -> Self {
+        let StepOutput { batch, update, seconds, .. } = step;
+        let means = Means::of(batch.iter().map(|experience| (&experience.rollout, experience.score)));
+        let entropy_of = |rollout: &Rollout| -rollout.response.log_probs.iter().map(|&p| f64::from(p)).sum::<f64>();
+        let entropy = batch.iter().map(|experience| entropy_of(&experience.rollout)).sum::<f64>() / batch.len() as f64;
+        let non_score_reward = -f64::from(kl_coef) * means.kl;
+        let mut metrics = vec![
+            (names::OBJECTIVE_KL, means.kl),
+            (names::OBJECTIVE_KL_COEF, f64::from(kl_coef)),
+            (names::OBJECTIVE_ENTROPY, entropy),
+            (names::OBJECTIVE_SCORE, means.score),
+            (names::OBJECTIVE_RLHF_REWARD, means.score + non_score_reward),
+            (names::OBJECTIVE_NON_SCORE_REWARD, non_score_reward),
+            (names::POLICY_LOSS, update.policy_loss),
+            (names::POLICY_APPROX_KL, update.approx_kl),
+            (names::POLICY_CLIP_FRAC, update.clip_frac),
+            (names::POLICY_RATIO_MEAN, update.ratio_mean),
+            (names::POLICY_RATIO_MAX, update.ratio_max),
+            (names::POLICY_ENTROPY, update.entropy),
+            (names::ROLLOUT_RESPONSE_LENGTH, means.response_length),
+            (names::ROLLOUT_EOS_RATE, means.eos_rate),
+            (names::TIMING_ROLLOUT, seconds.rollout),
+            (names::TIMING_SCORE, seconds.score),
+            (names::TIMING_UPDATE, seconds.update),
+            (names::TRAIN_LR, lr),
+            (names::TRAIN_GRAD_NORM, update.grad_norm),
+        ];
+        if let Some(value) = &update.value {
+            let targets = || batch.iter().filter_map(|experience| experience.critic.as_ref());
+            let values: Vec<f32> = targets().flat_map(|targets| targets.values.iter().copied()).collect();
+            let returns: Vec<f32> = targets().flat_map(|targets| targets.returns.iter().copied()).collect();
+            metrics.extend([
+                (names::VALUE_LOSS, value.loss),
+                (names::VALUE_CLIP_FRAC, value.clip_frac),
+                (names::VALUE_EXPLAINED_VARIANCE, f64::from(explained_variance(&values, &returns))),
+                (names::VALUE_GRAD_NORM, value.grad_norm),
+            ]);
+        }
+        metrics.extend(means.gold.map(|gold| (names::GOLD_SCORE, gold)));
+        Self { kl: means.kl, metrics }
+    }
+}
+
+/// Evaluation along the way.
+pub(crate) struct HeldOut<'a> {
+    pub(crate) prompts: &'a Prompts,
+    pub(crate) frozen: &'a FrozenModels<'a>,
+    pub(crate) sampling: &'a Sampling<'a>,
+    pub(crate) config: &'a PpoConfig,
+}
+
+impl HeldOut<'_> {
+    /// Answers held-out prompts, logs their scores and divergence and writes some answers to `samples.jsonl`.
+    ///
+    /// Best is what scores highest after the price of its divergence at the configured coefficient; the gold score,
+    /// which no real project has, plays no part in it.
+    pub(crate) fn evaluate(&self, session: &mut Session, policy: &Gpt) -> anyhow::Result<()> {
+        let step = session.progress().step;
+        let all = &self.prompts.encoded;
+        let n =
+            if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
+        let responses = self.sampling.answer(&policy.valid(), &all[..n], HELD_OUT_ROW)?;
+        let rollouts = self.frozen.rollouts(&all[..n], responses, self.sampling.config.temperature)?;
+        let missing_eos_score = self.config.ppo.missing_eos_score as f32;
+        let counts = |rollout: &Rollout| score_of_ended(rollout.score, rollout.response.ended, missing_eos_score);
+        let means = Means::of(rollouts.iter().map(|rollout| (rollout, counts(rollout))));
+        ensure!(means.kl.is_finite(), "the divergence from the reference is {} at step {step}", means.kl);
+        let mut metrics = vec![
+            (names::VAL_SCORE, means.score),
+            (names::VAL_KL, means.kl),
+            (names::VAL_RESPONSE_LENGTH, means.response_length),
+            (names::VAL_EOS_RATE, means.eos_rate),
+        ];
+        metrics.extend(means.gold.map(|gold| (names::GOLD_VAL_SCORE, gold)));
+        session.log(&metrics)?;
+        for rollout in rollouts.iter().take(self.config.train.n_samples) {
+            tracing::info!("sample: {} → {}", rollout.prompt.text, rollout.response.text.replace('\n', "⏎"));
+            session.recorder.sample(step, &data::line(rollout, counts(rollout)))?;
+        }
+        session.note_evaluation(self.config.ppo.kl_coef * means.kl - means.score, Exported::Lm(policy));
+        Ok(())
+    }
+}
