@@ -28,7 +28,7 @@ pub mod session;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use base::{files, hash, rng};
+pub use base::{files, hash, rng, stats};
 pub use kernels;
 pub use model::{self, generate, hf, loss, optim};
 pub use score;

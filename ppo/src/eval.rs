@@ -9,136 +9,70 @@ use common::data::records::OnBadRecord;
 use common::exit::UsageError;
 use common::rng::Streams;
 use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong};
-use serde::Serialize;
+use common::stats::{Interval, win};
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::cli::EvalArgs;
 use crate::config::{PpoConfig, PpoSection};
 
-/// Two-sided 95 % point of the standard normal distribution.
-const Z_95: f64 = 1.959_963_984_540_054;
-
 /// Tokens of an answer where neither flag nor checkpoint says.
 const DEFAULT_MAX_TOKENS: usize = 128;
 
-/// A number measured on a sample of prompts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Estimate {
-    /// The mean over the prompts.
-    pub mean: f64,
-    /// Its 95 % interval.
-    pub interval: [f64; 2],
-}
-
-impl Estimate {
-    /// A mean with the normal interval `mean ± 1.96·s/√n`, `s² = Σ(x − mean)²/(n − 1)`; width 0 for one value.
-    pub fn of_mean(values: &[f64]) -> Self {
-        let n = values.len() as f64;
-        let mean = values.iter().sum::<f64>() / n;
-        let variance = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-        let half_width = Z_95 * (variance / n).sqrt();
-        Self { mean, interval: [mean - half_width, mean + half_width] }
-    }
-
-    /// A rate with Wilson's interval, which stays within `[0, 1]` and has a width even for 0 and 1. Values lie in
-    /// `[0, 1]`; a tie of a win rate is ½, for which the interval is a little too wide.
-    ///
-    /// # Source
-    /// Wilson 1927, "Probable inference, the law of succession, and statistical inference", without continuity
-    /// correction.
-    pub fn of_rate(values: &[f64]) -> Self {
-        let n = values.len() as f64;
-        let rate = values.iter().sum::<f64>() / n;
-        let z2_n = Z_95 * Z_95 / n;
-        let centre = (rate + z2_n / 2.0) / (1.0 + z2_n);
-        let half_width = (z2_n * (rate * (1.0 - rate) + z2_n / 4.0)).sqrt() / (1.0 + z2_n);
-        Self { mean: rate, interval: [(centre - half_width).max(0.0), (centre + half_width).min(1.0)] }
-    }
-}
-
 /// What `ppo eval` measures. Each number's 95 % interval stands beside it, over prompts.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-#[serde(into = "Flat")]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Evaluation {
     /// The reward model's score of the policy's answers, cut-off ones included as they are.
-    pub score_mean: Estimate,
+    pub score_mean: Interval,
     /// The same of the reference's answers.
-    pub score_reference_mean: Estimate,
+    pub score_reference_mean: Interval,
     /// How often the policy's answer to a prompt scores higher than the reference's; ties count half.
-    pub win_rate: Estimate,
+    pub win_rate: Interval,
     /// KL from the reference in nats: k1 summed over an answer of the policy.
-    pub kl_mean: Estimate,
+    pub kl_mean: Interval,
     /// Tokens of the policy's answers, `<|end|>` counted.
-    pub length_mean: Estimate,
+    pub length_mean: Interval,
     /// How often the policy's answer ends by `<|end|>`.
-    pub eos_rate: Estimate,
+    pub eos_rate: Interval,
     /// Number of prompts.
     pub prompts: usize,
 }
 
-/// [`Evaluation`] as printed: `x` a number, `x_interval` its two bounds.
-#[derive(Serialize)]
-struct Flat {
-    score_mean: f64,
-    score_mean_interval: [f64; 2],
-    score_reference_mean: f64,
-    score_reference_mean_interval: [f64; 2],
-    win_rate: f64,
-    win_rate_interval: [f64; 2],
-    kl_mean: f64,
-    kl_mean_interval: [f64; 2],
-    length_mean: f64,
-    length_mean_interval: [f64; 2],
-    eos_rate: f64,
-    eos_rate_interval: [f64; 2],
-    prompts: usize,
-}
-
-impl From<Evaluation> for Flat {
-    fn from(all: Evaluation) -> Self {
-        Self {
-            score_mean: all.score_mean.mean,
-            score_mean_interval: all.score_mean.interval,
-            score_reference_mean: all.score_reference_mean.mean,
-            score_reference_mean_interval: all.score_reference_mean.interval,
-            win_rate: all.win_rate.mean,
-            win_rate_interval: all.win_rate.interval,
-            kl_mean: all.kl_mean.mean,
-            kl_mean_interval: all.kl_mean.interval,
-            length_mean: all.length_mean.mean,
-            length_mean_interval: all.length_mean.interval,
-            eos_rate: all.eos_rate.mean,
-            eos_rate_interval: all.eos_rate.interval,
-            prompts: all.prompts,
+impl Serialize for Evaluation {
+    /// `x` a number, `x_interval` its two bounds.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (name, Interval { mean, low, high, .. }) in [
+            ("score_mean", self.score_mean),
+            ("score_reference_mean", self.score_reference_mean),
+            ("win_rate", self.win_rate),
+            ("kl_mean", self.kl_mean),
+            ("length_mean", self.length_mean),
+            ("eos_rate", self.eos_rate),
+        ] {
+            map.serialize_entry(name, &mean)?;
+            map.serialize_entry(&format!("{name}_interval"), &[low, high])?;
         }
+        map.serialize_entry("prompts", &self.prompts)?;
+        map.end()
     }
 }
 
 impl Evaluation {
-    /// Compares answers of the policy with answers of the reference to the same prompts.
-    fn of_rollouts(policy: &[Rollout], reference: &[Rollout]) -> Self {
+    /// Compares responses of the policy with those of the reference to the same prompts; `None` of no prompts.
+    fn of_rollouts(policy: &[Rollout], reference: &[Rollout]) -> Option<Self> {
         let over = |rollouts: &[Rollout], value: fn(&Rollout) -> f64| rollouts.iter().map(value).collect::<Vec<_>>();
         let score = |rollout: &Rollout| f64::from(rollout.score);
-        let wins: Vec<f64> = policy.iter().zip(reference).map(|(a, b)| win(a.score, b.score)).collect();
-        Self {
-            score_mean: Estimate::of_mean(&over(policy, score)),
-            score_reference_mean: Estimate::of_mean(&over(reference, score)),
-            win_rate: Estimate::of_rate(&wins),
-            kl_mean: Estimate::of_mean(&over(policy, Rollout::kl)),
-            length_mean: Estimate::of_mean(&over(policy, |rollout| rollout.response.ids.len() as f64)),
-            eos_rate: Estimate::of_rate(&over(policy, |rollout| f64::from(u8::from(rollout.response.ended)))),
+        let wins: Vec<f64> = policy.iter().zip(reference).map(|(a, b)| win(score(a), score(b))).collect();
+        Some(Self {
+            score_mean: Interval::of(&over(policy, score))?,
+            score_reference_mean: Interval::of(&over(reference, score))?,
+            win_rate: Interval::of_rate(&wins)?,
+            kl_mean: Interval::of(&over(policy, Rollout::kl))?,
+            length_mean: Interval::of(&over(policy, |rollout| rollout.response.ids.len() as f64))?,
+            eos_rate: Interval::of_rate(&over(policy, |rollout| f64::from(u8::from(rollout.response.ended))))?,
             prompts: policy.len(),
-        }
-    }
-}
-
-/// 1 where `ours` is higher, ½ where both are equal, else 0.
-fn win(ours: f32, theirs: f32) -> f64 {
-    if ours > theirs {
-        1.0
-    } else if ours == theirs {
-        0.5
-    } else {
-        0.0
+        })
     }
 }
 
@@ -188,7 +122,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
         let responses = sampling.answer(model, &prompts.encoded, 0)?;
         Ok(frozen.rollouts(&prompts.encoded, responses, temperature)?)
     };
-    Ok(Evaluation::of_rollouts(&rollouts(&policy)?, &rollouts(&frozen.reference)?))
+    Evaluation::of_rollouts(&rollouts(&policy)?, &rollouts(&frozen.reference)?).context("no prompt is left to use")
 }
 
 /// How a checkpoint of this stage was trained.
@@ -205,34 +139,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mean_has_its_normal_interval() {
-        // s² = 1 with n − 1 = 2: 1.96/√3 = 1.131586.
-        let estimate = Estimate::of_mean(&[1.0, 2.0, 3.0]);
-        assert_eq!(estimate.mean, 2.0);
-        assert!((estimate.interval[0] - 0.868_414).abs() < 1e-6, "{estimate:?}");
-        assert!((estimate.interval[1] - 3.131_586).abs() < 1e-6, "{estimate:?}");
-        assert_eq!(Estimate::of_mean(&[0.5]).interval, [0.5, 0.5]);
-    }
-
-    #[test]
-    fn a_rate_has_wilsons_interval() {
-        // 8 of 10: the textbook's [0.4902, 0.9433].
-        let values: Vec<f64> = (0..10).map(|i| f64::from(u8::from(i < 8))).collect();
-        let estimate = Estimate::of_rate(&values);
-        assert!((estimate.interval[0] - 0.490_16).abs() < 1e-4, "{estimate:?}");
-        assert!((estimate.interval[1] - 0.943_32).abs() < 1e-4, "{estimate:?}");
-        let all = Estimate::of_rate(&[1.0; 20]);
-        assert!(all.interval[0] > 0.8 && all.interval[1] == 1.0, "{all:?}");
-    }
-
-    #[test]
-    fn ties_count_half() {
-        assert_eq!([win(1.0, 0.5), win(0.5, 0.5), win(0.0, 0.5)], [1.0, 0.5, 0.0]);
-    }
-
-    #[test]
     fn the_printed_object_has_a_number_and_an_interval_each() {
-        let one = Estimate { mean: 0.5, interval: [0.25, 0.75] };
+        let one = Interval { mean: 0.5, low: 0.25, high: 0.75, n: 3 };
         let all = Evaluation {
             score_mean: one,
             score_reference_mean: one,

@@ -31,7 +31,7 @@ mod update;
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
 pub use common::score::{Gold, TooLong};
 pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
-pub use eval::{Estimate, Evaluation, evaluate};
+pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
 pub use train::train;

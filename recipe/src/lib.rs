@@ -30,7 +30,6 @@ pub mod report;
 pub mod results;
 mod run;
 mod setup;
-pub mod stats;
 pub mod steps;
 
 pub use cli::{Cli, Command, NewArgs, RunArgs, WorldArgs};

@@ -9,7 +9,7 @@ use common::files::write_whole;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::stats::Interval;
+use common::stats::Interval;
 
 /// A model that answers prompts, in the order in which the recipe makes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

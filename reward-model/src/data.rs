@@ -100,17 +100,6 @@ fn in_file(file: &Path) -> String {
     format!("failed to encode a pair of `{}`", file.display())
 }
 
-/// 1 where `chosen` is larger, ½ where both are equal, else 0.
-pub(crate) fn win(chosen: f64, rejected: f64) -> f64 {
-    if chosen > rejected {
-        1.0
-    } else if chosen == rejected {
-        0.5
-    } else {
-        0.0
-    }
-}
-
 impl EncodedPair {
     /// Tokenises a pair.
     pub(crate) fn new(pair: &Pair, tokenizer: &Tokenizer) -> anyhow::Result<Self> {

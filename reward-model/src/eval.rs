@@ -7,10 +7,11 @@ use common::checkpoint::{Checkpoint, Stage};
 use common::model::ScalarGpt;
 use common::score::score_rows;
 use common::session::DataConfig;
+use common::stats::win;
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
-use crate::data::{EncodedPair, Pairs, win};
+use crate::data::{EncodedPair, Pairs};
 
 /// A reward model's agreement with labelled pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

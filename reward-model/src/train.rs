@@ -15,10 +15,11 @@ use common::rng::Streams;
 use common::runtime::Runtime;
 use common::score::by_length;
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
+use common::stats::win;
 
 use crate::cli::TrainArgs;
 use crate::config::{BestBy, RewardModelConfig};
-use crate::data::{Batch, EncodedPair, Pairs, win};
+use crate::data::{Batch, EncodedPair, Pairs};
 use crate::eval;
 use crate::loss::{centring_penalty, pairwise_loss};
 use crate::normalisation::{Normalisation, score_samples};

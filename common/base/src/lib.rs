@@ -1,8 +1,9 @@
 //! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), files
-//! that are whole or absent, or fail ([`files`]), and helpers of tests.
+//! that are whole or absent, or fail ([`files`]), means with intervals ([`stats`]), and helpers of tests.
 
 pub mod files;
 pub mod hash;
 pub mod rng;
+pub mod stats;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

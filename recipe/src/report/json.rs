@@ -3,8 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::Source;
-use crate::stats;
 use crate::steps::Step;
+use common::stats;
 
 /// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, and of the answers to
 /// held-out prompts `gold` where it is known, `score` where there is a reward model, `words` and `ended`.

@@ -12,8 +12,8 @@ use super::stages::{self, Section};
 use super::text::{compact, counted, duration, mean_of, percent, policy_title, signed, title};
 use super::{Source, StageSource};
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
-use crate::stats::{Interval, METHOD};
 use crate::steps::Step;
+use common::stats::{Interval, METHOD};
 
 /// Held-out prompts shown side by side; all of them are in `answers.jsonl`.
 const N_ANSWERS: usize = 12;

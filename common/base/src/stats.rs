@@ -1,4 +1,4 @@
-//! Means with 95 % intervals, as the report prints them.
+//! Means and rates with 95 % intervals, and comparisons of two numbers.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ const Z_95: f64 = 1.959_963_984_540_054;
 /// How [`Interval::of`] finds its bounds, in words for the reports.
 pub const METHOD: &str = "normal approximation: mean ± 1.96·s/√n over prompts, s² with n − 1";
 
-/// A mean over held-out prompts and its 95 % interval.
+/// A number measured on a sample, such as held-out prompts, and its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// The mean.
@@ -41,9 +41,40 @@ impl Interval {
         Some(Self { mean, low: mean - half_width, high: mean + half_width, n })
     }
 
+    /// A rate with Wilson's interval, which stays within `[0, 1]` and has a width even for 0 and 1; `None` of no values.
+    ///
+    /// Values lie in `[0, 1]`; a tie of a win rate is ½, for which the interval is a little too wide.
+    ///
+    /// # Source
+    /// Wilson 1927, "Probable inference, the law of succession, and statistical inference", without continuity
+    /// correction.
+    pub fn of_rate(values: &[f64]) -> Option<Self> {
+        if values.is_empty() {
+            return None;
+        }
+        let n = values.len() as f64;
+        let rate = values.iter().sum::<f64>() / n;
+        let z2_n = Z_95 * Z_95 / n;
+        let centre = (rate + z2_n / 2.0) / (1.0 + z2_n);
+        let half_width = (z2_n * (rate * (1.0 - rate) + z2_n / 4.0)).sqrt() / (1.0 + z2_n);
+        let (low, high) = ((centre - half_width).max(0.0), (centre + half_width).min(1.0));
+        Some(Self { mean: rate, low, high, n: values.len() })
+    }
+
     /// Whether the two intervals share no point.
     pub fn is_apart_from(&self, other: &Self) -> bool {
         self.low > other.high || self.high < other.low
+    }
+}
+
+/// 1 where `ours` is larger, ½ where both are equal, else 0.
+pub fn win(ours: f64, theirs: f64) -> f64 {
+    if ours > theirs {
+        1.0
+    } else if ours == theirs {
+        0.5
+    } else {
+        0.0
     }
 }
 
@@ -71,5 +102,21 @@ mod tests {
         let at = |low, high| Interval { mean: f64::midpoint(low, high), low, high, n: 10 };
         assert!(!at(0.0, 1.0).is_apart_from(&at(1.0, 2.0)));
         assert!(at(0.0, 1.0).is_apart_from(&at(1.1, 2.0)) && at(1.1, 2.0).is_apart_from(&at(0.0, 1.0)));
+    }
+
+    #[test]
+    fn a_rate_has_wilsons_interval() {
+        // 8 of 10: the textbook's [0.4902, 0.9433].
+        let values: Vec<f64> = (0..10).map(|i| f64::from(u8::from(i < 8))).collect();
+        let rate = Interval::of_rate(&values).expect("ten values");
+        assert!((rate.low - 0.490_16).abs() < 1e-4 && (rate.high - 0.943_32).abs() < 1e-4, "{rate:?}");
+        let all = Interval::of_rate(&[1.0; 20]).expect("twenty values");
+        assert!(all.low > 0.8 && all.high == 1.0, "{all:?}");
+        assert_eq!(Interval::of_rate(&[]), None);
+    }
+
+    #[test]
+    fn ties_count_half() {
+        assert_eq!([win(1.0, 0.5), win(0.5, 0.5), win(0.0, 0.5)], [1.0, 0.5, 0.0]);
     }
 }
