@@ -153,7 +153,7 @@ fn losses(criterion: &mut Criterion, device: &Device) {
     for (version, name) in BOTH {
         measure(&mut group, name, device, &inputs, &|i| {
             let targets = targets(&i.x.device());
-            kernels::token_log_probs(version, rows(i), i.weight.clone(), targets, 1.0).0.sum()
+            kernels::token_log_probs_and_entropy(version, rows(i), i.weight.clone(), targets, 1.0).0.sum()
         });
     }
     drop(group);

@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor};
 use common::kernels;
 use common::optim::{GradNorm, Grads};
 use common::rng::Streams;
-use common::score::{ResponseBatch, by_length, log_probs, values};
+use common::score::{ResponseBatch, by_length, log_probs_and_entropy, values};
 
 use crate::config::PpoConfig;
 use crate::learner::{Critic, Learner};
@@ -225,7 +225,8 @@ impl<'a> MicroBatch<'a> {
 
     fn policy_gradients(&self, learner: &Learner, config: &PpoConfig) -> PolicyGradients {
         let device = learner.policy.device();
-        let (log_probs, entropy) = log_probs(&learner.policy, &self.batch, config.ppo.temperature); // [n_tokens]
+        // [n_tokens]
+        let (log_probs, entropy) = log_probs_and_entropy(&learner.policy, &self.batch, config.ppo.temperature);
         let loss = policy_loss(
             log_probs.clone(),
             self.flat(&device, |experience| &experience.rollout.response.log_probs),

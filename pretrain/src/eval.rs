@@ -87,7 +87,7 @@ fn evaluate_batch(gpt: &Gpt, windows: &Windows) -> anyhow::Result<Evaluation> {
     let (inputs, targets) = windows.tensors(&gpt.device());
     let hidden = gpt.hidden(inputs, &windows.layout());
     let [batch, seq, d_model] = hidden.dims();
-    let (log_probs, _) = loss::token_log_probs(gpt, hidden.reshape([batch * seq, d_model]), targets, 1.0);
+    let log_probs = loss::token_log_probs(gpt, hidden.reshape([batch * seq, d_model]), targets, 1.0);
     let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
     Ok(Evaluation { nats: -log_probs.iter().map(|&p| f64::from(p)).sum::<f64>(), tokens: batch * seq })
 }

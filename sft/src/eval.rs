@@ -90,7 +90,7 @@ pub(crate) fn evaluate(
         // [n_targets, d_model]
         let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
         all.correct += n_correct(gpt, &hidden, &targets, (MAX_LOGITS / gpt.config().vocab_size).max(1));
-        let (log_probs, _) = loss::token_log_probs(gpt, hidden, targets, 1.0);
+        let log_probs = loss::token_log_probs(gpt, hidden, targets, 1.0);
         let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
         all.nats -= log_probs.iter().map(|&p| f64::from(p)).sum::<f64>();
         all.tokens += batch.n_targets();

@@ -21,6 +21,7 @@ pub mod fault;
 mod plain;
 mod precision;
 pub mod tap;
+mod vocabulary;
 
 pub use precision::Precision;
 
@@ -42,6 +43,7 @@ mod autodiff;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
+pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 
 use tap::{Call, Operation};
 
@@ -349,109 +351,6 @@ pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
     flex::crew::for_each_of(items, task);
     #[cfg(not(feature = "flex"))]
     rayon::prelude::ParallelIterator::for_each(rayon::prelude::IntoParallelRefMutIterator::par_iter_mut(items), task);
-}
-
-/// Log-probability of each target, and the entropy of the distribution it was drawn from, in nats.
-///
-/// With `z = hidden · headᵀ / τ`: `log_probs_i = z_{i, target_i} − log Σ_v exp z_{i, v}` and
-/// `entropy_i = −Σ_v p_{i, v} log p_{i, v}`. `τ` is `temperature + 1e-7`, or exactly 1 for a temperature of exactly 1.
-/// The gradient flows through `log_probs` to `hidden` and `head`; `entropy` has none.
-///
-/// # Shapes
-/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`, `targets`: `[n]`, ids below `vocab_size`
-/// - returns `(log_probs, entropy)`, both `[n]`
-///
-/// # Panics
-/// If the shapes do not fit or a target is not below `vocab_size`.
-///
-/// # Source
-/// The `+ 1e-7` is that of TRL's PPO and of Huang et al., arXiv:2403.17031; lm-human-preferences, `policy.py`, divides by
-/// the bare temperature.
-pub fn token_log_probs(
-    kernels: Kernels,
-    hidden: Tensor<2>,
-    head: Tensor<2>,
-    targets: Tensor<1, Int>,
-    temperature: f64,
-) -> (Tensor<1>, Tensor<1>) {
-    let [n, d_model] = hidden.dims();
-    let [_, d_head] = head.dims();
-    assert_eq!(d_model, d_head, "hidden and head differ in d_model");
-    assert_eq!(targets.dims(), [n], "one target a row");
-    let scale = if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) };
-    tap::call(|| {
-        Call::new(
-            Operation::TokenLogProbs { targets: targets.clone(), temperature },
-            [(&hidden).into(), (&head).into()],
-        )
-    });
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &hidden) {
-        let (log_probs, entropy) = Dispatch::fused_token_log_probs(
-            hidden.into_dispatch(),
-            head.into_dispatch(),
-            targets.into_dispatch(),
-            scale,
-        );
-        return (Tensor::from_dispatch(log_probs), Tensor::from_dispatch(entropy));
-    }
-    plain::token_log_probs(hidden, head, targets, scale)
-}
-
-/// Cross-entropy in nats: `−Σ_i log p_i[target_i] / denominator`, with `p` the softmax of `hidden · headᵀ`.
-///
-/// The fused version computes the gradients together with the value, so the logits only once: prefer it to summing
-/// [`token_log_probs`] wherever the loss is this sum.
-///
-/// # Shapes
-/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`, `targets`: `[n]`, ids below `vocab_size`
-/// - returns `[1]`
-///
-/// # Panics
-/// If the shapes do not fit or a target is not below `vocab_size`.
-pub fn cross_entropy(
-    kernels: Kernels,
-    hidden: Tensor<2>,
-    head: Tensor<2>,
-    targets: Tensor<1, Int>,
-    denominator: f64,
-) -> Tensor<1> {
-    let [n, d_model] = hidden.dims();
-    let [_, d_head] = head.dims();
-    assert_eq!(d_model, d_head, "hidden and head differ in d_model");
-    assert_eq!(targets.dims(), [n], "one target a row");
-    tap::call(|| {
-        Call::new(Operation::CrossEntropy { targets: targets.clone(), denominator }, [(&hidden).into(), (&head).into()])
-    });
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &hidden) {
-        return Tensor::from_dispatch(Dispatch::fused_cross_entropy(
-            hidden.into_dispatch(),
-            head.into_dispatch(),
-            targets.into_dispatch(),
-            1.0 / denominator,
-        ));
-    }
-    let (log_probs, _) = plain::token_log_probs(hidden, head, targets, 1.0);
-    log_probs.sum() * (-1.0 / denominator)
-}
-
-/// `hidden · headᵀ`.
-///
-/// # Shapes
-/// - `hidden`: `[n, d_model]`, `head`: `[vocab_size, d_model]`
-/// - returns `[n, vocab_size]`
-///
-/// # Panics
-/// If the shapes do not fit.
-pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
-    assert_eq!(hidden.dims()[1], head.dims()[1], "hidden and head differ in d_model");
-    tap::call(|| Call::new(Operation::Logits, [(&hidden).into(), (&head).into()]));
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &hidden) {
-        return Tensor::from_dispatch(Dispatch::fused_logits(hidden.into_dispatch(), head.into_dispatch()));
-    }
-    hidden.matmul(head.transpose())
 }
 
 /// The embedding of tokens at their positions: `out[b][t] = tokens[ids[b][t]] + places[position of (b, t)]`.

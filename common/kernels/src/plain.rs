@@ -167,23 +167,26 @@ fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if x.dtype() == DType::F32 { x } else { x.cast(FloatDType::F32) }
 }
 
-pub(super) fn token_log_probs(
-    hidden: Tensor<2>,
-    head: Tensor<2>,
-    targets: Tensor<1, Int>,
-    scale: f64,
-) -> (Tensor<1>, Tensor<1>) {
-    let [n, _] = hidden.dims();
-    let mut logits = in_f32(hidden.matmul(head.transpose())); // [n, vocab_size]
+/// `[n, vocab_size]`
+pub(super) fn log_probs(hidden: Tensor<2>, head: Tensor<2>, scale: f64) -> Tensor<2> {
+    let mut logits = in_f32(hidden.matmul(head.transpose()));
     if scale != 1.0 {
         logits = logits * scale;
     }
-    let log_probs = activation::log_softmax(logits, 1);
-    let entropy = {
-        let log_probs = log_probs.clone().detach();
-        -(log_probs.clone().exp() * log_probs).sum_dim(1).reshape([n])
-    };
-    (log_probs.gather(1, targets.reshape([n, 1])).reshape([n]), entropy)
+    activation::log_softmax(logits, 1)
+}
+
+/// One of each row of `log_probs`: `[n]`.
+pub(super) fn of_targets(log_probs: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let [n, _] = log_probs.dims();
+    log_probs.gather(1, targets.reshape([n, 1])).reshape([n])
+}
+
+/// Of each row of `log_probs`, without gradient: `[n]`.
+pub(super) fn entropy(log_probs: Tensor<2>) -> Tensor<1> {
+    let [n, _] = log_probs.dims();
+    let log_probs = log_probs.detach();
+    -(log_probs.clone().exp() * log_probs).sum_dim(1).reshape([n])
 }
 
 pub(super) fn adamw_update(param: AdamWParam) -> [Tensor<1>; 3] {

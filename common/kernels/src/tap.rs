@@ -229,7 +229,7 @@ impl Operation {
             Self::TokenLogProbs { targets, temperature } => {
                 let targets = on(targets, &device);
                 let (log_probs, entropy) =
-                    super::token_log_probs(kernels, x(0).tensor(), x(1).tensor(), targets, *temperature);
+                    super::token_log_probs_and_entropy(kernels, x(0).tensor(), x(1).tensor(), targets, *temperature);
                 vec![(&log_probs).into(), (&entropy.detach()).into()]
             }
             Self::CrossEntropy { targets, denominator } => {

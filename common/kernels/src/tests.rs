@@ -9,7 +9,7 @@ mod batch;
 use super::{
     Activation, AdamWParam, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention,
     attention_cached, bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits,
-    mlp_add_norm, project_add_norm, sum_of_squares, token_log_probs,
+    mlp_add_norm, project_add_norm, sum_of_squares, token_log_probs, token_log_probs_and_entropy,
 };
 use base::rng::Streams;
 
@@ -364,7 +364,7 @@ proptest! {
             let hidden = leaves[0].clone().reshape([d_model, n]).transpose();
             let head = leaves[1].clone().reshape([vocab_size, d_model]);
             let targets = int_tensor(&targets, [n], &hidden.device());
-            token_log_probs(kernels, hidden, head, targets, temperature).0
+            token_log_probs(kernels, hidden, head, targets, temperature)
         };
         let scale = 2.0 / (d_model as f32).sqrt();
         let head = normals(seed ^ 1, vocab_size * d_model).into_iter().map(|x| x * scale).collect();
@@ -374,7 +374,8 @@ proptest! {
         let entropy = |kernels| {
             let hidden = leaf(&leaves[0], &device).reshape([n, d_model]);
             let head = leaf(&leaves[1], &device).reshape([vocab_size, d_model]);
-            host(token_log_probs(kernels, hidden, head, int_tensor(&targets, [n], &device), temperature).1)
+            let targets = int_tensor(&targets, [n], &device);
+            host(token_log_probs_and_entropy(kernels, hidden, head, targets, temperature).1)
         };
         assert_near("entropy", &entropy(Kernels::Fused), &entropy(Kernels::Plain), 1e-5 * 10.0);
     }
@@ -446,7 +447,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let log_probs = |kernels, leaves: &[Tensor<1>]| {
         let (hidden, head) = (leaves[0].clone().reshape([n, d]), leaves[1].clone().reshape([vocab_size, d]));
         let targets = int_tensor(&targets, [n], &hidden.device());
-        token_log_probs(kernels, hidden, head, targets, 1.0).0
+        token_log_probs(kernels, hidden, head, targets, 1.0)
     };
     assert_independent_of_threads(&log_probs, &[normals(1, n * d), normals(2, vocab_size * d)]);
     let loss = |kernels, leaves: &[Tensor<1>]| {
@@ -501,7 +502,8 @@ fn extreme_logits_stay_finite() {
         for kernels in [Kernels::Plain, Kernels::Fused] {
             let hidden = leaf(&[size, 0.0, -size, size], &device).reshape([2, 2]);
             let head = leaf(&[size, 0.0, -size, 0.0, 0.0, size, 1.0, 1.0], &device).reshape([4, 2]);
-            let (log_probs, entropy) = token_log_probs(kernels, hidden, head, int_tensor(&[0, 2], [2], &device), 1.0);
+            let targets = int_tensor(&[0, 2], [2], &device);
+            let (log_probs, entropy) = token_log_probs_and_entropy(kernels, hidden, head, targets, 1.0);
             assert!(host(log_probs).iter().all(|x| x.is_finite() && *x <= 0.0), "{kernels:?} {size}");
             if kernels == Kernels::Fused {
                 // The plain version has 0 · −∞ only where log-softmax itself is infinite; it is not asked about here.
@@ -564,7 +566,7 @@ fn a_nan_is_not_hidden() {
     assert!(host(bias_activation(Kernels::Fused, nan(40).reshape([2, 20]), nan(20), Activation::Relu))[0].is_nan());
     assert!(host(bias_activation(Kernels::Fused, nan(40).reshape([2, 20]), nan(20), Activation::GeluTanh))[0].is_nan());
     assert!(host(attention(Kernels::Fused, nan(60).reshape([1, 5, 12]), None, 2, None))[0].is_nan());
-    let (log_probs, _) = token_log_probs(
+    let log_probs = token_log_probs(
         Kernels::Fused,
         nan(4).reshape([1, 4]),
         nan(8).reshape([2, 4]),

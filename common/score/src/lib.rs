@@ -27,4 +27,4 @@ pub use prompts::{EncodedPrompt, Prompts, TooLong};
 pub use rollout::{FrozenModels, Gold, Rollout};
 pub use rows::{by_length, score_rows};
 pub use sampling::{Response, Sampling};
-pub use tokens::{ResponseBatch, log_probs, of_response_tokens, values};
+pub use tokens::{ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, values};

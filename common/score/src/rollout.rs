@@ -71,7 +71,7 @@ impl FrozenModels<'_> {
         let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
         let (ref_log_probs, scores) = kernels::at_once(
             &reference.device(),
-            || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature).0),
+            || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature)),
             || score_rows(reward_model, &rows, batch_size),
         );
         let (ref_log_probs, scores) = (ref_log_probs?, scores?);

@@ -63,19 +63,28 @@ impl ResponseBatch {
     }
 }
 
-/// Log-probabilities of the response tokens and entropies of the distributions they were drawn from, in nats.
-///
-/// The log-probabilities carry the gradient of a policy on an autodiff device; the entropies carry none.
+/// Log-probabilities of the response tokens in nats, with gradient on an autodiff device.
 ///
 /// # Shapes
-/// - returns `([n_tokens], [n_tokens])`, response after response
-pub fn log_probs(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> (Tensor<1>, Tensor<1>) {
+/// - returns `[n_tokens]`, response after response
+pub fn log_probs(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> Tensor<1> {
+    loss::token_log_probs(gpt, states(gpt, batch), batch.targets(&gpt.device()), temperature)
+}
+
+/// [`log_probs`], and entropies of the distributions that the tokens were drawn from, in nats and without gradient.
+///
+/// # Shapes
+/// - returns `([n_tokens], [n_tokens])`
+pub fn log_probs_and_entropy(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> (Tensor<1>, Tensor<1>) {
+    loss::token_log_probs_and_entropy(gpt, states(gpt, batch), batch.targets(&gpt.device()), temperature)
+}
+
+/// Only states before response tokens meet the vocabulary: `[n_tokens, d_model]`.
+fn states(gpt: &Gpt, batch: &ResponseBatch) -> Tensor<2> {
     let device = gpt.device();
     let hidden = gpt.hidden(batch.inputs(&device), &Layout::right_padded());
     let [rows, seq, d_model] = hidden.dims();
-    // Only states before response tokens meet the vocabulary: [n_tokens, d_model].
-    let hidden = hidden.reshape([rows * seq, d_model]).select(0, batch.positions(&device));
-    loss::token_log_probs(gpt, hidden, batch.targets(&device), temperature)
+    hidden.reshape([rows * seq, d_model]).select(0, batch.positions(&device))
 }
 
 /// Values of the states before the response tokens, with gradient on an autodiff device.

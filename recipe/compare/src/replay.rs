@@ -99,7 +99,7 @@ fn with_log_probs(
     let pairs: Vec<(&[u32], &[u32])> =
         prompts.iter().zip(ids).map(|(prompt, response)| (&*prompt.ids, &**response)).collect();
     let probs = of_response_tokens(&pairs, config.micro_batch_size(), |batch| {
-        log_probs(policy, batch, config.ppo.temperature).0
+        log_probs(policy, batch, config.ppo.temperature)
     })?;
     let end = sampling.tokenizer.specials().end;
     let responses = ids.iter().zip(probs).map(|(ids, log_probs)| Response {
