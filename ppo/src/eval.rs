@@ -117,7 +117,8 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
         batch_size: args.batch_size.get(),
     };
     let policy = runtime.gpt(&policy)?;
-    let sampling = Sampling::new(temperature, max_tokens, Streams::new(args.seed), tokenizer, args.batch_size.get());
+    let streams = Streams::new(args.seed).of("evaluation");
+    let sampling = Sampling::new(temperature, max_tokens, streams, tokenizer, args.batch_size.get());
     let rollouts = |model| -> anyhow::Result<Vec<Rollout>> {
         let responses = sampling.answer(model, &prompts.encoded, 0)?;
         Ok(frozen.rollouts(&prompts.encoded, responses, temperature)?)

@@ -13,10 +13,6 @@ use crate::data;
 use crate::iteration::StepOutput;
 use crate::rewards::score_of_ended;
 
-/// The first stream of held-out answers, far behind those of training. Every evaluation uses the same streams, so that
-/// two evaluations differ by their policies and not by luck.
-const HELD_OUT_ROW: u64 = 1 << 48;
-
 /// Means over responses and the scores that count.
 struct Means {
     kl: f64,
@@ -100,7 +96,8 @@ impl Measured {
 pub(crate) struct HeldOut<'a> {
     pub(crate) prompts: &'a Prompts,
     pub(crate) frozen: &'a FrozenModels<'a>,
-    pub(crate) sampling: &'a Sampling<'a>,
+    /// Every evaluation draws the same numbers, so that two differ by their policies and not by luck.
+    pub(crate) sampling: Sampling<'a>,
     pub(crate) config: &'a PpoConfig,
 }
 
@@ -114,7 +111,7 @@ impl HeldOut<'_> {
         let all = &self.prompts.encoded;
         let n =
             if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
-        let responses = self.sampling.answer(&policy.valid(), &all[..n], HELD_OUT_ROW)?;
+        let responses = self.sampling.answer(&policy.valid(), &all[..n], 0)?;
         let rollouts = self.frozen.rollouts(&all[..n], responses, self.sampling.config.temperature)?;
         let missing_eos_score = self.config.ppo.missing_eos_score as f32;
         let counts = |rollout: &Rollout| score_of_ended(rollout.score, rollout.response.ended, missing_eos_score);

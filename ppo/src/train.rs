@@ -82,7 +82,12 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
             .kl_target
             .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32)),
         iteration: Iteration { config: &config, sampling: &sampling, frozen: &frozen, streams },
-        held_out: HeldOut { prompts: &held_out, frozen: &frozen, sampling: &sampling, config: &config },
+        held_out: HeldOut {
+            prompts: &held_out,
+            frozen: &frozen,
+            sampling: config.sampling(streams.of("held-out"), tokenizer),
+            config: &config,
+        },
         order: Order::new(training.encoded.len(), streams, "order"),
         training: &training,
         config: &config,

@@ -2,7 +2,8 @@
 //!
 //! A stream is named by what it decides (`"init/blocks.0.mlp.up.weight"`, `"order"`, `"sampling"`) and by an index
 //! (an epoch, a row). Nothing has to be saved to resume: whoever knows the name and the index has the stream again,
-//! and no stream depends on how much of another was used.
+//! and no stream depends on how much of another was used. Where two parts of a recipe draw streams of the same names
+//! from one seed, each has streams of its own purpose ([`Streams::of`]).
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng};
@@ -35,6 +36,21 @@ impl Streams {
         let mut inner = ChaCha8Rng::from_seed(hash.finalize().into());
         inner.set_stream(index);
         Rng { inner }
+    }
+
+    /// The streams of one purpose, which share no number with these nor with those of another purpose.
+    ///
+    /// Who draws the same names, such as `"sampling"` and a row, for another purpose than training draws them from
+    /// here. The seed is the beginning of `SHA-256(seed ‖ "purpose" ‖ purpose)`.
+    #[must_use]
+    pub fn of(&self, purpose: &str) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(self.seed.to_le_bytes());
+        hash.update("purpose");
+        hash.update(purpose.as_bytes());
+        let digest: [u8; 32] = hash.finalize().into();
+        let [a, b, c, d, e, f, g, h, ..] = digest;
+        Self { seed: u64::from_le_bytes([a, b, c, d, e, f, g, h]) }
     }
 }
 
@@ -142,6 +158,16 @@ mod tests {
             assert_eq!(numbers, expected);
             assert_eq!(at_once.next_u64(), one_by_one.next_u64());
         }
+    }
+
+    #[test]
+    fn purposes_share_no_stream() {
+        let streams = Streams::new(7);
+        let first = |streams: Streams| streams.get("sampling", 0).next_u64();
+        assert_eq!(first(streams.of("held-out")), first(Streams::new(7).of("held-out")));
+        assert_ne!(first(streams.of("held-out")), first(streams));
+        assert_ne!(first(streams.of("held-out")), first(streams.of("evaluation")));
+        assert_ne!(first(streams.of("held-out")), first(Streams::new(8).of("held-out")));
     }
 
     #[test]
