@@ -53,8 +53,8 @@ pub fn whiten(values: &[f32], shift_mean: bool) -> Vec<f32> {
 
 /// The share of the returns' variance that the values predict.
 ///
-/// `1 − Var(R − V) / Var(R)`: 1 for a perfect critic, 0 for one that is right on average only, negative for one
-/// worse than a constant. Zero where the returns do not vary, because there is nothing to explain.
+/// `1 − Var(R − V) / Var(R)`: 1 for a critic that is right up to a constant, 0 for one whose values are all the same,
+/// negative for one worse than that. Zero where the returns do not vary, because there is nothing to explain.
 ///
 /// # Shapes
 /// - `values`, `returns`: `[n_tokens]`
@@ -63,7 +63,9 @@ pub fn whiten(values: &[f32], shift_mean: bool) -> Vec<f32> {
 /// If the slices differ in length.
 ///
 /// # Source
-/// `val/var_explained` in lm-human-preferences, `train_policy.py`.
+/// `explained_variance` in `openai/baselines`, `baselines/common/math_util.py`, which gives NaN where the returns do not
+/// vary. `val/var_explained` of lm-human-preferences is `1 − mean((V − R)²)/Var(R)`: a constant offset of the critic,
+/// which leaves this number alone, lowers that one.
 pub fn explained_variance(values: &[f32], returns: &[f32]) -> f32 {
     assert_eq!(values.len(), returns.len(), "one value per return");
     let errors = returns.iter().zip(values).map(|(&r, &v)| f64::from(r) - f64::from(v));
@@ -133,6 +135,8 @@ mod tests {
     fn explained_variance_of_perfect_and_constant_critics() {
         assert_eq!(explained_variance(&[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0]), 1.0);
         assert_eq!(explained_variance(&[7.0, 7.0, 7.0], &[1.0, 2.0, 3.0]), 0.0);
+        // An offset explains as much; lm-human-preferences' 1 − 25/(2/3) would be −36.5.
+        assert_eq!(explained_variance(&[6.0, 7.0, 8.0], &[1.0, 2.0, 3.0]), 1.0);
         assert_eq!(explained_variance(&[1.0, 2.0], &[5.0, 5.0]), 0.0);
         // Errors [0, 0, −1, 1]: variance 1/2; returns [0, 2, 1, 3]: variance 5/4.
         assert_close(&[explained_variance(&[0.0, 2.0, 2.0, 2.0], &[0.0, 2.0, 1.0, 3.0])], &[0.6], 1e-6);

@@ -97,7 +97,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
         checkpoint::open_reward_model(&args.reward_model, &policy).context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;
     let tokenizer = policy.require_tokenizer()?;
-    let trained = ppo_section(&policy);
+    let trained = ppo_section(&policy)?;
     let temperature = args.temperature.or(trained.as_ref().map(|ppo| ppo.temperature)).unwrap_or(1.0);
     if !(temperature > 0.0 && temperature.is_finite()) {
         let reason = format!("invalid `--temperature`: expected a number above 0, found `{temperature}`");
@@ -126,13 +126,15 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     Evaluation::of_rollouts(&rollouts(&policy)?, &rollouts(&frozen.reference)?).context("no prompt is left to use")
 }
 
-/// How a checkpoint of this stage was trained.
-fn ppo_section(checkpoint: &Checkpoint) -> Option<PpoSection> {
+/// How a checkpoint of this stage was trained; `None` of another stage.
+fn ppo_section(checkpoint: &Checkpoint) -> anyhow::Result<Option<PpoSection>> {
+    if checkpoint.stage() != Some(Stage::Ppo) {
+        return Ok(None);
+    }
     let path = checkpoint.dir().join(checkpoint::CONFIG_FILE);
-    (checkpoint.stage() == Some(Stage::Ppo))
-        .then(|| config::load::<PpoConfig>(&path, &[]).ok())
-        .flatten()
-        .map(|config| config.ppo)
+    let config: PpoConfig = config::load(&path, &[])
+        .context("failed to read with which temperature and response length the policy was trained")?;
+    Ok(Some(config.ppo))
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ pub use common::score::kl::{k1, k2, k3};
 /// `e = clip(KL/target − 1, −0.2, 0.2)`, then `β ← β·(1 + e·n_episodes/horizon)`: proportional control in log space.
 ///
 /// # Source
-/// Ziegler et al., arXiv:1909.08593, section 2.2; `AdaptiveKLController` in lm-human-preferences
-/// (`train_policy.py`), which starts at 0.15 with target 6 and horizon 10000.
+/// Ziegler et al., arXiv:1909.08593, section 2.2; `AdaptiveKLController` in lm-human-preferences, `train_policy.py`.
+/// Its `launch.py` starts at 0.15 with target 6, and the horizon is 10000 by default.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdaptiveController {
     /// The present coefficient β: reward per nat.

@@ -269,6 +269,10 @@ impl<'a> MicroBatch<'a> {
     ///
     /// Sampling goes through the key/value cache token by token, training through whole padded rows. Both must be the
     /// same function: with another temperature, position, mask or dropout, PPO would optimise a ratio of two models.
+    ///
+    /// # Source
+    /// Huang et al., "The 37 Implementation Details of Proximal Policy Optimization", 2022, on debugging: the ratio is
+    /// 1 in the first minibatch of the first epoch.
     fn check_ratio(&self, log_probs: Tensor<1>, tolerance: f64) -> anyhow::Result<()> {
         let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the device")?;
         let sampled = self.experiences.iter().flat_map(|experience| {

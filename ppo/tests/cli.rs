@@ -282,3 +282,17 @@ fn a_ratio_that_is_not_one_stops_the_run_with_a_diagnosis() {
     }
     assert!(!dir.path().join("out/manifest.json").exists());
 }
+
+#[test]
+fn a_damaged_configuration_is_an_error_and_not_another_temperature() {
+    let dir = workplace();
+    let (code, _, stderr) = train(dir.path(), "out", &["--set", "train.steps=1"]);
+    assert_eq!(code, 0, "{stderr}");
+    let config = dir.path().join("out/config.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("[ppo]", "[ppo]\ntemprature = 0.5")).unwrap();
+    let args = ["eval", "--checkpoint", "out", "--reference", "sft", "--reward-model", "rm", "--data", "val.jsonl"];
+    let (code, stdout, stderr) = run(PROGRAM, &args, dir.path());
+    assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+    assert!(stderr.contains("`temprature`") && stderr.contains("config.toml"), "{stderr}");
+}

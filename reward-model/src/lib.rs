@@ -5,7 +5,7 @@
 //! out, its scores normalised so that the initial model's own answers have mean 0 and deviation 1.
 //!
 //! # Source
-//! Stiennon et al., arXiv:2009.01325, section 3.4; Ziegler et al., arXiv:1909.08593, section 2.1, for the
+//! Stiennon et al., arXiv:2009.01325, section 3.4; Ziegler et al., arXiv:1909.08593, section 2, for the
 //! normalisation.
 
 mod cli;

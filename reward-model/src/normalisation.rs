@@ -28,7 +28,7 @@ impl Normalisation {
     /// `gain = 1/σ`, `bias = −μ/σ`: afterwards these scores have mean 0 and (population) deviation 1.
     ///
     /// # Source
-    /// Ziegler et al., arXiv:1909.08593, section 2.1; `gain = σ_T/σ_D`, `bias = μ_T − gain·μ_D` in
+    /// Ziegler et al., arXiv:1909.08593, section 2; `gain = σ_T/σ_D`, `bias = μ_T − gain·μ_D` in
     /// lm-human-preferences, `rewards.py`, with target mean 0 and deviation 1.
     pub(crate) fn fit(scores: &[f32]) -> anyhow::Result<Self> {
         let n = scores.len() as f64;

@@ -11,7 +11,7 @@
 //! - Fused results have the same bits whatever the number of threads: work is cut into pieces that do not depend on
 //!   it, and partial sums are added in the order of the pieces.
 //! - Fused operations are differentiable once; the backward itself is not tracked.
-//! - All `unsafe` of the project is in `kernels::flex`.
+//! - All `unsafe` of the project is in this crate: in `flex`, `softmax` and `memory`.
 
 // Without the flex backend there is nothing to choose.
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]

@@ -73,7 +73,7 @@ names! {
     VALUE_LOSS = "value/loss";
     /// Fraction of the response tokens whose value was clipped.
     VALUE_CLIP_FRAC = "value/clip_frac";
-    /// `1 − Var(returns − values) / Var(returns)`; 1 is a perfect value function, 0 a constant one.
+    /// `1 − Var(returns − values) / Var(returns)`; 1 is a value function that is right up to a constant, 0 a constant.
     VALUE_EXPLAINED_VARIANCE = "value/explained_variance";
     /// `train/grad_norm` of the value model.
     VALUE_GRAD_NORM = "value/grad_norm";
