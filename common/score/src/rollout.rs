@@ -90,3 +90,83 @@ impl FrozenModels<'_> {
             .collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base::rng::Streams;
+    use base::testing::assert_close;
+    use burn::tensor::Device;
+    use model::GptConfig;
+    use text::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
+
+    use crate::Sampling;
+
+    // Sums of a few dozen f32 products of order one, in another order.
+    const REORDERED: f32 = 1e-5;
+
+    fn tokenizer() -> Tokenizer {
+        let config = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
+        Tokenizer::train(&config, std::iter::empty::<&str>(), true).unwrap()
+    }
+
+    fn frozen<'a>(tokenizer: &Tokenizer, score_bias: f64, gold: Option<Gold<'a>>) -> FrozenModels<'a> {
+        let config = GptConfig {
+            d_model: 16,
+            n_layers: 1,
+            n_heads: 2,
+            d_ff: 32,
+            max_seq_len: 32,
+            ..GptConfig::gpt2(tokenizer.vocab_size())
+        };
+        let streams = Streams::new(3);
+        let reference = Gpt::new(&config, &streams, &Device::flex());
+        let reward_model = ScalarGpt::new(reference.clone(), &streams).with_score_bias(score_bias);
+        FrozenModels { reference, reward_model, gold, batch_size: 2 }
+    }
+
+    fn prompts() -> Vec<EncodedPrompt> {
+        [&[1, 2, 3][..], &[1, 9], &[1, 5, 5, 5, 7]]
+            .iter()
+            .enumerate()
+            .map(|(i, ids)| EncodedPrompt { ids: ids.to_vec(), text: i.to_string() })
+            .collect()
+    }
+
+    #[test]
+    fn a_policy_does_not_diverge_from_itself_and_every_response_has_its_score() {
+        let tokenizer = tokenizer();
+        let known = |prompt: &str, _: &str| (prompt != "1").then_some(prompt.len() as f64);
+        let frozen = frozen(&tokenizer, 0.25, Some(&known));
+        let sampling = Sampling::new(0.7, 12, Streams::new(1), &tokenizer, 2);
+        let responses = sampling.answer(&frozen.reference, &prompts(), 0).unwrap();
+        let rollouts = frozen.rollouts(&prompts(), responses.clone(), 0.7).unwrap();
+        for ((rollout, response), prompt) in rollouts.iter().zip(&responses).zip(prompts()) {
+            assert_eq!((&rollout.response, &rollout.prompt), (response, &prompt));
+            assert_close(&rollout.ref_log_probs, &response.log_probs, REORDERED);
+            assert!(rollout.kl().abs() < 12.0 * f64::from(REORDERED), "{}", rollout.kl());
+            let row = [&*prompt.ids, &*response.ids].concat();
+            let alone = score_rows(&frozen.reward_model, &[&row], 1).unwrap();
+            assert_close(&[rollout.score], &alone, REORDERED);
+        }
+        assert_eq!(rollouts.iter().map(|rollout| rollout.gold).collect::<Vec<_>>(), [Some(1.0), None, Some(1.0)]);
+    }
+
+    #[test]
+    fn divergence_is_summed_over_the_response() {
+        let response = Response { ids: vec![5, 6], log_probs: vec![-1.0, -0.5], ..Response::default() };
+        let prompt = EncodedPrompt { ids: vec![1], text: String::new() };
+        let rollout = Rollout { prompt, response, ref_log_probs: vec![-1.5, -0.25], score: 0.0, gold: None };
+        // (−1 + 1.5) + (−0.5 + 0.25).
+        assert_eq!(rollout.kl(), 0.25);
+    }
+
+    #[test]
+    fn a_score_that_is_not_finite_is_an_error() {
+        let tokenizer = tokenizer();
+        let frozen = frozen(&tokenizer, f64::NAN, None);
+        let sampling = Sampling::new(1.0, 4, Streams::new(1), &tokenizer, 0);
+        let responses = sampling.answer(&frozen.reference, &prompts(), 0).unwrap();
+        assert!(matches!(frozen.rollouts(&prompts(), responses, 1.0), Err(ScoreError::NotFinite)));
+    }
+}

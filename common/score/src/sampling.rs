@@ -88,3 +88,45 @@ impl<'a> Sampling<'a> {
             .collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use burn::tensor::Device;
+    use model::GptConfig;
+    use text::tokenizer::{TokenizerConfig, TokenizerKind};
+
+    #[test]
+    fn no_more_responses_are_decoded_at_a_time_than_asked_for() {
+        let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
+        let tokenizer = Tokenizer::train(&bytes, std::iter::empty::<&str>(), true).unwrap();
+        let vocab_size = tokenizer.vocab_size();
+        let config = GptConfig {
+            d_model: 16,
+            n_layers: 1,
+            n_heads: 2,
+            d_ff: 32,
+            max_seq_len: 32,
+            ..GptConfig::gpt2(vocab_size)
+        };
+        let policy = Gpt::new(&config, &Streams::new(3), &Device::flex());
+        let prompts = [vec![1, 2], vec![1, 3], vec![1, 4]];
+        // Where one is decoded after the other, so are their tokens seen.
+        let n_changes = |batch_size: usize| {
+            let mut seen = Vec::new();
+            let mut watch = |prompt_idx: usize, _| {
+                seen.push(prompt_idx);
+                ControlFlow::Continue(())
+            };
+            let mut sampling = Sampling::new(1.0, 8, Streams::new(1), &tokenizer, batch_size);
+            sampling.config.stop.clear();
+            let responses = sampling.answer_watched(&policy, &prompts, 0, Some(&mut watch)).unwrap();
+            assert!(responses.iter().all(|response| response.ids.len() == 8 && !response.ended));
+            seen.windows(2).filter(|pair| pair[0] != pair[1]).count()
+        };
+        assert_eq!(n_changes(1), 2);
+        assert!(n_changes(3) > 2);
+    }
+}

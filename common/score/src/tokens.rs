@@ -128,6 +128,31 @@ pub fn of_response_tokens(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base::rng::Streams;
+    use base::testing::assert_close;
+    use model::GptConfig;
+
+    // Sums of a few dozen f32 products of order one, in another order.
+    const REORDERED: f32 = 1e-5;
+
+    fn models() -> (Gpt, ScalarGpt) {
+        let config =
+            GptConfig { d_model: 16, n_layers: 2, n_heads: 2, d_ff: 32, max_seq_len: 32, ..GptConfig::gpt2(41) };
+        let streams = Streams::new(3);
+        let gpt = Gpt::new(&config, &streams, &Device::flex());
+        (gpt.clone(), ScalarGpt::new(gpt, &streams))
+    }
+
+    /// Prompts and responses of these lengths.
+    fn responses(lengths: &[(usize, usize)]) -> Vec<(Vec<u32>, Vec<u32>)> {
+        let mut rng = Streams::new(5).get("test", 0);
+        let mut ids = |n: usize| (0..n).map(|_| rng.below(41) as u32).collect();
+        lengths.iter().map(|&(prompt, response)| (ids(prompt), ids(response))).collect()
+    }
+
+    fn pairs(responses: &[(Vec<u32>, Vec<u32>)]) -> Vec<(&[u32], &[u32])> {
+        responses.iter().map(|(prompt, response)| (&**prompt, &**response)).collect()
+    }
 
     #[test]
     fn a_response_token_is_predicted_by_the_state_before_it() {
@@ -137,5 +162,54 @@ mod tests {
         assert_eq!(batch.ids, [1, 2, 3, 0, 1, 4, 8, 9]);
         assert_eq!(batch.positions, [2, 5, 6, 7]);
         assert_eq!(batch.targets, [7, 8, 9, 5]);
+    }
+
+    #[test]
+    fn no_number_depends_on_the_padding_id() {
+        let (gpt, scalar) = models();
+        let responses = responses(&[(3, 1), (2, 9), (12, 4)]);
+        let batch = ResponseBatch::new(pairs(&responses));
+        let mut other = batch.clone();
+        for (i, (prompt, response)) in responses.iter().enumerate() {
+            other.ids[i * batch.seq + prompt.len() + response.len() - 1..(i + 1) * batch.seq].fill(40);
+        }
+        assert_ne!(batch, other);
+        let numbers = |batch: &ResponseBatch| {
+            [log_probs(&gpt, batch, 0.7), values(&scalar, batch)].map(|tensor| tensor.try_into_vec_as::<f32>().unwrap())
+        };
+        assert_eq!(numbers(&batch), numbers(&other));
+    }
+
+    #[test]
+    fn neither_order_nor_batch_size_changes_a_number() {
+        let (gpt, scalar) = models();
+        let responses = responses(&[(3, 1), (2, 9), (12, 4), (1, 1), (7, 20)]);
+        let pairs = pairs(&responses);
+        for compute in
+            [&(|batch: &ResponseBatch| log_probs(&gpt, batch, 0.7)) as &dyn Fn(&ResponseBatch) -> Tensor<1>, &|batch| {
+                values(&scalar, batch)
+            }]
+        {
+            let alone = of_response_tokens(&pairs, 1, compute).unwrap();
+            let lengths: Vec<usize> = alone.iter().map(Vec::len).collect();
+            assert_eq!(lengths, [1, 9, 4, 1, 20]);
+            for batch_size in [2, 5, 100] {
+                let together = of_response_tokens(&pairs, batch_size, compute).unwrap();
+                for (alone, together) in alone.iter().zip(&together) {
+                    assert_close(together, alone, REORDERED);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn log_probs_are_those_with_entropy() {
+        let (gpt, _) = models();
+        let responses = responses(&[(3, 1), (2, 9)]);
+        let batch = ResponseBatch::new(pairs(&responses));
+        let host = |tensor: Tensor<1>| tensor.try_into_vec_as::<f32>().unwrap();
+        let (with_entropy, entropy) = log_probs_and_entropy(&gpt, &batch, 0.7);
+        assert_eq!(host(log_probs(&gpt, &batch, 0.7)), host(with_entropy));
+        assert!(host(entropy).iter().all(|&nats| nats > 0.0 && nats <= 41.0_f32.ln() + REORDERED));
     }
 }
