@@ -168,7 +168,7 @@ fn fault(lab: &Lab, program: &str, args: &[String], amount: bool) -> Option<Stri
         None if amount => None,
         None => says("runs on and on"),
         Some(_) if stderr.contains("panicked") => says("panicked"),
-        Some(status) if !matches!(status.code(), Some(0 | 1 | 2)) => says(&format!("{status}")),
+        Some(status) if !matches!(status.code(), Some(0..=2)) => says(&format!("{status}")),
         Some(status) if status.code() != Some(0) && !stderr.contains("error: ") => says("fails without a word"),
         Some(_) => bad_json(lab).and_then(|bad| says(&bad)),
     }

@@ -216,7 +216,7 @@ impl PpoConfig {
         let minibatch = batch_size / minibatches;
         let micro = micro_batch_size.unwrap_or(minibatch);
         ensure!(
-            micro > 0 && minibatch % micro == 0,
+            micro > 0 && minibatch.is_multiple_of(micro),
             "`train.micro_batch_size` {micro} does not divide the {minibatch} responses of a minibatch"
         );
         Ok(())

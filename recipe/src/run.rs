@@ -215,11 +215,7 @@ impl<'a> Run<'a> {
             data: self.setup.recipe.data.clone(),
             process: self.args.runtime.process.clone(),
         })?;
-        tracing::info!(
-            "{} tokens, {:.2} bytes of held-out text each",
-            learned.vocab_size,
-            learned.bytes_per_token
-        );
+        tracing::info!("{} tokens, {:.2} bytes of held-out text each", learned.vocab_size, learned.bytes_per_token);
         Ok(Outcome::Finished)
     }
 

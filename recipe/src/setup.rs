@@ -9,7 +9,6 @@ use common::config::{self, Configuration};
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
-use serde::Serialize;
 use sft::SftConfig;
 
 use crate::collect::PairFiles;

@@ -64,7 +64,7 @@ impl Checked for SftConfig {
     const BASE: &'static str = "[data]\ntrain = [\"a.jsonl\"]\nval = [\"b.jsonl\"]\n";
 
     fn validate(&self) -> anyhow::Result<()> {
-        self.n_steps(usize::MAX);
+        self.train.amount().n_steps(usize::MAX);
         self.validate()
     }
 }
@@ -73,7 +73,7 @@ impl Checked for RewardModelConfig {
     const BASE: &'static str = SftConfig::BASE;
 
     fn validate(&self) -> anyhow::Result<()> {
-        self.n_steps(usize::MAX);
+        self.train.amount().n_steps(usize::MAX);
         self.validate()
     }
 }

@@ -370,7 +370,7 @@ fn grouped(n: i128) -> String {
     }
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push('_');
         }
         text.push(digit);

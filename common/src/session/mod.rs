@@ -114,6 +114,9 @@ pub trait Training: Sized {
     }
 }
 
+/// Reads a step's metrics.
+pub type ReadMetrics = dyn FnOnce() -> anyhow::Result<Vec<(&'static str, f64)>>;
+
 /// An optimiser step that was made.
 pub struct Step {
     /// Tokens it trained on.
@@ -121,7 +124,7 @@ pub struct Step {
     /// The norm of its gradient.
     pub grad_norm: GradNorm,
     /// Its metrics. They are asked for where a line is logged: to read them may mean to wait for a GPU.
-    pub metrics: Box<dyn FnOnce() -> anyhow::Result<Vec<(&'static str, f64)>>>,
+    pub metrics: Box<ReadMetrics>,
 }
 
 impl Step {
@@ -239,18 +242,15 @@ impl Session {
         let mut best_weights = None;
         let restored = if args.resume { Some(restore(args, plan, &data)?) } else { None };
         let resumed = restored.is_some();
-        let (progress, restored) = match restored {
-            Some((progress, restored)) => {
-                if plan.run.keep_best && progress.best.is_some() {
-                    best_weights = Some(restored.checkpoint.named().clone());
-                }
-                (progress, Some(restored))
+        let (progress, restored) = if let Some((progress, restored)) = restored {
+            if plan.run.keep_best && progress.best.is_some() {
+                best_weights = Some(restored.checkpoint.named().clone());
             }
-            None => {
-                let path = args.out.join(checkpoint::CONFIG_FILE);
-                std::fs::write(&path, &config_toml).with_context(|| format!("failed to write `{}`", path.display()))?;
-                (Progress::new(resume::overrides(args)?), None)
-            }
+            (progress, Some(restored))
+        } else {
+            let path = args.out.join(checkpoint::CONFIG_FILE);
+            std::fs::write(&path, &config_toml).with_context(|| format!("failed to write `{}`", path.display()))?;
+            (Progress::new(resume::overrides(args)?), None)
         };
         let point = resumed.then_some(ResumePoint { step: progress.step, seconds: progress.seconds });
         let session = Self {

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
-use serde::Serialize;
 use toml::{Table, Value};
 
 use super::{Plan, Progress};

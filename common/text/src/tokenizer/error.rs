@@ -70,7 +70,9 @@ pub enum TokenizerError {
     )]
     MissingSpecials(Vec<&'static str>),
     /// A text can only be written with a token that structures conversations.
-    #[error("the text spells `{0}`, for which this tokenizer has no tokens but the special one\nhint: leave it out of the text")]
+    #[error(
+        "the text spells `{0}`, for which this tokenizer has no tokens but the special one\nhint: leave it out of the text"
+    )]
     Reserved(String),
     /// The chat template does not render.
     #[error(

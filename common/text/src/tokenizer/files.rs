@@ -130,9 +130,7 @@ fn class(dir: &Path, settings: &Map<String, Value>) -> Result<String, TokenizerE
 /// The defaults of `__init__` of the classes in transformers 5.23.0.
 fn add_defaults(settings: &mut Map<String, Value>, class: &str) {
     let defaults: &[(&str, &str)] = match class {
-        "GPT2" | "GPTNeoX" => {
-            &[("bos_token", END_OF_TEXT), ("eos_token", END_OF_TEXT), ("unk_token", END_OF_TEXT)]
-        }
+        "GPT2" | "GPTNeoX" => &[("bos_token", END_OF_TEXT), ("eos_token", END_OF_TEXT), ("unk_token", END_OF_TEXT)],
         "Qwen2" => &[("eos_token", END_OF_TEXT), ("unk_token", END_OF_TEXT), ("pad_token", END_OF_TEXT)],
         "Llama" => &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")],
         _ => &[],
@@ -184,7 +182,8 @@ fn gpt2(vocab: &Path, merges: &Path) -> Result<Value, TokenizerError> {
             "normalized": false, "special": true,
         })
     });
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true });
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true });
     Ok(json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": Vec::from_iter(end_of_text),
         "normalizer": null, "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,

@@ -35,7 +35,9 @@ pub(super) fn prepare(file: &mut Value, settings: &Map<String, Value>) -> Result
     for part in ["normalizer", "pre_tokenizer", "decoder"] {
         let growth = growth(&file[part]).map_err(|reason| format!("its `{part}` {reason}"))?;
         if growth > MAX_GROWTH {
-            return Err(format!("its `{part}` could make a text {growth:.0} times longer, at most {MAX_GROWTH} is taken"));
+            return Err(format!(
+                "its `{part}` could make a text {growth:.0} times longer, at most {MAX_GROWTH} is taken"
+            ));
         }
     }
     check_merges(&file["model"])?;
@@ -141,7 +143,10 @@ fn keep_ids(file: &mut Value) -> Result<(), String> {
             return Err(format!("added tokens {} and `{content}` have the same id {id}", other["content"]));
         }
         if vocab.get(content).is_some_and(|&known| known != id) {
-            return Err(format!("added token `{content}` has id {id}, but the vocabulary has it as {}", vocab[content]));
+            return Err(format!(
+                "added token `{content}` has id {id}, but the vocabulary has it as {}",
+                vocab[content]
+            ));
         }
     }
     let n_ids = vocab.values().max().map_or(0, |id| id + 1);
@@ -186,7 +191,8 @@ fn vocabulary(model: &Value) -> Result<BTreeMap<&str, u64>, String> {
         Value::Object(entries) => {
             for (token, id) in entries {
                 let id = id.as_u64().filter(|id| *id <= MAX_ID);
-                let id = id.ok_or_else(|| format!("token `{token}` has id {}, at most {MAX_ID} is taken", entries[token]))?;
+                let id =
+                    id.ok_or_else(|| format!("token `{token}` has id {}, at most {MAX_ID} is taken", entries[token]))?;
                 vocab.insert(token.as_str(), id);
             }
         }

@@ -82,6 +82,7 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
 }
 
 /// The filter `trim`, which in Jinja is `str.strip`.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 pub(super) fn trim(text: String, chars: Option<String>) -> String {
     match chars {
         Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
@@ -94,9 +95,10 @@ fn title(text: &str) -> String {
     let mut in_word = false;
     let mut titled = String::with_capacity(text.len());
     for c in text.chars() {
-        match in_word {
-            true => titled.extend(c.to_lowercase()),
-            false => titled.extend(c.to_uppercase()),
+        if in_word {
+            titled.extend(c.to_lowercase())
+        } else {
+            titled.extend(c.to_uppercase())
         }
         in_word = c.is_lowercase() || c.is_uppercase();
     }
@@ -118,6 +120,7 @@ pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// The filter `tojson` of transformers: Python's `json.dumps`, without HTML's escapes.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 pub(super) fn to_json(state: &State, value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let failed = |reason: &str| Error::new(ErrorKind::InvalidOperation, format!("`tojson`: {reason}"));
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;

@@ -46,7 +46,8 @@ impl Marks {
                 by_id.entry(id).or_insert_with(|| word.to_owned());
             }
         }
-        let is_named = |token: &str| NAMED.iter().any(|key| settings.get(*key).and_then(content).as_deref() == Some(token));
+        let is_named =
+            |token: &str| NAMED.iter().any(|key| settings.get(*key).and_then(content).as_deref() == Some(token));
         if let Some(unknown) = unknown(library, parts)
             && !by_id.get(&unknown).is_some_and(|token| is_named(token))
         {
@@ -180,7 +181,8 @@ fn merged(model: &Value) -> impl Iterator<Item = (&str, &str, String)> {
 /// Gives the words of `names` their new name, and takes out the merges that they are in.
 fn rename(model: &mut Value, names: &BTreeMap<&str, String>) {
     let kept: Option<Vec<Value>> = model["merges"].as_array().map(|merges| {
-        let is_kept = merged(model).map(|(a, b, joined)| [a, b, joined.as_str()].iter().all(|w| !names.contains_key(w)));
+        let is_kept =
+            merged(model).map(|(a, b, joined)| [a, b, joined.as_str()].iter().all(|w| !names.contains_key(w)));
         merges.iter().zip(is_kept).filter(|(_, kept)| *kept).map(|(merge, _)| merge.clone()).collect()
     });
     if let Some(kept) = kept {
@@ -214,7 +216,7 @@ fn is_bracketed(word: &str) -> bool {
     inner('<', '>').or_else(|| inner('[', ']')).is_some_and(|inner| !inner.is_empty() && !inner.chars().any(is_blank))
 }
 
-/// White space, as SentencePiece writes it too.
+/// White space, as `SentencePiece` writes it too.
 fn is_blank(c: char) -> bool {
     c.is_whitespace() || c == '▁'
 }

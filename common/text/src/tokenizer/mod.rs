@@ -287,12 +287,11 @@ impl Tokenizer {
     }
 
     fn chat(&self) -> Result<&Chat, TokenizerError> {
-        match self.chat.get() {
-            Some(chat) => Ok(chat),
-            None => {
-                let chat = Chat::new(self)?;
-                Ok(self.chat.get_or_init(|| chat))
-            }
+        if let Some(chat) = self.chat.get() {
+            Ok(chat)
+        } else {
+            let chat = Chat::new(self)?;
+            Ok(self.chat.get_or_init(|| chat))
         }
     }
 

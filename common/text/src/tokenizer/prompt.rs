@@ -130,11 +130,8 @@ impl Tokenizer {
         if let Some(mark) = by_template.iter().find(|mark| !writers.is_certain(self, chat, messages, mark)) {
             return Err(self.ambiguous(mark.id));
         }
-        let generated = if add_generation_prompt {
-            vec![]
-        } else {
-            self.generated(chat, messages, &rendered, &by_template)?
-        };
+        let generated =
+            if add_generation_prompt { vec![] } else { self.generated(chat, messages, &rendered, &by_template)? };
         if by_messages.is_empty() {
             return Ok(EncodedChat { ids: encoding.get_ids().to_vec(), generated: flags(&encoding, &generated) });
         }
@@ -317,7 +314,8 @@ impl Writers {
         let (source, spelling) = (chat.template.source(), tokenizer.marks.spelling(mark.id).unwrap_or_default());
         let is_named = || {
             let mut settings = tokenizer.settings.iter();
-            settings.any(|(key, token)| marks::content(token).as_deref() == Some(spelling) && source.contains(key.as_str()))
+            settings
+                .any(|(key, token)| marks::content(token).as_deref() == Some(spelling) && source.contains(key.as_str()))
         };
         let has_role = || messages.iter().any(|(role, _)| spelling.contains(role));
         matches!(self, Self::Known(_)) || source.contains(spelling) || is_named() || has_role()

@@ -157,7 +157,8 @@ impl ChatTemplate {
         let root = context! { messages, add_generation_prompt, tools => (), documents => () };
         let mut text = String::new();
         let mut out = make_string_output(&mut text);
-        eval(&environment, &compiled.instructions, root, &compiled.blocks, &mut out, AutoEscape::None).map_err(failed)?;
+        eval(&environment, &compiled.instructions, root, &compiled.blocks, &mut out, AutoEscape::None)
+            .map_err(failed)?;
         if text.len() > MAX_OUTPUT + 16 * n_bytes {
             return Err(TokenizerError::Template(format!("its output of {} bytes is too long", text.len())));
         }
@@ -227,6 +228,7 @@ fn with_generation_calls(source: &str) -> (String, bool) {
 }
 
 /// The body of a `{% generation %}` block, between sentinels.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a function of templates")]
 fn generation(state: &mut State, kwargs: Kwargs) -> Result<String, Error> {
     let caller: Value = kwargs.get("caller")?;
     let body = caller.call(state, &[])?;
@@ -258,14 +260,13 @@ fn without_sentinels(text: &str) -> Result<Rendered, TokenizerError> {
 
 /// What went wrong, in one line: the template's own words where it raised them.
 fn message(error: &Error) -> String {
-    match error.kind() {
-        ErrorKind::OutOfFuel => "it takes more steps or memory than a chat template may".to_owned(),
-        _ => {
-            let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
-            match error.detail() {
-                Some(detail) => format!("{detail}{line}"),
-                None => format!("{}{line}", error.kind()),
-            }
+    if error.kind() == ErrorKind::OutOfFuel {
+        "it takes more steps or memory than a chat template may".to_owned()
+    } else {
+        let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
+        match error.detail() {
+            Some(detail) => format!("{detail}{line}"),
+            None => format!("{}{line}", error.kind()),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Tokenizers from elsewhere: SentencePiece's, ids with gaps, marks without a flag, and files that would harm.
+//! Tokenizers from elsewhere: `SentencePiece`'s, ids with gaps, marks without a flag, and files that would harm.
 
 use super::*;
 
@@ -23,7 +23,8 @@ fn texts_have_the_ids_and_ids_the_texts_of_the_library() {
 fn foreign() -> &'static [(String, Tokenizer)] {
     static TOKENIZERS: std::sync::LazyLock<Vec<(String, Tokenizer)>> = std::sync::LazyLock::new(|| {
         let recorded = recorded();
-        let mut all: Vec<_> = recorded["tokenizers"].as_object().unwrap().iter().map(|(n, r)| (n.clone(), r["file"].clone())).collect();
+        let mut all: Vec<_> =
+            recorded["tokenizers"].as_object().unwrap().iter().map(|(n, r)| (n.clone(), r["file"].clone())).collect();
         let base = recorded["tokenizers"]["sentencepiece-bpe"]["file"].clone();
         let replace = json!({ "type": "Replace", "pattern": { "String": "▁" }, "content": " " });
         let strip = json!({ "type": "Strip", "content": " ", "start": 3, "stop": 0 });
@@ -66,7 +67,8 @@ proptest! {
 
 /// Two words and byte-level letters, with `added` tokens.
 fn words(added: &Value) -> Value {
-    let vocab: Map<String, Value> = ["<unk>", "a", "b", "c"].iter().zip(0..).map(|(w, i)| ((*w).to_owned(), json!(i))).collect();
+    let vocab: Map<String, Value> =
+        ["<unk>", "a", "b", "c"].iter().zip(0..).map(|(w, i)| ((*w).to_owned(), json!(i))).collect();
     let added: Vec<Value> = added
         .as_array()
         .unwrap()
@@ -156,7 +158,8 @@ fn a_vocabulary_in_two_files_is_gpt2s_or_refused() {
 
 #[test]
 fn marks_without_a_flag_and_marks_that_are_words_stay_text() {
-    let pieces = |words: &[&str]| -> Value { words.iter().map(|w| json!([w, if w.len() > 1 { -1.0 } else { -9.0 }])).collect() };
+    let pieces =
+        |words: &[&str]| -> Value { words.iter().map(|w| json!([w, if w.len() > 1 { -1.0 } else { -9.0 }])).collect() };
     let letters: Vec<String> = "<|imend_strt>/x".chars().map(String::from).collect();
     let mut vocab: Vec<&str> = vec!["<unk>", "<|im_end|>", "</s>"];
     vocab.extend(letters.iter().map(String::as_str));
@@ -180,7 +183,8 @@ fn marks_without_a_flag_and_marks_that_are_words_stay_text() {
         json!({ "type": "BPE", "vocab": by_word, "merges": [], "unk_token": "<unk>", "ignore_merges": true }),
     ] {
         let mut file = words(&json!([]));
-        file["pre_tokenizer"] = json!({ "type": "Split", "pattern": { "Regex": "<[^<>]+>" }, "behavior": "Isolated", "invert": false });
+        file["pre_tokenizer"] =
+            json!({ "type": "Split", "pattern": { "Regex": "<[^<>]+>" }, "behavior": "Isolated", "invert": false });
         file["model"] = model;
         let kind = file["model"]["type"].clone();
         let tokenizer = load(&file, &settings).unwrap();
@@ -212,7 +216,8 @@ fn files_that_could_hang_or_exhaust_or_panic_are_refused() {
     };
     let longer = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aaaaaaaaaaaaaaaa" });
     let chain = |n: usize| json!({ "type": "Sequence", "normalizers": vec![longer.clone(); n] });
-    let deep = (0..100).fold(json!({ "type": "NFC" }), |inner, _| json!({ "type": "Sequence", "normalizers": [inner] }));
+    let deep =
+        (0..100).fold(json!({ "type": "NFC" }), |inner, _| json!({ "type": "Sequence", "normalizers": [inner] }));
     let regex = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
     let single = json!({ "type": "TemplateProcessing", "single": [{ "Sequence": { "id": "B", "type_id": 0 } }], "pair": [], "special_tokens": {} });
     for file in [
@@ -230,7 +235,10 @@ fn files_that_could_hang_or_exhaust_or_panic_are_refused() {
         change(&["model", "vocab"], json!({ "a": -1 })),
         change(&["model", "vocab"], json!([])),
         change(&["model"], json!({ "type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]] })),
-        change(&["model"], json!({ "type": "WordPiece", "vocab": {}, "unk_token": "x", "max_input_chars_per_word": 1e300 })),
+        change(
+            &["model"],
+            json!({ "type": "WordPiece", "vocab": {}, "unk_token": "x", "max_input_chars_per_word": 1e300 }),
+        ),
     ] {
         let Err(error) = load(&file, &json!({})) else { panic!("{file}") };
         let error = error.to_string();
@@ -239,7 +247,10 @@ fn files_that_could_hang_or_exhaust_or_panic_are_refused() {
     // These are odd, but do no harm.
     for file in [
         change(&["normalizer"], deep),
-        change(&["truncation"], json!({ "max_length": 0, "stride": 9, "strategy": "LongestFirst", "direction": "Right" })),
+        change(
+            &["truncation"],
+            json!({ "max_length": 0, "stride": 9, "strategy": "LongestFirst", "direction": "Right" }),
+        ),
         change(&["pre_tokenizer"], regex("(?:a|aa)+(?!b)")),
         change(&["pre_tokenizer"], regex("(?:(?:(?:a(?=b)){1000}){1000}){1000}")),
     ] {
@@ -257,7 +268,8 @@ fn files_that_could_hang_or_exhaust_or_panic_are_refused() {
 
 #[test]
 fn text_without_a_break_is_learned_from_in_its_stride() {
-    let dna: String = (0..160_000u64).map(|i| ['A', 'C', 'G', 'T'][(i * i * 2_654_435_761 >> 20) as usize % 4]).collect();
+    let dna: String =
+        (0..160_000u64).map(|i| ['A', 'C', 'G', 'T'][((i * i * 2_654_435_761) >> 20) as usize % 4]).collect();
     let config = TokenizerConfig { vocab_size: 300, ..TokenizerConfig::default() };
     let began = std::time::Instant::now();
     let tokenizer = Tokenizer::train(&config, [dna.as_str()].iter(), true).unwrap();

@@ -31,7 +31,7 @@ fn directory(name: &str) -> Tokenizer {
     of_oracle(directory["tokenizer"].as_str().unwrap(), &directory["added"], &directory["settings"])
 }
 
-/// ChatML's tokenizer with another template.
+/// `ChatML`'s tokenizer with another template.
 fn with_template(template: &str) -> Tokenizer {
     let directory = &recorded()["directories"]["chatml"];
     let mut settings = directory["settings"].clone();
@@ -71,7 +71,10 @@ fn conversations_and_their_masks_are_those_of_transformers() {
                 Ok(encoded) => encoded,
                 // Without `{% generation %}` the oracle has no mask either.
                 Err(error) => {
-                    assert!(record["mask"].is_null() && error.to_string().contains("cannot be told"), "{name}: {error}");
+                    assert!(
+                        record["mask"].is_null() && error.to_string().contains("cannot be told"),
+                        "{name}: {error}"
+                    );
                     continue;
                 }
             };
@@ -86,7 +89,8 @@ fn conversations_and_their_masks_are_those_of_transformers() {
 
 #[test]
 fn without_generation_blocks_an_answer_and_its_end_are_trained_on() {
-    for (name, end) in [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "</s>"), ("qwen3", "<|im_end|>")] {
+    for (name, end) in [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "</s>"), ("qwen3", "<|im_end|>")]
+    {
         let tokenizer = directory(name);
         let chat = [Message::new(Role::User, "hi"), Message::new(Role::Assistant, "the cat")];
         let encoded = encode(&tokenizer, &chat).unwrap();
@@ -114,10 +118,19 @@ fn a_mark_in_a_message_stays_text_whatever_the_template_does() {
         let mut spelled: Vec<String> = tokenizer.marks.spellings().map(str::to_owned).collect();
         spelled.push(spelled.concat());
         for mark in spelled {
-            for text in [format!("hi {mark}the"), mark.clone(), format!("{mark}{mark}"), format!("a\n{mark}\n b{mark}")] {
+            for text in [format!("hi {mark}the"), mark.clone(), format!("{mark}{mark}"), format!("a\n{mark}\n b{mark}")]
+            {
                 // What the template does with its own marks, it does beside a text without any.
-                let plain = [Message::new(Role::User, "hi"), Message::new(Role::Assistant, "ok"), Message::new(Role::User, "hi")];
-                let hostile = [Message::new(Role::User, "hi"), Message::new(Role::Assistant, "ok"), Message::new(Role::User, &text)];
+                let plain = [
+                    Message::new(Role::User, "hi"),
+                    Message::new(Role::Assistant, "ok"),
+                    Message::new(Role::User, "hi"),
+                ];
+                let hostile = [
+                    Message::new(Role::User, "hi"),
+                    Message::new(Role::Assistant, "ok"),
+                    Message::new(Role::User, &text),
+                ];
                 let expected = encode_prompt(&tokenizer, &plain).unwrap();
                 match encode_prompt(&tokenizer, &hostile) {
                     Ok(ids) => {
@@ -157,7 +170,9 @@ fn parts_of_a_mark_do_not_become_one_beside_the_templates_text() {
 
 #[test]
 fn a_template_that_asks_for_a_mark_in_a_message_is_refused_if_the_answer_matters() {
-    let asks = with_template("{% for m in messages %}{% if '<|im_end|>' in m.content %}<|im_start|>{% endif %}{{ m.content }}{% endfor %}");
+    let asks = with_template(
+        "{% for m in messages %}{% if '<|im_end|>' in m.content %}<|im_start|>{% endif %}{{ m.content }}{% endfor %}",
+    );
     let error = encode_prompt(&asks, &[Message::new(Role::User, "x<|im_end|>")]).unwrap_err().to_string();
     assert!(error.contains("cannot be told"), "{error}");
     assert_eq!(encode_prompt(&asks, &[Message::new(Role::User, "hi < |")]).unwrap().len(), 5);
@@ -212,7 +227,9 @@ fn templates_that_would_not_end_or_would_fill_the_memory_are_stopped() {
 #[test]
 fn a_long_conversation_is_within_the_limits() {
     let tokenizer = directory("qwen3");
-    let chat: Vec<Message> = (0..400).flat_map(|i| [Role::User, Role::Assistant].map(|role| Message::new(role, "the cat ".repeat(i)))).collect();
+    let chat: Vec<Message> = (0..400)
+        .flat_map(|i| [Role::User, Role::Assistant].map(|role| Message::new(role, "the cat ".repeat(i))))
+        .collect();
     assert!(encode_prompt(&tokenizer, &chat[..chat.len() - 1]).unwrap().len() > 100_000);
 }
 
