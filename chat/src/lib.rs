@@ -3,6 +3,8 @@
 //! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers one prompt, once or several times. What is written for the
 //! user goes through the chat template of the checkpoint's tokenizer; `chat generate --raw` continues plain text.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod generate;
 mod history;

@@ -13,6 +13,8 @@
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 
+#![forbid(unsafe_code)]
+
 pub mod backend;
 pub mod capacity;
 pub mod checkpoint;

@@ -13,6 +13,8 @@
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
 //! of RLHF with PPO", arXiv:2403.17031. Each function names what it takes from where.
 
+#![forbid(unsafe_code)]
+
 pub mod advantage;
 mod cli;
 mod config;

@@ -6,6 +6,8 @@
 //! # Source
 //! Radford et al. 2018, "Improving language understanding by generative pre-training", section 3.1.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod config;
 mod data;

@@ -8,6 +8,8 @@
 //! Stiennon et al., arXiv:2009.01325, section 3.4; Ziegler et al., arXiv:1909.08593, section 2, for the
 //! normalisation.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod config;
 mod data;

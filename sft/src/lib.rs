@@ -6,6 +6,8 @@
 //! # Source
 //! Ouyang et al., arXiv:2203.02155, section 3.5, "Supervised fine-tuning".
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod config;
 mod data;

@@ -1,6 +1,8 @@
 //! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), files
 //! that are whole or absent, or fail ([`files`]), means with intervals ([`stats`]), and helpers of tests.
 
+#![forbid(unsafe_code)]
+
 pub mod files;
 pub mod hash;
 pub mod rng;

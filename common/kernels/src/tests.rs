@@ -5,7 +5,6 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 mod batch;
-
 use super::{
     Activation, AdamWParam, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention,
     attention_cached, bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits,

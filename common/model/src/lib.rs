@@ -1,5 +1,7 @@
 //! The one transformer of Kindling: configuration, forward pass, key/value cache and scalar heads.
 
+#![forbid(unsafe_code)]
+
 mod block;
 mod cache;
 mod config;

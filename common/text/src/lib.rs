@@ -2,6 +2,8 @@
 //!
 //! Modules in reading order: [`tokenizer`], [`conversation`] (messages to ids), [`data`] (records, shards, order, padding).
 
+#![forbid(unsafe_code)]
+
 pub mod conversation;
 pub mod data;
 pub mod tokenizer;

@@ -3,6 +3,8 @@
 //! Random weights and random tokens go through the code of the stages; one JSON object comes out. Sizes, amounts and
 //! field names are those that `docs/performance.md` compares with `PyTorch`, transformers and TRL.
 
+#![forbid(unsafe_code)]
+
 mod gemm;
 mod generate;
 mod ppo;

@@ -26,6 +26,8 @@
 //! # Reading order
 //! [`words`], [`plots`], [`story`], [`request`], [`flaws`], then [`files`].
 
+#![forbid(unsafe_code)]
+
 pub mod files;
 pub mod flaws;
 pub mod gold;
