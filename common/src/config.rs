@@ -389,7 +389,11 @@ mod tests {
     #[test]
     fn a_wrong_value_is_shown_with_its_line() {
         let error = read("[train]\nlr = \"fast\"\n", &[]).expect_err("wrong type");
-        assert!(error.contains("line 2, column 6") && error.contains("invalid type: string \"fast\""), "{error}");
+        assert!(
+            error.contains("line 2, column 6")
+                && error.contains("invalid value \"fast\", expected `train.lr` to be a number"),
+            "{error}"
+        );
         let error = read("[model]\nd_model = 8\npreset = \"gpt3\"\n", &[]).expect_err("wrong variant");
         assert!(error.contains("line 3") && error.ends_with("hint: did you mean `gpt2`?"), "{error}");
         let error = read("seed = = 1\n", &[]).expect_err("not TOML");
@@ -405,7 +409,7 @@ mod tests {
              `weight_decay`, `warmup_steps`, `files`\nhint: did you mean `weight_decay`?"
         );
         for (flag, reason) in [
-            ("train.lr=fast", "invalid type: string \"fast\""),
+            ("train.lr=fast", "invalid value \"fast\", expected `train.lr` to be a number"),
             ("seed", "expected `=`"),
             ("=1", "the key is empty"),
             ("seed.x=1", "`seed` is not a section"),
@@ -453,7 +457,7 @@ mod tests {
         let error = resolver.resolve("$DATA/train.txt").expect_err("no data directory").to_string();
         assert_eq!(
             error,
-            "path `$DATA/train.txt` lies in the data directory, and none was given\n\
+            "path `$DATA/train.txt` starts with `$DATA`, but no data folder is set\n\
              hint: pass `--data DIR` or set `KINDLING_DATA`"
         );
     }

@@ -10,7 +10,7 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
-const OURS: [&str; 15] = [
+const OURS: [&str; 16] = [
     "base",
     "bench",
     "chat",
@@ -23,6 +23,7 @@ const OURS: [&str; 15] = [
     "pretrain",
     "recipe",
     "reward_model",
+    "score",
     "sft",
     "text",
     "toy",

@@ -440,7 +440,7 @@ mod tests {
     #[test]
     fn the_console_shows_what_matters_in_a_fixed_order() {
         let of_ppo = [(names::VAL_EOS_RATE, 0.5), (names::VAL_KL, 2.0), (names::VAL_SCORE, 0.25)];
-        assert_eq!(console_text(&of_ppo), "val/score 0.250  val/kl 2.000  val/eos rate 0.500");
+        assert_eq!(console_text(&of_ppo), "val/score 0.250  val/kl 2.000  val/eos_rate 0.500");
         let values = [
             (names::TRAIN_TOKENS_PER_SECOND, 12_345.0),
             (names::TRAIN_LR, 3e-4),

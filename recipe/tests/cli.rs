@@ -94,7 +94,7 @@ fn errors_say_what_was_found_and_what_to_do() {
         (&["run", "empty", "--out", "o"], 1),
         (&["run", "empty"], 2),
         (&["world", "--out", "filled-world"], 1),
-        (&["world", "--out", "w", "--stories", "0"], 1),
+        (&["world", "--out", "w", "--stories", "0"], 2),
         (&["bench", "train", "--size", "d"], 2),
         (&["bench", "train", "--backend", "fleks"], 1),
         (&["bench", "train", "--steps", "0"], 2),

@@ -81,7 +81,13 @@ fn a_full_disk_leaves_the_last_checkpoint() {
 fn a_run_that_diverges_says_so_and_leaves_the_last_checkpoint() {
     let lab = models();
     // The first step moves finite weights very far; the second has nothing finite to go by.
-    let settings = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.grad_clip=0", "run.save_every=1"];
+    let settings = [
+        "optimizer.lr=1000",
+        "optimizer.weight_decay=1e6",
+        "optimizer.warmup_steps=0",
+        "optimizer.grad_clip=0",
+        "run.save_every=1",
+    ];
     let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
     let output = lab.run("pretrain", &PRETRAIN.train("out", &[&more[..], &["-q"]].concat()));
     assert_eq!(output.status.code(), Some(1), "{}", output.stderr);

@@ -518,7 +518,7 @@ mod tests {
 
     #[test]
     fn a_value_out_of_range_is_named() {
-        let error = OptimizerConfig { betas: [0.9, 1.0], ..Default::default() }.validate().expect_err("invalid");
-        assert_eq!(error.to_string(), "optimizer: `betas` must be in [0, 1), found 1");
+        let error = OptimizerConfig { lr: 0.1, min_lr: 0.2, ..Default::default() }.validate().expect_err("invalid");
+        assert_eq!(error.to_string(), "optimizer: `min_lr` must be at most `lr` 0.1, found 0.2");
     }
 }
