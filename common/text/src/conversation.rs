@@ -170,7 +170,8 @@ pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<
 
 /// An answer to a prompt: the text and `<|end|>`, or what ends a turn in the tokenizer's own template.
 ///
-/// `encode_prompt(prompt)` followed by `encode_response(text)` is `encode` of the prompt and the answer.
+/// `encode_prompt(prompt)` followed by `encode_response(text)` is `encode` of the prompt and the answer; by a template
+/// of the tokenizer's own, unless a token there reaches from the prompt's text into the answer's.
 ///
 /// # Errors
 /// If the text cannot be encoded.

@@ -64,6 +64,65 @@ fn printed(value: &Value) -> Result<String, Error> {
     }
 }
 
+/// The filter `join`, with each item paid for before it is written: a list can hold one long text many times.
+pub(super) fn join(state: &State, items: &Value, separator: Option<&str>) -> Result<String, Error> {
+    let separator = separator.unwrap_or_default();
+    let mut text = String::new();
+    for (i, item) in items.try_iter()?.enumerate() {
+        let item = printed(&item)?;
+        state.consume_fuel(1 + (separator.len() + item.len()) as u64 / 64)?;
+        if i > 0 {
+            text += separator;
+        }
+        text += &item;
+    }
+    Ok(text)
+}
+
+/// The filter `indent`: `width` spaces before each line but the first and empty ones.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
+pub(super) fn indent(
+    state: &State,
+    text: &str,
+    width: Option<usize>,
+    first: Option<bool>,
+    kwargs: Kwargs,
+) -> Result<String, Error> {
+    let width = width.or(kwargs.get("width")?).unwrap_or(4);
+    let first = first.or(kwargs.get("first")?).unwrap_or(false);
+    let blank: Option<bool> = kwargs.get("blank")?;
+    kwargs.assert_all_used()?;
+    let mut indented = String::new();
+    let ended = format!("{text}\n");
+    for (i, line) in lines(&ended).enumerate() {
+        let width = if (i == 0 && first) || (i > 0 && (blank == Some(true) || !line.is_empty())) { width } else { 0 };
+        state.consume_fuel(1 + (width as u64).saturating_add(line.len() as u64) / 64)?;
+        indented.push_str(if i == 0 { "" } else { "\n" });
+        indented.extend(std::iter::repeat_n(' ', width));
+        indented += line;
+    }
+    Ok(indented)
+}
+
+/// The lines of `text` as Python's `splitlines` ends them.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    let is_end = |c: char| {
+        matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
+    };
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let Some(end) = rest.find(is_end) else { return Some(std::mem::take(&mut rest)) };
+        let line = &rest[..end];
+        let n_bytes =
+            if rest[end..].starts_with("\r\n") { 2 } else { rest[end..].chars().next().map_or(0, char::len_utf8) };
+        rest = &rest[end + n_bytes..];
+        Some(line)
+    })
+}
+
 fn is_list(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable)
 }
@@ -74,9 +133,12 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
         (Some(text), "strip", []) => Ok(Value::from(text.trim_matches(is_space))),
         (Some(text), "lstrip", []) => Ok(Value::from(text.trim_start_matches(is_space))),
         (Some(text), "rstrip", []) => Ok(Value::from(text.trim_end_matches(is_space))),
+        (Some(text), "split", []) => {
+            Ok(text.split(is_space).filter(|word| !word.is_empty()).map(Value::from).collect())
+        }
+        (Some(text), "splitlines", []) => Ok(lines(text).map(Value::from).collect()),
         (Some(text), "title", []) => Ok(Value::from(title(text))),
-        // The filter pays for each item.
-        (Some(_), "join", [items]) => state.apply_filter("join", &[items.clone(), value.clone()]),
+        (Some(text), "join", [items]) => Ok(Value::from(join(state, items, Some(text))?)),
         _ => unknown_method_callback(state, value, name, args),
     }
 }
@@ -96,9 +158,9 @@ fn title(text: &str) -> String {
     let mut titled = String::with_capacity(text.len());
     for c in text.chars() {
         if in_word {
-            titled.extend(c.to_lowercase())
+            titled.extend(c.to_lowercase());
         } else {
-            titled.extend(c.to_uppercase())
+            titled.extend(c.to_uppercase());
         }
         in_word = c.is_lowercase() || c.is_uppercase();
     }

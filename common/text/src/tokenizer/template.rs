@@ -4,7 +4,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use minijinja::machinery::{CompiledTemplate, Instruction, Instructions, TemplateConfig, eval, make_string_output};
+use minijinja::machinery::{
+    CompiledTemplate, Instruction, Instructions, TemplateConfig, Token, eval, make_string_output, tokenize,
+};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, context};
@@ -36,6 +38,9 @@ const MAX_OUTPUT: usize = 1 << 20;
 
 /// How many bytes a template may have. The longest of today, with tools, have some 20 thousand.
 const MAX_SOURCE: usize = 1 << 20;
+
+/// How many tokens a tag of a template may have.
+const MAX_TOKENS: usize = 2000;
 
 /// Stand in the output where a `{% generation %}` block begins and ends. Private-use characters, which no text has.
 const GENERATION: [char; 2] = ['\u{10fffa}', '\u{10fffb}'];
@@ -93,6 +98,8 @@ impl ChatTemplate {
         environment.add_filter("tojson", jinja::to_json);
         environment.add_filter("trim", jinja::trim);
         environment.add_filter("string", jinja::string);
+        environment.add_filter("join", jinja::join);
+        environment.add_filter("indent", jinja::indent);
         environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, reason))
         });
@@ -108,8 +115,25 @@ impl ChatTemplate {
         }
         let (jinja, has_generation) = with_generation_calls(source);
         let template = Self { environment, config, source: source.to_owned(), jinja, has_generation };
+        template.check_tags().map_err(failed)?;
         template.instructions().map_err(failed)?;
         Ok(template)
+    }
+
+    /// Refuses tags of many tokens: minijinja descends into `1 + 1 + …` until the stack ends.
+    fn check_tags(&self) -> Result<(), Error> {
+        let mut n_tokens = 0;
+        for token in tokenize(&self.jinja, false, self.config.syntax_config.clone()) {
+            n_tokens = match token?.0 {
+                Token::VariableStart | Token::BlockStart => 0,
+                _ => n_tokens + 1,
+            };
+            if n_tokens > MAX_TOKENS {
+                let reason = format!("a tag has more than {MAX_TOKENS} tokens");
+                return Err(Error::new(ErrorKind::SyntaxError, reason));
+            }
+        }
+        Ok(())
     }
 
     /// The template's instructions, with additions that are charged for.

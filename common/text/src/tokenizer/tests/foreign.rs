@@ -160,7 +160,7 @@ fn a_vocabulary_in_two_files_is_gpt2s_or_refused() {
 fn marks_without_a_flag_and_marks_that_are_words_stay_text() {
     let pieces =
         |words: &[&str]| -> Value { words.iter().map(|w| json!([w, if w.len() > 1 { -1.0 } else { -9.0 }])).collect() };
-    let letters: Vec<String> = "<|imend_strt>/x".chars().map(String::from).collect();
+    let letters: Vec<String> = "<|imend_str>/x".chars().map(String::from).collect();
     let mut vocab: Vec<&str> = vec!["<unk>", "<|im_end|>", "</s>"];
     vocab.extend(letters.iter().map(String::as_str));
     let by_word: Map<String, Value> = vocab.iter().zip(0..).map(|(w, i)| ((*w).to_owned(), json!(i))).collect();

@@ -99,10 +99,7 @@ fn without_generation_blocks_an_answer_and_its_end_are_trained_on() {
         let text = tokenizer.decode_with_specials(&trained);
         assert!(text.ends_with(&format!("the cat{end}")), "{name}: {text:?}");
         assert_eq!(tokenizer.end_of_turn(), tokenizer.token_id(end), "{name}");
-        let mut ids = encode_prompt(&tokenizer, &chat[..1]).unwrap();
-        let response = encode_response(&tokenizer, "the cat");
-        ids.extend(response.unwrap_or_else(|e| panic!("{name}: {e} {text:?}")));
-        assert_eq!(ids, encoded.ids[..ids.len()], "{name}");
+        assert_eq!(encode_response(&tokenizer, "the cat").unwrap(), trained, "{name}");
     }
 }
 
@@ -162,10 +159,13 @@ fn parts_of_a_mark_do_not_become_one_beside_the_templates_text() {
     let cut = with_template("{% for m in messages %}{{ '<|im_start|>' + m.content.replace('-', '') }}{% endfor %}");
     let chat = [Message::new(Role::User, "a<|im_-end|>b")];
     assert_eq!(marks(&cut, &encode_prompt(&cut, &chat).unwrap()), [start]);
-    // `<` from the template, letters from the message: the template must have the mark in full.
+    // Brackets from the template, letters from the message.
     let wrapped = with_template("{% for m in messages %}{{ '<|' + m.content | lower + '|>' }}{% endfor %}");
     let chat = [Message::new(Role::User, "IM_END")];
-    assert!(encode_prompt(&wrapped, &chat).is_err());
+    assert!(marks(&wrapped, &encode_prompt(&wrapped, &chat).unwrap()).is_empty());
+    let wrapped = with_template("{% for m in messages %}{{ '<|im_' + m.content | lower + '|>' }}{% endfor %}");
+    let error = encode_prompt(&wrapped, &[Message::new(Role::User, "END")]).unwrap_err().to_string();
+    assert!(error.contains("cannot be told"), "{error}");
 }
 
 #[test]
