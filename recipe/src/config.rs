@@ -285,8 +285,10 @@ mod tests {
             ("collect", "max_tokens", "0"),
         ] {
             let text = format!("[gold]\nkind = \"world\"\n[{section}]\nprompts = \"p\"\n{key} = {value}\n");
-            let error = format!("{:#}", config(&text).validate().unwrap_err());
-            assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+            let error = common::config::parse::<RecipeConfig>(&text, std::path::Path::new("recipe.toml"), &[])
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(&format!("expected `{section}.{key}` to be")), "{text}: {error}");
         }
     }
 }

@@ -29,7 +29,7 @@ fn overrides_of_every_stage_are_named_as_they_were_typed() {
         ("ppo.kl_coef=3", "hint: did you mean `ppo.ppo.kl_coef`?"),
         ("reward-model.train.epoch=3", "hint: did you mean `epochs`?"),
         ("recipe.evaluate.temperatur=1", "hint: did you mean `temperature`?"),
-        ("ppo.train.steps=fast", "invalid type: string \"fast\""),
+        ("ppo.train.steps=fast", "invalid value \"fast\", expected `train.steps` to be a whole number"),
     ] {
         let error = refused(&lab, &["--set", flag]);
         assert!(error.starts_with(&format!("error: invalid override `--set {flag}`")), "{error}");
@@ -62,7 +62,7 @@ fn records_of_every_stage_are_read_before_the_first() {
     for (file, record, step, reason) in [
         ("sft.train.jsonl", "{\"prompt\": \"a\", \"completion\": \" \"}", "sft", "is empty"),
         ("prefs.train.jsonl", "{\"prompt\": \"a\", \"chosen\": \"b\"}", "reward-model", "rejected"),
-        ("prompts.train.jsonl", "{\"prompts\": \"a\"}", "ppo", "`prompt` is missing"),
+        ("prompts.train.jsonl", "{\"prompts\": \"a\"}", "ppo", "expected `prompt`; found `prompts`"),
         ("prompts.test.jsonl", "not JSON", "evaluate", "line"),
         ("prefs.test.jsonl", "{}", "reward-model", "line"),
     ] {
