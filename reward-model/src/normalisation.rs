@@ -73,7 +73,8 @@ pub(crate) fn score_samples(
         .filter(|prompt| prompt.len() < max_seq_len)
         .collect();
     let NormalisationConfig { temperature, max_tokens, batch_size, .. } = *config;
-    let sampling = Sampling::new(temperature, max_tokens, streams, tokenizer, batch_size);
+    // Streams of their own: PPO's first rollouts draw those of the seed from the same model.
+    let sampling = Sampling::new(temperature, max_tokens, streams.of("normalisation"), tokenizer, batch_size);
     let answers = sampling.answer(initial, &prompts, 0).context("failed to sample answers of the initial model")?;
     let rows: Vec<Vec<u32>> =
         prompts.iter().zip(&answers).map(|(prompt, answer)| [prompt.as_slice(), &answer.ids].concat()).collect();
@@ -119,6 +120,27 @@ mod tests {
         let again = Normalisation::fit(&scores(&fitted.apply(model))).expect("they vary");
         // Fifty f32 scores of size one.
         assert!(again.mean.abs() < 1e-5 && (again.deviation - 1.0).abs() < 1e-5, "{again:?}");
+    }
+
+    #[test]
+    fn the_scale_is_not_fitted_to_the_responses_of_a_first_rollout() {
+        let tokenizer = byte_tokenizer();
+        let streams = Streams::new(7);
+        let initial = Gpt::new(&tiny_config(tokenizer.vocab_size()), &streams, &Device::flex());
+        let model = ScalarGpt::new(initial.clone(), &streams);
+        let prompt = vec![1, 2, 3];
+        let pair = EncodedPair { chosen: prompt.clone(), rejected: prompt.clone(), n_prompt: 3, margin: None };
+        let training = Pairs { encoded: vec![pair], records: Vec::new() };
+        let config = NormalisationConfig { samples: 4, max_tokens: 20, ..NormalisationConfig::default() };
+        let fitted_to = score_samples(&config, &initial, &model, &training, &tokenizer, streams).expect("scores");
+
+        let rollout = Sampling::new(config.temperature, config.max_tokens, streams, &tokenizer, config.batch_size);
+        let responses = rollout.answer(&initial, &vec![prompt.clone(); 4], 0).expect("responses");
+        let rows: Vec<Vec<u32>> =
+            responses.iter().map(|response| [prompt.as_slice(), &response.ids].concat()).collect();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let rolled_out = score_rows(&model, &rows, config.batch_size).expect("scores");
+        assert!(fitted_to.iter().zip(&rolled_out).all(|(a, b)| a != b), "{fitted_to:?} {rolled_out:?}");
     }
 
     #[test]
