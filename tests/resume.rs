@@ -325,7 +325,7 @@ fn what_was_trained_is_saved_before_scores_are_normalised() {
     // All pairs have one prompt, and so cold a sampler gives one answer: the scores have no deviation.
     let pair = String::from_utf8(lab.bytes("data/pairs.train.jsonl")).unwrap().lines().next().unwrap().to_owned();
     lab.write("data/one.jsonl", format!("{pair}\n"));
-    let more = ["--set", "data.train=[\"../data/one.jsonl\"]", "--set", "normalisation.temperature=0.001"];
+    let more = ["--set", "data.train=[\"../data/one.jsonl\"]", "--set", "normalisation.temperature=1e-9"];
     let failed = lab.run("reward-model", &REWARD_MODEL.train("parts", &more));
     assert_eq!(failed.status.code(), Some(1), "{}", failed.stderr);
     assert!(failed.stderr.contains("cannot be normalised"), "{}", failed.stderr);

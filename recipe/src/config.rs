@@ -60,7 +60,7 @@ pub struct CollectConfig {
     #[schemars(range(min = 2, max = 1000))]
     pub samples_per_prompt: usize,
     /// Sampling temperature.
-    #[schemars(range(min = 0.001, max = 1000))]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000))]
     pub temperature: f64,
     /// Maximum number of tokens in an answer.
     #[schemars(range(min = 1, max = 1_000_000))]

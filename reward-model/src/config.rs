@@ -121,7 +121,7 @@ pub struct NormalisationConfig {
     #[schemars(range(min = 0, max = 10_000_000))]
     pub samples: usize,
     /// Sampling temperature; use that of the PPO rollouts to come.
-    #[schemars(range(min = 0.001, max = 1000))]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000))]
     pub temperature: f64,
     /// Maximum number of tokens in an answer; use that of the PPO rollouts to come.
     #[schemars(range(min = 1, max = 1_000_000))]
