@@ -342,3 +342,37 @@ fn the_maths_of_a_stage_know_only_common_and_each_other() {
         },
     );
 }
+
+/// Documentation for people: path from the workspace's root, and text.
+fn pages() -> Vec<(PathBuf, String)> {
+    let folders = ["", "docs", "configs/shakespeare-char", "configs/stories", "configs/tiny"];
+    let entries = folders.iter().flat_map(|folder| std::fs::read_dir(root().join(folder)).unwrap());
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .map(|path| (path.strip_prefix(root()).unwrap().to_owned(), std::fs::read_to_string(&path).unwrap()))
+        .collect()
+}
+
+#[test]
+fn files_that_the_documentation_names_exist() {
+    let folders =
+        ["chat/", "common/", "configs/", "docs/", "ppo/", "pretrain/", "recipe/", "reward-model/", "sft/", "tests/"];
+    let mut n_checked = 0;
+    for (page, text) in pages() {
+        // Names of metrics look like paths too, but have neither a dot nor a slash at the end.
+        let quoted = text.split('`').skip(1).step_by(2).filter(|name| {
+            folders.iter().any(|folder| name.starts_with(folder))
+                && (name.ends_with('/') || name.contains('.'))
+                && !name.contains([' ', '\n', '*', '<', '{', '$'])
+        });
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        let links = links.filter(|link| !link.is_empty() && !link.contains("://"));
+        let beside_page = links.map(|link| page.parent().unwrap().join(link));
+        for path in quoted.map(PathBuf::from).chain(beside_page) {
+            assert!(root().join(&path).exists(), "{} names {}, which does not exist", page.display(), path.display());
+            n_checked += 1;
+        }
+    }
+    assert!(n_checked > 20, "only {n_checked} names were found");
+}
