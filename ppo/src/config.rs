@@ -110,7 +110,7 @@ pub struct PpoSection {
     /// Time constant of the adaptive KL coefficient, in responses.
     #[schemars(range(min = 1e-3, max = 1e12))]
     pub kl_horizon: f64,
-    /// Estimator of the advantages: `gae`.
+    /// Estimator of the advantages.
     pub estimator: Estimator,
     /// Discount factor γ per token; 1 because a response is one decision in many tokens.
     #[schemars(range(min = 0, max = 1))]
@@ -198,7 +198,7 @@ impl PpoConfig {
         session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
-    /// Checks what the types cannot.
+    /// Checks the constraints that the types do not express.
     ///
     /// # Errors
     /// Naming the key that is out of range.

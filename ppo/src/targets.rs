@@ -1,6 +1,6 @@
-//! From rollouts to what the updates learn from: rewards, advantages and returns.
+//! From rollouts to the targets of the updates: rewards, advantages and returns.
 //!
-//! An estimator is one function from the rollouts of a batch to their [`Experience`], and its arm in
+//! An estimator is one function from the rewards of a batch's tokens to their advantages, and its arm in
 //! [`Experience::of_batch`].
 
 use common::score::Rollout;
@@ -22,12 +22,12 @@ pub struct Experience {
     pub critic: Option<ValueTargets>,
 }
 
-/// What the value model learns from, one number a response token.
+/// Targets of the value model, one number per response token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ValueTargets {
     /// The values before the updates.
     pub values: Vec<f32>,
-    /// `advantages + values` before whitening: what the values should have been.
+    /// `advantages + values` before whitening: the returns that the values estimate.
     pub returns: Vec<f32>,
 }
 
@@ -44,9 +44,18 @@ impl Experience {
         kl_coef: f32,
         config: &PpoSection,
     ) -> Vec<Self> {
-        match config.estimator {
-            Estimator::Gae => of_gae(rollouts, values.expect("the estimator `gae` has a value model"), kl_coef, config),
-        }
+        let counted = |rollout: &Rollout| {
+            let score = score_of_ended(rollout.score, rollout.response.ended, config.missing_eos_score as f32);
+            (score, kl_shaped(&rollout.response.log_probs, &rollout.ref_log_probs, score, kl_coef))
+        };
+        let (scores, rewards): (Vec<f32>, Vec<Vec<f32>>) = rollouts.iter().map(counted).unzip();
+        let targets = match config.estimator {
+            Estimator::Gae => of_gae(&rewards, values.expect("the estimator `gae` has a value model"), config),
+        };
+        let learned_from = rollouts.into_iter().zip(scores).zip(targets);
+        learned_from
+            .map(|((rollout, score), Targets { advantages, critic })| Self { rollout, score, advantages, critic })
+            .collect()
     }
 
     /// Response tokens.
@@ -55,24 +64,28 @@ impl Experience {
     }
 }
 
-/// Generalised advantage estimation: KL-shaped rewards, advantages and returns of each response, then advantages
-/// whitened over all response tokens of the batch.
-fn of_gae(rollouts: Vec<Rollout>, values: Vec<Vec<f32>>, kl_coef: f32, config: &PpoSection) -> Vec<Experience> {
+/// An estimator's result for one response.
+struct Targets {
+    advantages: Vec<f32>,
+    critic: Option<ValueTargets>,
+}
+
+/// Generalised advantage estimation: advantages and returns of each response, then advantages whitened over all
+/// response tokens of the batch.
+fn of_gae(rewards: &[Vec<f32>], values: Vec<Vec<f32>>, config: &PpoSection) -> Vec<Targets> {
     let (gamma, lambda) = (config.gamma as f32, config.lambda as f32);
-    let mut batch: Vec<Experience> = rollouts
-        .into_iter()
+    let mut batch: Vec<Targets> = rewards
+        .iter()
         .zip(values)
-        .map(|(rollout, values)| {
-            let score = score_of_ended(rollout.score, rollout.response.ended, config.missing_eos_score as f32);
-            let rewards = kl_shaped(&rollout.response.log_probs, &rollout.ref_log_probs, score, kl_coef);
-            let advantages = gae(&rewards, &values, gamma, lambda);
+        .map(|(rewards, values)| {
+            let advantages = gae(rewards, &values, gamma, lambda);
             let returns = advantages.iter().zip(&values).map(|(advantage, value)| advantage + value).collect();
-            Experience { rollout, score, advantages, critic: Some(ValueTargets { values, returns }) }
+            Targets { advantages, critic: Some(ValueTargets { values, returns }) }
         })
         .collect();
-    let flat: Vec<f32> = batch.iter().flat_map(|experience| experience.advantages.iter().copied()).collect();
+    let flat: Vec<f32> = batch.iter().flat_map(|targets| targets.advantages.iter().copied()).collect();
     let mut whitened = whiten(&flat, true).into_iter();
-    for advantage in batch.iter_mut().flat_map(|experience| &mut experience.advantages) {
+    for advantage in batch.iter_mut().flat_map(|targets| &mut targets.advantages) {
         *advantage = whitened.next().expect("whitening keeps the number of tokens");
     }
     batch
