@@ -66,24 +66,23 @@ impl Restored {
     }
 }
 
-/// Settings that may differ from those a run began with: its length, how often it logs, evaluates and saves, what it
-/// shows of itself, the memory it takes, and what is done after the last step.
+/// Settings that may differ from those a run began with: its length, how often it logs, evaluates and saves, how much of
+/// itself it shows and checks, the memory it takes, and the work after the last step. Less memory at a time is at most
+/// another rounding of sums and another draw of dropout.
 ///
 /// Data files may have moved; their content is compared instead.
 fn may_change(key: &str) -> bool {
-    const EXACTLY: [&str; 10] = [
+    const EXACTLY: [&str; 8] = [
         "train.epochs",
         "train.steps",
         "train.micro_batch_size",
-        "train.eval_windows",
-        "train.eval_conversations",
-        "train.eval_pairs",
-        "train.eval_prompts",
+        "train.rollout_batch_size",
         "train.n_samples",
+        "ppo.ratio_tolerance",
         "data.train",
         "data.val",
     ];
-    const BELOW: [&str; 4] = ["run.", "normalisation.", "tokenizer.", "train.sample_"];
+    const BELOW: [&str; 5] = ["run.", "normalisation.", "tokenizer.", "train.eval_", "train.sample_"];
     EXACTLY.contains(&key) || BELOW.iter().any(|prefix| key.starts_with(prefix))
 }
 
@@ -272,11 +271,39 @@ mod tests {
     }
 
     #[test]
-    fn length_cadence_and_samples_may_change_and_nothing_that_moves_the_weights() {
-        for key in ["train.steps", "train.epochs", "run.save_every", "run.patience", "train.sample_tokens"] {
+    fn length_cadence_samples_and_memory_may_change_and_no_others() {
+        for key in [
+            "train.steps",
+            "train.epochs",
+            "train.micro_batch_size",
+            "train.rollout_batch_size",
+            "train.eval_windows",
+            "train.eval_prompts",
+            "train.n_samples",
+            "train.sample_tokens",
+            "run.save_every",
+            "run.save_every_minutes",
+            "run.patience",
+            "ppo.ratio_tolerance",
+            "normalisation.samples",
+        ] {
             assert!(may_change(key), "{key}");
         }
-        for key in ["seed", "train.batch_size", "optimizer.lr", "ppo.kl_coef", "train.best_by", "data.on_bad_record"] {
+        for key in [
+            "seed",
+            "train.batch_size",
+            "train.seq_len",
+            "train.centring_coef",
+            "train.best_by",
+            "optimizer.lr",
+            "value_optimizer.lr",
+            "model.dropout",
+            "ppo.kl_coef",
+            "ppo.estimator",
+            "data.on_bad_record",
+            "data.max_record_bytes",
+            "data.val_fraction",
+        ] {
             assert!(!may_change(key), "{key}");
         }
     }
