@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 
 use burn::tensor::Device;
 use common::checkpoint::{Manifest, Snapshot, Stage, Weights, save};
-use common::model::{Gpt, GptConfig, ScalarGpt};
+use common::hf::{self, Head, TokenIds};
+use common::model::{Gpt, GptConfig, NamedTensors, ScalarGpt};
 use common::rng::Streams;
 use common::testing::byte_tokenizer;
 use common::tokenizer::Tokenizer;
@@ -66,7 +67,7 @@ fn checkpoints() -> &'static Path {
     DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chat-cli-{}", std::process::id()));
         let tokenizer = byte_tokenizer();
-        let gpt = gpt(&tokenizer);
+        let gpt = gpt(&tokenizer, 96);
         let config = gpt.config().clone();
         let lm = |named| Weights::Lm { named, config: config.clone() };
         save_checkpoint(&dir.join("lm"), Stage::Sft, lm(gpt.to_named()), Some(&tokenizer));
@@ -82,28 +83,37 @@ fn checkpoints() -> &'static Path {
 }
 
 /// A model that says printable ASCII, so that what it says does not depend on how broken text is shown.
-fn gpt(tokenizer: &Tokenizer) -> Gpt {
+fn gpt(tokenizer: &Tokenizer, max_seq_len: usize) -> Gpt {
+    let mut rng = Streams::new(5).get("test", 0);
+    let (config, named) = saying(tokenizer, max_seq_len, |id| {
+        let printable = tokenizer.decode(&[id]).chars().all(|c| (' '..='~').contains(&c));
+        let ordinary = printable && !tokenizer.is_special(id);
+        let shift = if ordinary { 0.0 } else { -3.0 };
+        std::array::from_fn(|_| shift + 0.5 * rng.normal() as f32)
+    });
+    Gpt::from_named(&config, named, &Device::flex()).unwrap()
+}
+
+/// A model whose final norm has an offset of 1 everywhere, so that the sum of a token's `row` in the output layer is added
+/// to its logit.
+fn saying(
+    tokenizer: &Tokenizer,
+    max_seq_len: usize,
+    mut row: impl FnMut(u32) -> [f32; 16],
+) -> (GptConfig, NamedTensors) {
     let config = GptConfig {
         d_model: 16,
         n_layers: 1,
         n_heads: 2,
         d_ff: 32,
-        max_seq_len: 96,
+        max_seq_len,
         tie_embeddings: false,
         ..GptConfig::gpt2(tokenizer.vocab_size())
     };
     let mut named = Gpt::new(&config, &Streams::new(4), &Device::flex()).to_named();
-    let head = named.get_mut("head").unwrap();
-    let mut rng = Streams::new(5).get("test", 0);
-    // The final norm's offset is 1 everywhere, so a row's sum is added to its token's logit.
-    for (id, row) in head.data.chunks_mut(16).enumerate() {
-        let printable = tokenizer.decode(&[id as u32]).chars().all(|c| (' '..='~').contains(&c));
-        let ordinary = printable && !tokenizer.is_special(id as u32);
-        let shift = if ordinary { 0.0 } else { -3.0 };
-        row.fill_with(|| shift + 0.5 * rng.normal() as f32);
-    }
+    named.get_mut("head").unwrap().data = (0..config.vocab_size as u32).flat_map(&mut row).collect();
     named.get_mut("final_norm.beta").unwrap().data.fill(1.0);
-    Gpt::from_named(&config, named, &Device::flex()).unwrap()
+    (config, named)
 }
 
 fn save_checkpoint(dir: &Path, stage: Stage, weights: Weights, tokenizer: Option<&Tokenizer>) {
@@ -394,4 +404,45 @@ fn a_reader_that_has_had_enough_is_no_error() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A directory as transformers writes it, with the tokenizer that `tests/oracles/chat_templates.py` recorded as `name` and
+/// another end-of-text token, whose model says `said` and nothing else.
+fn foreign(dir: &Path, name: &str, eos: &str, said: &str) -> Tokenizer {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/chat_templates.json");
+    let mut recorded: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let Value::Object(mut directory) = recorded["directories"][name].take() else { panic!("`{name}` is not recorded") };
+    let mut file = recorded["tokenizers"][directory["tokenizer"].as_str().unwrap()]["file"].take();
+    for token in directory["added"].as_array_mut().unwrap() {
+        for flag in ["normalized", "single_word", "lstrip", "rstrip"] {
+            token[flag] = false.into();
+        }
+        file["added_tokens"].as_array_mut().unwrap().push(token.take());
+    }
+    directory["settings"]["eos_token"] = eos.into();
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("tokenizer.json"), file.to_string()).unwrap();
+    std::fs::write(dir.join("tokenizer_config.json"), directory["settings"].to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir).unwrap();
+    let said = tokenizer.token_id(said).unwrap();
+    let (config, named) = saying(&tokenizer, 96, |id| [f32::from(u8::from(id == said)); 16]);
+    hf::write(dir, &config, Head::Lm, &named, &TokenIds::default()).unwrap();
+    tokenizer
+}
+
+#[test]
+fn an_answer_ends_where_the_template_of_a_foreign_model_ends_a_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, eos, end_of_turn) in
+        [("llama3", "<|end_of_text|>", "<|eot_id|>"), ("qwen3", "<|endoftext|>", "<|im_end|>")]
+    {
+        for said in [end_of_turn, eos] {
+            let checkpoint = dir.path().join(name).display().to_string();
+            let tokenizer = foreign(Path::new(&checkpoint), name, eos, said);
+            let args = ["generate", "--checkpoint", &checkpoint, "--prompt", "hi", "--temperature", "0", "--json"];
+            let json: Value = serde_json::from_str(&stdout(&args, b"")).unwrap();
+            assert_eq!(json["token_ids"], serde_json::json!([tokenizer.token_id(said)]), "{name}, {said}");
+            assert_eq!((&json["text"], &json["finish_reason"]), (&"".into(), &"stop".into()), "{name}, {said}");
+        }
+    }
 }

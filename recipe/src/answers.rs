@@ -44,9 +44,9 @@ impl PromptSampler<'_> {
         what: &str,
         interrupt: Interrupt,
     ) -> Result<Option<Vec<Response>>> {
-        let specials = self.tokenizer.specials();
+        let stop = self.tokenizer.end_of_turn().into_iter().chain(self.tokenizer.bos()).collect();
         let sampling = Sampling {
-            config: SamplingConfig { stop: vec![specials.end, specials.bos], ..self.sampling.clone() },
+            config: SamplingConfig { stop, ..self.sampling.clone() },
             streams,
             tokenizer: self.tokenizer,
             batch_size: self.batch_size,

@@ -140,7 +140,7 @@ impl FineTuning<'_> {
         let sampling = SamplingConfig {
             temperature: 0.8,
             max_tokens: self.config.train.sample_tokens,
-            stop: vec![tokenizer.specials().end],
+            stop: tokenizer.end_of_turn().into_iter().collect(),
             ..SamplingConfig::default()
         };
         for (i, messages) in self.held_out.messages.iter().take(self.config.train.n_samples).enumerate() {

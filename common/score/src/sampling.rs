@@ -34,8 +34,8 @@ pub struct Sampling<'a> {
 }
 
 impl<'a> Sampling<'a> {
-    /// The policy's own distribution at a temperature, up to `<|end|>` or `max_tokens`; `batch_size` responses at a
-    /// time.
+    /// The policy's own distribution at a temperature, up to the end of the turn or `max_tokens`; `batch_size` responses
+    /// at a time.
     pub fn new(
         temperature: f64,
         max_tokens: usize,
@@ -43,7 +43,7 @@ impl<'a> Sampling<'a> {
         tokenizer: &'a Tokenizer,
         batch_size: usize,
     ) -> Self {
-        let stop = vec![tokenizer.specials().end];
+        let stop = tokenizer.end_of_turn().into_iter().collect();
         let config = SamplingConfig { temperature, max_tokens, stop, ..SamplingConfig::default() };
         Self { config, streams, tokenizer, batch_size }
     }

@@ -341,12 +341,18 @@ impl Checkpoint {
         self.tokenizer().ok_or_else(|| CheckpointError::NoTokenizer { dir: self.dir.clone() })
     }
 
-    /// Every id that ends an answer: the tokenizer's end token, and those that config.json and `generation_config.json`
-    /// name. A model from elsewhere may name them in any of the three.
+    /// Every id that ends an answer: the tokenizer's end token, the one that its chat template writes after a turn, and
+    /// those that config.json and `generation_config.json` name. A model from elsewhere may name them in any of these.
     pub fn end_ids(&self) -> Vec<u32> {
-        let own = self.tokenizer().and_then(Tokenizer::eos);
-        let others = self.end_ids.iter().copied().filter(|id| Some(*id) != own);
-        own.into_iter().chain(others).collect()
+        let of_tokenizer =
+            self.tokenizer().into_iter().flat_map(|tokenizer| [tokenizer.eos(), tokenizer.end_of_turn()]);
+        let mut ids = Vec::new();
+        for id in of_tokenizer.flatten().chain(self.end_ids.iter().copied()) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
     }
 
     /// The entry under which a checkpoint made from this one names it.

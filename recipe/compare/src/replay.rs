@@ -101,12 +101,11 @@ fn with_log_probs(
     let probs = of_response_tokens(&pairs, config.micro_batch_size(), |batch| {
         log_probs(policy, batch, config.ppo.temperature)
     })?;
-    let end = sampling.tokenizer.specials().end;
     let responses = ids.iter().zip(probs).map(|(ids, log_probs)| Response {
         ids: ids.clone(),
         log_probs,
         text: sampling.tokenizer.decode(ids),
-        ended: ids.last() == Some(&end),
+        ended: ids.last().is_some_and(|id| sampling.config.stop.contains(id)),
     });
     Ok(responses.collect())
 }
