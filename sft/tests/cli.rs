@@ -145,3 +145,39 @@ fn bad_records_are_counted_where_they_are_to_be_skipped() {
     assert!(stderr.contains("2 bad records"), "{stderr}");
     assert!(stderr.contains("36 training conversations"), "{stderr}");
 }
+
+#[test]
+fn the_dropout_of_an_imported_model_can_be_replaced() {
+    let dir = workplace();
+    // The same weights in a directory of transformers, whose models are configured with dropout.
+    let imported = dir.path().join("imported");
+    std::fs::create_dir(&imported).unwrap();
+    for file in ["model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(dir.path().join("base").join(file), imported.join(file)).unwrap();
+    }
+    let config = |of: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(dir.path().join(of).join("config.json")).unwrap()).unwrap()
+    };
+    let dropout = |of: &str| ["resid_pdrop", "embd_pdrop", "attn_pdrop"].map(|key| config(of)[key].as_f64().unwrap());
+    let mut changed = config("base");
+    for key in ["resid_pdrop", "embd_pdrop", "attn_pdrop"] {
+        changed[key] = 0.1.into();
+    }
+    std::fs::write(imported.join("config.json"), changed.to_string()).unwrap();
+
+    let fine_tuned = |init: &str, out: &str, more: &[&str]| {
+        let args = ["train", "--config", "config.toml", "--init", init, "--out", out, "--set", "train.steps=2"];
+        let (code, _, stderr) = run(PROGRAM, &[&args[..], more].concat(), dir.path());
+        assert_eq!(code, 0, "{stderr}");
+        (std::fs::read(dir.path().join(out).join("model.safetensors")).unwrap(), stderr)
+    };
+    let (without, _) = fine_tuned("base", "without", &[]);
+    let (own, stderr) = fine_tuned("imported", "own", &[]);
+    assert!(stderr.contains("goes on with its dropout of 0.1"), "{stderr}");
+    assert_eq!(dropout("own"), [0.1; 3]);
+    let (replaced, stderr) = fine_tuned("imported", "replaced", &["--set", "model.dropout=0"]);
+    assert!(!stderr.contains("dropout"), "{stderr}");
+    assert_eq!(dropout("replaced"), [0.0; 3]);
+    assert!(own != without, "dropout does nothing");
+    assert!(replaced == without, "trained with the dropout of the imported model");
+}
