@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
 
 use crate::backend::{self, BackendError};
-use crate::config::{self, ConfigError, Configuration, PathResolver};
+use crate::config::{self, ConfigError, Configuration, PathResolver, Sources};
 use crate::kernels::{Kernels, Precision, memory};
 use crate::logging;
 use crate::out_dir::{self, OutDirError};
@@ -232,18 +232,18 @@ impl ConfigSource {
     }
 
     /// Prints the configuration to stdout. Paths of a file's configuration are made absolute, so that the output can be
-    /// passed back as `--config` from anywhere; `$DATA/` stays where no data folder is given. `files` are the paths.
+    /// passed back as `--config` from anywhere; `$DATA/` stays where no data folder is given. `sources` are the paths.
     ///
     /// # Errors
     /// If the file cannot be read or does not fit `T`, or stdout is closed.
-    pub fn print<T: Configuration + Default>(&self, files: impl Fn(&mut T) -> Vec<&mut PathBuf>) -> anyhow::Result<()> {
+    pub fn print<T: Configuration + Default>(&self, sources: impl Fn(&mut T) -> Sources<'_>) -> anyhow::Result<()> {
         let mut config: T = match &self.config {
             Some(path) => config::load(path, &self.overrides)?,
             None => config::parse("", Path::new("the defaults"), &self.overrides)?,
         };
         if let Some(path) = &self.config {
             let resolver = PathResolver::new(path, self.data.as_deref());
-            for file in files(&mut config) {
+            for file in sources(&mut config).into_iter().flat_map(|(_, files)| files) {
                 match resolver.resolve(&*file) {
                     Ok(absolute) => *file = absolute,
                     Err(ConfigError::NoDataDir { .. }) => {}

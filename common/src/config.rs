@@ -153,6 +153,9 @@ impl PathResolver {
     }
 }
 
+/// The lists of files in a configuration, by their key.
+pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
+
 /// What is wrong with a config, in the words of the file or the flag.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {

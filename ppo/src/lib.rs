@@ -1,17 +1,17 @@
-//! Proximal policy optimisation: prompts and a reward model in, a policy that answers as the reward model likes out.
+//! Proximal policy optimisation: prompts and a reward model in, a policy with higher scores out.
 //!
 //! The policy answers prompts, the reward model scores the answers, every token is charged for leaving the initial
-//! policy, and a clipped objective makes what paid more likely. Checkpoints of the stages `sft` and `reward-model` go
+//! policy, and a clipped objective makes tokens with a positive advantage more likely. Checkpoints of the stages `sft` and `reward-model` go
 //! in, one of stage `ppo` comes out, with the value model beside it.
 //!
 //! In reading order: `train` is the loop, [`Iteration`] one step of it. A step samples and scores with
-//! [`common::score`]; [`targets`] makes rewards and advantages of that, from [`advantage`], [`rewards`] and [`kl`], plain
+//! [`common::score`]; [`targets`] turns that into rewards and advantages, from [`advantage`], [`rewards`] and [`kl`], plain
 //! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, and [`loss`]
 //! is their objective, on tensors.
 //!
 //! # Source
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
-//! of RLHF with PPO", arXiv:2403.17031. Each function names what it takes from where.
+//! of RLHF with PPO", arXiv:2403.17031. Each function cites its own source.
 
 #![forbid(unsafe_code)]
 
@@ -60,5 +60,5 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// # Errors
 /// If it cannot be read.
 pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
-    source.print(|config: &mut PpoConfig| config.data.sources_mut().into_iter().flat_map(|(_, files)| files).collect())
+    source.print(|config: &mut PpoConfig| config.data.sources_mut())
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use common::cli::StageArgs;
+use common::config::Sources;
 use common::data::files::one_or_many;
 use common::data::records::{OnBadRecord, ReadOptions, RecordLimit, Separator};
 use common::model::{GptConfig, ModelSection};
@@ -125,7 +126,7 @@ impl DataConfig {
     }
 
     /// The files by their key in the configuration.
-    pub fn sources_mut(&mut self) -> session::Sources<'_> {
+    pub fn sources_mut(&mut self) -> Sources<'_> {
         [("data.train", &mut self.train), ("data.val", &mut self.val)]
     }
 
@@ -152,7 +153,7 @@ impl PretrainConfig {
         session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
-    /// Checks what the types cannot.
+    /// Checks the constraints that the types do not express.
     ///
     /// # Errors
     /// Naming the key that is out of range.

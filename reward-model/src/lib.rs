@@ -46,7 +46,5 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// # Errors
 /// If it cannot be read.
 pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
-    source.print(|config: &mut RewardModelConfig| {
-        config.data.sources_mut().into_iter().flat_map(|(_, files)| files).collect()
-    })
+    source.print(|config: &mut RewardModelConfig| config.data.sources_mut())
 }

@@ -21,11 +21,6 @@ impl Streams {
         Self { seed }
     }
 
-    /// The seed the streams belong to.
-    pub const fn seed(&self) -> u64 {
-        self.seed
-    }
-
     /// The stream `name`, `index`, from its beginning.
     ///
     /// The key is `SHA-256(seed ‖ name)`, the ChaCha stream number is `index`.

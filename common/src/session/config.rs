@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::resume;
 use crate::cli::StageArgs;
-use crate::config::{self, Configuration, PathResolver};
+use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::data::files::one_or_many;
 use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
 
@@ -38,7 +38,7 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
-    /// Checks what the types cannot.
+    /// Checks the constraints that the types do not express.
     ///
     /// # Errors
     /// Naming the key that is out of range.
@@ -56,9 +56,6 @@ impl RunConfig {
         self.patience > 0 && evals_since_best >= self.patience
     }
 }
-
-/// Lists of files by their key in the configuration.
-pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
 
 /// The `[data]` section of a stage that reads records; `L` says what to do with one that is too long.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]

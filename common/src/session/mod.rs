@@ -15,7 +15,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, Sources, load_config};
+pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
 pub use resume::Restored;
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, State, Weights};
