@@ -36,7 +36,7 @@ pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
 pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
-pub use train::train;
+pub use train::{open_models, train};
 pub use update::{UpdateMetrics, ValueMetrics};
 
 use common::cli::ConfigSource;

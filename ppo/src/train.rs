@@ -1,10 +1,10 @@
-//! What a run starts from, and one step of it.
+//! The start of a run, and one step of it.
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 use burn::module::Module;
-use common::checkpoint::{self, Stage};
+use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
 use common::interrupt::Interrupt;
 use common::metrics::{self, Recorder};
@@ -34,10 +34,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
-    let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
-    initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
-    let reward_model =
-        checkpoint::open_reward_model(&args.reward_model, &initial).context("failed to load the reward model")?;
+    let (initial, reward_model) = open_models(args)?;
     let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
     let read = |files: &[PathBuf]| config.read_prompts(files, tokenizer, max_seq_len);
@@ -92,6 +89,18 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         training: &training,
         config: &config,
     })
+}
+
+/// The initial policy and the reward model of a run.
+///
+/// # Errors
+/// If one of them cannot be used, or their tokenizers differ.
+pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
+    let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
+    initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
+    let reward_model =
+        checkpoint::open_reward_model(&args.reward_model, &initial).context("failed to load the reward model")?;
+    Ok((initial, reward_model))
 }
 
 /// A policy that is being trained.

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use burn::module::Module;
-use common::checkpoint::{self, Checkpoint, Stage};
+use common::checkpoint::Checkpoint;
 use common::data::order::Order;
 use common::model::Gpt;
 use common::rng::Streams;
@@ -38,10 +38,7 @@ pub fn replay(args: &TrainArgs, reference: &Path, n_prompts: usize, responses: O
     let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
-    let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
-    initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
-    let reward_model =
-        checkpoint::open_reward_model(&args.reward_model, &initial).context("failed to load the reward model")?;
+    let (initial, reward_model) = ppo::open_models(args)?;
     let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
     let minibatches = config.ppo.minibatches;
