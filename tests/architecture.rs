@@ -137,13 +137,29 @@ fn collect(dir: &Path, root: &Path, sources: &mut Vec<Source>) {
 
 /// What Cargo says of the workspace's members.
 fn packages() -> Vec<Value> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["metadata", "--format-version", "1", "--no-deps", "--offline"]).current_dir(root());
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let metadata: Value =
+        serde_json::from_slice(&cargo(&["metadata", "--format-version", "1", "--no-deps", "--offline"])).unwrap();
     metadata["packages"].as_array().unwrap().clone()
+}
+
+/// What `cargo` prints.
+fn cargo(args: &[&str]) -> Vec<u8> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo).args(args).current_dir(root()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// The features with which each dependency from outside is compiled, for programs and for build scripts.
+fn features(selection: &[&str]) -> BTreeMap<String, BTreeSet<String>> {
+    let tree = ["tree", "--offline", "--prefix", "none", "--format", "{p}|{f}"];
+    let listed = String::from_utf8(cargo(&[&tree, selection].concat())).unwrap();
+    let mut features = BTreeMap::<String, BTreeSet<String>>::new();
+    for line in listed.lines().filter(|line| !line.contains(root().to_str().unwrap())) {
+        let Some((package, its)) = line.trim_end_matches(" (*)").split_once('|') else { continue };
+        features.entry(package.to_owned()).or_default().insert(its.to_owned());
+    }
+    features
 }
 
 /// The dependencies of a package within the workspace, those of its tests left out.
@@ -375,4 +391,17 @@ fn files_that_the_documentation_names_exist() {
         }
     }
     assert!(n_checked > 20, "only {n_checked} names were found");
+}
+
+/// Else the first build of the tests compiles Burn anew.
+#[test]
+fn a_program_by_itself_compiles_what_the_workspace_and_its_tests_compile() {
+    let workspace = features(&["--workspace", "--edges", "normal,build,dev"]);
+    for program in ["pretrain", "sft", "reward-model", "ppo", "chat", "recipe"] {
+        let alone = features(&["--package", program, "--edges", "normal,build"]);
+        assert!(alone.len() > 100, "{program} has only {} dependencies", alone.len());
+        for (package, features) in alone {
+            assert_eq!(features, workspace[&package], "{package} of {program}: name its features in common/Cargo.toml");
+        }
+    }
 }

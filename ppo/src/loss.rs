@@ -120,7 +120,7 @@ mod tests {
     const ONE_EXP: f32 = 1e-6;
 
     fn tensor(numbers: &[f32]) -> Tensor<1> {
-        Tensor::from_floats(numbers, &Device::default().autodiff())
+        Tensor::from_floats(numbers, &Device::flex().autodiff())
     }
 
     fn host(tensor: Tensor<1>) -> Vec<f32> {

@@ -140,7 +140,7 @@ mod tests {
     use common::model::GptConfig;
 
     fn uses(config: &GptConfig) -> Vec<Use> {
-        let gpt = Gpt::new(config, &Streams::new(1), &Device::default());
+        let gpt = Gpt::new(config, &Streams::new(1), &Device::flex());
         operations(&gpt, &Ids { flat: vec![1, 2, 3, 4, 5, 6], batch: 1, seq: 6 }, &[2, 3, 4, 5, 6, 7])
     }
 
@@ -164,7 +164,7 @@ mod tests {
             ] {
                 assert!(names.iter().any(|found| found.starts_with(name)), "no {name} in {names:?}");
             }
-            let of = |kernels| uses.iter().map(|used| used.run(kernels, &Device::default())).collect::<Vec<_>>();
+            let of = |kernels| uses.iter().map(|used| used.run(kernels, &Device::flex())).collect::<Vec<_>>();
             for ((used, fused), plain) in uses.iter().zip(of(Kernels::Fused)).zip(of(Kernels::Plain)) {
                 assert_eq!(fused.gradients.len(), used.inputs.len(), "{}", used.name);
                 for (a, b) in fused.outputs.iter().zip(&plain.outputs) {
