@@ -187,12 +187,16 @@ fn is_in(vocab: &BTreeMap<&str, u64>, token: &Value) -> bool {
 /// The model's tokens and their ids.
 fn vocabulary(model: &Value) -> Result<BTreeMap<&str, u64>, String> {
     let mut vocab = BTreeMap::new();
+    let mut words = BTreeMap::new();
     match &model["vocab"] {
         Value::Object(entries) => {
             for (token, id) in entries {
                 let id = id.as_u64().filter(|id| *id <= MAX_ID);
                 let id =
                     id.ok_or_else(|| format!("token `{token}` has id {}, at most {MAX_ID} is taken", entries[token]))?;
+                if let Some(other) = words.insert(id, token) {
+                    return Err(format!("tokens `{other}` and `{token}` have the same id {id}"));
+                }
                 vocab.insert(token.as_str(), id);
             }
         }

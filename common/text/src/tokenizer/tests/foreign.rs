@@ -115,6 +115,10 @@ fn ids_that_cannot_be_kept_are_refused() {
     assert!(load(&gap, &json!({})).unwrap_err().to_string().contains("ids up to 4"));
     gap["model"]["vocab"]["c"] = json!(4_294_967_295_u32);
     assert!(load(&gap, &json!({})).unwrap_err().to_string().contains("at most 16777215"));
+    // The library writes one word an id, so such a file would not come back from a checkpoint.
+    let mut twice = words(&json!([]));
+    twice["model"]["vocab"]["c"] = json!(2);
+    assert!(load(&twice, &json!({})).unwrap_err().to_string().contains("tokens `b` and `c` have the same id 2"));
 }
 
 #[test]
