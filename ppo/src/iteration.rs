@@ -22,7 +22,7 @@ pub struct Seconds {
     pub update: f64,
 }
 
-/// What stays the same from step to step.
+/// The settings and frozen models that all steps share.
 pub struct Iteration<'a> {
     /// The configuration.
     pub config: &'a PpoConfig,
@@ -38,7 +38,7 @@ pub struct Iteration<'a> {
 pub struct StepOutput {
     /// The models after the updates.
     pub learner: Learner,
-    /// What they learned from.
+    /// The experience of the step.
     pub batch: Vec<Experience>,
     /// Means over the updates.
     pub update: UpdateMetrics,
@@ -72,7 +72,7 @@ impl Iteration<'_> {
         Ok(StepOutput { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
     }
 
-    /// What there is to learn from `responses` to `prompts`: scores, divergence, values, advantages.
+    /// Turns `responses` to `prompts` into experience: scores, divergence, values, advantages.
     ///
     /// # Errors
     /// If scoring fails.

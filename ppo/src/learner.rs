@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::config::{PpoConfig, ValueInit};
 
-/// What learns, on an autodiff device.
+/// The models that are trained, on an autodiff device.
 #[derive(Debug)]
 pub struct Learner {
     /// The policy.
@@ -86,7 +86,7 @@ impl Learner {
         Ok(Some(of_response_tokens(&responses, batch_size, |batch| values(&model, batch))?))
     }
 
-    /// What a checkpoint holds of them, with the price of divergence.
+    /// The contents of a checkpoint: models, optimisers and the KL coefficient.
     pub(crate) fn contents(&self, kl_coef: f32) -> Contents<'_> {
         let mut contents = Contents {
             value: self.critic.as_ref().map(|critic| &critic.model),

@@ -10,7 +10,7 @@
 
 use burn::tensor::Tensor;
 
-/// The policy's objective and what to watch beside it; each of shape `[1]`.
+/// The policy's objective and its diagnostics, each of shape `[1]`.
 #[derive(Debug, Clone)]
 pub struct PolicyLoss {
     /// The clipped surrogate to minimise: sum over the tokens / `minibatch_tokens`.

@@ -39,7 +39,7 @@ impl Means {
     }
 }
 
-/// What a step is logged by.
+/// The metrics of a step.
 pub(crate) struct Measured {
     /// Mean divergence from the reference in nats, which the controller of its price looks at.
     pub(crate) kl: f64,

@@ -135,7 +135,7 @@ impl Learner {
     }
 }
 
-/// What the metrics of a step are made of, summed on the device so that no update waits for it.
+/// The sums behind a step's metrics, kept on the device so that no update waits for it.
 #[derive(Default)]
 struct Sums {
     /// `[5]`, with a value model `[7]`, in the order in which [`Sums::metrics`] reads them.
@@ -187,7 +187,7 @@ impl Sums {
     }
 }
 
-/// The policy's part of what a micro-batch gives.
+/// Gradients and metrics of the policy from one micro-batch.
 struct PolicyGradients {
     grads: Grads,
     /// Of shape `[1]`, in the order of [`Sums::metrics`].
@@ -197,7 +197,7 @@ struct PolicyGradients {
     log_probs: Tensor<1>,
 }
 
-/// The value model's part.
+/// The same of the value model.
 struct ValueGradients {
     grads: Grads,
     means: Vec<Tensor<1>>,

@@ -143,7 +143,7 @@ pub enum BasePrompt {
 }
 
 impl RecipeConfig {
-    /// Checks what the types cannot.
+    /// Checks the constraints that the types do not express.
     ///
     /// # Errors
     /// Naming the key that is out of range or lacks another.

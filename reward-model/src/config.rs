@@ -154,7 +154,7 @@ impl RewardModelConfig {
         session::load_config(args, Self::validate, |config| config.data.sources_mut())
     }
 
-    /// Checks what the types cannot.
+    /// Checks the constraints that the types do not express.
     ///
     /// # Errors
     /// Naming the key that is out of range.

@@ -13,7 +13,7 @@ use crate::data::Pairs;
 /// Below this the answers do not differ, and a gain would only blow up rounding.
 const LEAST_DEVIATION: f64 = 1e-6;
 
-/// What an affine map `score ↦ gain·score + bias` was fitted to.
+/// The mean and deviation of the scores, to which the affine map `score ↦ gain·score + bias` is fitted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Normalisation {
     /// Mean of the scores before.

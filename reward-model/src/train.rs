@@ -193,7 +193,7 @@ impl Training for RewardTraining<'_> {
     }
 }
 
-/// What a micro-batch leaves for the metrics, off the graph.
+/// The metrics of a micro-batch, off the graph.
 struct Part {
     /// Its share of the batch's mean pairwise loss, `[1]`; without the centring penalty, as in `val/loss`.
     loss: Tensor<1>,

@@ -1,4 +1,4 @@
-//! What models say of responses: the library under evaluation, pair collection and every algorithm that learns from
+//! Sampling and scoring responses: the library under evaluation, pair collection and every algorithm that learns from
 //! scores.
 //!
 //! In reading order: [`Prompts`] are read from files, [`Sampling`] answers them, [`FrozenModels`] make [`Rollout`]s of

@@ -1,4 +1,4 @@
-//! Responses with what the frozen models say of them.
+//! Responses scored by the frozen models.
 
 use model::{Gpt, ScalarGpt};
 
@@ -10,7 +10,7 @@ use crate::{EncodedPrompt, Response, ScoreError, log_probs, of_response_tokens, 
 /// Known in experiments alone: it is reported, never trained on.
 pub type Gold<'a> = &'a dyn Fn(&str, &str) -> Option<f64>;
 
-/// A prompt, a response to it, and what the frozen models say of the response.
+/// A prompt and a response to it, scored by the frozen models.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rollout {
     /// The prompt.

@@ -1,4 +1,4 @@
-//! Scores of whole token rows, read at their last token: what a reward model is asked, in every stage that asks it.
+//! Scores of whole token rows, read at their last token.
 
 use burn::tensor::{Int, Tensor, TensorData, TensorReadError};
 
