@@ -182,7 +182,7 @@ fn broken_off() -> MutexGuard<'static, Option<Instant>> {
 }
 
 /// Makes Ctrl-C end the answer and nothing else. One that comes more than a second after the first ends the program, as
-/// does a signal at the prompt, where the keys themselves are read by the line editor.
+/// does SIGTERM at the prompt, where the line editor takes Ctrl-C and SIGINT.
 fn catch_ctrl_c() -> anyhow::Result<()> {
     const AGAIN: Duration = Duration::from_secs(1);
     ctrlc::set_handler(|| {

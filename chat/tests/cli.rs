@@ -61,12 +61,15 @@ fn assert_snapshot(name: &str, found: &str) {
     assert_eq!(found, expected, "differs from `{}`", path.display());
 }
 
-/// A directory with the checkpoints `lm`, `reward-model`, `no-tokenizer` and `diverged`, made once.
+/// A directory with the checkpoints `lm`, `long-winded`, `reward-model`, `no-tokenizer` and `diverged`, made once.
 fn checkpoints() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chat-cli-{}", std::process::id()));
         let tokenizer = byte_tokenizer();
+        let long_winded = gpt(&tokenizer, 1 << 16);
+        let weights = Weights::Lm { named: long_winded.to_named(), config: long_winded.config().clone() };
+        save_checkpoint(&dir.join("long-winded"), Stage::Sft, weights, Some(&tokenizer));
         let gpt = gpt(&tokenizer, 96);
         let config = gpt.config().clone();
         let lm = |named| Weights::Lm { named, config: config.clone() };
@@ -444,5 +447,67 @@ fn an_answer_ends_where_the_template_of_a_foreign_model_ends_a_turn() {
             assert_eq!(json["token_ids"], serde_json::json!([tokenizer.token_id(said)]), "{name}, {said}");
             assert_eq!((&json["text"], &json["finish_reason"]), (&"".into(), &"stop".into()), "{name}, {said}");
         }
+    }
+}
+
+/// `chat` in a terminal of its own.
+#[cfg(unix)]
+mod terminal {
+    use rexpect::process::WaitStatus;
+    use rexpect::session::{PtySession, spawn_command};
+
+    use super::*;
+
+    /// Longer than anything here takes on a busy machine, in milliseconds.
+    const TIMEOUT: u64 = 60_000;
+
+    /// The start of an answer, behind the message `hi`, with whatever the line editor writes between.
+    const ANSWER: &str = "hi[^\\n]*\\n[ -~]{20}";
+
+    /// A conversation with a model whose answers take much longer than a key press.
+    fn conversation() -> PtySession {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_chat"));
+        command.args(["--checkpoint", "long-winded", "--max-tokens", "60000"]).current_dir(checkpoints());
+        command.env("TERM", "xterm").env_remove("RUST_LOG");
+        let mut session = spawn_command(command, Some(TIMEOUT)).unwrap();
+        session.exp_string("/help lists the commands, Ctrl-D leaves").unwrap();
+        session.exp_string("> ").unwrap();
+        session
+    }
+
+    fn exit_code(session: &PtySession) -> i32 {
+        match session.process().wait().unwrap() {
+            WaitStatus::Exited(_, code) => code,
+            status => panic!("{status:?}"),
+        }
+    }
+
+    #[test]
+    fn ctrl_c_ends_an_answer_and_the_conversation_goes_on() {
+        let mut session = conversation();
+        // The second answer comes within a second of the first Ctrl-C: each answer counts its own.
+        for _ in 0..2 {
+            session.send_line("hi").unwrap();
+            session.exp_regex(ANSWER).unwrap();
+            session.send_control('c').unwrap();
+            session.exp_string("(broken off)").unwrap();
+            session.exp_string("> ").unwrap();
+        }
+        session.send_line("/quit").unwrap();
+        session.exp_eof().unwrap();
+        assert_eq!(exit_code(&session), 0);
+    }
+
+    #[test]
+    fn ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_leaves() {
+        let mut session = conversation();
+        for _ in 0..2 {
+            session.send_control('c').unwrap();
+            session.exp_string("Ctrl-D or /quit leaves").unwrap();
+            session.exp_string("> ").unwrap();
+        }
+        session.send_control('d').unwrap();
+        session.exp_eof().unwrap();
+        assert_eq!(exit_code(&session), 0);
     }
 }
