@@ -178,20 +178,21 @@ fn two_signals_within_a_second_are_one_request() {
 #[test]
 fn a_hang_up_is_saved_and_under_nohup_does_nothing() {
     let lab = Lab::before(PRETRAIN);
-    let shell = |before: &str| {
-        let script = format!("{before} exec \"$@\"");
+    let shell = |exec: &str| {
+        let script = format!("{exec} \"$@\"");
         let program = pipeline_tests::binary("pretrain").display().to_string();
         let mut args = vec!["-c".to_owned(), script, "sh".to_owned(), program];
         args.extend(PRETRAIN.train("parts", &["--overwrite", "--set", "train.steps=300"]));
         lab.within(Command::new("sh"), &args)
     };
-    let mut run = Lab::running(shell("trap '' HUP;"));
+    let mut run = Lab::running(shell("trap '' HUP; exec"));
     run.hears("step 3/");
     run.signal(Signal::HUP);
     assert_eq!(run.ends().code(), Some(0), "{}", run.stderr());
     assert_eq!(lab.saved_step("parts"), Some(300));
     if cfg!(target_os = "linux") {
-        let mut run = Lab::running(shell(""));
+        // The tests themselves may run under nohup.
+        let mut run = Lab::running(shell("exec env --default-signal=HUP"));
         run.hears("step 3/");
         run.signal(Signal::HUP);
         assert_eq!(run.ends().code(), Some(129), "{}", run.stderr());
