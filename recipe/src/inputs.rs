@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
 use common::config::PathResolver;
-use common::data::files;
+use common::data::{file_sha256, files};
 use common::hash::{sha256_of, sha256_of_file};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -97,12 +97,7 @@ impl Inputs {
     /// # Errors
     /// If the file is there but cannot be read.
     pub fn file(&mut self, name: impl Into<String>, path: &Path) -> Result<()> {
-        let value = if path.is_file() {
-            let hash = sha256_of_file(path).with_context(|| format!("failed to read `{}`", path.display()))?;
-            format!("{SHA256}{hash}")
-        } else {
-            ABSENT.to_owned()
-        };
+        let value = if path.is_file() { format!("{SHA256}{}", file_sha256(path)?) } else { ABSENT.to_owned() };
         self.set(name, value);
         Ok(())
     }

@@ -14,10 +14,73 @@ pub mod shards;
 
 pub use error::DataError;
 
-/// SHA-256 of a file's bytes, in hexadecimal.
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use base::files::FileError;
+
+/// Age from which a file that changes again is certain to get another modification time.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// SHA-256 of a data file's bytes, in hexadecimal.
+///
+/// A corpus is asked for by every step of a recipe that uses it and by the checkpoints; it is read once in a process, as
+/// long as path, size and modification time stay the same.
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn file_sha256(path: &std::path::Path) -> Result<String, DataError> {
-    Ok(base::hash::sha256_of_file(path).map_err(base::files::FileError::read(path))?)
+pub fn file_sha256(path: &Path) -> Result<String, DataError> {
+    static KNOWN: Mutex<Option<HashMap<(PathBuf, u64, SystemTime), String>>> = Mutex::new(None);
+    let read_metadata = || {
+        let metadata = path.metadata()?;
+        Ok((path.to_owned(), metadata.len(), metadata.modified()?))
+    };
+    let stamp = read_metadata().map_err(FileError::read(path))?;
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known.get_or_insert_default();
+    if let Some(sha256) = known.get(&stamp) {
+        return Ok(sha256.clone());
+    }
+    let sha256 = base::hash::sha256_of_file(path).map_err(FileError::read(path))?;
+    if stamp.2.elapsed().is_ok_and(|age| age > SETTLED) {
+        known.insert(stamp, sha256.clone());
+    }
+    Ok(sha256)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_hashed_again_only_when_it_has_changed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a.txt");
+        let old = SystemTime::now() - Duration::from_secs(60);
+        let write = |text: &str, modified: SystemTime| {
+            fs::write(&path, text).expect("written");
+            File::options().append(true).open(&path).and_then(|file| file.set_modified(modified)).expect("dated");
+        };
+        let hash = || file_sha256(&path).expect("readable");
+        write("abc", old);
+        let of_abc = hash();
+        assert_eq!(of_abc, base::hash::sha256_of(b"abc"));
+        // A change that hides itself shows that the file is not read again.
+        write("abd", old);
+        assert_eq!(hash(), of_abc);
+        write("abd", old + Duration::from_secs(1));
+        assert_eq!(hash(), base::hash::sha256_of(b"abd"));
+        // The clock of a file that was just written may stand still.
+        let now = SystemTime::now();
+        for text in ["abe", "abf"] {
+            write(text, now);
+            assert_eq!(hash(), base::hash::sha256_of(text.as_bytes()));
+        }
+        fs::remove_file(&path).expect("there");
+        assert!(file_sha256(&path).is_err());
+    }
 }
