@@ -176,6 +176,23 @@ fn a_run_of_an_earlier_version_is_recognised_by_its_checkpoints() {
     assert_eq!(n_skipped(&lab.run(&[])), N_STEPS);
     let steps = &lab.json("recipe.json")["steps"];
     assert!(steps["sft"]["inputs"]["sft.optimizer.lr"].is_string(), "{steps}");
+    // A version without these settings computed what their defaults compute.
+    let newer = [
+        ("pretrain", "pretrain.model.dropout"),
+        ("sft", "sft.data.max_record_bytes"),
+        ("ppo", "ppo.train.rollout_batch_size"),
+        ("ppo", "ppo.ppo.estimator"),
+        ("collect", "recipe.collect.batch_size"),
+    ];
+    let mut record = lab.json("recipe.json");
+    for (step, name) in newer {
+        let inputs = record["steps"][step]["inputs"].as_object_mut().unwrap();
+        assert!(inputs.remove(name).is_some(), "{name}: {inputs:?}");
+    }
+    fs::write(lab.out("recipe.json"), record.to_string()).unwrap();
+    let error = lab.fail(&["--set", "ppo.train.rollout_batch_size=2"]);
+    assert!(error.contains("`ppo.train.rollout_batch_size` was not set and is now 2"), "{error}");
+    assert_eq!(n_skipped(&lab.run(&[])), N_STEPS);
     // The precision decides what is computed; PPO only reports the gold score.
     assert_eq!(steps["ppo"]["inputs"]["precision"], "f32");
     let ppo = steps["ppo"]["inputs"].as_object().unwrap();
