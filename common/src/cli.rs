@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
 
 use crate::backend::{self, BackendError};
-use crate::config::{self, ConfigError, Configuration, PathResolver, Sources};
+use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::kernels::{Kernels, Precision, memory};
 use crate::logging;
 use crate::out_dir::{self, OutDirError};
@@ -244,11 +244,7 @@ impl ConfigSource {
         if let Some(path) = &self.config {
             let resolver = PathResolver::new(path, self.data.as_deref());
             for file in sources(&mut config).into_iter().flat_map(|(_, files)| files) {
-                match resolver.resolve(&*file) {
-                    Ok(absolute) => *file = absolute,
-                    Err(ConfigError::NoDataDir { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
+                resolver.resolve_if_known(file)?;
             }
         }
         std::io::stdout().write_all(config::print(&config).as_bytes()).context("failed to write the configuration")

@@ -8,7 +8,7 @@ mod keys;
 mod print;
 
 pub use keys::{Interval, Key, Kind, Section, sections};
-pub use print::{print, toml_text};
+pub use print::{print, print_as, toml_text};
 
 use std::path::{Component, Path, PathBuf};
 
@@ -139,6 +139,19 @@ impl PathResolver {
         let absolute =
             std::path::absolute(&joined).map_err(|source| ConfigError::Read { path: joined.clone(), source })?;
         Ok(without_dots(&absolute))
+    }
+
+    /// [`resolve`](Self::resolve)s `path` for display: `$DATA/…` stays where no data folder is set.
+    ///
+    /// # Errors
+    /// If the working directory is unknown.
+    pub fn resolve_if_known(&self, path: &mut PathBuf) -> Result<(), ConfigError> {
+        match self.resolve(&*path) {
+            Ok(absolute) => *path = absolute,
+            Err(ConfigError::NoDataDir { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
 
     /// [`resolve`](Self::resolve)s the paths under `key`; a pattern becomes the files that match it.

@@ -53,7 +53,8 @@ pub enum Command {
         are unchanged are skipped; an interrupted stage goes on where it was saved when the same command is run again. Where a \
         changed setting would discard finished steps, they are listed, and --overwrite is needed.\n\nExample:\n  \
         recipe run configs/tiny --out runs/tiny\n  \
-        recipe run configs/tiny --out runs/tiny-7 --seed 7 --stages world,tokenizer,pretrain"
+        recipe run configs/tiny --out runs/tiny-7 --seed 7 --stages world,tokenizer,pretrain\n  \
+        recipe run configs/tiny --set sft.train.steps=20 --print-config"
 )]
 pub struct RunArgs {
     /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
@@ -61,7 +62,13 @@ pub struct RunArgs {
     pub recipe: String,
 
     /// Directory for everything: one directory for each stage, the data, the report
-    #[arg(long, value_name = "DIR")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "print_config",
+        default_value_if("print_config", "true", "DIR"),
+        hide_default_value = true
+    )]
     pub out: PathBuf,
 
     /// Folder that $DATA/ stands for in the paths of the recipe [env: KINDLING_DATA]
@@ -85,6 +92,10 @@ pub struct RunArgs {
     /// recipe in --out
     #[arg(long)]
     pub overwrite: bool,
+
+    /// Print every configuration of the recipe with defaults and comments, then exit; no other flag is needed
+    #[arg(long)]
+    pub print_config: bool,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

@@ -16,7 +16,8 @@ use crate::steps::Step;
 /// If the recipe is not valid, or its text cannot be read.
 pub fn prepare(args: &CompareArgs, out: &Path) -> Result<Prepared> {
     let recipe = Recipe::open(&args.recipe, out, args.data.as_deref(), &args.overrides, args.seed)?;
-    StageConfigs::load(&recipe, |step| Ok(recipe.stage_overrides(step)))?;
+    StageConfigs::load(&recipe)?;
+    recipe.write_embedded()?;
     let stages = recipe.config.stages().into_iter().filter_map(|step| {
         let stage = match step {
             Step::Pretrain => Stage::Pretrain,

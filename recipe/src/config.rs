@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use common::config::PathResolver;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -199,8 +198,8 @@ impl RecipeConfig {
         Step::ALL.into_iter().filter(has).collect()
     }
 
-    /// Makes every path absolute.
-    pub(crate) fn resolve(&mut self, resolver: &PathResolver) -> Result<()> {
+    /// Every path that is given.
+    pub(crate) fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
         let mut paths: Vec<&mut PathBuf> = self.init.iter_mut().collect();
         if let Some(collect) = &mut self.collect {
             paths.extend([&mut collect.prompts, &mut collect.test_prompts]);
@@ -209,15 +208,9 @@ impl RecipeConfig {
             paths.push(&mut evaluate.prompts);
             paths.extend(&mut evaluate.pairs);
         }
-        for path in paths {
-            if !path.as_os_str().is_empty() {
-                *path = resolver.resolve(&*path)?;
-            }
-        }
-        if let Some(words) = self.gold.as_mut().and_then(|gold| gold.words.as_mut()) {
-            *words = resolver.resolve(&*words)?;
-        }
-        Ok(())
+        paths.extend(self.gold.iter_mut().filter_map(|gold| gold.words.as_mut()));
+        paths.retain(|path| !path.as_os_str().is_empty());
+        paths
     }
 }
 

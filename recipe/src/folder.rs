@@ -7,11 +7,15 @@ use common::config::{self, ConfigError, Configuration, PathResolver};
 use common::exit::UsageError;
 use common::files::write_whole;
 
+use crate::collect::PairFiles;
 use crate::config::RecipeConfig;
 use crate::steps::Step;
 
+/// A recipe's own file.
+const FILE: &str = "recipe.toml";
+
 /// Where the embedded recipe is written to, in the output directory.
-pub const EMBEDDED_DIR: &str = "recipe";
+const EMBEDDED_DIR: &str = "recipe";
 
 /// A recipe: its folder, its own configuration, and what the command line changes.
 #[derive(Debug, Clone)]
@@ -22,8 +26,11 @@ pub struct Recipe {
     pub name: String,
     /// Its `recipe.toml`, overridden and with absolute paths.
     pub config: RecipeConfig,
+    /// The output directory.
+    pub out: PathBuf,
     /// What `$DATA/` means in the stages' files.
     pub data: Option<PathBuf>,
+    is_embedded: bool,
     overrides: Vec<(Step, String)>,
 }
 
@@ -36,18 +43,30 @@ impl Recipe {
     /// # Errors
     /// If there is no such recipe, its configuration is not valid, or an override names no stage.
     pub fn open(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
-        let (dir, name) = find(name, out)?;
+        let mut recipe = Self::read(name, out, data, overrides, seed)?;
+        let (resolver, path) = (recipe.own_resolver(), recipe.dir.join(FILE));
+        for file in recipe.config.paths_mut() {
+            *file = resolver.resolve(&*file).with_context(|| format!("invalid config `{}`", path.display()))?;
+        }
+        Ok(recipe)
+    }
+
+    /// [`open`](Self::open) with the paths of `recipe.toml` as they stand there.
+    ///
+    /// # Errors
+    /// As there, but for paths.
+    pub fn read(name: &str, out: &Path, data: Option<&Path>, overrides: &[String], seed: Option<u64>) -> Result<Self> {
+        let (dir, name, is_embedded) = find(name, out)?;
         let overrides = Overrides::divide(overrides)?;
-        let path = dir.join("recipe.toml");
-        let mut config: RecipeConfig = load(&path, "recipe", &overrides.own)?;
-        let invalid = || format!("invalid config `{}`", path.display());
+        let path = dir.join(FILE);
+        let mut config: RecipeConfig = load(&path, is_embedded, "recipe", &overrides.own)?;
         if let Some(seed) = seed {
             config.seed = seed;
         }
         if let Some(world) = &mut config.world {
             world.seed = config.seed;
         }
-        config.validate().with_context(invalid)?;
+        config.validate().with_context(|| format!("invalid config `{}`", path.display()))?;
         let data = match (&config.world, data) {
             (Some(_), Some(_)) => bail!(
                 "`--data` was given, but the recipe `{}` generates its data\nhint: leave out `--data`, or `[world]` in {}",
@@ -57,8 +76,23 @@ impl Recipe {
             (Some(_), None) => Some(std::path::absolute(out.join("data")).context("the working directory is unknown")?),
             (None, data) => data.map(Path::to_owned),
         };
-        config.resolve(&PathResolver::new(&path, data.as_deref())).with_context(invalid)?;
-        Ok(Self { dir, name, config, data, overrides: overrides.stages })
+        Ok(Self { dir, name, config, out: out.to_owned(), data, is_embedded, overrides: overrides.stages })
+    }
+
+    /// Writes the recipe in this program to its folder, from where the stages read it; nothing for any other recipe.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write_embedded(&self) -> Result<()> {
+        if !self.is_embedded {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.dir).with_context(|| format!("failed to make `{}`", self.dir.display()))?;
+        for (file, text) in EMBEDDED.1 {
+            let path = self.dir.join(file);
+            write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+        }
+        Ok(())
     }
 
     /// The configuration file of a stage; the tokenizer's is that of `pretrain`.
@@ -66,11 +100,34 @@ impl Recipe {
         self.dir.join(format!("{}.toml", file_of(step)))
     }
 
+    /// What `recipe run` changes in a stage's configuration: [`stage_overrides`](Self::stage_overrides), and collected
+    /// pairs take the place of the reward model's own.
+    ///
+    /// # Errors
+    /// If the working directory is unknown.
+    pub fn run_overrides(&self, step: Step) -> Result<Vec<String>> {
+        let mut overrides = self.stage_overrides(step);
+        if step == Step::RewardModel && self.config.collect.is_some() {
+            let out = std::path::absolute(&self.out).context("the working directory is unknown")?;
+            let files = PairFiles::in_out(&out);
+            for (key, path) in [("data.train", files.train), ("data.val", files.val)] {
+                let path = toml::Value::String(path.display().to_string());
+                overrides.push(format!("{key}=[{path}]"));
+            }
+        }
+        Ok(overrides)
+    }
+
     /// What the command line and the recipe change in a stage's configuration, as `section.key=VALUE`.
     pub fn stage_overrides(&self, step: Step) -> Vec<String> {
         let seed = format!("seed={}", self.config.seed);
         let of_stage = self.overrides.iter().filter(|(s, _)| *s == file_of(step)).map(|(_, text)| text.clone());
         std::iter::once(seed).chain(of_stage).collect()
+    }
+
+    /// Resolves the paths of `recipe.toml`.
+    pub fn own_resolver(&self) -> PathResolver {
+        PathResolver::new(&self.dir.join(FILE), self.data.as_deref())
     }
 
     /// Resolves the paths of a stage's configuration.
@@ -83,7 +140,7 @@ impl Recipe {
     /// # Errors
     /// If the file cannot be read or does not fit `T`.
     pub fn load<T: Configuration + Default>(&self, step: Step, overrides: &[String]) -> Result<T> {
-        Ok(load(&self.stage_config(step), file_of(step).name(), overrides)?)
+        Ok(load(&self.stage_config(step), self.is_embedded, file_of(step).name(), overrides)?)
     }
 }
 
@@ -92,11 +149,21 @@ fn file_of(step: Step) -> Step {
     if step == Step::Tokenizer { Step::Pretrain } else { step }
 }
 
-/// [`config::load`], with errors in terms of `--set <prefix>.key=VALUE`.
-fn load<T: Configuration + Default>(path: &Path, prefix: &str, overrides: &[String]) -> Result<T, ConfigError> {
-    config::load(path, overrides).map_err(|error| match error {
+/// Reads a file of a recipe, with errors in terms of `--set <prefix>.key=VALUE`.
+fn load<T: Configuration + Default>(
+    path: &Path,
+    is_embedded: bool,
+    prefix: &str,
+    overrides: &[String],
+) -> Result<T, ConfigError> {
+    let embedded = EMBEDDED.1.iter().find(|(file, _)| is_embedded && path.ends_with(file));
+    let read = |overrides: &[String]| match embedded {
+        Some((_, text)) => config::parse(text, path, overrides),
+        None => config::load(path, overrides),
+    };
+    read(overrides).map_err(|error| match error {
         ConfigError::Override { flag, reason, hint } => {
-            let hint = match section_of::<T>(path, &flag) {
+            let hint = match section_of(read, &flag) {
                 Some(section) if reason.starts_with("unknown field") => {
                     let key = flag.split('=').next().unwrap_or_default().trim();
                     format!("\nhint: did you mean `{prefix}.{section}.{key}`?")
@@ -109,11 +176,14 @@ fn load<T: Configuration + Default>(path: &Path, prefix: &str, overrides: &[Stri
     })
 }
 
-/// The section of `T` in which the override `flag`, `key=VALUE`, would be valid.
-fn section_of<T: Configuration + Default>(path: &Path, flag: &str) -> Option<String> {
+/// The section of `T` in which the override `flag`, `key=VALUE`, would be valid by `read`.
+fn section_of<T: Configuration + Default>(
+    read: impl Fn(&[String]) -> Result<T, ConfigError>,
+    flag: &str,
+) -> Option<String> {
     let table = toml::Table::try_from(T::default()).ok()?;
     let sections = table.into_iter().filter(|(_, value)| value.is_table()).map(|(name, _)| name);
-    sections.into_iter().find(|section| config::load::<T>(path, &[format!("{section}.{flag}")]).is_ok())
+    sections.into_iter().find(|section| read(&[format!("{section}.{flag}")]).is_ok())
 }
 
 /// What `--set` changes.
@@ -137,33 +207,27 @@ const EMBEDDED: (&str, [(&str, &str); 5]) = (
     ],
 );
 
-/// The folder that `name` means, and the recipe's name. The embedded recipe is written into `out`.
-fn find(name: &str, out: &Path) -> Result<(PathBuf, String)> {
-    let is_recipe = |dir: &Path| dir.join("recipe.toml").is_file();
+/// The folder that `name` means, the recipe's name, and whether it is the one in this program, whose folder is in `out`.
+fn find(name: &str, out: &Path) -> Result<(PathBuf, String, bool)> {
+    let is_recipe = |dir: &Path| dir.join(FILE).is_file();
     let given = PathBuf::from(name);
     let named = Path::new("configs").join(name);
     for dir in [&given, &named] {
         if is_recipe(dir) {
             let absolute = dir.canonicalize().unwrap_or_else(|_| dir.clone());
             let name = absolute.file_name().map_or_else(|| name.to_owned(), |name| name.to_string_lossy().into_owned());
-            return Ok((dir.clone(), name));
+            return Ok((dir.clone(), name, false));
         }
     }
-    let (embedded, files) = EMBEDDED;
+    let embedded = EMBEDDED.0;
     if name == embedded {
-        let dir = out.join(EMBEDDED_DIR);
-        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
-        for (file, text) in files {
-            let path = dir.join(file);
-            write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
-        }
-        return Ok((dir, embedded.to_owned()));
+        return Ok((out.join(EMBEDDED_DIR), embedded.to_owned(), true));
     }
     bail!(
         "there is no recipe `{name}`: neither `{}` nor `{}` exists\nhint: pass a folder with a recipe.toml, or `{embedded}` \
          for the one in this program",
-        given.join("recipe.toml").display(),
-        named.join("recipe.toml").display()
+        given.join(FILE).display(),
+        named.join(FILE).display()
     )
 }
 
@@ -282,8 +346,14 @@ mod tests {
     fn the_embedded_recipe_needs_no_folder() {
         let out = tempfile::tempdir().unwrap();
         let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
-        assert_eq!((recipe.name.as_str(), recipe.dir), ("tiny", out.path().join(EMBEDDED_DIR)));
+        assert_eq!((recipe.name.as_str(), &recipe.dir), ("tiny", &out.path().join(EMBEDDED_DIR)));
         assert_eq!(recipe.config.steps(), Step::ALL);
+        let load = || recipe.load::<sft::SftConfig>(Step::Sft, &[]).unwrap();
+        let embedded = load();
+        assert!(!recipe.dir.exists(), "reading it wrote it");
+        recipe.write_embedded().unwrap();
+        let written: sft::SftConfig = config::load(&recipe.stage_config(Step::Sft), &[]).unwrap();
+        assert_eq!(written, embedded);
     }
 
     #[test]

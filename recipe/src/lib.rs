@@ -6,7 +6,7 @@
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config` and `folder` (the recipe's files), `setup` (everything read and checked), `run`,
-//! `plan` with [`inputs`] and [`record`] (when a step has to run again), `check` (what can be found wrong at once),
+//! `plan` with [`inputs`] and [`record`] (when a step has to run again), `print` (`--print-config`), `check` (what can be found wrong at once),
 //! `collect`, `evaluate`, [`report`], [`gold`] (what an answer is really worth), [`toy`] (the generated data of
 //! `configs/tiny`), [`bench`] (how fast all of it is here) and [`compare`] (whether backends
 //! agree).
@@ -25,6 +25,7 @@ pub mod gold;
 pub mod inputs;
 mod new;
 mod plan;
+mod print;
 pub mod record;
 pub mod report;
 pub mod results;
@@ -50,6 +51,7 @@ use toy::WorldConfig;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::Run(args) if args.print_config => print::print_config(&args),
         Command::Run(args) => {
             session::run(&args.runtime, "run the same command again to go on", |interrupt| run(&args, interrupt))
         }

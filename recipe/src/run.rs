@@ -15,7 +15,7 @@ use crate::check;
 use crate::cli::RunArgs;
 use crate::collect::Collector;
 use crate::evaluate::Evaluator;
-use crate::folder::{EMBEDDED_DIR, Recipe};
+use crate::folder::Recipe;
 use crate::gold::GoldKind;
 use crate::inputs::Inputs;
 use crate::plan::{self, PlannedStep, State};
@@ -36,7 +36,7 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.overrides, args.seed)?;
     check_stages(args, &recipe)?;
     let record = earlier_record(args, &recipe)?;
-    let setup = Setup::open(recipe, &args.out, args.runtime.precision.name())?;
+    let setup = Setup::open(recipe, args.runtime.precision.name())?;
     let mut run = Run::start(args, setup, record, interrupt)?;
     let outcome = run.steps()?;
     if outcome == Outcome::Finished {
@@ -72,6 +72,7 @@ impl<'a> Run<'a> {
         run.describe()?;
         fs::create_dir_all(&args.out).with_context(|| format!("failed to make `{}`", args.out.display()))?;
         run.record.save(&args.out)?;
+        run.setup.recipe.write_embedded()?;
         Ok(run)
     }
 
@@ -252,7 +253,7 @@ impl<'a> Run<'a> {
             out: self.setup.dir(step),
             resume,
             overwrite: !resume,
-            overrides: self.setup.overrides(step)?,
+            overrides: self.setup.recipe.run_overrides(step)?,
             data: self.setup.recipe.data.clone(),
             runtime: self.args.runtime.clone(),
         })
@@ -316,13 +317,11 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
     Ok(RunRecord::default())
 }
 
-/// Whether there is more in `out` than the recipe that this program writes there.
 fn is_filled(out: &Path) -> Result<bool> {
     if !out.exists() {
         return Ok(false);
     }
-    let mut entries = out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?;
-    Ok(!entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == EMBEDDED_DIR)))
+    Ok(out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some())
 }
 
 /// What a gold score says, for the report.

@@ -33,14 +33,14 @@ pub struct StageConfigs {
 }
 
 impl StageConfigs {
-    /// Reads the configuration of every stage of `recipe` with the overrides of each.
+    /// Reads the configuration of every stage as `recipe run` takes it.
     ///
     /// # Errors
     /// If one is not valid.
-    pub fn load(recipe: &Recipe, overrides: impl Fn(Step) -> Result<Vec<String>>) -> Result<Self> {
+    pub fn load(recipe: &Recipe) -> Result<Self> {
         let mut configs = Self::default();
         for step in recipe.config.stages() {
-            let overrides = overrides(step)?;
+            let overrides = recipe.run_overrides(step)?;
             match step {
                 Step::Pretrain => configs.pretrain = Some(load(recipe, step, &overrides, PretrainConfig::validate)?),
                 Step::Sft => configs.sft = Some(load(recipe, step, &overrides, SftConfig::validate)?),
@@ -81,33 +81,15 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Reads and checks the configuration of every stage of `recipe`, whose results go to `out`.
+    /// Reads and checks the configuration of every stage of `recipe`.
     ///
     /// # Errors
     /// If a configuration is not valid, or the gold scorer's words cannot be read.
-    pub fn open(recipe: Recipe, out: &Path, precision: &'static str) -> Result<Self> {
+    pub fn open(recipe: Recipe, precision: &'static str) -> Result<Self> {
         let gold = recipe.config.gold.as_ref().map(GoldConfig::open).transpose();
         let gold = gold.context("failed to open the gold scorer")?;
-        let mut setup = Self { gold, out: out.to_owned(), precision, configs: StageConfigs::default(), recipe };
-        setup.configs = StageConfigs::load(&setup.recipe, |step| setup.overrides(step))?;
-        Ok(setup)
-    }
-
-    /// What the recipe changes in a stage's configuration. Collected pairs take the place of the reward model's own.
-    ///
-    /// # Errors
-    /// If the working directory is unknown.
-    pub fn overrides(&self, step: Step) -> Result<Vec<String>> {
-        let mut overrides = self.recipe.stage_overrides(step);
-        if step == Step::RewardModel && self.recipe.config.collect.is_some() {
-            let out = std::path::absolute(&self.out).context("the working directory is unknown")?;
-            let files = PairFiles::in_out(&out);
-            for (key, path) in [("data.train", files.train), ("data.val", files.val)] {
-                let path = toml::Value::String(path.display().to_string());
-                overrides.push(format!("{key}=[{path}]"));
-            }
-        }
-        Ok(overrides)
+        let configs = StageConfigs::load(&recipe)?;
+        Ok(Self { gold, out: recipe.out.clone(), precision, configs, recipe })
     }
 
     /// The directory of a step that has one of its own.

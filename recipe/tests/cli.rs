@@ -115,6 +115,47 @@ fn errors_say_what_was_found_and_what_to_do() {
 }
 
 #[test]
+fn all_configurations_of_a_recipe_are_printed_under_the_names_of_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let print = |args: &[&str]| {
+        let ran = recipe(dir.path(), &[&["run", "tiny", "--print-config"], args].concat());
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{args:?}");
+        let table: toml::Table = ran.stdout.parse().unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
+        (table, ran.stdout)
+    };
+    let (table, text) = print(&["--set", "sft.train.steps=20", "--seed", "7"]);
+    let names: Vec<&str> = table.keys().map(String::as_str).collect();
+    assert_eq!(names, ["recipe", "pretrain", "sft", "reward-model", "ppo"]);
+    assert_eq!((&table["sft"]["train"]["steps"], &table["ppo"]["seed"]), (&20.into(), &7.into()));
+    assert_eq!(table["recipe"]["world"]["seed"], 7.into());
+    assert!(text.contains("# Random seed of all steps"), "{text}");
+    assert!(text.contains("/DIR/data/pairs.train.jsonl") && text.contains("/DIR/data/sft.train.jsonl"), "{text}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "something was written");
+
+    // Every value that is printed can be set under its name.
+    let mut flags = Vec::new();
+    for (file, table) in &table {
+        for (section, values) in table.as_table().unwrap() {
+            for (key, value) in values.as_table().into_iter().flatten().filter(|(_, value)| !value.is_table()) {
+                flags.extend(["--set".to_owned(), format!("{file}.{section}.{key}={value}")]);
+            }
+        }
+    }
+    assert!(flags.len() > 100);
+    let flags: Vec<&str> =
+        flags.iter().map(String::as_str).chain(["--set", "sft.train.steps=20", "--seed", "7"]).collect();
+    assert_eq!(print(&flags).0, table);
+
+    fs::create_dir(dir.path().join("own")).unwrap();
+    fs::write(dir.path().join("own/recipe.toml"), "stages = [\"sft\"]\n[evaluate]\nprompts = \"$DATA/p.jsonl\"\n")
+        .unwrap();
+    fs::write(dir.path().join("own/sft.toml"), "[data]\ntrain = \"$DATA/a.jsonl\"\nval = \"b.jsonl\"\n").unwrap();
+    let ran = recipe(dir.path(), &["run", "own", "--print-config"]);
+    assert!(ran.code == 0 && ran.stdout.contains("[\"$DATA/a.jsonl\"]"), "{}{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.contains("/own/b.jsonl\"]") && !ran.stdout.contains("[ppo"), "{}", ran.stdout);
+}
+
+#[test]
 fn a_world_is_written_as_files_and_described_on_stdout() {
     let dir = tempfile::tempdir().unwrap();
     let ran = recipe(dir.path(), &["world", "--out", "w", "--seed", "5", "--stories", "240"]);

@@ -18,6 +18,7 @@ Every training command reads one TOML file (`--config FILE`); a recipe is a fold
 ```
 sft train --print-config                                            # the defaults
 sft train --config configs/tiny/sft.toml --set train.steps=20 --print-config
+recipe run configs/tiny --set sft.train.steps=20 --print-config     # all stages, keys named as in --set
 ```
 
 - Every key may be left out, and then has its default, except those marked *required*. A key without a default may be

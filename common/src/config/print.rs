@@ -18,10 +18,20 @@ const WIDTH: usize = 100;
 /// # Panics
 /// If a map in `config` has keys that are not strings; no configuration has.
 pub fn print<T: Serialize + JsonSchema>(config: &T) -> String {
+    print_as("", config)
+}
+
+/// [`print`] of one configuration among several: as the table `name`, unless that is empty.
+///
+/// # Panics
+/// As `print`.
+pub fn print_as<T: Serialize + JsonSchema>(name: &str, config: &T) -> String {
     let values = serde_json::to_value(config).expect("a configuration is a table of strings, numbers and lists");
     let mut text = String::new();
-    for section in sections::<T>() {
+    for mut section in sections::<T>() {
         let table = section.path.split('.').filter(|name| !name.is_empty()).try_fold(&values, |v, name| v.get(name));
+        let names = [name, &section.path];
+        section.path = names.into_iter().filter(|name| !name.is_empty()).collect::<Vec<_>>().join(".");
         section.print(table, &mut text);
     }
     text
