@@ -12,6 +12,7 @@ pub use print::{print, print_as, toml_text};
 
 use std::path::{Component, Path, PathBuf};
 
+use base::files::FileError;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -43,7 +44,7 @@ impl<T: DeserializeOwned + Serialize + JsonSchema> Configuration for T {}
 /// If the file cannot be read, is not TOML, or does not fit `T`, a number outside its range included. The error points at
 /// the line, or names the flag.
 pub fn load<T: DeserializeOwned + JsonSchema>(path: &Path, overrides: &[String]) -> Result<T, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(FileError::read(path))?;
     parse(&text, path, overrides)
 }
 
@@ -136,8 +137,7 @@ impl PathResolver {
             },
             Err(_) => self.base.join(path),
         };
-        let absolute =
-            std::path::absolute(&joined).map_err(|source| ConfigError::Read { path: joined.clone(), source })?;
+        let absolute = std::path::absolute(&joined).map_err(FileError::read(&joined))?;
         Ok(without_dots(&absolute))
     }
 
@@ -172,14 +172,9 @@ pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
 /// What is wrong with a config, in the words of the file or the flag.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file is not there or not readable.
-    #[error("failed to read `{}`: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    /// The file cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The file is not TOML or holds a key or value that has no place.
     #[error("invalid config `{}`: {report}{hint}", path.display())]
     Invalid {

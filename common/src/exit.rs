@@ -81,8 +81,9 @@ mod tests {
     fn a_source_that_the_outer_message_repeats_is_not_said_twice() {
         let missing = std::fs::read("/does/not/exist").expect_err("missing");
         let reason = missing.to_string();
-        let error = crate::config::ConfigError::Read { path: "o".into(), source: missing };
-        assert_eq!(error_text(&error.into()), format!("error: failed to read `o`: {reason}"));
+        let error = crate::checkpoint::CheckpointError::Write { path: "o".into(), source: missing };
+        let expected = format!("error: failed to write `o`, so the last checkpoint is kept: {reason}");
+        assert_eq!(error_text(&error.into()), expected);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+use crate::files::FileError;
 use crate::logging::bars;
 
 /// The file of metrics in an output directory.
@@ -67,7 +68,7 @@ impl Recorder {
             let path = out.join(file);
             match resume {
                 Some(point) => truncate_after(&path, point.step)?,
-                None if path.exists() => std::fs::remove_file(&path).map_err(|source| write_error(&path, source))?,
+                None if path.exists() => std::fs::remove_file(&path).map_err(FileError::write(&path))?,
                 None => {}
             }
         }
@@ -221,7 +222,7 @@ pub fn read(path: &Path) -> Result<Vec<Value>, MetricsError> {
     let mut records = Vec::new();
     let mut broken = None;
     for (line_idx, line) in reader.lines().enumerate() {
-        let line = line.map_err(|source| MetricsError::Read { path: path.to_owned(), source })?;
+        let line = line.map_err(FileError::read(path))?;
         if let Some(line) = broken {
             return Err(MetricsError::Line { path: path.to_owned(), line });
         }
@@ -240,11 +241,11 @@ pub fn read(path: &Path) -> Result<Vec<Value>, MetricsError> {
 pub fn truncate_after(path: &Path, step: u64) -> Result<(), MetricsError> {
     let Some(reader) = open_if_there(path)? else { return Ok(()) };
     let beside = path.with_extension("jsonl.tmp");
-    let file = File::create(&beside).map_err(|source| write_error(&beside, source))?;
+    let file = File::create(&beside).map_err(FileError::write(&beside))?;
     let mut writer = BufWriter::new(file);
     let mut broken = None;
     for (line_idx, line) in reader.lines().enumerate() {
-        let line = line.map_err(|source| MetricsError::Read { path: path.to_owned(), source })?;
+        let line = line.map_err(FileError::read(path))?;
         if let Some(line) = broken {
             return Err(MetricsError::Line { path: path.to_owned(), line });
         }
@@ -253,32 +254,19 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<(), MetricsError> {
             continue;
         };
         if record["step"].as_u64().is_none_or(|at| at <= step) {
-            writeln!(writer, "{line}").map_err(|source| write_error(&beside, source))?;
+            writeln!(writer, "{line}").map_err(FileError::write(&beside))?;
         }
     }
-    writer.flush().map_err(|source| write_error(&beside, source))?;
-    std::fs::rename(&beside, path).map_err(|source| write_error(path, source))
+    writer.flush().map_err(FileError::write(&beside))?;
+    Ok(std::fs::rename(&beside, path).map_err(FileError::write(path))?)
 }
 
 /// What is wrong with a metrics file.
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
-    /// Not readable.
-    #[error("failed to read `{}`: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Not writable.
-    #[error("failed to write `{}`: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    /// It cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A line in the middle is no JSON.
     #[error("`{}` line {line}: expected a JSON object", path.display())]
     Line {
@@ -293,23 +281,15 @@ fn open_if_there(path: &Path) -> Result<Option<BufReader<File>>, MetricsError> {
     match File::open(path) {
         Ok(file) => Ok(Some(BufReader::new(file))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(MetricsError::Read { path: path.to_owned(), source }),
+        Err(source) => Err(FileError::read(path)(source).into()),
     }
 }
 
 fn append(path: &Path, line: &Value) -> Result<(), MetricsError> {
     let mut text = line.to_string();
     text.push('\n');
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| write_error(path, source))
-}
-
-fn write_error(path: &Path, source: std::io::Error) -> MetricsError {
-    MetricsError::Write { path: path.to_owned(), source }
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    Ok(file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(FileError::write(path))?)
 }
 
 fn keep_numbers(last: &mut BTreeMap<String, f64>, record: &Value) {

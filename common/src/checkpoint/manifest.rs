@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
+use crate::files::FileError;
 
 /// The file in a checkpoint.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -118,7 +119,7 @@ impl Manifest {
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(CheckpointError::Read { path, source }),
+            Err(source) => return Err(FileError::read(&path)(source).into()),
         };
         let damaged =
             |error: serde_json::Error| CheckpointError::Json { path: path.clone(), reason: error.to_string() };

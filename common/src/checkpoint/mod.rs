@@ -24,6 +24,7 @@ pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
 pub use save::save;
 
+use crate::files::FileError;
 use crate::hash::sha256_of;
 use crate::hf::{self, Head, HfError, HostModel, TokenIds};
 use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
@@ -250,7 +251,7 @@ impl Checkpoint {
         let (Some(manifest), true) = (&self.manifest, path.is_file()) else {
             return Err(CheckpointError::NoState { dir: self.dir.clone() });
         };
-        let bytes = std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
+        let bytes = std::fs::read(&path).map_err(FileError::read(&path))?;
         self.check_hash(&format!("{STATE_DIR}/{STATE_FILE}"), &sha256_of(&bytes))?;
         let json = serde_json::from_slice(&bytes)
             .map_err(|error| CheckpointError::Json { path, reason: error.to_string() })?;
@@ -279,8 +280,7 @@ impl Checkpoint {
         match &self.manifest {
             Some(Manifest { finished: Some(finished), .. }) => Ok(Some(*finished)),
             Some(_) if path.is_file() => {
-                let text =
-                    std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
+                let text = std::fs::read(&path).map_err(FileError::read(&path))?;
                 let progress: Progress = serde_json::from_slice(&text)
                     .map_err(|error| CheckpointError::Json { path, reason: error.to_string() })?;
                 Ok(Some(progress.finished))
@@ -535,13 +535,8 @@ pub enum CheckpointError {
         value: f32,
     },
     /// Not readable.
-    #[error("failed to read `{}`: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Not writable.
     #[error("failed to write `{}`, so the last checkpoint is kept: {source}", path.display())]
     Write {

@@ -9,9 +9,10 @@ use std::sync::Once;
 use super::{
     CONFIG_FILE, CheckpointError, MANIFEST_FILE, Manifest, STATE_DIR, STATE_FILE, Snapshot, State, VALUE_DIR, Weights,
 };
+use crate::files::FileError;
 use crate::hash::{sha256_of, sha256_of_file};
 use crate::hf::{self, Class, TokenIds};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Makes `out` the checkpoint that `snapshot` describes.
 ///
@@ -35,14 +36,10 @@ pub(super) fn save_with(
     snapshot: &Snapshot<'_>,
     before: &mut dyn FnMut(&Path) -> io::Result<()>,
 ) -> Result<(), CheckpointError> {
-    let write_error = |path: &Path| {
-        let path = path.to_owned();
-        move |source| CheckpointError::Write { path, source }
-    };
     // A link is followed, so that what it points to is exchanged and not the link.
     let target = if out.exists() { out.canonicalize() } else { std::path::absolute(out) }.map_err(write_error(out))?;
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-        return Err(CheckpointError::Write { path: target.clone(), source: io::ErrorKind::InvalidInput.into() });
+        return Err(write_error(&target)(io::ErrorKind::InvalidInput.into()));
     };
     fs::create_dir_all(parent).map_err(write_error(parent))?;
     remove_leftovers(parent, name);
@@ -58,6 +55,11 @@ pub(super) fn save_with(
     written.map_err(|error| as_of(error, &temporary, &target))?;
     let _ = sync(parent);
     Ok(())
+}
+
+/// For `map_err` where `path` is written.
+fn write_error(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    move |source| CheckpointError::Write { path: path.to_owned(), source }
 }
 
 /// `error` in terms of the checkpoint: the directory beside it is gone when the user reads this.
@@ -77,10 +79,6 @@ fn write_all(
     snapshot: &Snapshot<'_>,
     before: &mut dyn FnMut(&Path) -> io::Result<()>,
 ) -> Result<(), CheckpointError> {
-    let write_error = |path: &Path| {
-        let path = path.to_owned();
-        move |source| CheckpointError::Write { path, source }
-    };
     before(dir).and_then(|()| fs::create_dir(dir)).map_err(write_error(dir))?;
     let tokens = snapshot.tokenizer.map(token_ids).unwrap_or_default();
     let mut manifest = snapshot.manifest.clone();
@@ -97,7 +95,10 @@ fn write_all(
     }
     if let Some(tokenizer) = snapshot.tokenizer {
         before(&dir.join("tokenizer.json")).map_err(write_error(dir))?;
-        tokenizer.save(dir)?;
+        tokenizer.save(dir).map_err(|error| match error {
+            TokenizerError::File(FileError::Write { path, source }) => CheckpointError::Write { path, source },
+            other => other.into(),
+        })?;
     }
     manifest.tokenizer_sha256 = snapshot.tokenizer.map(Tokenizer::sha256);
     manifest.chat_template_sha256 = snapshot.tokenizer.map(Tokenizer::chat_template_sha256);
@@ -121,8 +122,7 @@ fn write_model(
 ) -> Result<String, CheckpointError> {
     static SAID: Once = Once::new();
     let path = dir.join(hf::WEIGHTS_FILE);
-    let write_error = |source| CheckpointError::Write { path: path.clone(), source };
-    before(&path).map_err(write_error)?;
+    before(&path).map_err(write_error(&path))?;
     let (config, head, named) = weights.parts();
     let class = hf::write(dir, config, head, named, tokens).map_err(|error| without_temporary(error, dir))?;
     if class == Class::Kindling {
@@ -133,7 +133,7 @@ fn write_model(
             );
         });
     }
-    sha256_of_file(&path).map_err(write_error)
+    sha256_of_file(&path).map_err(write_error(&path))
 }
 
 fn write_state(
@@ -142,23 +142,20 @@ fn write_state(
     manifest: &mut Manifest,
     before: &mut dyn FnMut(&Path) -> io::Result<()>,
 ) -> Result<(), CheckpointError> {
-    fs::create_dir(dir).map_err(|source| CheckpointError::Write { path: dir.to_owned(), source })?;
+    fs::create_dir(dir).map_err(write_error(dir))?;
     for (stem, tensors) in &state.tensors {
         let file = format!("{stem}.safetensors");
         let path = dir.join(&file);
-        let write_error = |source| CheckpointError::Write { path: path.clone(), source };
-        before(&path).map_err(write_error)?;
+        before(&path).map_err(write_error(&path))?;
         hf::write_file(&path, tensors.iter().map(|(name, tensor)| (name.clone(), tensor)))
             .map_err(|error| without_temporary(error, dir))?;
-        let sha256 = sha256_of_file(&path).map_err(write_error)?;
+        let sha256 = sha256_of_file(&path).map_err(write_error(&path))?;
         manifest.files_sha256.insert(format!("{STATE_DIR}/{file}"), sha256);
     }
     let path = dir.join(STATE_FILE);
     let text = format!("{:#}\n", state.json);
     let sha256 = sha256_of(text.as_bytes());
-    before(&path)
-        .and_then(|()| fs::write(&path, text))
-        .map_err(|source| CheckpointError::Write { path: path.clone(), source })?;
+    before(&path).and_then(|()| fs::write(&path, text)).map_err(write_error(&path))?;
     manifest.files_sha256.insert(format!("{STATE_DIR}/{STATE_FILE}"), sha256);
     Ok(())
 }
@@ -170,7 +167,7 @@ fn without_temporary(error: hf::HfError, dir: &Path) -> CheckpointError {
             let file = path.strip_prefix(dir).unwrap_or(&path).to_owned();
             CheckpointError::NotFinite { file, name, value }
         }
-        hf::HfError::Write { path, source } => CheckpointError::Write { path, source },
+        hf::HfError::File(FileError::Write { path, source }) => CheckpointError::Write { path, source },
         other => CheckpointError::Hf(other),
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::Path;
 
+use base::files::FileError;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -66,7 +67,7 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HfError> 
     }
     let mut bytes = Vec::new();
     let read = file.take(MAX_JSON_BYTES).read_to_end(&mut bytes);
-    read.map_err(|source| HfError::Read { path: path.to_owned(), source })?;
+    read.map_err(FileError::read(path))?;
     serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))
 }
 

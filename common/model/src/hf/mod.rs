@@ -16,6 +16,8 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use base::files::FileError;
+
 pub use config::{CONFIG_FILE, GENERATION_FILE};
 pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
@@ -219,7 +221,7 @@ pub fn write(
     for (file, content) in [(CONFIG_FILE, description), (GENERATION_FILE, generation)] {
         let path = dir.join(file);
         let text = format!("{content:#}\n");
-        std::fs::write(&path, text).map_err(|source| HfError::Write { path, source })?;
+        std::fs::write(&path, text).map_err(FileError::write(&path))?;
     }
     let mut theirs = names::export(class, config, head.output(), tensors);
     if class != Class::Kindling && config.positions == Positions::Sinusoidal {
@@ -262,22 +264,9 @@ fn fix_positions(config: &mut GptConfig, output: Output, tensors: &mut NamedTens
 /// Why a directory is not a model we can read, or could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum HfError {
-    /// A file is missing or not readable.
-    #[error("failed to read `{}`: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A file could not be written.
-    #[error("failed to write `{}`: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    /// A file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A file is not what its name says.
     #[error("`{}` is damaged or cut short: {reason}\nhint: copy or download it again", path.display())]
     Damaged {

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::HfError;
 use super::config::read_json;
 use crate::{HostTensor, NamedTensors};
+use base::files::FileError;
 use base::hash::hex;
 
 /// The weights in one file.
@@ -40,12 +41,11 @@ pub fn read_file(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<(NamedTen
 
 /// Opens a file that may come from anyone, and its length in bytes: a pipe or a device would block or never end.
 pub(super) fn open(path: &Path) -> Result<(File, u64), HfError> {
-    let read_error = |source| HfError::Read { path: path.to_owned(), source };
-    let metadata = std::fs::metadata(path).map_err(read_error)?;
+    let metadata = std::fs::metadata(path).map_err(FileError::read(path))?;
     if !metadata.is_file() {
-        return Err(read_error(io::Error::other("it is not a regular file")));
+        return Err(FileError::read(path)(io::Error::other("it is not a regular file")).into());
     }
-    Ok((File::open(path).map_err(read_error)?, metadata.len()))
+    Ok((File::open(path).map_err(FileError::read(path))?, metadata.len()))
 }
 
 /// A safetensors file of which the header is read and found to fit the file's length.
@@ -61,19 +61,18 @@ struct TensorFile {
 impl TensorFile {
     fn open(path: &Path) -> Result<Self, HfError> {
         let damaged = |reason: String| HfError::Damaged { path: path.to_owned(), reason };
-        let read_error = |source| HfError::Read { path: path.to_owned(), source };
         let (mut file, n_bytes) = open(path)?;
         if n_bytes < 8 {
             return Err(damaged(format!("it has {n_bytes} bytes, expected a header")));
         }
         let mut head = vec![0; 8];
-        file.read_exact(&mut head).map_err(read_error)?;
+        file.read_exact(&mut head).map_err(FileError::read(path))?;
         let n_header = u64::from_le_bytes(head[..].try_into().expect("eight bytes"));
         if n_header > MAX_HEADER_BYTES.min(n_bytes - 8) {
             return Err(damaged(format!("its header has {n_header} bytes, the file {n_bytes}")));
         }
         head.resize(8 + n_header as usize, 0);
-        file.read_exact(&mut head[8..]).map_err(read_error)?;
+        file.read_exact(&mut head[8..]).map_err(FileError::read(path))?;
         // Checks that the tensors follow each other without gap or overlap and that each is as long as its shape says.
         let header: Metadata = serde_json::from_slice(&head[8..]).map_err(|error| damaged(error.to_string()))?;
         let n_needed = head.len() + header.data_len();
@@ -99,8 +98,7 @@ impl TensorFile {
             while n_left > 0 {
                 let chunk = &mut chunk[..n_left.min(CHUNK_BYTES)];
                 n_left -= chunk.len();
-                let read = self.file.read_exact(chunk);
-                read.map_err(|source| HfError::Read { path: self.path.clone(), source })?;
+                self.file.read_exact(chunk).map_err(FileError::read(&self.path))?;
                 sha256.update(&*chunk);
                 match dtype {
                     _ if key.is_none() => {}
@@ -200,14 +198,14 @@ pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'
         check_finite(path, name, &tensor.data)?;
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let write_error = |source| HfError::Write { path: path.to_owned(), source };
+    let failed = || FileError::write(path);
     // The library writes a temporary file that only its owner may read; others may read what `File::create` allows.
-    let permissions = std::fs::File::create(path).and_then(|file| file.metadata()).map_err(write_error)?.permissions();
+    let permissions = std::fs::File::create(path).and_then(|file| file.metadata()).map_err(failed())?.permissions();
     serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(source) => write_error(source),
-        other => write_error(std::io::Error::other(other)),
+        SafeTensorError::IoError(source) => failed()(source),
+        other => failed()(io::Error::other(other)),
     })?;
-    std::fs::set_permissions(path, permissions).map_err(write_error)
+    Ok(std::fs::set_permissions(path, permissions).map_err(failed())?)
 }
 
 #[derive(serde::Deserialize)]

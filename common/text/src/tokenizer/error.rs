@@ -1,7 +1,8 @@
 //! What can go wrong with a tokenizer.
 
-use std::io;
 use std::path::PathBuf;
+
+use base::files::FileError;
 
 /// Why a tokenizer cannot be trained, loaded, saved or used.
 #[derive(Debug, thiserror::Error)]
@@ -16,22 +17,9 @@ pub enum TokenizerError {
         path = .0.display()
     )]
     NoFiles(PathBuf),
-    /// A file cannot be read.
-    #[error("cannot read `{path}`", path = path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// A file cannot be written.
-    #[error("cannot write `{path}`", path = path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
+    /// A file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A file is not what its name says.
     #[error("`{path}` is not a tokenizer: {reason}\nhint: the file is damaged or another kind of file; write or download it again", path = path.display())]
     Invalid {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::Path;
 
+use base::files::FileError;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
@@ -61,18 +62,15 @@ impl Tokenizer {
     /// # Errors
     /// If a file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), TokenizerError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |source| TokenizerError::Write { path, source }
-        };
-        fs::create_dir_all(dir).map_err(failed(dir))?;
+        fs::create_dir_all(dir).map_err(FileError::write(dir))?;
         let path = dir.join("tokenizer.json");
         let text = self.library.to_string(true);
         let text = text.map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
-        fs::write(&path, text).map_err(failed(&path))?;
+        fs::write(&path, text).map_err(FileError::write(&path))?;
         let path = dir.join("tokenizer_config.json");
-        let text = serde_json::to_string_pretty(&self.settings).map_err(io::Error::from).map_err(failed(&path))?;
-        fs::write(&path, text + "\n").map_err(failed(&path))
+        let text = serde_json::to_string_pretty(&self.settings).map_err(io::Error::from);
+        let written = text.and_then(|text| fs::write(&path, text + "\n"));
+        Ok(written.map_err(FileError::write(&path))?)
     }
 }
 
@@ -210,7 +208,7 @@ fn text(path: &Path) -> Result<String, TokenizerError> {
 fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
-    read.map_err(|source| TokenizerError::Read { path: path.to_owned(), source })?;
+    read.map_err(FileError::read(path))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(invalid(path, format!("it has more than {MAX_BYTES} bytes")));
     }

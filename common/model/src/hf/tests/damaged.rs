@@ -58,7 +58,7 @@ fn a_truncated_damaged_or_absent_file_is_named() {
     fs::write(dir.path().join(CONFIG_FILE), "{").expect("writes");
     assert!(message(dir.path()).starts_with("`DIR/config.json` is damaged or cut short: "));
     fs::remove_file(dir.path().join(CONFIG_FILE)).expect("removed");
-    assert!(message(dir.path()).starts_with("failed to read `DIR/config.json`"));
+    assert!(message(dir.path()).starts_with("cannot read `DIR/config.json`"));
 }
 
 /// A file with this header, whatever it claims, and `n_bytes` of tensors.
@@ -131,7 +131,7 @@ fn a_file_that_is_not_a_file_is_refused() {
     fs::remove_file(dir.path().join(WEIGHTS_FILE)).expect("removed");
     fs::write(dir.path().join(INDEX_FILE), index.to_string()).expect("writes");
     fs::create_dir(dir.path().join("shard")).expect("created");
-    assert_eq!(message(dir.path()), "failed to read `DIR/shard`: it is not a regular file");
+    assert_eq!(message(dir.path()), "cannot read `DIR/shard`: it is not a regular file");
     #[cfg(unix)]
     for special in ["/dev/zero", "/dev/stdin"] {
         for file in ["shard", CONFIG_FILE] {
@@ -139,7 +139,7 @@ fn a_file_that_is_not_a_file_is_refused() {
             if path.is_dir() { fs::remove_dir(&path) } else { fs::remove_file(&path) }.expect("removed");
             std::os::unix::fs::symlink(special, &path).expect("linked");
         }
-        assert_eq!(message(dir.path()), "failed to read `DIR/config.json`: it is not a regular file");
+        assert_eq!(message(dir.path()), "cannot read `DIR/config.json`: it is not a regular file");
     }
     for weight_map in [json!([1]), json!({ "a": 1 }), json!("x"), json!(null)] {
         let (dir, _) = gpt2();

@@ -72,7 +72,9 @@ fn rewrite(dir: &Path, tensors: &NamedTensors) {
 }
 
 fn message(dir: &Path) -> String {
-    read(dir).expect_err("refused").to_string().replace(&dir.display().to_string(), "DIR")
+    let error = read(dir).expect_err("refused");
+    let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+    format!("{error}{source}").replace(&dir.display().to_string(), "DIR")
 }
 
 #[test]
@@ -207,7 +209,7 @@ fn shards_with_an_index_read_as_one_file() {
     assert!(message(dir.path()).contains(&format!("tensor `{first}` is not used")));
     write_index(&weight_map);
     fs::remove_file(dir.path().join("model-2.safetensors")).expect("removed");
-    assert!(message(dir.path()).starts_with("failed to read `DIR/model-2.safetensors`"));
+    assert!(message(dir.path()).starts_with("cannot read `DIR/model-2.safetensors`"));
 }
 
 #[test]
