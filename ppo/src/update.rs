@@ -93,7 +93,7 @@ impl Learner {
         let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
         for part in by_length(lengths, config.micro_batch_size()) {
             let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), n_tokens);
-            let (policy, value) = kernels::at_once(
+            let (policy, value) = kernels::join(
                 &self.policy.device(),
                 || part.policy_gradients(self, config),
                 || self.critic.as_ref().map(|critic| part.value_gradients(critic, config)),
@@ -116,7 +116,7 @@ impl Learner {
     fn descend(self, policy_grads: Grads, value_grads: Grads, lrs: (f64, f64), sums: &mut Sums) -> Self {
         let Self { policy, mut policy_optimizer, critic } = self;
         let device = policy.device();
-        let ((policy, policy_norm), critic) = kernels::at_once(
+        let ((policy, policy_norm), critic) = kernels::join(
             &device,
             || policy_optimizer.step(policy, policy_grads, lrs.0),
             || {

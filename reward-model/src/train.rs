@@ -111,7 +111,7 @@ impl Training for RewardTraining<'_> {
             .collect();
         let n_in_batch = chosen.len();
         let mut grads = Grads::default();
-        let mut parts = Vec::new();
+        let mut micro_batches = Vec::new();
         let mut n_tokens = 0;
         for (i, part) in by_length(chosen.iter().map(|pair| pair.len()), micro).iter().enumerate() {
             let batch = Batch::new(&part.iter().map(|&i| chosen[i]).collect::<Vec<_>>());
@@ -123,7 +123,7 @@ impl Training for RewardTraining<'_> {
             let pairwise = pairwise_loss(chosen.clone(), rejected.clone(), batch.margins(&device));
             // Each part's mean by its share of the pairs, so that micro-batches add up to the batch's mean.
             let share = n_pairs as f64 / n_in_batch as f64;
-            parts.push(Part {
+            micro_batches.push(MicroBatch {
                 loss: pairwise.clone().inner() * share,
                 distances: (chosen.clone() - rejected.clone()).inner(),
             });
@@ -138,7 +138,7 @@ impl Training for RewardTraining<'_> {
         let grad_norm;
         (self.model, grad_norm) = self.optimizer.step(self.model, grads, lr);
         let norm = grad_norm.clone();
-        let metrics = Box::new(move || metrics(parts, n_in_batch, lr, &norm));
+        let metrics = Box::new(move || metrics(micro_batches, n_in_batch, lr, &norm));
         Ok((self, Step { tokens: n_tokens as u64, grad_norm, metrics }))
     }
 
@@ -194,7 +194,7 @@ impl Training for RewardTraining<'_> {
 }
 
 /// The metrics of a micro-batch, off the graph.
-struct Part {
+struct MicroBatch {
     /// Its share of the batch's mean pairwise loss, `[1]`; without the centring penalty, as in `val/loss`.
     loss: Tensor<1>,
     /// Scores of the chosen less those of the rejected answers, `[n_pairs]`.
@@ -203,12 +203,13 @@ struct Part {
 
 /// The line of metrics of a step.
 fn metrics(
-    parts: Vec<Part>,
+    micro_batches: Vec<MicroBatch>,
     n_pairs: usize,
     lr: f64,
     grad_norm: &GradNorm,
 ) -> anyhow::Result<Vec<(&'static str, f64)>> {
-    let (losses, distances): (Vec<_>, Vec<_>) = parts.into_iter().map(|part| (part.loss, part.distances)).unzip();
+    let (losses, distances): (Vec<_>, Vec<_>) =
+        micro_batches.into_iter().map(|micro| (micro.loss, micro.distances)).unzip();
     let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
     let distances = Tensor::cat(distances, 0).try_into_vec_as::<f32>().context("failed to read the scores")?;
     let mean = |value: &dyn Fn(f64) -> f64| {

@@ -319,12 +319,12 @@ pub fn attention_cached(
     plain::attention_cached(&qkv, keys, values, cached)
 }
 
-/// Runs `body` with the CPU's threads standing by: for many short operations in a row, such as decoding token by token.
+/// Runs `body` with worker threads that wait awake: for many short operations in a row, such as decoding token by token.
 ///
-/// Changes no result. Longer operations within it have one thread less for each that stands by.
-pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
+/// Changes no result. Longer operations within it have one thread less for each worker.
+pub fn with_workers<R>(body: impl FnOnce() -> R) -> R {
     #[cfg(feature = "flex")]
-    return flex::crew::standing_by(body);
+    return flex::workers::with_workers(body);
     #[cfg(not(feature = "flex"))]
     body()
 }
@@ -333,7 +333,7 @@ pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
 /// kernels are ours: what one does on a single thread overlaps with the other.
 ///
 /// Changes no result; both hold their memory at once.
-pub fn at_once<A: Send, B: Send>(
+pub fn join<A: Send, B: Send>(
     device: &Device,
     first: impl FnOnce() -> A + Send,
     second: impl FnOnce() -> B + Send,
@@ -345,18 +345,18 @@ pub fn at_once<A: Send, B: Send>(
     (first(), second())
 }
 
-/// Calls `task` with each of `items`, on the threads that [stand by](standing_by) or those of the pool.
+/// Calls `task` with each of `items`, on the [workers](with_workers) or the threads of the pool.
 pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
     #[cfg(feature = "flex")]
-    flex::crew::for_each_of(items, task);
+    flex::workers::for_each_of(items, task);
     #[cfg(not(feature = "flex"))]
     rayon::prelude::ParallelIterator::for_each(rayon::prelude::IntoParallelRefMutIterator::par_iter_mut(items), task);
 }
 
-/// The embedding of tokens at their positions: `out[b][t] = tokens[ids[b][t]] + places[position of (b, t)]`.
+/// The embedding of tokens at their positions: `out[b][t] = tokens[ids[b][t]] + position_table[position of (b, t)]`.
 ///
 /// # Shapes
-/// - `tokens`: `[vocab_size, d]`, `places`: `[n_positions, d]`, `ids`: `[batch, seq]`
+/// - `tokens`: `[vocab_size, d]`, `position_table`: `[n_positions, d]`, `ids`: `[batch, seq]`
 /// - `positions`: `[batch · seq]`, each below `n_positions`; `None` where token `t` stands at `start + t`
 /// - returns `[batch, seq, d]`
 ///
@@ -365,29 +365,29 @@ pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
 pub fn embed(
     kernels: Kernels,
     tokens: Tensor<2>,
-    places: Tensor<2>,
+    position_table: Tensor<2>,
     ids: Tensor<2, Int>,
     positions: Option<&[usize]>,
     start: usize,
 ) -> Tensor<3> {
     let [batch, seq] = ids.dims();
-    let [n_positions, d] = places.dims();
+    let [n_positions, d] = position_table.dims();
     assert_eq!(tokens.dims()[1], d, "the tables differ in width");
     assert_eq!(positions.map_or(batch * seq, <[usize]>::len), batch * seq, "one position a token");
     let last = positions.map_or(start + seq, |positions| positions.iter().max().map_or(0, |last| last + 1));
     assert!(last <= n_positions, "position {} in a table of {n_positions}", last - 1);
     tap::call(|| {
         let positions = positions.map(<[usize]>::to_vec);
-        Call::new(Operation::Embed { ids: ids.clone(), positions, start }, [(&tokens).into(), (&places).into()])
+        Call::new(Operation::Embed { ids: ids.clone(), positions, start }, [(&tokens).into(), (&position_table).into()])
     });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &tokens) {
         let positions =
             positions.map_or_else(|| (0..batch * seq).map(|i| start + i % seq).collect(), <[usize]>::to_vec);
-        let (tokens, places) = (tokens.into_dispatch(), places.into_dispatch());
-        return Tensor::from_dispatch(Dispatch::fused_embed(tokens, places, ids.into_dispatch(), positions));
+        let (tokens, position_table) = (tokens.into_dispatch(), position_table.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_embed(tokens, position_table, ids.into_dispatch(), positions));
     }
-    plain::embed(tokens, places, ids, positions, start)
+    plain::embed(tokens, position_table, ids, positions, start)
 }
 
 /// One `AdamW` step of many parameters: where fused, in one pass that the threads share.

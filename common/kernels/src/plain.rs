@@ -31,19 +31,19 @@ pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: T
 
 pub(super) fn embed(
     tokens: Tensor<2>,
-    places: Tensor<2>,
+    position_table: Tensor<2>,
     ids: Tensor<2, Int>,
     positions: Option<&[usize]>,
     start: usize,
 ) -> Tensor<3> {
-    let ([batch, seq], [_, d], device) = (ids.dims(), places.dims(), ids.device());
+    let ([batch, seq], [_, d], device) = (ids.dims(), position_table.dims(), ids.device());
     let placed = match positions {
         // [1, seq, d]
-        None => places.slice([start..start + seq, 0..d]).unsqueeze::<3>(),
+        None => position_table.slice([start..start + seq, 0..d]).unsqueeze::<3>(),
         Some(positions) => {
             let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
             let positions = Tensor::from_data(TensorData::new(positions, [batch, seq]), &device);
-            module::embedding(places, positions)
+            module::embedding(position_table, positions)
         }
     };
     module::embedding(tokens, ids) + placed

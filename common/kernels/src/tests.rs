@@ -303,20 +303,20 @@ proptest! {
 
     #[test]
     fn fused_embedding_agrees(batch in 1usize..4, seq in edge(), d in edge(), tied: bool, padded: bool, seed: u64) {
-        let (n_tokens, n_places) = (11, seq + 3);
+        let (n_tokens, n_positions) = (11, seq + 3);
         let ids = integers(seed, batch * seq, n_tokens);
-        let positions = integers(seed ^ 1, batch * seq, n_places);
+        let positions = integers(seed ^ 1, batch * seq, n_positions);
         let op = |kernels, leaves: &[Tensor<1>]| {
-            let (tokens, places) = (leaves[0].clone().reshape([n_tokens, d]), leaves[1].clone().reshape([n_places, d]));
+            let (tokens, position_table) = (leaves[0].clone().reshape([n_tokens, d]), leaves[1].clone().reshape([n_positions, d]));
             let ids = int_tensor(&ids, [batch, seq], &tokens.device());
-            let x = embed(kernels, tokens.clone(), places, ids, padded.then_some(&positions), 2);
+            let x = embed(kernels, tokens.clone(), position_table, ids, padded.then_some(&positions), 2);
             let x = x.reshape([batch * seq, d]);
             // As output weights: their gradient comes first, and that of the embedding is added to it.
             let x = if tied { logits(kernels, x, tokens) } else { x };
             let [n, width] = x.dims();
             x.reshape([n * width])
         };
-        assert_agrees(&op, &[normals(seed, n_tokens * d), normals(seed ^ 2, n_places * d)]);
+        assert_agrees(&op, &[normals(seed, n_tokens * d), normals(seed ^ 2, n_positions * d)]);
     }
 
     #[test]

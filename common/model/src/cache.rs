@@ -109,7 +109,7 @@ impl Cache {
     /// If it is another model's, has a larger capacity, or not one row for each of `rows`.
     pub fn replace_rows(&mut self, rows: &[usize], other: &Self) {
         assert!(self.capacity >= other.capacity, "rows of {} for a cache of {}", other.capacity, self.capacity);
-        assert_eq!(rows.len(), other.n_rows(), "{} rows for {} places", other.n_rows(), rows.len());
+        assert_eq!(rows.len(), other.n_rows(), "{} rows for {} slots", other.n_rows(), rows.len());
         for (&row, &len) in rows.iter().zip(&other.lens) {
             self.lens[row] = len;
         }

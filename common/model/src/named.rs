@@ -57,35 +57,35 @@ pub enum NamedError {
     },
 }
 
-/// Looks at every parameter of a module; [`for_each`] walks.
+/// Visits every parameter of a module; see [`for_each`].
 pub(crate) trait ParamVisitor {
     /// Called with each parameter and its path.
     fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>);
 }
 
-/// Replaces every parameter of a module; [`map`] walks.
+/// Replaces every parameter of a module; see [`map`].
 pub(crate) trait ParamMapper {
     /// The parameter that takes the place of `param`, at `path`.
     fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>>;
 }
 
-/// A walk through a module, which knows the path it is at.
-struct Walk<'a, F> {
+/// A visitor of modules that knows the path it is at.
+struct PathVisitor<'a, F> {
     path: Vec<String>,
     at: &'a mut F,
 }
 
 /// Shows every parameter of `module` to `at`, in order.
 pub(crate) fn for_each<M: Module>(module: &M, at: &mut impl ParamVisitor) {
-    module.visit(&mut Walk { path: Vec::new(), at });
+    module.visit(&mut PathVisitor { path: Vec::new(), at });
 }
 
 /// `module` with its parameters replaced.
 pub(crate) fn map<M: Module>(module: M, at: &mut impl ParamMapper) -> M {
-    module.map(&mut Walk { path: Vec::new(), at })
+    module.map(&mut PathVisitor { path: Vec::new(), at })
 }
 
-impl<F: ParamVisitor> ModuleVisitor for Walk<'_, F> {
+impl<F: ParamVisitor> ModuleVisitor for PathVisitor<'_, F> {
     fn enter_module(&mut self, name: &str, _container: &str) {
         self.path.push(name.to_owned());
     }
@@ -99,7 +99,7 @@ impl<F: ParamVisitor> ModuleVisitor for Walk<'_, F> {
     }
 }
 
-impl<F: ParamMapper> ModuleMapper for Walk<'_, F> {
+impl<F: ParamMapper> ModuleMapper for PathVisitor<'_, F> {
     fn enter_module(&mut self, name: &str, _container: &str) {
         self.path.push(name.to_owned());
     }

@@ -69,7 +69,7 @@ impl FrozenModels<'_> {
         let rows: Vec<Vec<u32>> = pairs.iter().map(|(prompt, response)| [*prompt, response].concat()).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
-        let (ref_log_probs, scores) = kernels::at_once(
+        let (ref_log_probs, scores) = kernels::join(
             &reference.device(),
             || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature)),
             || score_rows(reward_model, &rows, batch_size),

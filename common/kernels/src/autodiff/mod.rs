@@ -64,7 +64,7 @@ pub trait FusedOps: Backend {
     /// See [`super::embed`]; `positions` has an entry for each id.
     fn fused_embed(
         tokens: FloatTensor<Self>,
-        places: FloatTensor<Self>,
+        position_table: FloatTensor<Self>,
         ids: IntTensor<Self>,
         positions: Vec<usize>,
     ) -> FloatTensor<Self>;
@@ -220,17 +220,17 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
 
     fn fused_embed(
         tokens: FloatTensor<Self>,
-        places: FloatTensor<Self>,
+        position_table: FloatTensor<Self>,
         ids: IntTensor<Self>,
         positions: Vec<usize>,
     ) -> FloatTensor<Self> {
         let [n_rows, _] = tokens.primitive().layout().shape().dims();
         let shape = ids.layout().shape().dims();
         let ids = embedding::rows_of(&ids, n_rows);
-        let out = embedding::forward(tokens.primitive(), places.primitive(), &ids, &positions, shape);
-        let nodes = [tokens.node(), places.node()];
+        let out = embedding::forward(tokens.primitive(), position_table.primitive(), &ids, &positions, shape);
+        let nodes = [tokens.node(), position_table.node()];
         match EmbedBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(EmbedState { tokens, places, ids, positions }, out),
+            OpsKind::Tracked(prep) => prep.finish(EmbedState { tokens, position_table, ids, positions }, out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }

@@ -112,10 +112,10 @@ impl Backward<Flex, 2> for EmbedBackward {
     type State = EmbedState;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [tokens_node, places_node] = ops.parents;
-        let EmbedState { tokens, places, ids, positions } = ops.state;
+        let [tokens_node, positions_node] = ops.parents;
+        let EmbedState { tokens, position_table, ids, positions } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        for (node, table, rows) in [(tokens_node, tokens, ids), (places_node, places, positions)] {
+        for (node, table, rows) in [(tokens_node, tokens, ids), (positions_node, position_table, positions)] {
             if let Some(node) = node {
                 let [n_rows, _] = table.primitive().layout().shape().dims();
                 let earlier = grads.remove::<Flex>(&table);
@@ -133,7 +133,7 @@ impl Backward<Flex, 2> for EmbedBackward {
 #[derive(Debug, Clone)]
 pub(super) struct EmbedState {
     pub(super) tokens: Traced,
-    pub(super) places: Traced,
+    pub(super) position_table: Traced,
     pub(super) ids: embedding::Rows,
     pub(super) positions: embedding::Rows,
 }

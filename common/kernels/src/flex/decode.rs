@@ -6,9 +6,9 @@
 use burn_flex::FlexTensor;
 
 use super::attention::{QUERIES, Tile, attend};
-use super::crew::for_each;
 use super::gemm::{Mat, SharedMut};
 use super::simd::{add_up, exp, fma, simd};
+use super::workers::for_each;
 use super::{contiguous, floats, tensor, unset, with_scratch};
 
 /// Multiplications below which a task is not worth handing to another thread.

@@ -27,23 +27,23 @@ pub fn rows_of(ids: &FlexTensor, n_rows: usize) -> Rows {
     rows
 }
 
-/// `out_i = tokens[ids_i] + places[positions_i]`, of the shape `[batch, seq, d]`.
+/// `out_i = tokens[ids_i] + position_table[positions_i]`, of the shape `[batch, seq, d]`.
 pub fn forward(
     tokens: &FlexTensor,
-    places: &FlexTensor,
+    position_table: &FlexTensor,
     ids: &Rows,
     positions: &Rows,
     shape: [usize; 2],
 ) -> FlexTensor {
     let (_, d) = matrix_dims(tokens);
-    let (tokens, places) = (contiguous(tokens), contiguous(places));
-    let (tokens, places) = (floats(&tokens), floats(&places));
+    let (tokens, position_table) = (contiguous(tokens), contiguous(position_table));
+    let (tokens, position_table) = (floats(&tokens), floats(&position_table));
     let mut out = unset(ids.len() * d);
     let rows = ids.par_chunks(TOKENS).zip(positions.par_chunks(TOKENS));
     out.par_chunks_mut((TOKENS * d).max(1)).zip(rows).for_each(|(out, (ids, positions))| {
         for ((out, id), position) in out.chunks_exact_mut(d).zip(ids).zip(positions) {
             out.copy_from_slice(&tokens[id * d..][..d]);
-            add_numbers(out, &places[position * d..][..d]);
+            add_numbers(out, &position_table[position * d..][..d]);
         }
     });
     tensor(out, [shape[0], shape[1], d])

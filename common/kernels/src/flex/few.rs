@@ -5,10 +5,10 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::crew::for_each;
 use super::gemm::SharedMut;
 use super::simd::{self, add_assign, add_up, fma, simd};
 use super::transpose::transpose_columns;
+use super::workers::for_each;
 use super::{unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
@@ -294,7 +294,7 @@ impl Tiles<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flex::crew::standing_by;
+    use crate::flex::workers::with_workers;
 
     fn numbers(n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0).collect()
@@ -345,7 +345,7 @@ mod tests {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("a thread pool");
                 let both = || [times_matrix(&x, &weight, None, n_out), times_transposed(&x, &weight, d)];
                 let alone = pool.install(both);
-                assert_eq!(alone, pool.install(|| standing_by(both)), "{n} {d} {n_out} on {n_threads}");
+                assert_eq!(alone, pool.install(|| with_workers(both)), "{n} {d} {n_out} on {n_threads}");
                 alone
             };
             let one = products(1);

@@ -244,29 +244,7 @@ pub fn cross_entropy_with_gradients(
         let hidden = &hidden[start * d_model..][..n * d_model];
         let exps = &mut exps[..vocab_size * n]; // [vocab_size, n]
         let per_tile = &mut per_tile[..n_tiles * n]; // [n_tiles, n]
-        let columns = Packed::new(Mat::rows(hidden, n, d_model, d_model).t(), Threads::All);
-        let tiles = exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n));
-        tiles.zip(head.par_chunks(TOKENS * d_model)).for_each(|((logits, highest), head)| {
-            let n_tokens = head.len() / d_model;
-            let head = Mat::rows(head, n_tokens, d_model, d_model);
-            let out = MatMut::rows(logits, n_tokens, n, n);
-            gemm_packed(out, Output::Overwrite, head, &columns, 1.0, Threads::One);
-            highest.fill(f32::NEG_INFINITY);
-            take_highest(highest, logits);
-        });
-        let mut highest = vec![f32::NEG_INFINITY; n];
-        take_highest(&mut highest, per_tile);
-        for (position, target) in targets.iter().enumerate() {
-            sum -= f64::from(exps[target * n + position] - highest[position]);
-        }
-        exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n)).for_each(|(logits, total)| {
-            total.fill(0.0);
-            exponentials(logits, &highest, total);
-        });
-        let mut factors = vec![0.0; n];
-        for total in per_tile.chunks_exact(n) {
-            add_assign(&mut factors, total);
-        }
+        let mut factors = exponentials_of_block(hidden, head, targets, (&mut *exps, per_tile), &mut sum);
         for factor in &mut factors {
             sum += f64::from(*factor).ln();
             *factor = weight as f32 / *factor;
@@ -304,6 +282,45 @@ pub fn cross_entropy_with_gradients(
         hidden_grad: tensor(hidden_grad, [n, d_model]),
         head_grad: tensor(head_grad, [vocab_size, d_model]),
     }
+}
+
+/// `exp(z − max z)` of a block's logits, `[vocab_size, n]`, and their sum over the vocabulary for each position.
+///
+/// `exps` takes the former, `per_tile` has room for `[n_tiles, n]` numbers. `−(z_target − max z)` of every position is added
+/// to `sum`.
+fn exponentials_of_block(
+    hidden: &[f32],
+    head: &[f32],
+    targets: &[usize],
+    (exps, per_tile): (&mut [f32], &mut [f32]),
+    sum: &mut f64,
+) -> Vec<f32> {
+    let n = targets.len();
+    let d_model = hidden.len() / n;
+    let columns = Packed::new(Mat::rows(hidden, n, d_model, d_model).t(), Threads::All);
+    let tiles = exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n));
+    tiles.zip(head.par_chunks(TOKENS * d_model)).for_each(|((logits, highest), head)| {
+        let n_tokens = head.len() / d_model;
+        let head = Mat::rows(head, n_tokens, d_model, d_model);
+        let out = MatMut::rows(logits, n_tokens, n, n);
+        gemm_packed(out, Output::Overwrite, head, &columns, 1.0, Threads::One);
+        highest.fill(f32::NEG_INFINITY);
+        take_highest(highest, logits);
+    });
+    let mut highest = vec![f32::NEG_INFINITY; n];
+    take_highest(&mut highest, per_tile);
+    for (position, target) in targets.iter().enumerate() {
+        *sum -= f64::from(exps[target * n + position] - highest[position]);
+    }
+    exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n)).for_each(|(logits, total)| {
+        total.fill(0.0);
+        exponentials(logits, &highest, total);
+    });
+    let mut totals = vec![0.0; n];
+    for total in per_tile.chunks_exact(n) {
+        add_assign(&mut totals, total);
+    }
+    totals
 }
 
 simd! {

@@ -7,7 +7,6 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod branch;
-pub mod crew;
 pub mod decode;
 pub mod embedding;
 pub mod few;
@@ -18,6 +17,7 @@ pub mod norm;
 pub mod simd;
 mod tile;
 mod transpose;
+pub mod workers;
 
 use std::cell::Cell;
 
@@ -83,13 +83,13 @@ impl FusedOps for Flex {
 
     fn fused_embed(
         tokens: FloatTensor<Self>,
-        places: FloatTensor<Self>,
+        position_table: FloatTensor<Self>,
         ids: IntTensor<Self>,
         positions: Vec<usize>,
     ) -> FloatTensor<Self> {
         let (n_rows, _) = matrix_dims(&tokens);
         let rows = embedding::rows_of(&ids, n_rows);
-        embedding::forward(&tokens, &places, &rows, &positions, ids.layout().shape().dims())
+        embedding::forward(&tokens, &position_table, &rows, &positions, ids.layout().shape().dims())
     }
 
     fn fused_bias_activation(

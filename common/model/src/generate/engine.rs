@@ -96,7 +96,7 @@ pub fn generate(
     };
     // The prompts are long operations, which all threads of the pool should share.
     if !step()? {
-        kernels::standing_by(|| -> Result<(), GenerateError> {
+        kernels::with_workers(|| -> Result<(), GenerateError> {
             while !step()? {}
             Ok(())
         })?;

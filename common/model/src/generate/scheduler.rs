@@ -73,7 +73,7 @@ pub struct Limits {
 /// running request one more. A request that ends leaves its row to the next one in the queue. Every request draws from
 /// its own stream, so its tokens depend neither on its row nor on its neighbours.
 ///
-/// To copy no rows for a single free place, requests are admitted, and without a queue the cache is cut to the rows in
+/// To copy no rows for a single free slot, requests are admitted, and without a queue the cache is cut to the rows in
 /// use, when a quarter of the rows is free.
 #[derive(Debug)]
 pub struct Scheduler<'m> {
@@ -177,26 +177,26 @@ impl<'m> Scheduler<'m> {
 
     /// Reads the prompts of as many queued requests as there are free rows, and chooses their first tokens.
     fn admit(&mut self) -> Result<Vec<SampledToken>, GenerateError> {
-        let places = self.free_places();
-        let admitted: Vec<Request> = self.queue.drain(..places.len()).collect();
+        let slots = self.free_slots();
+        let admitted: Vec<Request> = self.queue.drain(..slots.len()).collect();
         let prompts: Vec<&[u32]> = admitted.iter().map(|request| &*request.prompt).collect();
         let mut hidden = Vec::new(); // of each prompt's last token, [n, d_model] for n prompts
         for piece in self.pieces(&prompts) {
-            let (prompts, places) = (&prompts[piece.clone()], &places[piece]);
-            if places.len() == self.rows.len() {
+            let (prompts, slots) = (&prompts[piece.clone()], &slots[piece]);
+            if slots.len() == self.rows.len() {
                 hidden.push(prefill(self.model, prompts, &mut self.cache));
                 continue;
             }
             let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
             let mut fresh = Cache::new(self.model, prompts.len(), longest);
             hidden.push(prefill(self.model, prompts, &mut fresh));
-            self.cache.replace_rows(places, &fresh);
+            self.cache.replace_rows(slots, &fresh);
         }
         let max_seq_len = self.model.config().max_seq_len;
-        for (&place, request) in places.iter().zip(&admitted) {
+        for (&slot, request) in slots.iter().zip(&admitted) {
             let Request { id, prompt, sampling, rng } = request;
             let room = max_seq_len.min(self.limits.capacity + 1) - prompt.len();
-            self.rows[place] = Some(Row {
+            self.rows[slot] = Some(Row {
                 request: *id,
                 sampler: Sampler::new(sampling, prompt, rng.clone()),
                 stop: sampling.stop.clone(),
@@ -213,11 +213,11 @@ impl<'m> Scheduler<'m> {
         } else {
             logits = logits_of(self.model, Tensor::cat(hidden, 0).unsqueeze_dim(1))?;
         }
-        self.choose(&places, logits)
+        self.choose(&slots, logits)
     }
 
     /// The rows that the next requests go into: free ones, or else new ones.
-    fn free_places(&mut self) -> Vec<usize> {
+    fn free_slots(&mut self) -> Vec<usize> {
         if self.n_running() == 0 && !self.rows.is_empty() {
             // All prompts are read into a cache of their own: this one only takes up memory.
             self.rows.clear();
@@ -255,23 +255,23 @@ impl<'m> Scheduler<'m> {
         pieces
     }
 
-    /// Gives the requests in `places` their next tokens.
+    /// Gives the requests in `slots` their next tokens.
     ///
     /// # Shapes
-    /// - `logits`: `places.len() · vocab_size`, row after row
-    fn choose(&mut self, places: &[usize], mut logits: Vec<f32>) -> Result<Vec<SampledToken>, GenerateError> {
-        let vocab_size = logits.len() / places.len();
+    /// - `logits`: `slots.len() · vocab_size`, row after row
+    fn choose(&mut self, slots: &[usize], mut logits: Vec<f32>) -> Result<Vec<SampledToken>, GenerateError> {
+        let vocab_size = logits.len() / slots.len();
         let mut rows: Vec<Option<&mut Row>> = self.rows.iter_mut().map(Option::as_mut).collect();
-        let mut tasks: Vec<_> = places
+        let mut tasks: Vec<_> = slots
             .iter()
             .zip(logits.chunks_mut(vocab_size))
-            .filter_map(|(&place, logits)| Some((place, rows[place].take()?, logits, None)))
+            .filter_map(|(&slot, logits)| Some((slot, rows[slot].take()?, logits, None)))
             .collect();
         kernels::for_each_of(&mut tasks, |(_, row, logits, chosen)| *chosen = Some(row.choose(logits)));
-        let chosen: Vec<_> = tasks.into_iter().filter_map(|(place, .., chosen)| Some((place, chosen?))).collect();
-        for (place, chosen) in &chosen {
+        let chosen: Vec<_> = tasks.into_iter().filter_map(|(slot, .., chosen)| Some((slot, chosen?))).collect();
+        for (slot, chosen) in &chosen {
             if !chosen.as_ref().is_ok_and(|token| token.finish.is_none()) {
-                self.retire(*place);
+                self.retire(*slot);
             }
         }
         let (tokens, failed): (Vec<_>, Vec<_>) = chosen.into_iter().map(|(_, chosen)| chosen).partition(Result::is_ok);

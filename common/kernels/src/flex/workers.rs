@@ -1,8 +1,8 @@
-//! Threads that stand by for many short pieces of work in a row.
+//! Worker threads that wait awake for many short pieces of work in a row.
 //!
 //! Decoding is thousands of products of microseconds each. Handing one to the thread pool and waiting for it takes as
-//! long as computing it, so for the length of a [`standing_by`] threads of its own watch one shared word instead. (Threads
-//! of the pool could not be had: should two crews hold all of them, their owners could wait for the pool for ever.) What is
+//! long as computing it, so for the length of a [`with_workers`] worker threads of its own watch one shared word instead. (Threads
+//! of the pool could not be had: should two pairs of owner and workers hold all of them, the owners could wait for the pool for ever.) What is
 //! computed is cut into the same pieces either way, and by one thread alone, so results do not depend on any of it.
 
 use std::cell::{Cell, UnsafeCell};
@@ -16,34 +16,34 @@ use rayon::prelude::*;
 /// How often a waiting thread looks again before it lets others run: some tens of microseconds.
 const SPINS: u32 = 1_000;
 
-/// How often before it sleeps, if it is a helper: some hundred microseconds.
+/// How often before it sleeps, if it is a worker: some hundred microseconds.
 const LOOKS: u32 = 1_400;
 
-/// The low half of [`Crew::open`].
+/// The low half of [`Workers::open`].
 const PIECES: u64 = 0xFFFF_FFFF;
 
 thread_local! {
-    /// The crew of the [`standing_by`] this thread is in, or null.
-    static CREW: Cell<*const Crew> = const { Cell::new(ptr::null()) };
+    /// The workers of the [`with_workers`] this thread is in, or null.
+    static WORKERS: Cell<*const Workers> = const { Cell::new(ptr::null()) };
 }
 
-/// Runs `body`, during which this thread's calls of [`for_each`] are shared with threads that stand by.
+/// Runs `body`, during which this thread's calls of [`for_each`] are shared with worker threads.
 ///
 /// For many short operations in a row. There is one thread less than in the pool: the caller works too.
-pub fn standing_by<R>(body: impl FnOnce() -> R) -> R {
-    if !CREW.get().is_null() {
+pub fn with_workers<R>(body: impl FnOnce() -> R) -> R {
+    if !WORKERS.get().is_null() {
         return body();
     }
-    let n_helpers = rayon::current_num_threads() - 1;
-    let crew = Crew::new(n_helpers);
+    let n_workers = rayon::current_num_threads() - 1;
+    let workers = Workers::new(n_workers);
     std::thread::scope(|scope| {
-        for _ in 0..n_helpers {
-            // A helper that the system refuses is not missed: whoever is there takes the pieces.
-            let _ = std::thread::Builder::new().name("kernels".into()).spawn_scoped(scope, || crew.help());
+        for _ in 0..n_workers {
+            // A worker that the system refuses is not missed: the others take the pieces.
+            let _ = std::thread::Builder::new().name("kernels".into()).spawn_scoped(scope, || workers.work());
         }
-        // However the body ends, the helpers go home: the scope waits for them.
-        let _end = End(&crew);
-        CREW.set(&raw const crew);
+        // However the body ends, the workers end: the scope waits for them.
+        let _end = End(&workers);
+        WORKERS.set(&raw const workers);
         body()
     })
 }
@@ -53,14 +53,14 @@ pub fn for_each(n: usize, task: impl Fn(usize) + Sync) {
     if n <= 1 {
         return (0..n).for_each(task);
     }
-    let crew = CREW.replace(ptr::null()); // a task's own calls go elsewhere: the crew is busy with this one
-    if crew.is_null() {
+    let workers = WORKERS.replace(ptr::null()); // a task's own calls go elsewhere: the workers are busy with this one
+    if workers.is_null() {
         return (0..n).into_par_iter().for_each(&task);
     }
-    // SAFETY: the pointer was set by `standing_by` on this thread, which clears it before the crew is dropped.
-    let shared = unsafe { &*crew };
+    // SAFETY: the pointer was set by `with_workers` on this thread, which clears it before the workers are dropped.
+    let shared = unsafe { &*workers };
     let panic = catch_unwind(AssertUnwindSafe(|| shared.run(n, &task)));
-    CREW.set(crew);
+    WORKERS.set(workers);
     panic.unwrap_or_else(|panic| resume_unwind(panic));
 }
 
@@ -80,20 +80,20 @@ pub fn for_each_of<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
     for_each(items.len(), |i| task(unsafe { &mut *shared.item(i) }));
 }
 
-/// Sends the helpers home when it is dropped.
-struct End<'a>(&'a Crew);
+/// Ends the workers when it is dropped.
+struct End<'a>(&'a Workers);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        CREW.set(ptr::null());
+        WORKERS.set(ptr::null());
         self.0.over.store(true, Ordering::SeqCst);
         self.0.wake();
     }
 }
 
 /// What the threads share. One of them, the owner, posts jobs.
-struct Crew {
-    n_helpers: usize,
+struct Workers {
+    n_workers: usize,
     /// The number of the job, and in the low half how many of its pieces nobody has taken yet.
     open: AtomicU64,
     job: UnsafeCell<Job>,
@@ -101,13 +101,13 @@ struct Crew {
     panicked: AtomicBool,
     over: AtomicBool,
     n_asleep: AtomicUsize,
-    door: Mutex<()>,
-    bell: Condvar,
+    sleep: Mutex<()>,
+    wake_up: Condvar,
 }
 
 // SAFETY: everything but `job` is made for sharing. `job` is written by the owner while no piece is open or being worked
 // on, and read by those who took a piece, which they can only after the write (`open` is released and acquired).
-unsafe impl Sync for Crew {}
+unsafe impl Sync for Workers {}
 
 /// A closure without its type, and the number of its pieces.
 #[derive(Clone, Copy)]
@@ -126,25 +126,25 @@ unsafe fn call<F: Fn(usize) + Sync>(task: *const (), piece: usize) {
     unsafe { (*task.cast::<F>())(piece) }
 }
 
-impl Crew {
-    fn new(n_helpers: usize) -> Self {
+impl Workers {
+    fn new(n_workers: usize) -> Self {
         let job = Job { task: ptr::null(), call: call::<fn(usize)>, n: 0 };
         Self {
-            n_helpers,
+            n_workers,
             open: AtomicU64::new(0),
             job: UnsafeCell::new(job),
             n_done: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             over: AtomicBool::new(false),
             n_asleep: AtomicUsize::new(0),
-            door: Mutex::new(()),
-            bell: Condvar::new(),
+            sleep: Mutex::new(()),
+            wake_up: Condvar::new(),
         }
     }
 
     /// The owner's part: posts the job, takes pieces too, and waits until all are done.
     fn run<F: Fn(usize) + Sync>(&self, n: usize, task: &F) {
-        if self.n_helpers == 0 {
+        if self.n_workers == 0 {
             return (0..n).for_each(task);
         }
         let n_pieces = u64::from(u32::try_from(n).expect("fewer pieces than 2³²"));
@@ -166,8 +166,8 @@ impl Crew {
         assert!(!self.panicked.load(Ordering::Relaxed), "a task panicked");
     }
 
-    /// A helper's part: takes pieces until the end.
-    fn help(&self) {
+    /// A worker's part: takes pieces until the end.
+    fn work(&self) {
         let mut looks = 0;
         while !self.over.load(Ordering::Acquire) {
             if self.take_piece() {
@@ -206,18 +206,18 @@ impl Crew {
 
     /// Waits until there is something to do.
     fn sleep(&self) {
-        let mut door = self.door.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
         // Counted before looking, as the owner posts before counting: one of the two sees the other.
         self.n_asleep.fetch_add(1, Ordering::SeqCst);
         while self.open.load(Ordering::SeqCst) & PIECES == 0 && !self.over.load(Ordering::SeqCst) {
-            door = self.bell.wait(door).unwrap_or_else(PoisonError::into_inner);
+            guard = self.wake_up.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         self.n_asleep.fetch_sub(1, Ordering::SeqCst);
     }
 
     fn wake(&self) {
-        let _door = self.door.lock().unwrap_or_else(PoisonError::into_inner);
-        self.bell.notify_all();
+        let _guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        self.wake_up.notify_all();
     }
 }
 
@@ -252,7 +252,7 @@ mod tests {
     fn every_piece_of_every_job_is_done_once() {
         for n_threads in [1, 2, 3, 8] {
             in_pool(n_threads, || {
-                standing_by(|| {
+                with_workers(|| {
                     for job in 0..3_000 {
                         let n = job % 17;
                         assert_eq!(counts(n), vec![1; n], "job {job} on {n_threads} threads");
@@ -269,38 +269,38 @@ mod tests {
     #[test]
     fn each_item_is_changed_once() {
         let mut items: Vec<String> = (0..50).map(|i| i.to_string()).collect();
-        in_pool(3, || standing_by(|| for_each_of(&mut items, |item| item.push('!'))));
+        in_pool(3, || with_workers(|| for_each_of(&mut items, |item| item.push('!'))));
         assert!(items.iter().enumerate().all(|(i, item)| *item == format!("{i}!")));
     }
 
     #[test]
     fn from_outside_the_pool_too() {
-        standing_by(|| assert_eq!(counts(100), [1; 100]));
+        with_workers(|| assert_eq!(counts(100), [1; 100]));
         assert_eq!(counts(100), [1; 100]);
     }
 
     #[test]
-    fn jobs_within_jobs_and_crews_within_crews_are_done() {
+    fn jobs_within_jobs_and_workers_within_workers_are_done() {
         in_pool(2, || {
-            standing_by(|| {
+            with_workers(|| {
                 for_each(4, |_| assert_eq!(counts(5), [1; 5]));
-                standing_by(|| assert_eq!(counts(7), [1; 7]));
+                with_workers(|| assert_eq!(counts(7), [1; 7]));
                 assert_eq!(counts(8), [1; 8]);
             });
         });
     }
 
     #[test]
-    fn a_panic_reaches_the_owner_and_the_crew_goes_on() {
+    fn a_panic_reaches_the_owner_and_the_workers_go_on() {
         in_pool(2, || {
-            standing_by(|| {
+            with_workers(|| {
                 for bad in 0..6 {
                     let job = || for_each(6, |i| assert_ne!(i, bad));
                     assert!(catch_unwind(AssertUnwindSafe(job)).is_err());
                     assert_eq!(counts(6), [1; 6]);
                 }
             });
-            let stop = catch_unwind(|| standing_by(|| panic!("in the body")));
+            let stop = catch_unwind(|| with_workers(|| panic!("in the body")));
             assert!(stop.is_err());
             assert_eq!(counts(6), [1; 6]);
         });
