@@ -73,34 +73,34 @@ struct Requests {
     first: Option<Instant>,
 }
 
-/// What to do about a signal.
+/// Response to a signal.
 #[derive(Debug, PartialEq, Eq)]
-enum Answer {
+enum Action {
     FinishTheStep,
     Nothing,
     StopAtOnce,
 }
 
 impl Requests {
-    fn note(&mut self, at: Instant) -> Answer {
+    fn note(&mut self, at: Instant) -> Action {
         match self.first {
             None => {
                 self.first = Some(at);
-                Answer::FinishTheStep
+                Action::FinishTheStep
             }
-            Some(first) if at.duration_since(first) <= SAME_REQUEST => Answer::Nothing,
-            Some(_) => Answer::StopAtOnce,
+            Some(first) if at.duration_since(first) <= SAME_REQUEST => Action::Nothing,
+            Some(_) => Action::StopAtOnce,
         }
     }
 
     fn handle(&mut self, signal: i32) {
         match self.note(Instant::now()) {
-            Answer::FinishTheStep => {
+            Action::FinishTheStep => {
                 SIGNAL.store(signal, Ordering::SeqCst);
                 tracing::warn!("finishing the step, then saving; press Ctrl-C again to stop at once");
             }
-            Answer::Nothing => {}
-            Answer::StopAtOnce => {
+            Action::Nothing => {}
+            Action::StopAtOnce => {
                 tracing::warn!("stopped without saving");
                 std::process::exit(i32::from(Stopped { signal }.exit_code()));
             }

@@ -55,17 +55,9 @@ impl Model {
         }
         let context = match &setup.configs.pretrain {
             Some(config) => {
-                let model = config.model.resolve(config.tokenizer.vocab_size).with_context(|| {
-                    format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display())
-                })?;
-                if let Some(seq_len) = config.train.seq_len {
-                    ensure!(
-                        seq_len <= model.max_seq_len,
-                        "`pretrain.train.seq_len` is {seq_len}, but the model's context \
-                         (`pretrain.model.max_seq_len`) has {} tokens",
-                        model.max_seq_len
-                    );
-                }
+                let invalid = || format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display());
+                let model = config.model.resolve(config.tokenizer.vocab_size).with_context(invalid)?;
+                config.seq_len(&model).with_context(invalid)?;
                 Some((model.max_seq_len, "`pretrain.model.max_seq_len`".to_owned()))
             }
             // The recipe goes on from what an earlier run of it left.

@@ -42,6 +42,8 @@ pub fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32) {
 
 /// Compares `actual` with the committed text at `path`; writes it there where the variable `UPDATE_SNAPSHOTS` is `1`.
 ///
+/// All that `insta` or `snapbox` would be used for here: one text a file, reviewed as a diff of git.
+///
 /// # Panics
 /// If they differ, with both texts.
 #[track_caller]

@@ -1,6 +1,7 @@
 //! What becomes of memory between two steps, and how much of it and of the processors was used.
 
-/// The number of `mi_option_purge_delay` in mimalloc's list of options, the same in its versions 2 and 3.
+/// `mi_option_purge_delay` in mimalloc's list of options, the same number in its versions 2 and 3. `libmimalloc-sys` has
+/// names for its neighbours, and none for this one.
 const PURGE_DELAY: i32 = 15;
 
 /// Freed memory is never given back.

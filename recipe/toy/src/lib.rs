@@ -20,8 +20,8 @@
 //! | `prompts.test.jsonl` | requests for the gold evaluation |
 //!
 //! What an answer is worth is known exactly: [`crate::gold`]. The labeller who chooses between two answers is
-//! **simulated**: it prefers the first with probability `σ((gold_a − gold_b) / temperature)`, so it errs as people do,
-//! more often where answers are nearly as good.
+//! **simulated**: it prefers the first with probability `σ((gold_a − gold_b) / temperature)`, so like people it
+//! errs most often where two answers are nearly as good.
 //!
 //! # Reading order
 //! [`words`], [`plots`], [`story`], [`request`], [`flaws`], then [`files`].

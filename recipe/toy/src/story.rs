@@ -56,11 +56,6 @@ impl Content {
         }
     }
 
-    /// The hero as the story names them: `Mia`, `the fox`.
-    pub fn hero_name(&self) -> String {
-        definite(&CHARACTERS[self.hero])
-    }
-
     /// The thing with its colour, if it has one: `red boat`.
     pub fn thing(&self) -> String {
         let object = OBJECTS[self.object].word;

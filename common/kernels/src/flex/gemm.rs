@@ -10,6 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::tile::{LANES, Start, multiply_panel, pack_columns, pack_rows, widest};
+use super::{Numbers, initialise};
 
 /// A matrix to read: element `(i, j)` is `data[i · row_stride + j · col_stride]`.
 #[derive(Clone, Copy)]
@@ -448,6 +449,8 @@ struct Buffer {
 #[repr(C, align(64))]
 struct Line([f32; LANES]);
 
+impl Numbers for Line {}
+
 impl Buffer {
     const EMPTY: Self = Self { lines: Vec::new(), len: 0 };
 
@@ -459,14 +462,13 @@ impl Buffer {
     }
 
     /// Makes room for `n` numbers of any value.
-    #[allow(clippy::uninit_vec)]
     fn resize(&mut self, n: usize) {
         let n_lines = n.div_ceil(LANES);
         if self.lines.len() < n_lines {
             self.lines.clear();
             self.lines.reserve_exact(n_lines);
-            // SAFETY: the capacity is there; f32 has no invalid bit patterns, and whoever asks for room writes every
-            // number before reading it.
+            initialise(&mut self.lines.spare_capacity_mut()[..n_lines]);
+            // SAFETY: the capacity is there, and the lines are initialised.
             unsafe { self.lines.set_len(n_lines) };
         }
         self.len = n;

@@ -20,6 +20,7 @@ mod transpose;
 pub mod workers;
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -169,7 +170,7 @@ fn floats(tensor: &FlexTensor) -> &[f32] {
 
 /// The tensor, with numbers that lie in order and that nobody else holds, so that they can be overwritten.
 fn exclusive(tensor: FlexTensor) -> FlexTensor {
-    // A view of a larger tensor is copied out of it; what others hold is copied by whoever writes first.
+    // A view of a larger tensor is copied out of it; what others hold is copied by the first who writes.
     let exact = tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
     if exact { tensor } else { contiguous(&tensor) }
 }
@@ -206,16 +207,35 @@ pub fn scaled(mut tensor: FlexTensor, factor: &FlexTensor) -> FlexTensor {
     tensor
 }
 
-/// `n` numbers that are not set to anything, for an output of which every element is written.
+/// `n` numbers of any value, for an output of which every element is written.
 ///
 /// Clearing it first would cost a pass over memory, which for the large tensors here is a good part of the work.
-#[allow(clippy::uninit_vec)]
 fn unset(n: usize) -> Vec<f32> {
     let mut data = Vec::with_capacity(n);
-    // SAFETY: the capacity is `n`; f32 has no invalid bit patterns and no drop, and each operation in this module
-    // writes every element of its output before anything reads it.
+    initialise(&mut data.spare_capacity_mut()[..n]);
+    // SAFETY: the capacity is at least `n`, and the numbers are initialised.
     unsafe { data.set_len(n) };
     data
+}
+
+/// Plain numbers: every pattern of bits is a value.
+trait Numbers: Copy {}
+
+impl Numbers for f32 {}
+
+/// Gives `memory` values without a pass over it: those that its bytes happen to be.
+///
+/// A reference to memory that nothing has written is undefined even for numbers that are not read. The block of assembly
+/// has no instructions, but the compiler must assume that it writes to what it gets a pointer to; what it then wrote are
+/// the bytes that are there.
+fn initialise<T: Numbers>(memory: &mut [MaybeUninit<T>]) {
+    #[cfg(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(miri)))]
+    // SAFETY: nothing is executed, and the memory is borrowed exclusively.
+    unsafe {
+        std::arch::asm!("/* {0} */", in(reg) memory.as_mut_ptr(), options(nostack, preserves_flags));
+    }
+    #[cfg(not(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(miri))))]
+    memory.fill_with(MaybeUninit::zeroed);
 }
 
 /// Gives `body` a buffer of `n` numbers of any value, kept by the thread from one call to the next.

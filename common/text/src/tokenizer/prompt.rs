@@ -23,7 +23,7 @@ const SHADOWS: u32 = 0xf_0000;
 /// How many characters it has.
 const N_SHADOWS: usize = 0xfffe;
 
-/// What it takes to write conversations by a template.
+/// Everything needed to write conversations by a template.
 #[derive(Debug)]
 pub(super) struct Chat {
     template: ChatTemplate,
@@ -274,7 +274,7 @@ impl Tokenizer {
                 )));
             }
             let mut range = before.len()..after.len();
-            // What follows the end of the turn is the template's.
+            // The text after the end of the turn is the template's.
             let inside = marks.iter().rev().find(|mark| range.start <= mark.at.start && mark.at.end <= range.end);
             if let Some(mark) = inside.filter(|mark| rendered.text[mark.at.end..range.end].trim().is_empty()) {
                 range.end = mark.at.end;

@@ -142,14 +142,6 @@ pub fn read_prompts(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<
     json::read(path, options.into(), user_prompt_of)
 }
 
-/// Checks a file that [`read_prompts`] reads.
-///
-/// # Errors
-/// As [`read_prompts`].
-pub fn check_prompts(path: &Path, options: impl Into<ReadOptions>) -> Result<Summary, DataError> {
-    json::check(path, options.into(), user_prompt_of)
-}
-
 fn conversation_of(record: &Record) -> Result<Conversation, String> {
     let other = || Err(shapes::other(record, shapes::CONVERSATION));
     let messages = if record.contains_key("messages") {

@@ -394,7 +394,6 @@ fn checks_find_what_reading_finds() {
     assert_eq!(check_texts(&good, &Separator::None, FAIL).unwrap(), one);
     assert_eq!(check_conversations(&good, FAIL).unwrap(), one);
     assert_eq!(check_pairs(&good, FAIL).unwrap(), one);
-    assert_eq!(check_prompts(&good, FAIL).unwrap(), one);
     assert_eq!(check_conversations(&bad, SKIP).unwrap(), Summary { n_records: 1, n_skipped: 1 });
     let (read, check) = (read_conversations(&bad, FAIL).unwrap_err(), check_conversations(&bad, FAIL).unwrap_err());
     assert_eq!(read.to_string(), check.to_string());
