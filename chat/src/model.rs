@@ -64,8 +64,7 @@ impl ChatModel {
         sampling.strategy(vec![])?; // before anything is read
         let backend = &runtime.backend;
         let runtime = runtime.open()?;
-        let checkpoint = Checkpoint::open(dir)?;
-        checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+        let checkpoint = Checkpoint::open(dir)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.

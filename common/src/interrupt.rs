@@ -161,9 +161,9 @@ mod tests {
         let start = Instant::now();
         let mut requests = Requests::default();
         let mut after = |millis| requests.note(start + Duration::from_millis(millis));
-        assert_eq!(after(0), Answer::FinishTheStep);
-        assert_eq!([after(20), after(1000)], [Answer::Nothing, Answer::Nothing]);
-        assert_eq!(after(1001), Answer::StopAtOnce);
+        assert_eq!(after(0), Action::FinishTheStep);
+        assert_eq!([after(20), after(1000)], [Action::Nothing, Action::Nothing]);
+        assert_eq!(after(1001), Action::StopAtOnce);
     }
 
     #[test]

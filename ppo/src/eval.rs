@@ -87,12 +87,11 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If a checkpoint or the prompts cannot be used, or the three models do not share a tokenizer.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let policy = Checkpoint::open(&args.checkpoint).context("failed to load the policy")?;
-    policy.expect_stage(&[Stage::Ppo, Stage::Sft, Stage::Pretrain]).context("failed to load the policy")?;
-    let reference = Checkpoint::open(&args.reference).context("failed to load the reference policy")?;
-    reference
-        .expect_stage(&[Stage::Sft, Stage::Pretrain, Stage::Ppo])
-        .context("failed to load the reference policy")?;
+    let open = |dir, stages: [Stage; 3]| Checkpoint::open(dir)?.of_stage(&stages);
+    let policy = open(&args.checkpoint, [Stage::Ppo, Stage::Sft, Stage::Pretrain]);
+    let policy = policy.context("failed to load the policy")?;
+    let reference = open(&args.reference, [Stage::Sft, Stage::Pretrain, Stage::Ppo]);
+    let reference = reference.context("failed to load the reference policy")?;
     let reward_model =
         checkpoint::open_reward_model(&args.reward_model, &policy).context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;

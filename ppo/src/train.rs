@@ -96,8 +96,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 /// # Errors
 /// If one of them cannot be used, or their tokenizers differ.
 pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
-    let initial = checkpoint::init_from(&args.policy).context("failed to load the initial policy")?;
-    initial.expect_stage(&[Stage::Sft]).context("failed to load the initial policy")?;
+    let initial = checkpoint::init_from(&args.policy).and_then(|policy| policy.of_stage(&[Stage::Sft]));
+    let initial = initial.context("failed to load the initial policy")?;
     let reward_model =
         checkpoint::open_reward_model(&args.reward_model, &initial).context("failed to load the reward model")?;
     Ok((initial, reward_model))

@@ -173,10 +173,9 @@ fn starting_point(args: &TrainArgs, config: &PretrainConfig) -> anyhow::Result<(
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
             let init = checkpoint::init_from(dir)
+                .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]))
                 .context("failed to load the initial model")?
                 .with_dropout(config.model.dropout);
-            init.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])
-                .context("failed to load the initial model")?;
             Ok((init.require_tokenizer()?.clone(), Some(init)))
         }
         (Some(dir), None) => Ok((Tokenizer::load(dir)?, None)),

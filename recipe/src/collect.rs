@@ -71,9 +71,9 @@ impl Collector<'_> {
     /// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
     pub fn run(&self) -> Result<Outcome> {
         let config = self.config;
-        let checkpoint =
-            Checkpoint::open(&self.setup.dir(Step::Sft)).context("failed to load the model to sample from")?;
-        checkpoint.expect_stage(&[Stage::Sft]).context("failed to load the model to sample from")?;
+        let checkpoint = Checkpoint::open(&self.setup.dir(Step::Sft))
+            .and_then(|checkpoint| checkpoint.of_stage(&[Stage::Sft]))
+            .context("failed to load the model to sample from")?;
         let gpt = self.runtime.open()?.gpt(&checkpoint)?;
         let sampler = PromptSampler {
             gpt: &gpt,

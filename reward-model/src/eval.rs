@@ -39,8 +39,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the checkpoint or the file cannot be used, or a score is not finite.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    checkpoint.expect_stage(&[Stage::RewardModel])?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?.of_stage(&[Stage::RewardModel])?;
     let tokenizer = checkpoint.require_tokenizer()?;
     let model = args.runtime.open()?.scalar(&checkpoint)?;
     let max_seq_len = model.config().max_seq_len;

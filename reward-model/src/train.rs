@@ -38,9 +38,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let runtime = plain.autodiff();
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init)
+        .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
-    init.expect_stage(&[Stage::Sft, Stage::Pretrain]).context("failed to load the initial model")?;
     let tokenizer = init.require_tokenizer()?;
     let max_seq_len = init.model_config().max_seq_len;
     let read = |files: &[PathBuf]| Pairs::read(files, tokenizer, max_seq_len, &config.data);

@@ -41,8 +41,7 @@ impl Evaluation {
 
 /// Carries out `sft eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    checkpoint.expect_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
     let tokenizer = checkpoint.require_tokenizer()?;
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;

@@ -30,9 +30,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let config = SftConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.autodiff();
     let init = checkpoint::init_from(&args.init)
+        .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
-    init.expect_stage(&[Stage::Pretrain, Stage::Sft]).context("failed to load the initial model")?;
     let tokenizer = init.require_tokenizer()?;
     let max_seq_len = init.model_config().max_seq_len;
     let read = |files: &[PathBuf]| Conversations::read(files, tokenizer, max_seq_len, &config.data);

@@ -172,22 +172,21 @@ impl Checkpoint {
         self.manifest.as_ref().map(|manifest| manifest.stage)
     }
 
-    /// Checks that one of `stages` wrote it. A directory of another program has no stage and passes if it holds the
+    /// The checkpoint, if one of `stages` wrote it. A directory of another program has no stage and passes if it holds the
     /// kind of model that they write.
     ///
     /// # Errors
     /// If another stage wrote it, or it holds a score where they write a language model or the other way round.
-    pub fn expect_stage(&self, stages: &[Stage]) -> Result<(), CheckpointError> {
-        let dir = self.dir.clone();
+    pub fn of_stage(self, stages: &[Stage]) -> Result<Self, CheckpointError> {
         match (self.stage(), self.model.head) {
             (Some(found), _) if !stages.contains(&found) => {
-                Err(CheckpointError::Stage { dir, found, expected: stages.to_vec() })
+                Err(CheckpointError::Stage { dir: self.dir, found, expected: stages.to_vec() })
             }
             (None, Head::Score { .. }) if !stages.contains(&Stage::RewardModel) => {
-                Err(CheckpointError::NotAnLm { dir })
+                Err(CheckpointError::NotAnLm { dir: self.dir })
             }
-            (None, Head::Lm) if stages == [Stage::RewardModel] => Err(CheckpointError::NotAScore { dir }),
-            _ => Ok(()),
+            (None, Head::Lm) if stages == [Stage::RewardModel] => Err(CheckpointError::NotAScore { dir: self.dir }),
+            _ => Ok(self),
         }
     }
 
@@ -383,8 +382,7 @@ pub fn ensure_same_tokenizer(a: &Checkpoint, b: &Checkpoint) -> Result<(), Check
 /// # Errors
 /// If there is none of stage `reward-model`, or it does not know the tokens that the policy can sample.
 pub fn open_reward_model(dir: &Path, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
-    let reward_model = Checkpoint::open(dir)?;
-    reward_model.expect_stage(&[Stage::RewardModel])?;
+    let reward_model = Checkpoint::open(dir)?.of_stage(&[Stage::RewardModel])?;
     ensure_same_tokenizer(policy, &reward_model)?;
     let (sampled, known) = (policy.model_config().vocab_size, reward_model.model_config().vocab_size);
     if sampled > known {

@@ -303,11 +303,11 @@ fn the_wrong_stage_or_head_is_refused_with_what_to_pass() {
     let reward_model = Checkpoint::open(&out).expect("opens");
     let text = |error: CheckpointError| error.to_string().replace(&out.display().to_string(), "runs/rm");
     assert_eq!(
-        text(reward_model.expect_stage(&[Stage::Sft]).expect_err("wrong")),
+        text(Checkpoint::open(&out).and_then(|wrong| wrong.of_stage(&[Stage::Sft])).expect_err("wrong")),
         "checkpoint `runs/rm` was written by stage `reward-model`, expected `sft`\n\
          hint: pass the directory that `sft train` wrote"
     );
-    reward_model.expect_stage(&[Stage::Sft, Stage::RewardModel]).expect("right");
+    let reward_model = reward_model.of_stage(&[Stage::Sft, Stage::RewardModel]).expect("right");
     assert_eq!(
         text(reward_model.load_gpt(&Device::flex()).expect_err("a score")),
         "`runs/rm` holds a reward or value model, expected a language model"
@@ -393,7 +393,7 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     hf::write(dir.path(), &config, Head::Lm, &named, &hf::TokenIds::default()).expect("writes");
     let opened = Checkpoint::open(dir.path()).expect("opens");
     assert_eq!((opened.stage(), opened.model_config().vocab_size), (None, 4));
-    opened.expect_stage(&[Stage::Sft]).expect("a foreign directory has no stage");
+    opened.of_stage(&[Stage::Sft]).expect("a foreign directory has no stage");
 
     let init = init_from(dir.path()).expect("opens");
     assert_eq!(init.model_config().vocab_size, 10);

@@ -500,8 +500,8 @@ fn restore<C: Configuration>(
     plan: &Plan<'_, C>,
     data: &BTreeMap<String, String>,
 ) -> anyhow::Result<(Progress, Restored)> {
-    let checkpoint = Checkpoint::open(&args.out).context("failed to resume")?;
-    checkpoint.expect_stage(&[plan.stage]).context("failed to resume")?;
+    let checkpoint = Checkpoint::open(&args.out).and_then(|found| found.of_stage(&[plan.stage]));
+    let checkpoint = checkpoint.context("failed to resume")?;
     let state = checkpoint.state().context("failed to read what `--resume` needs")?;
     resume::check(&args.out, &checkpoint, plan, data)?;
     let mut progress: Progress =
