@@ -21,6 +21,9 @@ use steps::{
 };
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
+///
+/// Every argument is one tensor or a plain value: the macro finds the tensors to convert by the type of the argument, so
+/// that no structure can hold them.
 #[backend_extension(Flex, Autodiff)]
 pub trait FusedOps: Backend {
     /// See [`super::linear`].
@@ -143,17 +146,13 @@ macro_rules! finish {
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
-    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_linear(x: Traced, weight: Traced, bias: Traced) -> Traced {
         let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
         let state = (x.primitive().clone(), weight.primitive().clone(), Kept::default());
         finish!(LinearBackward, [x, weight, bias], state, out)
     }
 
-    fn fused_linear_keeping(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_linear_keeping(x: Traced, weight: Traced, bias: Traced) -> (Traced, Traced) {
         let kept = Kept::default();
         let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
         let state = (x.primitive().clone(), weight.primitive().clone(), kept.clone());
@@ -163,14 +162,14 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
 
     fn fused_project_add_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        x: Traced,
+        weight: Traced,
+        bias: Traced,
+        residual: Traced,
+        gamma: Traced,
+        beta: Traced,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (Traced, Traced) {
         let kept = Kept::default();
         let layer = Affine { weight: weight.primitive(), bias: bias.primitive() };
         let norm = branch::Norm { gamma: gamma.primitive(), beta: beta.primitive(), eps };
@@ -183,17 +182,17 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
 
     fn fused_mlp_add_norm(
-        x: FloatTensor<Self>,
-        up_weight: FloatTensor<Self>,
-        up_bias: FloatTensor<Self>,
+        x: Traced,
+        up_weight: Traced,
+        up_bias: Traced,
         activation: Activation,
-        down_weight: FloatTensor<Self>,
-        down_bias: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        down_weight: Traced,
+        down_bias: Traced,
+        residual: Traced,
+        gamma: Traced,
+        beta: Traced,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (Traced, Traced) {
         let kept = Kept::default();
         let up = Affine { weight: up_weight.primitive(), bias: up_bias.primitive() };
         let down = Affine { weight: down_weight.primitive(), bias: down_bias.primitive() };
@@ -218,12 +217,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         (normed, sum)
     }
 
-    fn fused_embed(
-        tokens: FloatTensor<Self>,
-        position_table: FloatTensor<Self>,
-        ids: IntTensor<Self>,
-        positions: Vec<usize>,
-    ) -> FloatTensor<Self> {
+    fn fused_embed(tokens: Traced, position_table: Traced, ids: FlexTensor, positions: Vec<usize>) -> Traced {
         let [n_rows, _] = tokens.primitive().layout().shape().dims();
         let shape = ids.layout().shape().dims();
         let ids = embedding::rows_of(&ids, n_rows);
@@ -235,28 +229,19 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         }
     }
 
-    fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_linear_no_bias(x: Traced, weight: Traced) -> Traced {
         let out = linear::forward(x.primitive(), weight.primitive(), None);
         let state = (x.primitive().clone(), weight.primitive().clone());
         finish!(LinearNoBiasBackward, [x, weight], state, out)
     }
 
-    fn fused_bias_activation(
-        x: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        activation: Activation,
-    ) -> FloatTensor<Self> {
+    fn fused_bias_activation(x: Traced, bias: Traced, activation: Activation) -> Traced {
         let out = activation::forward(x.primitive(), bias.primitive(), activation);
         let state = (x.primitive().clone(), bias.primitive().clone(), activation);
         finish!(BiasActivationBackward, [x, bias], state, out)
     }
 
-    fn fused_layer_norm(
-        x: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
-        eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_layer_norm(x: Traced, gamma: Traced, beta: Traced, eps: f64) -> (Traced, Traced) {
         let kept = Kept::default();
         let out = norm::forward(x.primitive(), gamma.primitive(), beta.primitive(), eps);
         let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics, kept.clone());
@@ -265,13 +250,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         (normed, x)
     }
 
-    fn fused_add_layer_norm(
-        x: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
-        eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_add_layer_norm(x: Traced, residual: Traced, gamma: Traced, beta: Traced, eps: f64) -> (Traced, Traced) {
         let kept = Kept::default();
         let (out, sum) =
             norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), beta.primitive(), eps);
@@ -281,29 +260,19 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         (normed, sum)
     }
 
-    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self> {
+    fn fused_attention(qkv: Traced, first_key: Vec<usize>, n_heads: usize) -> Traced {
         let (out, lse) = attention::forward(qkv.primitive(), &first_key, n_heads);
         let state = AttentionState { qkv: qkv.primitive().clone(), first_key, n_heads, out: out.clone(), lse };
         finish!(AttentionBackward, [qkv], state, out)
     }
 
-    fn fused_attention_cached(
-        qkv: FloatTensor<Self>,
-        keys: FloatTensor<Self>,
-        values: FloatTensor<Self>,
-        cached: &[usize],
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_attention_cached(qkv: Traced, keys: Traced, values: Traced, cached: &[usize]) -> (Traced, Traced, Traced) {
         let (keys, values) = (keys.into_primitive(), values.into_primitive());
         let (out, keys, values) = decode::attention_cached(qkv.primitive(), keys, values, cached);
         (untracked::<C>(out), untracked::<C>(keys), untracked::<C>(values))
     }
 
-    fn fused_token_log_probs(
-        hidden: FloatTensor<Self>,
-        head: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_token_log_probs(hidden: Traced, head: Traced, targets: FlexTensor, scale: f64) -> (Traced, Traced) {
         let out = log_probs::forward(hidden.primitive(), head.primitive(), &targets, scale);
         let state = LogProbsState {
             hidden: hidden.primitive().clone(),
@@ -316,12 +285,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         (log_probs, untracked::<C>(out.entropy))
     }
 
-    fn fused_cross_entropy(
-        hidden: FloatTensor<Self>,
-        head: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        weight: f64,
-    ) -> FloatTensor<Self> {
+    fn fused_cross_entropy(hidden: Traced, head: Traced, targets: FlexTensor, weight: f64) -> Traced {
         match CrossEntropyBackward.prepare::<C>([hidden.node(), head.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let out =
@@ -334,7 +298,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         }
     }
 
-    fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_logits(hidden: Traced, head: Traced) -> Traced {
         let out = linear::logits(hidden.primitive(), head.primitive());
         let state = (hidden.primitive().clone(), head.primitive().clone());
         finish!(LogitsBackward, [hidden, head], state, out)

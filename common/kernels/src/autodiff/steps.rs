@@ -22,6 +22,15 @@ macro_rules! register {
     };
 }
 
+/// Gives each parent that needs a gradient its own, in the order of the parents.
+macro_rules! register_all {
+    ($grads:expr, $parents:expr, $values:expr) => {
+        for (parent, grad) in $parents.into_iter().zip($values) {
+            register!($grads, parent, grad);
+        }
+    };
+}
+
 /// The gradient of a tensor that an operation hands on beside its result: it waits here for the operation's own
 /// backward, which runs later and adds it in a pass that it makes anyway. Burn's sum would be a pass of its own.
 #[derive(Debug, Clone, Default)]
@@ -54,41 +63,34 @@ impl Backward<Flex, 6> for ProjectAddNormBackward {
     type State = (FlexTensor, FlexTensor, NormState, Kept);
 
     fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, weight_node, bias_node, residual_node, gamma_node, beta_node] = ops.parents;
         let (x, weight, state, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let (layer, norm) = branch::project_backward(&x, &weight, state, &grad, kept.take());
-        register!(grads, x_node, layer.x);
-        register!(grads, weight_node, layer.weight);
-        register!(grads, bias_node, layer.bias);
-        register!(grads, residual_node, norm.sum);
-        register!(grads, gamma_node, norm.gamma);
-        register!(grads, beta_node, norm.beta);
+        let values = [layer.x, layer.weight, layer.bias, norm.sum, norm.gamma, norm.beta];
+        register_all!(grads, ops.parents, values);
     }
 }
 
 #[derive(Debug)]
 pub(super) struct MlpAddNormBackward;
 
+/// The place of the residual among the parents of the feed-forward layer.
+const RESIDUAL: usize = 5;
+
 impl Backward<Flex, 8> for MlpAddNormBackward {
     type State = MlpState;
 
     fn backward(self, ops: Ops<Self::State, 8>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, up_weight, up_bias, down_weight, down_bias, residual_node, gamma_node, beta_node] = ops.parents;
+        let mut parents = ops.parents;
         let MlpState { x, weights: [up, down], activation, hidden, same, norm, kept } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let ([up, down], norm) =
             branch::mlp_backward(&x, [&up, &down], activation, hidden, same, norm, &grad, kept.take());
-        register!(grads, x_node, up.x);
-        register!(grads, up_weight, up.weight);
-        register!(grads, up_bias, up.bias);
-        register!(grads, down_weight, down.weight);
-        register!(grads, down_bias, down.bias);
-        if !same {
-            register!(grads, residual_node, norm.sum);
+        if same {
+            parents[RESIDUAL] = None; // its gradient is in that of x
         }
-        register!(grads, gamma_node, norm.gamma);
-        register!(grads, beta_node, norm.beta);
+        let values = [up.x, up.weight, up.bias, down.weight, down.bias, norm.sum, norm.gamma, norm.beta];
+        register_all!(grads, parents, values);
     }
 }
 
@@ -146,13 +148,10 @@ impl Backward<Flex, 3> for LinearBackward {
     type State = (FlexTensor, FlexTensor, Kept);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, weight_node, bias_node] = ops.parents;
         let (x, weight, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let affine = branch::affine_backward(&x, &weight, &grad, kept.take());
-        register!(grads, x_node, affine.x);
-        register!(grads, weight_node, affine.weight);
-        register!(grads, bias_node, affine.bias);
+        register_all!(grads, ops.parents, [affine.x, affine.weight, affine.bias]);
     }
 }
 
@@ -181,12 +180,10 @@ impl Backward<Flex, 2> for BiasActivationBackward {
     type State = (FlexTensor, FlexTensor, Activation);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, bias_node] = ops.parents;
         let (x, bias, activation) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let (x_grad, bias_grad) = activation::backward(&x, &bias, activation, &grad);
-        register!(grads, x_node, x_grad);
-        register!(grads, bias_node, bias_grad);
+        register_all!(grads, ops.parents, [x_grad, bias_grad]);
     }
 }
 
@@ -198,13 +195,10 @@ impl Backward<Flex, 3> for LayerNormBackward {
     type State = (FlexTensor, FlexTensor, FlexTensor, Kept);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, gamma_node, beta_node] = ops.parents;
         let (x, gamma, statistics, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let (x_grad, gamma_grad, beta_grad) = norm::backward(&x, &gamma, &statistics, &grad, kept.take());
-        register!(grads, x_node, x_grad);
-        register!(grads, gamma_node, gamma_grad);
-        register!(grads, beta_node, beta_grad);
+        register_all!(grads, ops.parents, [x_grad, gamma_grad, beta_grad]);
     }
 }
 
@@ -217,14 +211,10 @@ impl Backward<Flex, 4> for AddLayerNormBackward {
     type State = (FlexTensor, FlexTensor, FlexTensor, Kept);
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, residual_node, gamma_node, beta_node] = ops.parents;
         let (sum, gamma, statistics, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let (sum_grad, gamma_grad, beta_grad) = norm::backward(&sum, &gamma, &statistics, &grad, kept.take());
-        register!(grads, x_node, sum_grad.clone());
-        register!(grads, residual_node, sum_grad);
-        register!(grads, gamma_node, gamma_grad);
-        register!(grads, beta_node, beta_grad);
+        register_all!(grads, ops.parents, [sum_grad.clone(), sum_grad, gamma_grad, beta_grad]);
     }
 }
 
@@ -259,12 +249,10 @@ impl Backward<Flex, 2> for LogProbsBackward {
     type State = LogProbsState;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [hidden_node, head_node] = ops.parents;
         let LogProbsState { hidden, head, targets, scale, lse } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let (hidden_grad, head_grad) = log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
-        register!(grads, hidden_node, hidden_grad);
-        register!(grads, head_node, head_grad);
+        register_all!(grads, ops.parents, [hidden_grad, head_grad]);
     }
 }
 

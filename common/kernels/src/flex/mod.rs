@@ -23,7 +23,6 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 
 use burn::backend::Flex;
-use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
@@ -33,48 +32,44 @@ use super::Activation;
 use super::autodiff::FusedOps;
 
 impl FusedOps for Flex {
-    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_linear(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
         linear::forward(&x, &weight, Some(&bias))
     }
 
-    fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_linear_no_bias(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         linear::forward(&x, &weight, None)
     }
 
-    fn fused_linear_keeping(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_linear_keeping(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> (FlexTensor, FlexTensor) {
         (linear::forward(&x, &weight, Some(&bias)), x)
     }
 
     fn fused_project_add_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        x: FlexTensor,
+        weight: FlexTensor,
+        bias: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FlexTensor, FlexTensor) {
         let norm = Norm { gamma: &gamma, beta: &beta, eps };
         let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: &bias }, &residual, &norm);
         (out.normed, sum)
     }
 
     fn fused_mlp_add_norm(
-        x: FloatTensor<Self>,
-        up_weight: FloatTensor<Self>,
-        up_bias: FloatTensor<Self>,
+        x: FlexTensor,
+        up_weight: FlexTensor,
+        up_bias: FlexTensor,
         activation: Activation,
-        down_weight: FloatTensor<Self>,
-        down_bias: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        down_weight: FlexTensor,
+        down_bias: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FlexTensor, FlexTensor) {
         let up = Affine { weight: &up_weight, bias: &up_bias };
         let down = Affine { weight: &down_weight, bias: &down_bias };
         let norm = Norm { gamma: &gamma, beta: &beta, eps };
@@ -83,77 +78,63 @@ impl FusedOps for Flex {
     }
 
     fn fused_embed(
-        tokens: FloatTensor<Self>,
-        position_table: FloatTensor<Self>,
-        ids: IntTensor<Self>,
+        tokens: FlexTensor,
+        position_table: FlexTensor,
+        ids: FlexTensor,
         positions: Vec<usize>,
-    ) -> FloatTensor<Self> {
+    ) -> FlexTensor {
         let (n_rows, _) = matrix_dims(&tokens);
         let rows = embedding::rows_of(&ids, n_rows);
         embedding::forward(&tokens, &position_table, &rows, &positions, ids.layout().shape().dims())
     }
 
-    fn fused_bias_activation(
-        x: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        activation: Activation,
-    ) -> FloatTensor<Self> {
+    fn fused_bias_activation(x: FlexTensor, bias: FlexTensor, activation: Activation) -> FlexTensor {
         activation::forward(&x, &bias, activation)
     }
 
-    fn fused_layer_norm(
-        x: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
-        eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    fn fused_layer_norm(x: FlexTensor, gamma: FlexTensor, beta: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
         (norm::forward(&x, &gamma, &beta, eps).normed, x)
     }
 
     fn fused_add_layer_norm(
-        x: FloatTensor<Self>,
-        residual: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        x: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FlexTensor, FlexTensor) {
         let (out, sum) = norm::add_forward(&x, &residual, &gamma, &beta, eps);
         (out.normed, sum)
     }
 
-    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self> {
+    fn fused_attention(qkv: FlexTensor, first_key: Vec<usize>, n_heads: usize) -> FlexTensor {
         attention::forward(&qkv, &first_key, n_heads).0
     }
 
     fn fused_attention_cached(
-        qkv: FloatTensor<Self>,
-        keys: FloatTensor<Self>,
-        values: FloatTensor<Self>,
+        qkv: FlexTensor,
+        keys: FlexTensor,
+        values: FlexTensor,
         cached: &[usize],
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
         decode::attention_cached(&qkv, keys, values, cached)
     }
 
     fn fused_token_log_probs(
-        hidden: FloatTensor<Self>,
-        head: FloatTensor<Self>,
-        targets: IntTensor<Self>,
+        hidden: FlexTensor,
+        head: FlexTensor,
+        targets: FlexTensor,
         scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FlexTensor, FlexTensor) {
         let out = log_probs::forward(&hidden, &head, &targets, scale);
         (out.of_targets, out.entropy)
     }
 
-    fn fused_cross_entropy(
-        hidden: FloatTensor<Self>,
-        head: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        weight: f64,
-    ) -> FloatTensor<Self> {
+    fn fused_cross_entropy(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, weight: f64) -> FlexTensor {
         log_probs::cross_entropy(&hidden, &head, &targets, weight)
     }
 
-    fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_logits(hidden: FlexTensor, head: FlexTensor) -> FlexTensor {
         linear::logits(&hidden, &head)
     }
 }
