@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
+use serde::Serialize;
 
 use crate::backend::{self, BackendError};
 use crate::config::{self, Configuration, PathResolver, Sources};
@@ -249,6 +250,14 @@ impl ConfigSource {
         }
         std::io::stdout().write_all(config::print(&config).as_bytes()).context("failed to write the configuration")
     }
+}
+
+/// Prints a command's result: one line of JSON on stdout.
+///
+/// # Errors
+/// If stdout is closed.
+pub fn print_json<T: Serialize>(result: &T) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(result)?).context("failed to write the result")
 }
 
 fn asks_for_backends(args: impl Iterator<Item = OsString>) -> bool {

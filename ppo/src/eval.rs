@@ -1,9 +1,8 @@
 //! Held-out prompts answered by a policy: scores, divergence, and the comparison with the reference.
 
-use std::io::Write;
-
 use anyhow::Context;
 use common::checkpoint::{self, Checkpoint, Stage};
+use common::cli::print_json;
 use common::config;
 use common::data::records::OnBadRecord;
 use common::exit::UsageError;
@@ -78,8 +77,7 @@ impl Evaluation {
 
 /// Carries out `ppo eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let result = serde_json::to_string(&evaluate(args)?)?;
-    writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+    print_json(&evaluate(args)?)
 }
 
 /// Lets a policy and its reference answer the same prompts, with the same random numbers, and compares the answers.

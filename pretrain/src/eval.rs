@@ -1,10 +1,9 @@
 //! Held-out loss.
 
-use std::io::Write;
-
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{CONFIG_FILE, Checkpoint, Stage};
+use common::cli::print_json;
 use common::data::{collate, ids};
 use common::model::{Gpt, Layout};
 use common::{config, loss};
@@ -64,7 +63,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         (None, Some(file)) => evaluate_ids(&gpt, file, args)?,
         (None, None) => unreachable!("clap requires one of the two"),
     };
-    writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+    print_json(&result)
 }
 
 /// Mean loss over `n_windows` windows spread over `text`, or all of them with 0.

@@ -24,10 +24,7 @@ pub use tokenizer::{TokenizerReport, train_tokenizer};
 pub use train::{gradients, train};
 pub use windows::first_windows;
 
-use std::io::Write;
-
-use anyhow::Context;
-use common::cli::ConfigSource;
+use common::cli::{ConfigSource, print_json};
 use common::session;
 
 /// Carries out one command line.
@@ -38,8 +35,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Tokenizer(args) => {
             args.process.start()?;
-            let report = serde_json::to_string(&train_tokenizer(&args)?)?;
-            writeln!(std::io::stdout(), "{report}").context("failed to write the result")
+            print_json(&train_tokenizer(&args)?)
         }
         Command::Train(args) => {
             session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt))

@@ -155,7 +155,7 @@ struct Pairs {
 
 impl Pairs {
     fn write(&self, path: &Path) -> Result<()> {
-        write_whole(path, self.jsonl.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+        write_whole(path, &self.jsonl)?;
         tracing::info!(
             "{} pairs in `{}`: mean gold score of the answers {:.3}, {:.1} % of the labels wrong",
             self.n,

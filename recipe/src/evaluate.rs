@@ -68,7 +68,7 @@ impl Evaluator<'_> {
         results.ppo = if prompts.len() < n_all {
             let path = self.setup.out.join("prompts.evaluated.jsonl");
             let lines = messages.iter().map(|messages| format!("{}\n", json!({ "prompt": messages })));
-            write(&path, &lines.collect::<String>())?;
+            write_whole(&path, lines.collect::<String>())?;
             self.ppo(&path)?
         } else {
             self.ppo(&self.config.prompts)?
@@ -164,7 +164,7 @@ impl Evaluator<'_> {
             return Ok(result);
         }
         let path = self.setup.out.join("pairs.test.gold-order.jsonl");
-        write(&path, &ordered.jsonl)?;
+        write_whole(&path, ordered.jsonl)?;
         let against_gold = evaluate(&path)?;
         result.insert("gold_accuracy".to_owned(), json!(against_gold.accuracy));
         result.insert("gold_longer_wins_accuracy".to_owned(), json!(against_gold.longer_wins_accuracy));
@@ -196,10 +196,6 @@ impl Evaluator<'_> {
     fn batch_size(&self) -> NonZeroUsize {
         NonZeroUsize::new(self.config.batch_size).unwrap_or(NonZeroUsize::MIN)
     }
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 fn fields<T: Serialize>(value: &T) -> Result<Map<String, Value>> {

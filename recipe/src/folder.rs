@@ -89,8 +89,7 @@ impl Recipe {
         }
         std::fs::create_dir_all(&self.dir).with_context(|| format!("failed to make `{}`", self.dir.display()))?;
         for (file, text) in EMBEDDED.1 {
-            let path = self.dir.join(file);
-            write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+            write_whole(&self.dir.join(file), text)?;
         }
         Ok(())
     }

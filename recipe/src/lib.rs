@@ -41,6 +41,8 @@ pub use run::run;
 use std::io::Write as _;
 
 use anyhow::{Context, Result, bail};
+use common::cli::print_json;
+use common::files::is_filled;
 use common::session;
 
 use toy::WorldConfig;
@@ -78,9 +80,7 @@ pub fn execute(cli: Cli) -> Result<()> {
 /// Carries out `recipe world`: the files, and one JSON object on stdout.
 fn generate_world(args: &WorldArgs) -> Result<()> {
     let out = &args.out;
-    let is_filled =
-        out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
-    if is_filled && !args.overwrite {
+    if is_filled(out)? && !args.overwrite {
         bail!(
             "output directory `{}` is not empty\nhint: pass `--overwrite` to replace an earlier world, or another `--out`",
             out.display()
@@ -88,5 +88,5 @@ fn generate_world(args: &WorldArgs) -> Result<()> {
     }
     let stories = args.stories.unwrap_or(WorldConfig::default().stories);
     let summary = toy::write(out, &WorldConfig::with_stories(args.seed, stories))?;
-    writeln!(std::io::stdout(), "{}", serde_json::to_string(&summary)?).context("failed to write the result")
+    print_json(&summary)
 }

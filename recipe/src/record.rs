@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::files::write_whole;
+use common::files::{read_if_there, write_whole};
 use serde::{Deserialize, Serialize};
 
 use crate::inputs::Inputs;
@@ -63,10 +63,7 @@ impl RunRecord {
     /// If the file is there but is not such a record.
     pub fn load(out: &Path) -> Result<Self> {
         let path = out.join("recipe.json");
-        if !path.exists() {
-            return Ok(Self::default());
-        }
-        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        let Some(text) = read_if_there(&path)? else { return Ok(Self::default()) };
         serde_json::from_str(&text).with_context(|| format!("`{}` is not the record of a recipe", path.display()))
     }
 
@@ -75,9 +72,7 @@ impl RunRecord {
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, out: &Path) -> Result<()> {
-        let path = out.join("recipe.json");
-        write_whole(&path, serde_json::to_string_pretty(self)?.as_bytes())
-            .with_context(|| format!("failed to write `{}`", path.display()))
+        Ok(write_whole(&out.join("recipe.json"), serde_json::to_string_pretty(self)?)?)
     }
 
     /// The record of a step that rests on what the steps before it left.

@@ -1,11 +1,10 @@
 //! Results on the held-out prompts: answers of every policy, their gold scores where known, and the reward model's scores.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::files::write_whole;
+use common::files::{read_if_there, write_whole};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -118,10 +117,7 @@ impl Results {
     /// If the file is there but cannot be read.
     pub fn read(out: &Path) -> Result<Option<Self>> {
         let path = out.join("evaluation.json");
-        if !path.exists() {
-            return Ok(None);
-        }
-        let text = fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        let Some(text) = read_if_there(&path)? else { return Ok(None) };
         serde_json::from_str(&text).map(Some).with_context(|| format!("failed to read `{}`", path.display()))
     }
 
@@ -130,7 +126,7 @@ impl Results {
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&self, out: &Path) -> Result<()> {
-        write(&out.join("evaluation.json"), &serde_json::to_string_pretty(self)?)
+        Ok(write_whole(&out.join("evaluation.json"), serde_json::to_string_pretty(self)?)?)
     }
 }
 
@@ -141,10 +137,7 @@ impl AnswerRow {
     /// If a line is not such a row.
     pub fn read_all(out: &Path) -> Result<Vec<Self>> {
         let path = out.join("answers.jsonl");
-        if !path.exists() {
-            return Ok(Vec::new());
-        }
-        let text = fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        let text = read_if_there(&path)?.unwrap_or_default();
         text.lines()
             .enumerate()
             .map(|(i, line)| {
@@ -164,12 +157,8 @@ impl AnswerRow {
             text.push_str(&serde_json::to_string(row)?);
             text.push('\n');
         }
-        write(&out.join("answers.jsonl"), &text)
+        Ok(write_whole(&out.join("answers.jsonl"), text)?)
     }
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 #[cfg(test)]

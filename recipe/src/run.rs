@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use common::cli::StageArgs;
+use common::files;
 use common::interrupt::Interrupt;
 use common::out_dir;
 use common::session::Outcome;
@@ -296,7 +296,7 @@ fn check_stages(args: &RunArgs, recipe: &Recipe) -> Result<()> {
 /// How far an earlier run of `recipe` came in the output directory.
 fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
     let out = &args.out;
-    if is_filled(out)? && !out.join("recipe.json").is_file() {
+    if files::is_filled(out)? && !out.join("recipe.json").is_file() {
         bail!(
             "output directory `{}` is not empty, and no recipe was run in it\nhint: pass another `--out`",
             out.display()
@@ -315,13 +315,6 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
         );
     }
     Ok(RunRecord::default())
-}
-
-fn is_filled(out: &Path) -> Result<bool> {
-    if !out.exists() {
-        return Ok(false);
-    }
-    Ok(out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some())
 }
 
 /// What a gold score says, for the report.

@@ -1,9 +1,8 @@
 //! How well the scores agree with held-out preferences.
 
-use std::io::Write;
-
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use common::checkpoint::{Checkpoint, Stage};
+use common::cli::print_json;
 use common::model::ScalarGpt;
 use common::score::score_rows;
 use common::session::DataConfig;
@@ -30,8 +29,7 @@ pub struct Evaluation {
 
 /// Carries out `reward-model eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let result = serde_json::to_string(&evaluate(args)?)?;
-    writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+    print_json(&evaluate(args)?)
 }
 
 /// Measures a checkpoint on a file of pairs.

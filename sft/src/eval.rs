@@ -1,10 +1,9 @@
 //! Held-out loss and accuracy on trained tokens.
 
-use std::io::Write;
-
 use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor};
 use common::checkpoint::{Checkpoint, Stage};
+use common::cli::print_json;
 use common::loss;
 use common::model::Gpt;
 use common::session::DataConfig;
@@ -50,7 +49,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let pad = tokenizer.try_specials()?.pad;
     let all = evaluate(&gpt, &conversations, conversations.encoded.len(), args.batch_size.get(), pad)?;
     let result = json!({ "loss": all.loss(), "token_accuracy": all.token_accuracy(), "tokens": all.tokens });
-    writeln!(std::io::stdout(), "{result}").context("failed to write the result")
+    print_json(&result)
 }
 
 /// How many targets are the most probable token, from the logits of `n_at_a_time` positions at a time.

@@ -1,11 +1,12 @@
 //! Reading `metrics.jsonl` and `samples.jsonl` of a run.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
+
+use crate::files::read_if_there;
 
 use super::{METRICS_FILE, SAMPLES_FILE};
 
@@ -127,10 +128,7 @@ pub fn first_and_last(samples: &[Sample], n_each: usize) -> Vec<Sample> {
 
 /// The objects of a JSON Lines file, empty if the file is absent.
 fn read_objects(path: &Path) -> Result<Vec<serde_json::Map<String, Value>>> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = fs::read_to_string(path).with_context(|| format!("failed to read `{}`", path.display()))?;
+    let text = read_if_there(path)?.unwrap_or_default();
     text.lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())
@@ -144,6 +142,8 @@ fn read_objects(path: &Path) -> Result<Vec<serde_json::Map<String, Value>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

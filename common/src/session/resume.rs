@@ -14,6 +14,7 @@ use super::{Plan, Progress};
 use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH};
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration};
+use crate::files::read_if_there;
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
 use crate::runtime::Runtime;
@@ -93,8 +94,9 @@ fn may_change(key: &str) -> bool {
 pub(super) fn overrides(args: &StageArgs) -> anyhow::Result<Vec<String>> {
     let mut all = Vec::new();
     let path = args.out.join(STATE_FILE_PATH);
-    if args.resume && path.is_file() {
-        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+    if args.resume
+        && let Some(text) = read_if_there(&path)?
+    {
         let progress: Progress =
             serde_json::from_str(&text).with_context(|| format!("`{}` does not fit this program", path.display()))?;
         all = progress.overrides;

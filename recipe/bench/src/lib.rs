@@ -17,10 +17,8 @@ pub use ppo::PpoBenchArgs;
 pub use size::{Shape, Size};
 pub use train::TrainBenchArgs;
 
-use std::io::Write as _;
-
-use anyhow::Context;
 use clap::Subcommand;
+use common::cli::print_json;
 use common::exit::UsageError;
 use common::kernels::{Precision, memory};
 use common::runtime::{n_threads, on_pool};
@@ -69,7 +67,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
     line.insert("dtype".into(), json!("f32"));
     line.extend(measured);
     line.insert("peak_rss_mib".into(), rounded(memory::usage().peak_bytes as f64 / f64::from(1 << 20), 1));
-    writeln!(std::io::stdout(), "{}", Value::Object(line)).context("failed to write the result")
+    print_json(&line)
 }
 
 /// `value` to so many decimals.

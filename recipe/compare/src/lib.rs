@@ -31,6 +31,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use common::backend;
 use common::checkpoint::Stage;
 use common::exit::UsageError;
+use common::files::is_filled;
 use common::kernels::Kernels;
 
 use serde::{Deserialize, Serialize};
@@ -122,8 +123,7 @@ pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepare
 
 /// Makes `out` an empty directory; an earlier comparison goes if `overwrite` says so.
 fn empty(out: &Path, overwrite: bool) -> Result<()> {
-    let is_filled =
-        out.is_dir() && out.read_dir().with_context(|| format!("failed to read `{}`", out.display()))?.next().is_some();
+    let is_filled = is_filled(out)?;
     if is_filled && !(overwrite && out.join("plan.json").is_file()) {
         bail!(
             "output directory `{}` is not empty\nhint: pass `--overwrite` to replace an earlier comparison, or another `--out`",

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use common::checkpoint::Stage;
 use common::files::write_whole;
 use plot::{Curve, Hue, Plot, Weight};
@@ -128,12 +128,12 @@ impl Comparison {
         for &stage in &self.stages {
             if let Some(svg) = self.plot(stage)? {
                 let name = format!("loss-{stage}.svg");
-                write(&out.join(&name), &svg)?;
+                write_whole(&out.join(&name), svg)?;
                 let _ = writeln!(markdown, "\n![Losses of {stage}]({name})");
             }
         }
-        write(&out.join("compare.md"), &markdown)?;
-        write(&out.join("compare.json"), &serde_json::to_string_pretty(&self.json())?)
+        write_whole(&out.join("compare.md"), markdown)?;
+        Ok(write_whole(&out.join("compare.json"), serde_json::to_string_pretty(&self.json())?)?)
     }
 
     fn json(&self) -> Value {
@@ -195,10 +195,6 @@ impl Comparison {
         let label = format!("step ({})", names.join(", "));
         Plot { x_label: &label, y_label: "training loss", curves: &curves, width: 720, height: 320 }.to_svg()
     }
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    write_whole(path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))
 }
 
 fn speed_cells(speed: &Speed) -> [String; 5] {

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use common::checkpoint::Stage;
+use common::files::read_if_there;
 use common::model::HostTensor;
 use serde::{Deserialize, Serialize};
 
@@ -195,10 +196,7 @@ impl Records {
     pub fn read(dir: &Path) -> Result<Self> {
         let mut records = Self::default();
         let path = dir.join(LINES);
-        if !path.is_file() {
-            return Ok(records);
-        }
-        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
+        let Some(text) = read_if_there(&path)? else { return Ok(records) };
         let numbers = std::fs::read(dir.join(NUMBERS)).context("failed to read the numbers of a backend")?;
         let numbers: Vec<f32> = numbers.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         let n_lines = text.lines().count();

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use common::conversation::{Message, Role};
 use common::data::records::{self, OnBadRecord, Separator};
 use common::exit::UsageError;
+use common::files::is_filled;
 use serde_json::{Value, json};
 
 use crate::cli::NewArgs;
@@ -51,7 +52,7 @@ const TEMPLATES: [(Step, &str); 4] = [
 pub fn new(args: &NewArgs) -> Result<String> {
     let stages = stages(args)?;
     let dir = &args.dir;
-    if dir.exists() && dir.read_dir().with_context(|| format!("failed to read `{}`", dir.display()))?.next().is_some() {
+    if is_filled(dir)? {
         bail!("`{}` is not empty\nhint: name a new folder", dir.display());
     }
     let mut summary = String::new();

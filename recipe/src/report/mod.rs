@@ -8,11 +8,10 @@ mod page;
 mod stages;
 mod text;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use common::files::write_whole;
+use anyhow::Result;
+use common::files::{read_if_there, write_whole};
 use common::metrics::MetricsLog;
 
 use crate::record::{RunRecord, StepRecord};
@@ -49,7 +48,7 @@ pub fn write(out: &Path) -> Result<()> {
         ("report.html", page::render(&source)?),
     ] {
         let path = out.join(name);
-        write_whole(&path, text.as_bytes()).with_context(|| format!("failed to write `{}`", path.display()))?;
+        write_whole(&path, text)?;
     }
     Ok(())
 }
@@ -96,11 +95,7 @@ fn reports_gold(record: &RunRecord, step: &StepRecord) -> bool {
 impl StageSource {
     /// The stage's resolved configuration, empty if it was not saved.
     fn config(&self) -> Result<String> {
-        let path = self.dir.join("config.toml");
-        if !path.exists() {
-            return Ok(String::new());
-        }
-        fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))
+        Ok(read_if_there(&self.dir.join("config.toml"))?.unwrap_or_default())
     }
 }
 
