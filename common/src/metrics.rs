@@ -143,7 +143,6 @@ impl Recorder {
                 line.insert((*name).to_owned(), (*value).into());
             }
         }
-        let line = Value::Object(line);
         append(&self.out.join(METRICS_FILE), &line)?;
         keep_numbers(&mut self.last, &line);
         self.show(step, values);
@@ -173,7 +172,7 @@ impl Recorder {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         line.extend(fields.clone());
-        append(&self.out.join(name), &Value::Object(line))
+        append(&self.out.join(name), &line)
     }
 
     /// Takes the progress bar away.
@@ -216,49 +215,56 @@ impl Drop for Recorder {
 /// The objects of the JSONL file at `path` in order; none if there is no file. A last line cut short is left out.
 ///
 /// # Errors
-/// If the file cannot be read or a line before the last is not JSON.
-pub fn read(path: &Path) -> Result<Vec<Value>, MetricsError> {
-    let Some(reader) = open_if_there(path)? else { return Ok(Vec::new()) };
+/// If the file cannot be read or a line before the last is no JSON object.
+pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>, MetricsError> {
     let mut records = Vec::new();
-    let mut broken = None;
-    for (line_idx, line) in reader.lines().enumerate() {
-        let line = line.map_err(FileError::read(path))?;
-        if let Some(line) = broken {
-            return Err(MetricsError::Line { path: path.to_owned(), line });
-        }
-        match serde_json::from_str(&line) {
-            Ok(record) => records.push(record),
-            Err(_) => broken = Some(line_idx + 1),
-        }
-    }
+    for_each_line(path, |_, record| {
+        records.push(record);
+        Ok(())
+    })?;
     Ok(records)
 }
 
 /// Drops from the JSONL file at `path` every line whose `step` is after `step`, and a last line cut short.
 ///
 /// # Errors
-/// If the file cannot be read or written, or a line before the last is not JSON.
+/// If the file cannot be read or written, or a line before the last is no JSON object.
 pub fn truncate_after(path: &Path, step: u64) -> Result<(), MetricsError> {
-    let Some(reader) = open_if_there(path)? else { return Ok(()) };
+    if !path.exists() {
+        return Ok(());
+    }
     let beside = path.with_extension("jsonl.tmp");
-    let file = File::create(&beside).map_err(FileError::write(&beside))?;
-    let mut writer = BufWriter::new(file);
+    let mut writer = BufWriter::new(File::create(&beside).map_err(FileError::write(&beside))?);
+    for_each_line(path, |line, record| match record.get("step").and_then(Value::as_u64) {
+        Some(at) if at > step => Ok(()),
+        _ => writeln!(writer, "{line}").map_err(FileError::write(&beside)),
+    })?;
+    writer.flush().map_err(FileError::write(&beside))?;
+    Ok(std::fs::rename(&beside, path).map_err(FileError::write(path))?)
+}
+
+/// Calls `visit` with every line of the JSONL file at `path` and the object it is, if there is the file. A last line cut
+/// short is left out.
+fn for_each_line(
+    path: &Path,
+    mut visit: impl FnMut(&str, Map<String, Value>) -> Result<(), FileError>,
+) -> Result<(), MetricsError> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(FileError::read(path))?,
+    };
     let mut broken = None;
-    for (line_idx, line) in reader.lines().enumerate() {
+    for (line_idx, line) in BufReader::new(file).lines().enumerate() {
         let line = line.map_err(FileError::read(path))?;
         if let Some(line) = broken {
             return Err(MetricsError::Line { path: path.to_owned(), line });
         }
-        let Ok(record) = serde_json::from_str::<Value>(&line) else {
-            broken = Some(line_idx + 1);
-            continue;
-        };
-        if record["step"].as_u64().is_none_or(|at| at <= step) {
-            writeln!(writer, "{line}").map_err(FileError::write(&beside))?;
+        match serde_json::from_str(&line) {
+            Ok(record) => visit(&line, record)?,
+            Err(_) => broken = Some(line_idx + 1),
         }
     }
-    writer.flush().map_err(FileError::write(&beside))?;
-    Ok(std::fs::rename(&beside, path).map_err(FileError::write(path))?)
+    Ok(())
 }
 
 /// What is wrong with a metrics file.
@@ -277,23 +283,14 @@ pub enum MetricsError {
     },
 }
 
-fn open_if_there(path: &Path) -> Result<Option<BufReader<File>>, MetricsError> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(BufReader::new(file))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(FileError::read(path)(source).into()),
-    }
-}
-
-fn append(path: &Path, line: &Value) -> Result<(), MetricsError> {
-    let mut text = line.to_string();
-    text.push('\n');
+fn append(path: &Path, line: &Map<String, Value>) -> Result<(), MetricsError> {
+    let text = serde_json::to_string(line).map_err(std::io::Error::from).map(|text| text + "\n");
     let file = OpenOptions::new().create(true).append(true).open(path);
-    Ok(file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(FileError::write(path))?)
+    Ok(file.and_then(|mut file| file.write_all(text?.as_bytes())).map_err(FileError::write(path))?)
 }
 
-fn keep_numbers(last: &mut BTreeMap<String, f64>, record: &Value) {
-    for (name, value) in record.as_object().into_iter().flatten() {
+fn keep_numbers(last: &mut BTreeMap<String, f64>, record: &Map<String, Value>) {
+    for (name, value) in record {
         if let (true, Some(number)) = (name.contains('/'), value.as_f64()) {
             last.insert(name.clone(), number);
         }

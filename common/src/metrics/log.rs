@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::files::read_if_there;
-
-use super::{METRICS_FILE, SAMPLES_FILE};
+use super::{METRICS_FILE, SAMPLES_FILE, read};
 
 /// The metrics of one stage, row by row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,7 +28,7 @@ impl MetricsLog {
     /// # Errors
     /// If a line is not a JSON object with a `step`.
     pub fn read(stage_dir: &Path) -> Result<Self> {
-        let rows = read_objects(&stage_dir.join(METRICS_FILE))?
+        let rows = read(&stage_dir.join(METRICS_FILE))?
             .into_iter()
             .map(|object| {
                 let values: BTreeMap<String, f64> =
@@ -103,7 +101,7 @@ pub fn read_samples(stage_dir: &Path) -> Result<Vec<Sample>> {
     let text_of = |object: &serde_json::Map<String, Value>, keys: &[&str]| {
         keys.iter().find_map(|key| object.get(*key)?.as_str().map(str::to_owned)).unwrap_or_default()
     };
-    let samples = read_objects(&stage_dir.join(SAMPLES_FILE))?
+    let samples = read(&stage_dir.join(SAMPLES_FILE))?
         .iter()
         .map(|object| Sample {
             step: object.get("step").and_then(Value::as_u64).unwrap_or(0),
@@ -124,20 +122,6 @@ pub fn first_and_last(samples: &[Sample], n_each: usize) -> Vec<Sample> {
         return of_step(last).cloned().collect();
     }
     of_step(first).chain(of_step(last)).cloned().collect()
-}
-
-/// The objects of a JSON Lines file, empty if the file is absent.
-fn read_objects(path: &Path) -> Result<Vec<serde_json::Map<String, Value>>> {
-    let text = read_if_there(path)?.unwrap_or_default();
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(line_idx, line)| match serde_json::from_str(line) {
-            Ok(Value::Object(object)) => Ok(object),
-            Ok(_) => Err(anyhow!("`{}` line {}: expected a JSON object", path.display(), line_idx + 1)),
-            Err(error) => Err(anyhow!("`{}` line {}: {error}", path.display(), line_idx + 1)),
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -169,11 +153,16 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_line_is_named() {
+    fn a_broken_line_is_named_and_one_cut_short_left_out() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("metrics.jsonl"), "{\"step\":1}\n{\"step\":").unwrap();
-        let error = format!("{:#}", MetricsLog::read(dir.path()).unwrap_err());
+        let read = |text: &str| {
+            fs::write(dir.path().join("metrics.jsonl"), text).unwrap();
+            MetricsLog::read(dir.path())
+        };
+        let error = format!("{:#}", read("{\"step\":1}\n{\"step\":\n{\"step\":3}\n").unwrap_err());
         assert!(error.contains("metrics.jsonl` line 2"), "{error}");
+        // A run that was killed while it wrote has a report too.
+        assert_eq!(read("{\"step\":1}\n{\"step\":").unwrap().last("step"), Some(1.0));
     }
 
     #[test]
