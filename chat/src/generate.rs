@@ -105,14 +105,14 @@ fn write_json(
     Ok(writeln!(out, "{json}"))
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Printed<'a> {
     #[serde(flatten)]
     completion: &'a Completion,
     /// Which of `--num-samples`, from 0.
     sample: u64,
-    /// What the model was given.
+    /// The model's input.
     prompt_token_ids: &'a [u32],
 }
 

@@ -7,7 +7,7 @@ use common::tokenizer::Tokenizer;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
     system: Option<String>,
-    /// What the user said and what was answered, oldest first.
+    /// The turns of user and assistant, oldest first.
     turns: Vec<(String, String)>,
 }
 

@@ -87,7 +87,7 @@ fn in_terminal(conversation: &mut Conversation) -> anyhow::Result<()> {
     }
 }
 
-/// What follows a line.
+/// The response to a line.
 enum Next {
     /// The next line: this one was answered or carried out.
     Line,

@@ -28,7 +28,7 @@ impl StopText {
         (std::mem::replace(&mut self.held, rest), false)
     }
 
-    /// What is still held back when the stream has ended.
+    /// The text still held back when the stream has ended.
     pub fn finish(self) -> String {
         self.held
     }

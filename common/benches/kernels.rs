@@ -65,7 +65,7 @@ fn measure(
     });
 }
 
-/// What the operations read.
+/// Operands of the operations.
 struct Inputs {
     /// `[BATCH, SEQ, width]`
     x: Tensor<3>,
@@ -143,7 +143,7 @@ fn differentiated(criterion: &mut Criterion, device: &Device) {
     }
 }
 
-/// What meets the vocabulary.
+/// The operations over the vocabulary.
 fn losses(criterion: &mut Criterion, device: &Device) {
     let inputs =
         |device: &Device| Inputs { weight: random(5, [VOCAB, D_MODEL], device), ..Inputs::new(D_MODEL, 1, device) };

@@ -22,9 +22,9 @@ pub const DEFAULT: &str = "flex";
 /// A backend this program knows, compiled in or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackendInfo {
-    /// What `--backend` calls it, and the Cargo feature that compiles it in.
+    /// Its name for `--backend`, and the Cargo feature that compiles it in.
     pub name: &'static str,
-    /// What it runs on.
+    /// The hardware it runs on.
     pub description: &'static str,
     /// Whether this program holds it.
     pub compiled_in: bool,
@@ -64,15 +64,15 @@ pub fn list() -> &'static [BackendInfo] {
 /// A device that a backend of this program can open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundDevice {
-    /// What `--backend` calls it.
+    /// Its name for `--backend`.
     pub name: String,
-    /// What it calls itself.
+    /// Its own name.
     pub adapter: String,
     /// Whether it is a graphics driver that computes on the CPU.
     pub is_software: bool,
     /// Its memory in bytes, where it can be known: Burn reports none for a graphics card.
     pub memory: Option<u64>,
-    /// What a model can compute in on it.
+    /// The precisions it supports.
     pub precisions: Vec<Precision>,
 }
 
@@ -95,7 +95,7 @@ pub fn devices(info: &BackendInfo) -> Vec<FoundDevice> {
     opened.into_iter().enumerate().map(found).collect()
 }
 
-/// What `--backend list` prints: a line for every device, and for every backend without one what it lacks.
+/// The output of `--backend list`: a line for every device, and for every backend without one what is missing.
 pub fn table() -> String {
     let mut rows = vec![["backend", "device", "memory", "precision"].map(str::to_owned)];
     for info in &BACKENDS {
@@ -184,7 +184,7 @@ pub fn adapter(device: &Device) -> Option<String> {
     }
 }
 
-/// What a backend needs on the machine besides this program.
+/// Requirements of a backend on the machine besides this program.
 fn driver_hint(name: &str) -> &'static str {
     match name {
         "wgpu" => "install a Vulkan driver; Debian's `mesa-vulkan-drivers` holds one for the CPU too",
@@ -324,7 +324,7 @@ pub enum BackendError {
     NoDriver {
         /// The backend.
         name: &'static str,
-        /// What it needs.
+        /// Its requirements.
         hint: &'static str,
     },
     /// The device cannot compute in it.
@@ -339,7 +339,7 @@ pub enum BackendError {
         /// Why not.
         reason: &'static str,
     },
-    /// What follows the colon is no number.
+    /// The text after the colon is no number.
     #[error("backend `{name}`: expected NAME or NAME:INDEX, where INDEX is a whole number")]
     BadIndex {
         /// The whole argument.

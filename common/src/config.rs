@@ -12,13 +12,14 @@ pub use print::{print, print_as, toml_text};
 
 use std::path::{Component, Path, PathBuf};
 
-use base::files::FileError;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use text::data::{DataError, files};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+
+use crate::files::FileError;
 
 /// The environment variable that stands in for `--data`.
 pub const DATA_VARIABLE: &str = "KINDLING_DATA";
@@ -169,7 +170,7 @@ impl PathResolver {
 /// The lists of files in a configuration, by their key.
 pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
 
-/// What is wrong with a config, in the words of the file or the flag.
+/// Errors in a configuration, in the words of the file or the flag.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -188,7 +189,7 @@ pub enum ConfigError {
     /// A `--set` flag is malformed or holds a key or value that has no place.
     #[error("invalid override `--set {flag}`: {reason}{hint}")]
     Override {
-        /// What followed `--set`.
+        /// The text after `--set`.
         flag: String,
         /// Why.
         reason: String,
@@ -290,7 +291,7 @@ fn nearest_hint(message: &str) -> String {
     }
 }
 
-/// What stands between backticks in `text`.
+/// The parts of `text` between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
@@ -454,7 +455,7 @@ mod tests {
         assert_eq!(resolve("../x/./y.txt"), "/recipes/x/y.txt");
         assert_eq!(resolve("$DATA/stories/train.txt"), "/data/stories/train.txt");
         assert_eq!(resolve("/elsewhere/c.txt"), "/elsewhere/c.txt");
-        // What is resolved stays what it is, whichever folder it is resolved from.
+        // A resolved path stays the same, whichever folder it is resolved from.
         let elsewhere = PathResolver { base: "/runs/sft".into(), data: None };
         assert_eq!(
             elsewhere.resolve("/data/stories/train.txt").expect("absolute"),

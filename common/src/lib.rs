@@ -1,4 +1,4 @@
-//! What the stages of Kindling share.
+//! Library shared by the stages of Kindling.
 //!
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`score`] (what models say of responses), [`checkpoint`] with [`hf`], [`config`], [`metrics`],
@@ -9,7 +9,7 @@
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
 //!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `score` → `model`,
 //!   `data`, `generate`; `hf` → `model`; `checkpoint` → `model`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `runtime` →
-//!   `backend`, `checkpoint`, `model`, `optim`; `capacity` → `model`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `session` → all that a run needs; whoever writes or reads files → `hash`. There are no other edges; `tests/architecture.rs` checks them.
+//!   `backend`, `checkpoint`, `model`, `optim`; `capacity` → `model`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `session` → all that a run needs; all that write or read files → `files`, `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 

@@ -267,7 +267,7 @@ fn for_each_line(
     Ok(())
 }
 
-/// What is wrong with a metrics file.
+/// Errors of a metrics file.
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
     /// It cannot be read or written.

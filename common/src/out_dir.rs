@@ -112,7 +112,7 @@ pub enum OutDirError {
     InputInside {
         /// The directory.
         out: PathBuf,
-        /// What would be lost.
+        /// The path that would be deleted.
         input: PathBuf,
     },
     /// Not readable or not writable.

@@ -1,4 +1,4 @@
-//! What tests of several crates share (feature `testing`).
+//! Helpers for the tests of several crates (feature `testing`).
 
 use std::path::Path;
 use std::process::Command;

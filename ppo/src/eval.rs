@@ -18,7 +18,7 @@ use crate::config::{PpoConfig, PpoSection};
 /// Tokens of an answer where neither flag nor checkpoint says.
 const DEFAULT_MAX_TOKENS: usize = 128;
 
-/// What `ppo eval` measures. Each number's 95 % interval stands beside it, over prompts.
+/// The results of `ppo eval`. Each number's 95 % interval stands beside it, over prompts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Evaluation {
     /// The reward model's score of the policy's answers, cut-off ones included as they are.

@@ -52,7 +52,7 @@ pub struct DataConfig {
     /// Separator of the documents in a `.txt` file: `"blank-line"`, `"line"` (each line is a document), `"none"` (each file is
     /// a document), or any other string, such as `"<|endoftext|>"`.
     pub separator: Separator,
-    /// What to do with a malformed record.
+    /// Treatment of a malformed record.
     pub on_bad_record: OnBadRecord,
     /// Largest size of a record or document in bytes; a longer one is malformed.
     pub max_record_bytes: RecordLimit,

@@ -1,4 +1,4 @@
-//! What can be found wrong in the first seconds instead of after hours: data, models and lengths of the steps to come.
+//! Checks that fail in the first seconds instead of after hours: data, models and lengths of the steps to come.
 
 use std::path::{Path, PathBuf};
 
@@ -37,7 +37,7 @@ pub fn check_lengths(setup: &Setup, due: &[Step]) -> Result<()> {
     Ok(())
 }
 
-/// What is known of the model before it is trained.
+/// Facts about the model that are known before it is trained.
 struct Model {
     /// Tokens of its context, and the setting that says so.
     context: Option<(usize, String)>,

@@ -54,7 +54,7 @@ impl PairFiles {
 pub struct Collector<'a> {
     /// Its configuration.
     pub config: &'a CollectConfig,
-    /// What the labeller goes by.
+    /// The score by which the labeller prefers.
     pub gold: &'a GoldScorer,
     /// The recipe.
     pub setup: &'a Setup,

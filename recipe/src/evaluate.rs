@@ -143,7 +143,7 @@ impl Evaluator<'_> {
         Ok(Some(answers.collect()))
     }
 
-    /// What `reward-model eval` says of the test pairs, and of the same pairs in their gold order.
+    /// The results of `reward-model eval` on the test pairs, and on the same pairs in their gold order.
     fn reward_model(&self) -> Result<Map<String, Value>> {
         let Some(pairs) = self.setup.test_pairs().filter(|_| self.trains(Step::RewardModel)) else {
             return Ok(Map::new());
@@ -173,7 +173,7 @@ impl Evaluator<'_> {
         Ok(result)
     }
 
-    /// What `ppo eval` says of the prompts in the file `data`: the same that the answers are to.
+    /// The results of `ppo eval` on the prompts in the file `data`, which are those of the answers.
     fn ppo(&self, data: &Path) -> Result<Map<String, Value>> {
         if !self.trains(Step::Ppo) {
             return Ok(Map::new());

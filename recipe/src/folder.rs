@@ -28,7 +28,7 @@ pub struct Recipe {
     pub config: RecipeConfig,
     /// The output directory.
     pub out: PathBuf,
-    /// What `$DATA/` means in the stages' files.
+    /// The folder that `$DATA/` stands for in the stages' files.
     pub data: Option<PathBuf>,
     is_embedded: bool,
     overrides: Vec<(Step, String)>,
@@ -99,7 +99,7 @@ impl Recipe {
         self.dir.join(format!("{}.toml", file_of(step)))
     }
 
-    /// What `recipe run` changes in a stage's configuration: [`stage_overrides`](Self::stage_overrides), and collected
+    /// Overrides of a stage's configuration by `recipe run`: [`stage_overrides`](Self::stage_overrides), and collected
     /// pairs take the place of the reward model's own.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ impl Recipe {
         Ok(overrides)
     }
 
-    /// What the command line and the recipe change in a stage's configuration, as `section.key=VALUE`.
+    /// Overrides of a stage's configuration by the command line and the recipe, as `section.key=VALUE`.
     pub fn stage_overrides(&self, step: Step) -> Vec<String> {
         let seed = format!("seed={}", self.config.seed);
         let of_stage = self.overrides.iter().filter(|(s, _)| *s == file_of(step)).map(|(_, text)| text.clone());
@@ -185,7 +185,7 @@ fn section_of<T: Configuration + Default>(
     sections.into_iter().find(|section| read(&[format!("{section}.{flag}")]).is_ok())
 }
 
-/// What `--set` changes.
+/// The overrides of `--set`.
 #[derive(Debug, Default)]
 struct Overrides {
     /// In recipe.toml.

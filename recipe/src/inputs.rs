@@ -12,11 +12,11 @@ use common::hash::{sha256_of, sha256_of_file};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-/// What a value begins with that stands for a file's content or a model's weights.
+/// Prefix of a value that stands for a file's content or a model's weights.
 const SHA256: &str = "sha256:";
 /// The value of a file or a checkpoint that is not there.
 const ABSENT: &str = "absent";
-/// What the name of a checkpoint's weights begins with.
+/// Prefix of the name of a checkpoint's weights.
 const WEIGHTS: &str = "weights of ";
 
 /// Settings that say when a run writes something and not what it computes.

@@ -11,7 +11,7 @@ use crate::report::duration;
 use crate::setup::Setup;
 use crate::steps::Step;
 
-/// What is to be done for a step.
+/// The work that a step still needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// It is finished, and nothing it depends on has changed.
@@ -29,7 +29,7 @@ pub struct PlannedStep {
     pub step: Step,
     /// Whether this command runs it.
     pub is_wanted: bool,
-    /// What is to be done.
+    /// The work it still needs.
     pub state: State,
     /// Why earlier work would be lost; empty where none would be.
     pub losses: Vec<String>,
@@ -107,7 +107,7 @@ pub fn plan(setup: &Setup, record: &RunRecord, wanted: &[Step]) -> Result<Vec<Pl
             }
         }
         let is_whole = old.finished && setup.results(step).iter().all(|path| path.exists());
-        // What is stale was given up before.
+        // Stale results were given up before.
         let is_lost = (is_wanted || replaced.is_some()) && !old.stale && (is_whole || has_checkpoint(setup, step));
         let losses = if is_lost { reasons } else { Vec::new() };
         planned.push(PlannedStep { step, is_wanted, state, losses, seconds: old.seconds });

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::inputs::Inputs;
 use crate::steps::Step;
 
-/// What `recipe.json` says about one step.
+/// The entry of one step in `recipe.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Everything that the step's result depends on. Empty in the records of versions that kept a hash instead.
@@ -43,7 +43,7 @@ pub struct RunRecord {
     pub backend: String,
     /// Threads of the last sitting.
     pub threads: usize,
-    /// What the gold score is, in words; absent where it is not known.
+    /// Description of the gold score; absent where there is no gold score.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gold: Option<String>,
     /// The same for programs, as [`Inputs::fingerprint`].

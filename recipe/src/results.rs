@@ -50,9 +50,9 @@ pub struct Results {
     /// Gold score of PPO minus SFT, prompt by prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gain: Option<Interval>,
-    /// What `reward-model eval` prints for the test pairs, and the same against the noise-free gold order.
+    /// The output of `reward-model eval` for the test pairs, and the same against the noise-free gold order.
     pub reward_model: Map<String, Value>,
-    /// What `ppo eval` prints for the held-out prompts.
+    /// The output of `ppo eval` for the held-out prompts.
     pub ppo: Map<String, Value>,
 }
 
@@ -69,7 +69,7 @@ pub struct AnswerRow {
 /// One answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ScoredAnswer {
-    /// What the model wrote, special tokens left out.
+    /// The model's answer, special tokens left out.
     pub text: String,
     /// Whether it stopped by itself, before the length limit.
     pub ended: bool,

@@ -147,7 +147,7 @@ impl<'a> Run<'a> {
         if !goes_on {
             self.clear(step)?;
         }
-        // What was made from the earlier result of this step no longer belongs to it.
+        // Results made from the earlier result of this step no longer belong to it.
         self.record.steps.range_mut(step..).for_each(|(_, record)| record.stale = true);
         let gold = if step == Step::Ppo { self.setup.gold_fingerprint()? } else { None };
         let mut record = StepRecord { inputs, finished: false, seconds, stale: false, gold };
@@ -317,7 +317,7 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
     Ok(RunRecord::default())
 }
 
-/// What a gold score says, for the report.
+/// Description of a gold score, for the report.
 fn describe_gold(kind: GoldKind) -> &'static str {
     match kind {
         GoldKind::World => {

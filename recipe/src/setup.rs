@@ -72,7 +72,7 @@ pub struct Setup {
     pub recipe: Recipe,
     /// The output directory.
     pub out: PathBuf,
-    /// What answers are really worth, where that is known.
+    /// The gold scorer, where the recipe has one.
     pub gold: Option<GoldScorer>,
     /// Float type of the computations, by name.
     pub precision: &'static str,

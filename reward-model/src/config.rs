@@ -45,7 +45,7 @@ impl Default for RewardModelConfig {
     }
 }
 
-/// What to do with a pair whose prompt and longer answer do not fit into the model's context.
+/// Treatment of a pair whose prompt and longer answer do not fit into the model's context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {

@@ -25,7 +25,7 @@ pub struct SftConfig {
     pub run: RunConfig,
 }
 
-/// What to do with a conversation that is longer than the model's context.
+/// Treatment of a conversation that is longer than the model's context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {

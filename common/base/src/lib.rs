@@ -1,4 +1,4 @@
-//! What every other crate stands on: seeded random streams ([`rng`]), hashes ([`hash`]), files
+//! The foundation of every other crate: seeded random streams ([`rng`]), hashes ([`hash`]), files
 //! that are whole or absent, or fail ([`files`]), means with intervals ([`stats`]), and helpers of tests.
 
 #![forbid(unsafe_code)]

@@ -1,7 +1,7 @@
 //! One seed, many independent streams of random numbers, all on the host.
 //!
 //! A stream is named by what it decides (`"init/blocks.0.mlp.up.weight"`, `"order"`, `"sampling"`) and by an index
-//! (an epoch, a row). Nothing has to be saved to resume: whoever knows the name and the index has the stream again,
+//! (an epoch, a row). Nothing has to be saved to resume: the name and the index give the stream again,
 //! and no stream depends on how much of another was used. Where two parts of a recipe draw streams of the same names
 //! from one seed, each has streams of its own purpose ([`Streams::of`]).
 

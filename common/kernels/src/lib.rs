@@ -82,7 +82,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// What one `AdamW` step needs besides the tensors.
+/// Parameters of one `AdamW` step besides the tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate of this step.

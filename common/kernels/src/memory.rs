@@ -1,4 +1,4 @@
-//! What becomes of memory between two steps, and how much of it and of the processors was used.
+//! Memory between two steps, and the use of memory and processors.
 
 /// `mi_option_purge_delay` in mimalloc's list of options, the same number in its versions 2 and 3. `libmimalloc-sys` has
 /// names for its neighbours, and none for this one.
@@ -19,7 +19,7 @@ pub fn keep_freed() {
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, NEVER) };
 }
 
-/// What the process has used since it began.
+/// Resources used by the process since it began.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Usage {
     /// Processor time of all threads, in seconds, to the millisecond.

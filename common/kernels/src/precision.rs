@@ -18,7 +18,7 @@ impl Precision {
     /// All, widest first.
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
 
-    /// What `--precision` calls it.
+    /// Its name for `--precision`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",

@@ -25,7 +25,7 @@ pub struct Operand {
 pub struct Call {
     /// Which, and what it takes besides its operands.
     pub operation: Operation,
-    /// What it is differentiable by, in the order of the function's parameters.
+    /// The operands it is differentiable by, in the order of the function's parameters.
     pub operands: Vec<Operand>,
 }
 
@@ -87,7 +87,7 @@ pub enum Operation {
     CrossEntropy {
         /// `[n]`
         targets: Tensor<1, Int>,
-        /// What the sum is divided by.
+        /// Divisor of the sum.
         denominator: f64,
     },
 }

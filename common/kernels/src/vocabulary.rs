@@ -93,7 +93,7 @@ fn tap_token_log_probs(hidden: &Tensor<2>, head: &Tensor<2>, targets: &Tensor<1,
     });
 }
 
-/// What logits are multiplied by.
+/// Factor on the logits.
 fn inverse(temperature: f64) -> f64 {
     if temperature == 1.0 { 1.0 } else { 1.0 / (temperature + 1e-7) }
 }

@@ -48,7 +48,7 @@ pub(super) struct Norm {
     beta: Param<Tensor<1>>,
 }
 
-/// What the layers of one forward pass need besides their weights.
+/// Inputs of the layers in one forward pass besides their weights.
 pub(super) struct Pass<'a> {
     pub(super) kernels: Kernels,
     /// Of the branches; the residual stream and the norms are in f32.

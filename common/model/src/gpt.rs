@@ -216,7 +216,7 @@ impl Gpt {
         self
     }
 
-    /// What the model computes in.
+    /// Float type of the model's computations.
     pub const fn precision(&self) -> Precision {
         self.precision
     }

@@ -296,7 +296,7 @@ pub struct AdamW {
     loss_scale: Option<LossScale>,
 }
 
-/// What a saved optimiser calls the factor on the loss.
+/// Name of the factor on the loss in a saved optimiser.
 const LOSS_SCALE: &str = "loss_scale";
 
 /// Why an optimiser's state cannot be restored.
@@ -324,7 +324,7 @@ impl AdamW {
         self
     }
 
-    /// What to call `backward` on: the loss, with f16 times the present factor, by which [`step`](Self::step) divides.
+    /// The tensor for `backward`: the loss, with f16 times the present factor, by which [`step`](Self::step) divides.
     pub fn scaled(&self, loss: Tensor<1>) -> Tensor<1> {
         match self.loss_scale {
             Some(scale) => loss * scale.factor,

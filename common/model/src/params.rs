@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::{GptConfig, NormPlacement, Positions};
 use base::rng::Streams;
 
-/// What a parameter is for.
+/// Role of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// A vector per token, the output layer too where tied.
@@ -134,7 +134,7 @@ impl Parameter<'_> {
         self.row.shape.iter().map(|size| size.of(self.config)).collect()
     }
 
-    /// What it is for.
+    /// Its role.
     pub const fn role(&self) -> Role {
         self.row.role
     }

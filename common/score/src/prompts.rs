@@ -32,7 +32,7 @@ pub struct Prompts {
     pub encoded: Vec<EncodedPrompt>,
 }
 
-/// What to do with a prompt that, with the tokens of a response, exceeds the context.
+/// Treatment of a prompt that, with the tokens of a response, exceeds the context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {

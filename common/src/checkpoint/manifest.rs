@@ -1,4 +1,4 @@
-//! What a checkpoint says about itself: `manifest.json`.
+//! The description of a checkpoint: `manifest.json`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +15,7 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 /// The version of the layout that this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// What wrote a checkpoint.
+/// The stage that wrote a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {

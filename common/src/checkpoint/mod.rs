@@ -36,7 +36,7 @@ pub const CONFIG_FILE: &str = "config.toml";
 /// PPO's value model, a directory in a checkpoint.
 const VALUE_DIR: &str = "value";
 
-/// What `--resume` needs, a directory in a checkpoint.
+/// Directory in a checkpoint for the state that `--resume` needs.
 const STATE_DIR: &str = "state";
 
 /// The part of the state that is no tensor.
@@ -57,10 +57,10 @@ pub struct Checkpoint {
     end_ids: Vec<u32>,
 }
 
-/// What [`save`] writes.
+/// Contents of a checkpoint for [`save`].
 #[derive(Debug, Clone)]
 pub struct Snapshot<'a> {
-    /// What the stage hands on.
+    /// The weights that the stage hands on.
     pub weights: Weights,
     /// Where it comes from; the hashes of what is saved are filled in.
     pub manifest: Manifest,
@@ -70,7 +70,7 @@ pub struct Snapshot<'a> {
     pub config_toml: &'a str,
     /// PPO's value model.
     pub value: Option<Weights>,
-    /// What `--resume` needs.
+    /// The state for `--resume`.
     pub state: Option<State>,
 }
 
@@ -104,7 +104,7 @@ impl Weights {
     }
 }
 
-/// What training needs to go on as if it had not stopped, f32 and exact.
+/// The state with which training goes on as if it had not stopped, f32 and exact.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct State {
     /// Counters and settings; numbers keep every bit.
@@ -240,7 +240,7 @@ impl Checkpoint {
         from_named(model).map_err(|source| CheckpointError::Named { dir: self.dir.clone(), source })
     }
 
-    /// What `--resume` needs.
+    /// The state for `--resume`.
     ///
     /// # Errors
     /// If the checkpoint has none, or it is damaged.
@@ -301,7 +301,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// What it says of itself; `None` for a directory of another program.
+    /// Its manifest; `None` for a directory of another program.
     pub fn manifest(&self) -> Option<&Manifest> {
         self.manifest.as_ref()
     }
@@ -487,7 +487,7 @@ pub enum CheckpointError {
         b.display()
     )]
     Partners {
-        /// What differs.
+        /// The difference.
         what: &'static str,
         /// One directory.
         a: PathBuf,
@@ -519,7 +519,7 @@ pub enum CheckpointError {
     Json {
         /// The file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
     /// Not to be saved.

@@ -24,7 +24,7 @@ const GROUPED_FROM: i128 = 10_000;
 pub struct Section {
     /// Dotted path of the table; empty for the top level.
     pub path: String,
-    /// What the table is for.
+    /// Meaning of the table.
     pub doc: String,
     /// Whether the table may be absent, which is then its default.
     pub optional: bool,
@@ -37,9 +37,9 @@ pub struct Section {
 pub struct Key {
     /// Name within the section.
     pub name: String,
-    /// What the key means.
+    /// Meaning of the key.
     pub doc: String,
-    /// What it accepts.
+    /// The values it accepts.
     pub kind: Kind,
     /// The default as JSON; `None` where the key may be absent or has to be given.
     pub default: Option<Value>,

@@ -94,7 +94,7 @@ fn comment(doc: &str, text: &mut String) {
         for (i, word) in paragraph.split_whitespace().enumerate() {
             if i > 0 && line.chars().count() + 1 + word.chars().count() > WIDTH {
                 let _ = writeln!(text, "{line}");
-                // What follows a choice's name stands under it, further in.
+                // The text after a choice's name stands under it, further in.
                 line = format!("# {indent}{indent}");
             } else if i > 0 {
                 line.push(' ');

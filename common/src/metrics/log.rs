@@ -87,9 +87,9 @@ impl MetricsLog {
 pub struct Sample {
     /// Optimiser step at which it was made.
     pub step: u64,
-    /// What was asked, if anything.
+    /// The prompt; empty if there is none.
     pub prompt: String,
-    /// What the model wrote.
+    /// The model's text.
     pub text: String,
 }
 

@@ -93,7 +93,7 @@ names! {
     GOLD_VAL_SCORE = "gold/val_score";
 }
 
-/// What the console shows, in this order; the rest is for the file.
+/// The metrics on the console, in this order; the rest is for the file.
 pub(super) const ON_CONSOLE: [&str; 17] = [
     TRAIN_LOSS,
     TRAIN_ACCURACY,

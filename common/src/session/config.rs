@@ -68,11 +68,11 @@ pub struct DataConfig<L> {
     /// Validation files in the same formats. Required.
     #[serde(deserialize_with = "one_or_many")]
     pub val: Vec<PathBuf>,
-    /// What to do with a malformed record.
+    /// Treatment of a malformed record.
     pub on_bad_record: OnBadRecord,
     /// Largest size of a record in bytes; a longer one is malformed.
     pub max_record_bytes: RecordLimit,
-    /// What to do with a record that is longer than the model's context.
+    /// Treatment of a record that is longer than the model's context.
     pub on_too_long: L,
 }
 

@@ -49,12 +49,12 @@ pub struct Progress {
     /// The `--set` flags of all calls, which a resumed run goes by too.
     #[serde(default)]
     pub overrides: Vec<String>,
-    /// What the stage itself has to remember.
+    /// The stage's own state.
     #[serde(default)]
     pub stage: Value,
 }
 
-/// What a run starts from.
+/// The starting point of a run.
 #[derive(Debug)]
 pub struct Plan<'a, C> {
     /// The stage that is running.
@@ -89,10 +89,10 @@ pub trait Training: Sized {
     /// If a number is not finite or cannot be written.
     fn evaluate(&self, session: &mut Session) -> anyhow::Result<()>;
 
-    /// What a checkpoint holds of it.
+    /// Contents of its checkpoint.
     fn contents(&self) -> Contents<'_>;
 
-    /// What is done before the first step of a run that is not resumed.
+    /// Work before the first step of a run that is not resumed.
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate).
@@ -105,7 +105,7 @@ pub trait Training: Sized {
         false
     }
 
-    /// What is done to the model after the last step, such as the normalisation of scores.
+    /// Work on the model after the last step, such as the normalisation of scores.
     ///
     /// # Errors
     /// If it cannot be done; what was trained is saved, and `--resume` goes on from there.
@@ -152,7 +152,7 @@ pub enum Exported<'a> {
     Scalar(&'a ScalarGpt),
 }
 
-/// What a checkpoint holds of a model in training.
+/// Contents of a checkpoint of a model in training.
 #[derive(Debug)]
 pub struct Contents<'a> {
     /// The trained weights.
@@ -161,9 +161,9 @@ pub struct Contents<'a> {
     pub optimizers: Vec<(&'static str, &'a AdamW)>,
     /// The value model, saved beside the policy.
     pub value: Option<&'a ScalarGpt>,
-    /// What the stage itself has to remember.
+    /// The stage's own state.
     pub stage: Value,
-    /// What to export in place of the trained weights, such as a reward model whose scores were normalised.
+    /// The model to export in place of the trained weights, such as a reward model whose scores were normalised.
     pub exported: Option<Exported<'a>>,
 }
 
@@ -205,7 +205,7 @@ pub struct Session {
     /// Where metrics go.
     pub recorder: Recorder,
     progress: Progress,
-    /// What every checkpoint of the run says of its origin.
+    /// Origin of the run, for each of its checkpoints.
     manifest: Manifest,
     tokenizer: Tokenizer,
     config_toml: String,
@@ -324,7 +324,7 @@ impl Session {
             }
         }
         if training.is_incomplete() && !self.was_interrupted() {
-            // What follows may fail, and nothing trained is to be lost by that.
+            // The rest may fail, and nothing trained is to be lost by that.
             if self.last_save.0 != Some(self.progress.step) {
                 self.save(training.contents())?;
             }

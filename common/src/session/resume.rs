@@ -22,7 +22,7 @@ use crate::runtime::Runtime;
 /// Characters of a hash that a message shows.
 const SHORT_HASH: usize = 8;
 
-/// What a resumed run goes on with.
+/// The saved state of a resumed run.
 #[derive(Debug)]
 pub struct Restored {
     /// The checkpoint itself.

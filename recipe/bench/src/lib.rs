@@ -24,7 +24,7 @@ use common::kernels::{Precision, memory};
 use common::runtime::{n_threads, on_pool};
 use serde_json::{Map, Value, json};
 
-/// What to measure.
+/// The measurement.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     /// Training steps: forward, backward, clipping, AdamW

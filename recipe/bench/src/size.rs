@@ -102,7 +102,7 @@ impl Shape {
         Ok(model)
     }
 
-    /// What the result says of `model`.
+    /// The fields of the result that describe `model`.
     pub fn describe(&self, model: &GptConfig) -> Map<String, Value> {
         let name = if *model == self.size.model() { self.size.name() } else { "custom" };
         let fields = [

@@ -67,7 +67,7 @@ pub struct CompareArgs {
 /// Flags of the process that one backend runs in.
 #[derive(Debug, Args)]
 pub struct ProbeArgs {
-    /// What to compute: the file that `recipe compare` wrote
+    /// Plan of the computations: the file that `recipe compare` wrote
     #[arg(long, value_name = "FILE")]
     pub plan: PathBuf,
 

@@ -86,13 +86,13 @@ pub struct Row {
     pub max_absolute: f64,
     /// Largest relative difference of a tensor.
     pub max_relative: f64,
-    /// What was allowed.
+    /// The budget.
     pub budget: Budget,
     /// Whether it was kept.
     pub passed: bool,
     /// The first tensor outside the budget, and where in it the difference is largest.
     pub first_excess: Option<String>,
-    /// What else there is to say.
+    /// Remarks.
     pub note: Option<String>,
 }
 

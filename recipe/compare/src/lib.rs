@@ -40,14 +40,14 @@ use output::{Comparison, Run};
 use probe::Plan;
 use record::Records;
 
-/// What a recipe gives the comparison: its stages' configurations, data and tokenizer, ready to be read.
+/// A recipe's contribution to the comparison: its stages' configurations, data and tokenizer, ready to be read.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Prepared {
     /// Name of the recipe.
     pub recipe: String,
     /// Its seed.
     pub seed: u64,
-    /// What `$DATA/` means in the stages' configurations.
+    /// The folder that `$DATA/` stands for in the stages' configurations.
     pub data: Option<PathBuf>,
     /// Directory of the tokenizer.
     pub tokenizer: PathBuf,

@@ -42,13 +42,13 @@ pub struct Use {
     /// The operation and where in the model it stands.
     pub name: String,
     operation: Operation,
-    /// What it is computed from and differentiated by.
+    /// Its operands, by which it is differentiated.
     pub inputs: Vec<HostTensor>,
 }
 
 /// Output and gradients of an operation.
 pub struct Computed {
-    /// What the operation gives.
+    /// The operation's output.
     pub outputs: Vec<HostTensor>,
     /// By each input.
     pub gradients: Vec<HostTensor>,

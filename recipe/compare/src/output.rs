@@ -17,7 +17,7 @@ use super::record::{Level, Records};
 pub struct Run {
     /// As `--backends` names it.
     pub name: String,
-    /// What it left.
+    /// The records it left.
     pub records: Records,
     /// How its process ended, unless well.
     pub failure: Option<String>,

@@ -39,7 +39,7 @@ const N_ANSWERS: usize = 16;
 /// Greedy decoding for its speed: rows and tokens.
 const DECODED: (usize, usize) = (8, 32);
 
-/// What every backend's process computes.
+/// The work of every backend's process.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Plan {
     /// The recipe.
@@ -372,7 +372,7 @@ impl Probe {
     }
 }
 
-/// What training changed, tensor by tensor, the keys' biases left out.
+/// The changes by training, tensor by tensor, the keys' biases left out.
 ///
 /// Their gradient is zero: a constant added to all keys of a query cancels in the softmax. What is there instead is
 /// rounding, which differs between backends and which AdamW makes as large as any other step.

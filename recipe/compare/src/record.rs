@@ -1,4 +1,4 @@
-//! What one backend computed, as its process leaves it: a line of JSON for every tensor, the numbers in a file beside.
+//! The results of one backend, as its process leaves them: a line of JSON for every tensor, the numbers in a file beside.
 //!
 //! Lines are written as soon as they are known, so that a process that crashes leaves what it had.
 
@@ -33,9 +33,9 @@ pub enum Level {
     Loss,
     /// The gradient of every parameter.
     Gradients,
-    /// What one optimiser step changes.
+    /// The change of one optimiser step.
     OneStep,
-    /// What ten optimiser steps change.
+    /// The change of ten optimiser steps.
     TenSteps,
     /// Greedy and seeded continuations.
     Tokens,
@@ -82,7 +82,7 @@ impl Level {
 pub struct Entry {
     /// The stage it was computed in.
     pub stage: Stage,
-    /// What it is a part of.
+    /// The level it belongs to.
     pub level: Level,
     /// Its name in the level.
     pub name: String,
@@ -175,7 +175,7 @@ impl RecordWriter {
     }
 }
 
-/// What a process left behind.
+/// The records that a process left.
 #[derive(Debug, Default)]
 pub struct Records {
     /// The backend with its adapter; empty if the process did not come that far.

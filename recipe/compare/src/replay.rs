@@ -13,12 +13,12 @@ use common::tokenizer::Tokenizer;
 use ppo::targets::{Experience, ValueTargets};
 use ppo::{Iteration, Learner, PpoConfig, TrainArgs, UpdateMetrics};
 
-/// What one step computes, each as flat numbers under the name of the quantity.
+/// The results of one step, each as flat numbers under the name of the quantity.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Replay {
     /// Token ids of the responses it was made on.
     pub responses: Vec<Vec<u32>>,
-    /// What is computed before the updates, in the order of its computation.
+    /// The results before the updates, in the order of their computation.
     pub before: Vec<(&'static str, Vec<f32>)>,
     /// Means over the updates.
     pub losses: Vec<(&'static str, Vec<f32>)>,
@@ -107,7 +107,7 @@ fn with_log_probs(
     Ok(responses.collect())
 }
 
-/// What is known of a batch before the updates.
+/// The numbers of a batch before the updates.
 fn numbers(batch: &[Experience]) -> Vec<(&'static str, Vec<f32>)> {
     let flat = |numbers: fn(&Experience) -> &[f32]| batch.iter().flat_map(numbers).copied().collect::<Vec<f32>>();
     let targets = batch.iter().filter_map(|experience| experience.critic.as_ref());

@@ -54,7 +54,7 @@ pub struct Curve {
 }
 
 impl Weight {
-    /// What the page's CSS class of the legend adds for this stroke.
+    /// Suffix of the legend's CSS class for this stroke.
     pub fn class(self) -> &'static str {
         match self {
             Self::Faint => " faint",

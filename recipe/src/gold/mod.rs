@@ -80,7 +80,7 @@ pub enum GoldScorer {
 }
 
 impl GoldScorer {
-    /// What `response` is worth as an answer to `prompt`.
+    /// The gold score of `response` as an answer to `prompt`.
     ///
     /// `World` gives a number in `[0, 1]`, or `None` if `prompt` asks for no story. `Lexicon` looks at the response
     /// only and always answers.

@@ -239,7 +239,7 @@ fn name(args: &NewArgs) -> String {
     absolute.file_name().map_or_else(|| "recipe".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
-/// What to run next.
+/// The commands to run next.
 fn next(args: &NewArgs, stages: &[Step]) -> String {
     let (dir, name) = (args.dir.display(), name(args));
     let last = stages.iter().rfind(|step| **step != Step::RewardModel).unwrap_or(&Step::Pretrain);

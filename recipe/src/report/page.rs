@@ -35,7 +35,7 @@ struct Page {
 #[derive(Serialize)]
 struct Comparison {
     verdict: String,
-    /// What the models are compared by; empty where neither a gold score nor a reward model's is known.
+    /// The score by which the models are compared; empty where neither a gold score nor a reward model's is known.
     measure: &'static str,
     rows: Vec<PolicyRow>,
     axis_low: String,
@@ -189,7 +189,7 @@ fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
     }
 }
 
-/// What the models are compared by, and its values.
+/// The score by which the models are compared, and its values.
 fn measure(results: &Results) -> (&'static str, &BTreeMap<Policy, Interval>) {
     match (results.gold.is_empty(), results.score.is_empty()) {
         (false, _) => ("gold score", &results.gold),

@@ -118,7 +118,7 @@ pub const MOST_STORIES: usize = 1_000_000;
 const MOST_PROMPTS: usize = 100_000;
 const MOST_HELD_OUT: usize = 10_000;
 
-/// What was written.
+/// The files written.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
     /// File names and their numbers of records.

@@ -30,13 +30,13 @@ use crate::request::Request;
 use crate::text::{sentences, words};
 use crate::words::{CHARACTERS, COLOURS, Mood, OBJECTS, PLACES};
 
-/// What a story needs that has an end, but none of the world's.
+/// Credit for an ending that is none of the world's.
 const PLAIN_END: f64 = 0.4;
 /// Words between which length does not matter.
 const FULL_LENGTH: (f64, f64) = (30.0, 85.0);
 /// Words at which an answer is worth nothing.
 const NO_LENGTH: (f64, f64) = (10.0, 130.0);
-/// What a repeated share of the words costs.
+/// Penalty for a repeated share of the words.
 const REPETITION_COST: f64 = 4.0;
 /// Words of a run within a sentence that may not come twice.
 const RUN: usize = 6;

@@ -1,4 +1,4 @@
-//! The simulated labeller.
+//! The simulated labeller, of the world's own pairs and of those that a recipe collects for any gold score.
 
 use common::rng::Rng;
 

@@ -19,7 +19,7 @@
 //! | `prompts.train.jsonl` | requests for PPO |
 //! | `prompts.test.jsonl` | requests for the gold evaluation |
 //!
-//! What an answer is worth is known exactly: [`crate::gold`]. The labeller who chooses between two answers is
+//! The worth of an answer is known exactly: [`crate::gold`]. The labeller who chooses between two answers is
 //! **simulated**: it prefers the first with probability `σ((gold_a − gold_b) / temperature)`, so like people it
 //! errs most often where two answers are nearly as good.
 //!

@@ -1,4 +1,4 @@
-//! What can happen: openings, twelve plots with two ways to end, and the endings.
+//! Events of the stories: openings, twelve plots with two ways to end, and the endings.
 //!
 //! A plot is a list of beats, a beat a list of templates of which a story takes one; an empty template leaves the beat
 //! out. Slots: `{h}` the hero (`Mia`, `the fox`), `{he} {him} {his}`; `{f}` the other character, `{a_f}` where they
@@ -26,9 +26,9 @@ pub struct Opening {
 /// Something that happens between two characters and a thing.
 #[derive(Debug)]
 pub struct Plot {
-    /// What it is about, for people.
+    /// Its subject, for people.
     pub name: &'static str,
-    /// What happens in any case.
+    /// The part before the two ways to end.
     pub beats: &'static [Beat],
     /// How it turns out well.
     pub happy: &'static [Beat],
@@ -91,7 +91,7 @@ pub const TRAITS: Beat = &[
     "[Everyone|Everybody] [there |]knew {him}.",
 ];
 
-/// What can happen.
+/// The plots.
 pub const PLOTS: &[Plot] = &[
     Plot {
         name: "found",
@@ -424,13 +424,13 @@ pub const fn mood_words(mood: Mood) -> &'static [&'static str] {
     }
 }
 
-/// What fills `{weather}`.
+/// Texts for `{weather}`.
 pub const WEATHER: &str = "[warm|sunny|windy|quiet|bright|cold]";
 
-/// What fills `{When}` after an opening that tells what was usual.
+/// Texts for `{When}` after an opening in the habitual past.
 pub const WHEN_HABIT: &str = "One [day|morning|afternoon|bright day|windy day|summer day]";
 
-/// What fills `{When}` after an opening that has begun already.
+/// Texts for `{When}` after an opening that has begun already.
 pub const WHEN_BEGUN: &str = "[Soon|After a while|Before long|A little later]";
 
 /// How a character is described.

@@ -7,7 +7,7 @@ use super::template::realise;
 use super::text::words;
 use super::words::{CHARACTERS, COLOURS, Mood, OBJECTS, PLACES, capitalised};
 
-/// What a story is asked to have: one to three constraints. Indices point into [`super::words`].
+/// Constraints on a story, one to three. Indices point into [`super::words`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Request {
     /// Who it is about.

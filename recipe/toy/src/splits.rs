@@ -43,7 +43,7 @@ const SHARES: [(Group, usize); 8] = [
 /// How often a request has one, two or three constraints, in per cent.
 const N_CONSTRAINTS: [usize; 3] = [15, 45, 40];
 
-/// What kind of request it is: which constraints it names, and whether there is a colour among them.
+/// The kind of the request: which constraints it names, and whether there is a colour among them.
 type Kind = [bool; 5];
 
 fn kind_of(request: &Request) -> Kind {

@@ -28,7 +28,7 @@ pub struct Content {
     pub place: usize,
     /// How it ends.
     pub mood: Mood,
-    /// What happens, in [`PLOTS`].
+    /// Index of the plot in [`PLOTS`].
     pub plot: usize,
 }
 
@@ -66,7 +66,7 @@ impl Content {
 /// A story, sentence by sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Story {
-    /// What it tells.
+    /// The text.
     pub content: Content,
     /// Its sentences; the last one is the ending.
     pub sentences: Vec<String>,
@@ -159,7 +159,7 @@ impl Teller<'_> {
         sentences(&text).into_iter().map(str::to_owned).collect()
     }
 
-    /// What stands for `slot`: text, or a template again.
+    /// Replacement of `slot`: text, or a template again.
     fn fill(&mut self, slot: &str, rng: &mut Rng) -> String {
         let content = self.content;
         let (hero, friend) = (&CHARACTERS[content.hero], &CHARACTERS[content.friend]);
@@ -229,7 +229,7 @@ pub fn pronoun(he: &str, gender: Gender) -> &str {
     }
 }
 
-/// What befalls a thing.
+/// The accident of a thing.
 pub const fn harm(damage: Damage) -> &'static str {
     match damage {
         Damage::Breaks => "[fell on|hit] a stone and broke",

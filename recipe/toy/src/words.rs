@@ -38,7 +38,7 @@ pub enum Damage {
 pub struct Object {
     /// The thing, in one word.
     pub word: &'static str,
-    /// What one does with it, up to the article: `sail`, `try on`.
+    /// The verb for its use, up to the article: `sail`, `try on`.
     pub verb: &'static str,
     /// The same in the past tense: `sailed`, `tried on`.
     pub verb_past: &'static str,
@@ -179,7 +179,7 @@ pub const PLACES: [Place; 10] = [
     place("lake", "by", ["on the dock", "near the water", "under a willow"]),
 ];
 
-/// What the words of a class stand for in the grammar: a name, an animal, a thing, a colour, a place.
+/// Class of words in the grammar: a name, an animal, a thing, a colour, a place.
 ///
 /// `None` for every other word. The argument is in lower case.
 pub fn class_of(word: &str) -> Option<&'static str> {

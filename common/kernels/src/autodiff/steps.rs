@@ -94,7 +94,7 @@ impl Backward<Flex, 8> for MlpAddNormBackward {
     }
 }
 
-/// What the backward of the feed-forward layer needs.
+/// State for the backward of the feed-forward layer.
 #[derive(Debug, Clone)]
 pub(super) struct MlpState {
     pub(super) x: FlexTensor,
@@ -127,7 +127,7 @@ impl Backward<Flex, 2> for EmbedBackward {
     }
 }
 
-/// What the backward of the embedding needs.
+/// State for the backward of the embedding.
 ///
 /// The tables are here to find the gradients that they have already, as output weights say, and to add to these in
 /// place. A step should not hold on to its parents in general, lest abandoned graphs stay; these are leaves, which the
@@ -232,7 +232,7 @@ impl Backward<Flex, 1> for AttentionBackward {
     }
 }
 
-/// What the backward of attention needs.
+/// State for the backward of attention.
 #[derive(Debug, Clone)]
 pub(super) struct AttentionState {
     pub(super) qkv: FlexTensor,
@@ -256,7 +256,7 @@ impl Backward<Flex, 2> for LogProbsBackward {
     }
 }
 
-/// What the backward of the log-probabilities needs.
+/// State for the backward of the log-probabilities.
 #[derive(Debug, Clone)]
 pub(super) struct LogProbsState {
     pub(super) hidden: FlexTensor,

@@ -42,7 +42,7 @@ struct Factors {
     betas: [f32; 2],
     /// One minus each.
     rests: [f32; 2],
-    /// What decay leaves of a parameter.
+    /// Factor that decay leaves of a parameter.
     keep: f32,
     /// The learning rate over the first moment's correction.
     lr: f32,

@@ -224,7 +224,7 @@ pub fn backward(
     tensor(qkv_grad, [batch, seq, 3 * d_model])
 }
 
-/// What the backward reads.
+/// Inputs of the backward.
 struct Saved<'a> {
     qkv: &'a [f32],
     out: &'a [f32],

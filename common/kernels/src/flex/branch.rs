@@ -137,7 +137,7 @@ fn add_and_norm(
     (normed, tensor(sum, shape))
 }
 
-/// What the backward needs of the residual addition and the layer norm.
+/// State for the backward of the residual addition and the layer norm.
 #[derive(Debug, Clone)]
 pub struct NormState {
     pub sum: FlexTensor,

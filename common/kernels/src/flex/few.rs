@@ -277,7 +277,7 @@ impl Tiles<'_> {
         }
         for (r, [first, second]) in totals.into_iter().enumerate() {
             let start = self.product.out_start + (row + r) * self.product.out_stride + column;
-            // SAFETY: whoever made the product gave it these columns of each row to itself.
+            // SAFETY: the maker of the product gave it these columns of each row to itself.
             let out = unsafe { self.product.out.slice(start, n_columns) };
             if FULL {
                 let (registers, _) = S::as_mut_simd_f32s(out);

@@ -197,7 +197,7 @@ impl<'a> SharedMut<'a> {
     }
 }
 
-/// What becomes of the numbers already in the output.
+/// Treatment of the numbers already in the output.
 #[derive(Clone, Copy)]
 pub enum Output<'a> {
     /// They are replaced, without being read.
@@ -209,7 +209,7 @@ pub enum Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    /// What the first piece of a product is added to, in the columns `cols`.
+    /// The initial values for the first piece of a product, in the columns `cols`.
     fn start(self, cols: Range<usize>) -> Start<'a> {
         match self {
             Self::Overwrite => Start::Zero,
@@ -376,7 +376,7 @@ fn row_blocks(rows: usize, cols: usize, depth: usize, threads: Threads) -> Vec<R
 /// Cuts an output of `rows` by `cols` into one part for each thread, more or less: of all ways that leave the slowest
 /// thread the least to compute and to rearrange.
 fn rectangles(rows: usize, cols: usize) -> Vec<Rect> {
-    /// What a row or a column costs to rearrange, in multiplications.
+    /// Cost of rearranging a row or a column, in multiplications.
     const REARRANGE: usize = 6;
     let n_threads = rayon::current_num_threads();
     let n_panels = cols.div_ceil(widest());

@@ -19,7 +19,7 @@ const BLOCK: usize = 512;
 /// Most logits, or gradients of logits, that are held at once: 64 MiB of them.
 const HELD: usize = 1 << 24;
 
-/// What the forward gives, each `[n]`.
+/// Results of the forward, each `[n]`.
 pub struct LogProbs {
     /// Log-probability of each target.
     pub of_targets: FlexTensor,

@@ -20,7 +20,7 @@ pub enum Level {
     V4 = 3,
 }
 
-/// What this processor has.
+/// The instructions of this processor.
 #[inline]
 pub fn level() -> Level {
     static LEVEL: AtomicU8 = AtomicU8::new(0);

@@ -25,7 +25,7 @@ pub fn widest() -> usize {
     }
 }
 
-/// What a product is added to.
+/// The initial values of a product's sums.
 #[derive(Clone, Copy)]
 pub enum Start<'a> {
     /// Nothing.

@@ -91,7 +91,7 @@ impl Drop for End<'_> {
     }
 }
 
-/// What the threads share. One of them, the owner, posts jobs.
+/// State shared by the threads. One of them, the owner, posts jobs.
 struct Workers {
     n_workers: usize,
     /// The number of the job, and in the low half how many of its pieces nobody has taken yet.

@@ -34,9 +34,9 @@ pub enum GenerateError {
     InvalidOption {
         /// The setting's name.
         name: &'static str,
-        /// What is allowed.
+        /// The values allowed.
         expected: &'static str,
-        /// What was given.
+        /// The value given.
         found: String,
     },
     /// A prompt without a token.

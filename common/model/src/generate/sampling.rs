@@ -216,7 +216,7 @@ impl Sampler {
         self.temperature < TEMPERATURE_EPS
     }
 
-    /// What logits are multiplied by.
+    /// Factor on the logits.
     fn scale(&self) -> f64 {
         if self.temperature == 0.0 || self.temperature == 1.0 {
             1.0

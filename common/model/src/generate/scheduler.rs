@@ -81,7 +81,7 @@ pub struct Scheduler<'m> {
     limits: Limits,
     queue: VecDeque<Request>,
     cache: Cache,
-    /// What each row of the cache holds; `None` if it is free.
+    /// The request in each row of the cache; `None` if the row is free.
     rows: Vec<Option<Row>>,
 }
 

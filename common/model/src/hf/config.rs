@@ -14,13 +14,13 @@ use crate::{Activation, GptConfig, NormPlacement, Positions};
 /// The model's file.
 pub const CONFIG_FILE: &str = "config.json";
 
-/// What generating needs, for transformers.
+/// The settings of generation, for transformers.
 pub const GENERATION_FILE: &str = "generation_config.json";
 
 /// A JSON file of a model is larger by far only if it is something else.
 const MAX_JSON_BYTES: u64 = 100_000_000;
 
-/// What `config.json` and `generation_config.json` describe. Positions are those of the class; only the weights tell
+/// The model that `config.json` and `generation_config.json` describe. Positions are those of the class; only the weights tell
 /// whether a table is sinusoidal.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Parsed {

@@ -29,7 +29,7 @@ use tensors::Weights;
 /// How far a position table may be from the sinusoids and still be them: rounding of another implementation's sines.
 const SINUSOID_TOLERANCE: f32 = 1e-6;
 
-/// What stands on the transformer.
+/// The head on the transformer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Head {
     /// Output logits over the vocabulary.
@@ -123,7 +123,7 @@ pub struct TokenIds {
 pub struct HostModel {
     /// The architecture.
     pub config: GptConfig,
-    /// What stands on it.
+    /// Its head.
     pub head: Head,
     /// The weights under our own paths: those of [`Gpt`](crate::Gpt), or of
     /// [`ScalarGpt`](crate::ScalarGpt) with [`Head::Score`].
@@ -272,7 +272,7 @@ pub enum HfError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
     /// The directory has no weights that can be read.
@@ -304,7 +304,7 @@ pub enum HfError {
         key: String,
         /// Its value.
         found: String,
-        /// What could be read.
+        /// The values that can be read.
         expected: String,
     },
     /// The sizes in config.json do not fit together.
@@ -340,7 +340,7 @@ pub enum HfError {
         name: String,
         /// Its shape.
         found: Vec<usize>,
-        /// What config.json implies.
+        /// The shape that config.json implies.
         expected: Vec<usize>,
     },
     /// A tensor has a type that is not read.

@@ -1,4 +1,4 @@
-//! What can go wrong with data.
+//! Errors of data.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ pub enum DataError {
     Pattern {
         /// The pattern.
         pattern: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// The folder of tokenised text cannot be used.
@@ -59,9 +59,9 @@ pub enum DataError {
         unit: &'static str,
         /// Its number, from 1.
         number: usize,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
-        /// What to do about it.
+        /// The remedy.
         hint: &'static str,
     },
     /// A file unpacks to far more than its own size.
@@ -86,7 +86,7 @@ pub enum DataError {
         path: PathBuf,
         /// Number of records.
         n_skipped: usize,
-        /// What is wrong with the first one.
+        /// The fault of the first one.
         reason: String,
     },
     /// A Parquet file is damaged or has no text.
@@ -94,7 +94,7 @@ pub enum DataError {
     Parquet {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A file of tokens is damaged.
@@ -102,7 +102,7 @@ pub enum DataError {
     Shard {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A file of token ids is not what it should be.
@@ -110,7 +110,7 @@ pub enum DataError {
     Ids {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// The documents cannot be encoded.

@@ -1,4 +1,4 @@
-//! What can go wrong with a tokenizer.
+//! Errors of a tokenizer.
 
 use std::path::PathBuf;
 
@@ -25,7 +25,7 @@ pub enum TokenizerError {
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A value of the `[tokenizer]` table makes no tokenizer.
@@ -33,7 +33,7 @@ pub enum TokenizerError {
     Config {
         /// The key.
         field: &'static str,
-        /// What was found and what is expected.
+        /// The value found and the one expected.
         reason: String,
     },
     /// There is nothing to train on.
@@ -70,9 +70,9 @@ pub enum TokenizerError {
     /// The `tokenizers` library failed.
     #[error("failed to {doing}: {reason}")]
     Library {
-        /// What was being done.
+        /// The library's task.
         doing: &'static str,
-        /// What the library says.
+        /// The library's message.
         reason: String,
     },
 }

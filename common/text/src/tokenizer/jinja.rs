@@ -1,4 +1,4 @@
-//! What transformers adds to Jinja, and Python's strings where minijinja's differ.
+//! Additions of transformers to Jinja, and Python's strings where minijinja's differ.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};

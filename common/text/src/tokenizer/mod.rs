@@ -71,7 +71,7 @@ pub struct Tokenizer {
     marks: Marks,
     vocab_size: usize,
     sha256: String,
-    /// What writes conversations by the tokenizer's own template, set up when the first is written.
+    /// The writer of conversations by the tokenizer's own template, set up when the first is written.
     chat: Arc<OnceLock<Chat>>,
 }
 

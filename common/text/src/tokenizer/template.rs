@@ -29,7 +29,7 @@ pub const CHAT_TEMPLATE: &str = "{{- '<|bos|>' }}\
 {%- endfor %}\
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}";
 
-/// What a template may spend: one for an instruction, one for 64 bytes that it makes. Today's longest templates spend
+/// The budget of a template: one for an instruction, one for 64 bytes that it makes. Today's longest templates spend
 /// some hundreds a message.
 const FUEL: u64 = 2_000_000;
 
@@ -66,7 +66,7 @@ pub(super) struct ChatTemplate {
     has_generation: bool,
 }
 
-/// What a template makes of a conversation.
+/// A conversation rendered by a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rendered {
     /// The text.
@@ -282,7 +282,7 @@ fn without_sentinels(text: &str) -> Result<Rendered, TokenizerError> {
     }
 }
 
-/// What went wrong, in one line: the template's own words where it raised them.
+/// The error in one line: the template's own words where it raised them.
 fn message(error: &Error) -> String {
     if error.kind() == ErrorKind::OutOfFuel {
         "it takes more steps or memory than a chat template may".to_owned()

@@ -17,7 +17,7 @@ use tokenizers::{
 
 use super::{CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, TokenizerConfig, TokenizerError, TokenizerKind};
 
-/// What `WordPiece` writes for a word with a character it does not know.
+/// `WordPiece`'s token for a word with a character it does not know.
 const UNKNOWN: &str = "[UNK]";
 
 /// The longest word, in characters, that a vocabulary is learned from.
@@ -220,7 +220,7 @@ fn from_json(value: &Value) -> Result<Library, TokenizerError> {
     Library::from_bytes(value.to_string()).map_err(|e| TokenizerError::library("set up the tokenizer", &*e))
 }
 
-/// What `tokenizer_config.json` says of a tokenizer trained here; the special tokens come in when they are added.
+/// The `tokenizer_config.json` of a tokenizer trained here; the special tokens come in when they are added.
 fn settings(kind: TokenizerKind) -> Map<String, Value> {
     let mut settings = Map::new();
     settings.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));

@@ -8,7 +8,7 @@ use super::{Pair, ReadOptions, check_turns, json, pairs, prompt_of, shapes, stri
 use crate::conversation::Message;
 use crate::data::DataError;
 
-/// What a record asks a reward model to score.
+/// The answers of a record, to be scored.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answers {
     /// One answer.
@@ -27,7 +27,7 @@ pub enum Answers {
 pub struct AnswerRecord {
     /// Everything the record says, as it stands.
     pub fields: Map<String, Value>,
-    /// What it asks for.
+    /// Its answers, to be scored.
     pub answers: Answers,
 }
 

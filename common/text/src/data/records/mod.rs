@@ -62,7 +62,7 @@ pub struct Pair {
     pub record: usize,
 }
 
-/// What a policy is asked to answer.
+/// A prompt for a policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
     /// The turns, the user's last.

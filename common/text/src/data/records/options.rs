@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What to do with a malformed record.
+/// Treatment of a malformed record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRecord {
@@ -45,7 +45,7 @@ impl Default for RecordLimit {
 /// How the records of a file are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReadOptions {
-    /// What to do with a malformed record.
+    /// Treatment of a malformed record.
     pub on_bad_record: OnBadRecord,
     /// The longest record that is read.
     pub max_record_bytes: RecordLimit,

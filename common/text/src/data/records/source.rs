@@ -175,7 +175,7 @@ fn fill<'a>(reader: &'a mut dyn BufRead, path: &Path) -> Result<&'a [u8], DataEr
             return Err(FileError::read(path)(error).into());
         }
     }
-    // What is in the buffer is given out without another read.
+    // The buffer's content is given out without another read.
     reader.fill_buf().map_err(|error| FileError::read(path)(error).into())
 }
 

@@ -17,7 +17,7 @@ use crate::data::DataError;
 /// The column that holds the documents.
 const COLUMN: &str = "text";
 
-/// What a row takes in memory beside its text.
+/// Memory of a row beside its text.
 const BYTES_PER_ROW: u64 = 32;
 
 /// The rows of a file, of which only the column `text` is read and unpacked.

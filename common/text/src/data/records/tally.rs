@@ -1,4 +1,4 @@
-//! What is counted while a file is read: good and malformed records, and how far the file expands.
+//! Counts while a file is read: good and malformed records, and the expansion of a packed file.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use crate::data::DataError;
 /// How many times the file's own size its content may have: no honest text or table is packed so well.
 pub(super) const MAX_EXPANSION: u64 = 200;
 
-/// What a file holds.
+/// Numbers of records in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Summary {
     /// Well-formed records.

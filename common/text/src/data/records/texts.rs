@@ -88,7 +88,7 @@ impl Texts {
         }
     }
 
-    /// What the file held, once all of it is read.
+    /// The file's counts, once all of it is read.
     pub fn summary(&self) -> Summary {
         self.summary.unwrap_or_default()
     }
