@@ -65,6 +65,7 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "DIR",
+        required = false,
         required_unless_present = "print_config",
         default_value_if("print_config", "true", "DIR"),
         hide_default_value = true

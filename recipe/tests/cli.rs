@@ -125,7 +125,7 @@ fn all_configurations_of_a_recipe_are_printed_under_the_names_of_set() {
     };
     let (table, text) = print(&["--set", "sft.train.steps=20", "--seed", "7"]);
     let names: Vec<&str> = table.keys().map(String::as_str).collect();
-    assert_eq!(names, ["recipe", "pretrain", "sft", "reward-model", "ppo"]);
+    assert_eq!(names, ["ppo", "pretrain", "recipe", "reward-model", "sft"]);
     assert_eq!((&table["sft"]["train"]["steps"], &table["ppo"]["seed"]), (&20.into(), &7.into()));
     assert_eq!(table["recipe"]["world"]["seed"], 7.into());
     assert!(text.contains("# Random seed of all steps"), "{text}");
@@ -137,6 +137,7 @@ fn all_configurations_of_a_recipe_are_printed_under_the_names_of_set() {
     for (file, table) in &table {
         for (section, values) in table.as_table().unwrap() {
             for (key, value) in values.as_table().into_iter().flatten().filter(|(_, value)| !value.is_table()) {
+                let value = value.to_string().replace("DIR/DIR", &dir.path().join("DIR").display().to_string());
                 flags.extend(["--set".to_owned(), format!("{file}.{section}.{key}={value}")]);
             }
         }

@@ -93,7 +93,7 @@ impl Drop for End<'_> {
 
 /// State shared by the threads. One of them, the owner, posts jobs.
 struct Workers {
-    n_workers: usize,
+    count: usize,
     /// The number of the job, and in the low half how many of its pieces nobody has taken yet.
     open: AtomicU64,
     job: UnsafeCell<Job>,
@@ -127,10 +127,10 @@ unsafe fn call<F: Fn(usize) + Sync>(task: *const (), piece: usize) {
 }
 
 impl Workers {
-    fn new(n_workers: usize) -> Self {
+    fn new(count: usize) -> Self {
         let job = Job { task: ptr::null(), call: call::<fn(usize)>, n: 0 };
         Self {
-            n_workers,
+            count,
             open: AtomicU64::new(0),
             job: UnsafeCell::new(job),
             n_done: AtomicUsize::new(0),
@@ -144,7 +144,7 @@ impl Workers {
 
     /// The owner's part: posts the job, takes pieces too, and waits until all are done.
     fn run<F: Fn(usize) + Sync>(&self, n: usize, task: &F) {
-        if self.n_workers == 0 {
+        if self.count == 0 {
             return (0..n).for_each(task);
         }
         let n_pieces = u64::from(u32::try_from(n).expect("fewer pieces than 2³²"));

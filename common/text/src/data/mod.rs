@@ -16,10 +16,13 @@ pub use error::DataError;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use base::files::FileError;
+
+/// Path, size and modification time of a file.
+type Stamp = (PathBuf, u64, SystemTime);
 
 /// Age from which a file that changes again is certain to get another modification time.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -32,14 +35,13 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the file cannot be read.
 pub fn file_sha256(path: &Path) -> Result<String, DataError> {
-    static KNOWN: Mutex<Option<HashMap<(PathBuf, u64, SystemTime), String>>> = Mutex::new(None);
+    static KNOWN: LazyLock<Mutex<HashMap<Stamp, String>>> = LazyLock::new(Mutex::default);
     let read_metadata = || {
         let metadata = path.metadata()?;
         Ok((path.to_owned(), metadata.len(), metadata.modified()?))
     };
-    let stamp = read_metadata().map_err(FileError::read(path))?;
+    let stamp: Stamp = read_metadata().map_err(FileError::read(path))?;
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known.get_or_insert_default();
     if let Some(sha256) = known.get(&stamp) {
         return Ok(sha256.clone());
     }
@@ -60,7 +62,7 @@ mod tests {
     fn a_file_is_hashed_again_only_when_it_has_changed() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("a.txt");
-        let old = SystemTime::now() - Duration::from_secs(60);
+        let old = SystemTime::now() - Duration::from_mins(1);
         let write = |text: &str, modified: SystemTime| {
             fs::write(&path, text).expect("written");
             File::options().append(true).open(&path).and_then(|file| file.set_modified(modified)).expect("dated");
