@@ -178,7 +178,7 @@ fn a_run_of_an_earlier_version_is_recognised_by_its_checkpoints() {
     assert!(steps["sft"]["inputs"]["sft.optimizer.lr"].is_string(), "{steps}");
     // A version without these settings computed what their defaults compute.
     let newer = [
-        ("pretrain", "pretrain.model.dropout"),
+        ("pretrain", "pretrain.data.max_record_bytes"),
         ("sft", "sft.data.max_record_bytes"),
         ("ppo", "ppo.train.rollout_batch_size"),
         ("ppo", "ppo.ppo.estimator"),
