@@ -6,7 +6,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{LANES, fma, simd};
-use super::{contiguous, exclusive, floats};
+use super::{exclusive, floats};
 use crate::{AdamWParam, AdamWStep};
 
 /// Numbers handled by one task.
@@ -23,7 +23,7 @@ pub fn update(params: Vec<AdamWParam>) -> Vec<[Tensor<1>; 3]> {
         .into_iter()
         .map(|AdamWParam { param, grad, m, v, step }| {
             let state = [param, m, v].map(|x| exclusive(primitive(x)));
-            (state, contiguous(&primitive(grad)), Factors::new(&step))
+            (state, primitive(grad).to_contiguous(), Factors::new(&step))
         })
         .collect();
     let mut tasks = Vec::new();
@@ -95,7 +95,7 @@ simd! {
 
 /// `Σ x²` added in f64: each chunk in lanes, then the chunks in order.
 pub fn sum_of_squares(tensors: &[Tensor<1>]) -> f64 {
-    let tensors: Vec<FlexTensor> = tensors.iter().map(|x| contiguous(&primitive(x.clone()))).collect();
+    let tensors: Vec<FlexTensor> = tensors.iter().map(|x| primitive(x.clone()).to_contiguous()).collect();
     let chunks: Vec<&[f32]> = tensors.iter().flat_map(|x| floats(x).chunks(CHUNK)).collect();
     let parts: Vec<f64> = chunks.into_par_iter().map(squares).collect();
     parts.iter().sum()

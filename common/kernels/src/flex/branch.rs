@@ -258,8 +258,8 @@ where
     let rows = rows_of_blocks(n);
     let (sum, gamma) = (contiguous(&state.sum), contiguous(&state.gamma));
     let (statistics, grad) = (contiguous(&state.statistics), contiguous(grad));
-    let other = sum_grad.map(|other| contiguous(&other));
-    let other = other.as_ref().map(floats);
+    let other = sum_grad.as_ref().map(contiguous);
+    let other = other.as_deref().map(floats);
     let mut total = unset(n * d);
     let inputs =
         blocks(floats(&sum), rows, d).zip(blocks(floats(&grad), rows, d)).zip(blocks(floats(&statistics), rows, 2));

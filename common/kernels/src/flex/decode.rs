@@ -9,7 +9,7 @@ use super::attention::{QUERIES, Tile, attend};
 use super::gemm::{Mat, SharedMut};
 use super::simd::{add_up, exp, fma, simd};
 use super::workers::for_each;
-use super::{contiguous, floats, tensor, unset, with_scratch};
+use super::{contiguous, exclusive, floats, tensor, unset, with_scratch};
 
 /// Multiplications below which a task is not worth handing to another thread.
 const TASK: usize = 1 << 14;
@@ -29,10 +29,7 @@ pub fn attention_cached(
     let d_model = width / 3;
     let qkv = contiguous(qkv);
     let qkv = floats(&qkv);
-    let [mut keys, mut values] = [keys, values].map(|cache| {
-        let exact = cache.is_contiguous() && cache.bytes().len() == 4 * cache.layout().num_elements();
-        if exact { cache } else { contiguous(&cache) }
-    });
+    let [mut keys, mut values] = [keys, values].map(exclusive);
     let mut out = unset(batch * new * d_model);
     let shared = [&mut out[..], keys.storage_mut::<f32>(), values.storage_mut::<f32>()].map(SharedMut::new);
     let longest = cached.iter().max().copied().unwrap_or(0) + new;

@@ -16,7 +16,7 @@ pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
     let (x, weight) = (contiguous(x), contiguous(weight));
     if n <= few::ROWS {
         let bias = bias.map(contiguous);
-        return tensor(few::times_matrix(floats(&x), floats(&weight), bias.as_ref().map(floats), d_out), shape);
+        return tensor(few::times_matrix(floats(&x), floats(&weight), bias.as_deref().map(floats), d_out), shape);
     }
     let mut out = unset(n * d_out);
     let bias = bias.map(contiguous);

@@ -115,8 +115,8 @@ pub fn backward(
     let (x, gamma, statistics, grad) = (contiguous(x), contiguous(gamma), contiguous(statistics), contiguous(grad));
     let (x, gamma, statistics, grad) = (floats(&x), floats(&gamma), floats(&statistics), floats(&grad));
     let mut x_grad = unset(x.len());
-    let other = other.map(|other| contiguous(&other));
-    let other = other.as_ref().map(floats);
+    let other = other.as_ref().map(contiguous);
+    let other = other.as_deref().map(floats);
     let parts: Vec<Vec<f32>> = x_grad
         .par_chunks_mut(d * ROWS)
         .zip(statistics.par_chunks(2 * ROWS))
