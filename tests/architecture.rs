@@ -58,6 +58,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "metrics",
             "model",
             "optim",
+            "out_dir",
             "runtime",
             "tokenizer",
         ],

@@ -119,7 +119,7 @@ fn stop(lab: &Lab, stage: Stage, signal: Signal) -> u64 {
         let finished = run.stderr().contains("done at step");
         let expected = if finished { 0 } else { 128 + signal.as_raw() };
         assert_eq!(status.code(), Some(expected), "{}:\n{}", stage.program, run.stderr());
-        assert_eq!(finished, !run.stderr().contains("go on with `--resume`"), "{}", run.stderr());
+        assert_eq!(finished, !run.stderr().contains("continue with `--resume`"), "{}", run.stderr());
         if !finished {
             assert!(run.stderr().contains("finishing the step"), "{}", run.stderr());
             assert!(run.stderr().contains(&format!("stopped at step {step} of")), "{}", run.stderr());
@@ -140,12 +140,26 @@ fn start_long_step(lab: &Lab) -> Running {
 }
 
 #[test]
+fn a_second_process_does_not_write_to_the_directory_of_a_run() {
+    let lab = Lab::before(PRETRAIN);
+    let mut run = start_long_step(&lab);
+    for more in ["--overwrite", "--resume"] {
+        let second = lab.run("pretrain", &PRETRAIN.train("parts", &[more]));
+        assert_eq!(second.status.code(), Some(1), "{}", second.stderr);
+        assert!(second.stderr.contains(&format!("another process ({}) is writing to", run.id())), "{}", second.stderr);
+    }
+    run.signal(Signal::KILL);
+    run.ends();
+    lab.ok("pretrain", &PRETRAIN.train("parts", &["--overwrite"]));
+}
+
+#[test]
 fn a_second_signal_after_a_second_ends_the_run_at_once_and_says_so() {
     let lab = Lab::before(PRETRAIN);
     for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
         let mut run = start_long_step(&lab);
         run.signal(signal);
-        run.hears("press Ctrl-C again");
+        run.hears(if code == 130 { "press Ctrl-C again" } else { "signal once more" });
         std::thread::sleep(Duration::from_millis(1100));
         run.signal(signal);
         assert_eq!(run.ends().code(), Some(code), "{}", run.stderr());

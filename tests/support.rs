@@ -325,6 +325,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// The number of the process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for a line of stderr that contains `text`.
     ///
     /// # Panics

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// process and its group, some of them twice.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
 
+/// Ctrl-C, the same number on every system.
+const SIGINT: i32 = 2;
+
 /// The number of the signal that asked to stop; 0 until one does.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static NEVER: AtomicI32 = AtomicI32::new(0);
@@ -97,7 +100,8 @@ impl Requests {
         match self.note(Instant::now()) {
             Action::FinishTheStep => {
                 SIGNAL.store(signal, Ordering::SeqCst);
-                tracing::warn!("finishing the step, then saving; press Ctrl-C again to stop at once");
+                let again = if signal == SIGINT { "press Ctrl-C again" } else { "signal once more" };
+                tracing::warn!("finishing the step, then saving; {again} to stop at once");
             }
             Action::Nothing => {}
             Action::StopAtOnce => {
@@ -111,7 +115,7 @@ impl Requests {
 /// Handles the signals on a thread of its own.
 #[cfg(unix)]
 fn watch() -> std::io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGHUP, SIGTERM};
 
     let mut wanted = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {
@@ -142,7 +146,6 @@ fn ignored_mask(status: &str) -> Option<u64> {
 
 #[cfg(not(unix))]
 fn watch() -> std::io::Result<()> {
-    const SIGINT: i32 = 2;
     let mut requests = Requests::default();
     ctrlc::set_handler(move || requests.handle(SIGINT)).map_err(std::io::Error::other)
 }

@@ -1,5 +1,7 @@
 //! The directory that a run or a tokenizer writes to.
 
+use std::fs::{File, TryLockError};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
@@ -64,6 +66,86 @@ pub fn prepare(out: &Path, resume: bool, overwrite: bool, inputs: &[&Path]) -> R
     Ok(())
 }
 
+/// The right to write to a directory, for as long as this lives: no other process gets it. A process that is killed
+/// loses it.
+///
+/// What is locked is a file `.NAME.lock` beside the directory, because a save exchanges the directory itself.
+#[derive(Debug)]
+pub struct OutLock {
+    path: PathBuf,
+    /// `None` where the file system has no locks.
+    file: Option<File>,
+}
+
+impl OutLock {
+    /// Takes the right to write to `out`, which need not exist.
+    ///
+    /// # Errors
+    /// [`OutDirError::InUse`] if another process has it; if the file beside `out` cannot be written.
+    pub fn take(out: &Path) -> Result<Self, OutDirError> {
+        let failed = |source| OutDirError::Io { path: out.to_owned(), source };
+        if out.is_symlink() && !out.exists() {
+            return Err(OutDirError::DanglingLink { out: out.to_owned() });
+        }
+        // A link and what it points to are one directory.
+        let target = if out.exists() { out.canonicalize() } else { std::path::absolute(out) }.map_err(failed)?;
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(failed(io::ErrorKind::InvalidInput.into()));
+        };
+        std::fs::create_dir_all(parent).map_err(|error| match error.kind() {
+            // What is there is a file.
+            io::ErrorKind::AlreadyExists => failed(io::ErrorKind::NotADirectory.into()),
+            _ => failed(error),
+        })?;
+        let path = parent.join(format!(".{}.lock", name.to_string_lossy()));
+        loop {
+            let mut file =
+                File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+            match file.try_lock() {
+                Ok(()) if is_at(&file, &path) => {
+                    // The number is for the other process's message alone.
+                    let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+                    return Ok(Self { path, file: Some(file) });
+                }
+                // Its owner removed it after it was opened here.
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut pid = String::new();
+                    let _ = file.read_to_string(&mut pid);
+                    return Err(OutDirError::InUse { out: out.to_owned(), pid: pid.parse().ok() });
+                }
+                Err(TryLockError::Error(error)) => {
+                    tracing::debug!("`{}` cannot be locked: {error}", path.display());
+                    return Ok(Self { path, file: None });
+                }
+            }
+        }
+    }
+}
+
+impl Drop for OutLock {
+    fn drop(&mut self) {
+        // Removed while it is still locked: whoever opened it before sees that it is gone.
+        if self.file.is_some() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Whether `file` is the one at `path`.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let number = |metadata: &std::fs::Metadata| (metadata.dev(), metadata.ino());
+    matches!((file.metadata(), path.metadata()), (Ok(ref ours), Ok(ref there)) if number(ours) == number(there))
+}
+
+/// Windows removes no file that is open.
+#[cfg(not(unix))]
+fn is_at(_file: &File, _path: &Path) -> bool {
+    true
+}
+
 fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
     if !dir.exists() {
         return Ok(Vec::new());
@@ -76,11 +158,29 @@ fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
 pub enum OutDirError {
     /// `--out` holds something.
     #[error(
-        "output directory `{}` is not empty\nhint: pass `--resume` to go on from it, `--overwrite` to replace it, or another `--out`",
+        "output directory `{}` is not empty\nhint: pass `--resume` to continue it, `--overwrite` to replace it, or another `--out`",
         out.display()
     )]
     NotEmpty {
         /// The directory.
+        out: PathBuf,
+    },
+    /// Another process writes to `--out`.
+    #[error(
+        "another process{} is writing to `{}`\nhint: wait for its end, or pass another `--out`",
+        pid.map(|pid| format!(" ({pid})")).unwrap_or_default(),
+        out.display()
+    )]
+    InUse {
+        /// The directory.
+        out: PathBuf,
+        /// The number of the process, where it could be read.
+        pid: Option<u32>,
+    },
+    /// `--out` is a link to what does not exist.
+    #[error("output directory `{}` is a link to a directory that does not exist\nhint: make that directory, or remove the link", out.display())]
+    DanglingLink {
+        /// The link.
         out: PathBuf,
     },
     /// `--out` is a file.
@@ -144,6 +244,33 @@ mod tests {
         assert!(matches!(prepare(&out, false, true, &[&out]), Err(OutDirError::InputInside { .. })));
         prepare(&out, false, true, &[dir.path()]).expect("ours");
         assert_eq!(entry_names(&out).expect("there").len(), 0);
+    }
+
+    #[test]
+    fn one_process_at_a_time_writes_to_a_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let out = dir.path().join("runs/sft");
+        let lock = OutLock::take(&out).expect("free");
+        let second = OutLock::take(&out).expect_err("taken");
+        assert!(matches!(second, OutDirError::InUse { pid: Some(pid), .. } if pid == std::process::id()));
+        OutLock::take(&dir.path().join("runs/ppo")).expect("another directory");
+        drop(lock);
+        drop(OutLock::take(&out).expect("free again"));
+        assert_eq!(entry_names(&dir.path().join("runs")).expect("readable").len(), 0, "no file stays");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_and_its_directory_are_locked_together() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (out, link) = (dir.path().join("out"), dir.path().join("link"));
+        std::fs::create_dir(&out).expect("made");
+        std::os::unix::fs::symlink(&out, &link).expect("linked");
+        let _lock = OutLock::take(&link).expect("free");
+        let dangling = dir.path().join("dangling");
+        std::os::unix::fs::symlink(dir.path().join("absent"), &dangling).expect("linked");
+        assert!(matches!(OutLock::take(&dangling), Err(OutDirError::DanglingLink { .. })));
+        assert!(matches!(OutLock::take(&out), Err(OutDirError::InUse { .. })));
     }
 
     #[test]

@@ -45,6 +45,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         parents: &[("--policy", &initial), ("--reward-model", &reward_model)],
         data: config.data.sources(),
         tokenizer,
+        tokenizer_dir: None,
         config: &config,
         run: &config.run,
         runtime: &runtime,
@@ -65,7 +66,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         batch_size: config.micro_batch_size(),
     };
     tracing::info!(
-        "{} parameters of the policy, {} training prompts, {} held-out ones",
+        "{} parameters of the policy, {} training prompts, {} held out",
         learner.policy.num_params(),
         training.encoded.len(),
         held_out.encoded.len()

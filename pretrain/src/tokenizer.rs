@@ -1,9 +1,11 @@
 //! `pretrain tokenizer`: text in, a tokenizer out.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::Context;
 use common::config::{self, PathResolver};
 use common::data::records;
-use common::out_dir;
+use common::out_dir::{self, OutLock};
 use common::tokenizer::Tokenizer;
 use serde::Serialize;
 
@@ -37,7 +39,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<TokenizerReport> 
     for (key, paths) in config.data.sources_mut() {
         resolver.resolve_files(key, paths)?;
     }
-    let read = |files: &[std::path::PathBuf]| {
+    let read = |files: &[PathBuf]| {
         let mut texts = Vec::new();
         for file in files {
             texts.extend(records::read_texts(file, &config.data.separator, config.data.read_options())?);
@@ -52,7 +54,9 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<TokenizerReport> 
     } else {
         read(&config.data.val)?
     };
-    out_dir::prepare(&args.out, false, args.overwrite, &[])?;
+    let _lock = OutLock::take(&args.out)?;
+    let inputs: Vec<&Path> = config.data.train.iter().chain(&config.data.val).map(PathBuf::as_path).collect();
+    out_dir::prepare(&args.out, false, args.overwrite, &inputs)?;
     let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.process.quiet)?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");

@@ -45,6 +45,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         parents: &parents,
         data: config.data.sources(),
         tokenizer: &tokenizer,
+        tokenizer_dir: args.tokenizer.as_deref(),
         config: &config,
         run: &config.run,
         runtime: &runtime,

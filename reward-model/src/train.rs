@@ -51,6 +51,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         parents: &[("--init", &init)],
         data: config.data.sources(),
         tokenizer,
+        tokenizer_dir: None,
         config: &config,
         run: &config.run,
         runtime: &runtime,
@@ -64,7 +65,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None => (ScalarGpt::new(runtime.gpt(&init)?, &streams), runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
-        "{} parameters, {} training pairs, {} held-out ones",
+        "{} parameters, {} training pairs, {} held out",
         model.num_params(),
         training.encoded.len(),
         held_out.encoded.len()

@@ -43,6 +43,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         parents: &[("--init", &init)],
         data: config.data.sources(),
         tokenizer,
+        tokenizer_dir: None,
         config: &config,
         run: &config.run,
         runtime: &runtime,
@@ -54,7 +55,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         None => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
-        "{} parameters, {} training conversations, {} held-out ones",
+        "{} parameters, {} training conversations, {} held out",
         gpt.num_params(),
         training.encoded.len(),
         held_out.encoded.len()

@@ -26,6 +26,7 @@ use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, GradNorm};
+use crate::out_dir::OutLock;
 use crate::runtime::{Runtime, on_pool};
 use crate::tokenizer::Tokenizer;
 
@@ -65,6 +66,8 @@ pub struct Plan<'a, C> {
     pub data: [(&'static str, &'a [PathBuf]); 2],
     /// The tokenizer that every model of the run shares.
     pub tokenizer: &'a Tokenizer,
+    /// Where the tokenizer was read, unless a parent brought it.
+    pub tokenizer_dir: Option<&'a Path>,
     /// The resolved configuration.
     pub config: &'a C,
     /// Its section `[run]`.
@@ -215,6 +218,8 @@ pub struct Session {
     /// Step and time of the last checkpoint, or of the start.
     last_save: (Option<u64>, Instant),
     resumed: bool,
+    /// Held until the run ends.
+    _lock: OutLock,
 }
 
 impl Session {
@@ -229,7 +234,10 @@ impl Session {
         plan: &Plan<'_, C>,
         interrupt: Interrupt,
     ) -> anyhow::Result<(Self, Option<Restored>)> {
-        let inputs: Vec<&Path> = plan.parents.iter().map(|(_, parent)| parent.dir()).collect();
+        let lock = OutLock::take(&args.out)?;
+        let files = plan.data.iter().flat_map(|(_, files)| *files).map(PathBuf::as_path);
+        let parents = plan.parents.iter().map(|(_, parent)| parent.dir());
+        let inputs: Vec<&Path> = parents.chain(plan.tokenizer_dir).chain(files).collect();
         for (flag, parent) in plan.parents {
             warn_of_unfinished(flag, parent)?;
         }
@@ -273,6 +281,7 @@ impl Session {
             grad_norm: None,
             best_weights,
             resumed,
+            _lock: lock,
         };
         Ok((session, restored))
     }
@@ -364,7 +373,7 @@ impl Session {
         ensure!(
             norm.is_finite(),
             "the gradient became {norm} at step {}; the last checkpoint is kept\nhint: lower `optimizer.lr`, lengthen \
-             `optimizer.warmup_steps` or lower `optimizer.grad_clip`, and train anew",
+             `optimizer.warmup_steps` or lower `optimizer.grad_clip`, and start again",
             self.progress.step
         );
         Ok(())
@@ -504,20 +513,22 @@ fn restore<C: Configuration>(
     let checkpoint = checkpoint.context("failed to resume")?;
     let state = checkpoint.state().context("failed to read what `--resume` needs")?;
     resume::check(&args.out, &checkpoint, plan, data)?;
-    let mut progress: Progress =
-        serde_json::from_value(state.json).context("`state/state.json` does not fit this program")?;
+    let mut progress: Progress = serde_json::from_value(state.json)
+        .context("`state/state.json` is damaged, or was written by another version")?;
     ensure!(
         plan.total_steps >= progress.step,
         "`{}` stands at step {}, past the {} steps asked for\nhint: ask for more with `--set train.steps=N`, or start \
-         anew in another `--out`",
+         again in another `--out`",
         args.out.display(),
         progress.step,
         plan.total_steps
     );
-    // A longer schedule or more patience than before makes a finished run go on.
+    // A longer schedule or more patience than before continues a finished run.
     progress.finished &= progress.step == plan.total_steps || plan.run.is_stale(progress.evals_since_best);
     progress.overrides = resume::overrides(args)?;
-    tracing::info!("going on from step {} of {}", progress.step, plan.total_steps);
+    if !progress.finished {
+        tracing::info!("resuming at step {} of {}", progress.step, plan.total_steps);
+    }
     let updates = progress.updates.clone();
     Ok((progress, Restored { checkpoint, tensors: state.tensors, updates }))
 }
