@@ -50,7 +50,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Everything that can be checked is checked before the first step. Finished steps whose settings and inputs \
-        are unchanged are skipped; an interrupted stage goes on where it was saved when the same command is run again. Where a \
+        are unchanged are skipped; an interrupted stage continues where it was saved when the same command is run again. Where a \
         changed setting would discard finished steps, they are listed, and --overwrite is needed.\n\nExample:\n  \
         recipe run configs/tiny --out runs/tiny\n  \
         recipe run configs/tiny --out runs/tiny-7 --seed 7 --stages world,tokenizer,pretrain\n  \
@@ -89,7 +89,7 @@ pub struct RunArgs {
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
     pub overrides: Vec<String>,
 
-    /// Do finished steps anew whose settings or inputs changed, and all that depends on them; or replace the run of another
+    /// Run finished steps again whose settings or inputs changed, and all that depends on them; or replace the run of another
     /// recipe in --out
     #[arg(long)]
     pub overwrite: bool,

@@ -55,7 +55,7 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) if args.print_config => print::print_config(&args),
         Command::Run(args) => {
-            session::run(&args.runtime, "run the same command again to go on", |interrupt| run(&args, interrupt))
+            session::run(&args.runtime, "run the same command again to continue", |interrupt| run(&args, interrupt))
         }
         Command::New(args) => {
             common::logging::init(0, false);

@@ -130,12 +130,12 @@ pub fn confirm(planned: &[PlannedStep], out: &Path, overwrite: bool) -> Result<(
     }
     let seconds: f64 = lost.iter().map(|planned| planned.seconds).sum();
     if overwrite {
-        tracing::info!("done anew as `--overwrite` says:{text}");
+        tracing::info!("running again, as `--overwrite` says:{text}");
         return Ok(());
     }
     bail!(
         "this command would discard {} of work in `{}`:{text}\n\
-         hint: pass `--overwrite` to do these steps anew, give the settings they were made with, or pass another `--out`",
+         hint: pass `--overwrite` to run these steps again, give the settings they were made with, or pass another `--out`",
         duration(seconds),
         out.display()
     );

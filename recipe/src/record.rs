@@ -75,6 +75,11 @@ impl RunRecord {
         Ok(write_whole(&out.join("recipe.json"), serde_json::to_string_pretty(self)?)?)
     }
 
+    /// Whether it is of the recipe of this name, or of none yet.
+    pub fn is_of(&self, name: &str) -> bool {
+        self.recipe.is_empty() || self.recipe == name
+    }
+
     /// The record of a step that rests on what the steps before it left.
     pub fn current(&self, step: Step) -> Option<&StepRecord> {
         self.steps.get(&step).filter(|record| !record.stale)

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use common::cli::StageArgs;
 use common::files;
 use common::interrupt::Interrupt;
-use common::out_dir;
+use common::out_dir::{self, OutLock};
 use common::session::Outcome;
 
 use crate::check;
@@ -34,10 +34,11 @@ use crate::steps::Step;
 /// If the recipe is not valid or a step fails; what was finished before stays and is skipped the next time.
 pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.overrides, args.seed)?;
+    let _lock = OutLock::take(&args.out)?;
     check_stages(args, &recipe)?;
-    let record = earlier_record(args, &recipe)?;
+    let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, args.runtime.precision.name())?;
-    let mut run = Run::start(args, setup, record, interrupt)?;
+    let mut run = Run::start(args, setup, earlier, interrupt)?;
     let outcome = run.steps()?;
     if outcome == Outcome::Finished {
         tracing::info!("[{0}/{0}] report", run.n_steps());
@@ -60,9 +61,11 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Checks everything that is to come after what `record` has.
-    fn start(args: &'a RunArgs, setup: Setup, record: RunRecord, interrupt: Interrupt) -> Result<Self> {
+    /// Checks everything that is to come after what `earlier` has, or from the beginning if it is of another recipe.
+    fn start(args: &'a RunArgs, setup: Setup, earlier: RunRecord, interrupt: Interrupt) -> Result<Self> {
         args.runtime.open()?;
+        let (record, replaced) =
+            if earlier.is_of(&setup.recipe.name) { (earlier, None) } else { (RunRecord::default(), Some(earlier)) };
         let planned = plan::plan(&setup, &record, &args.stages)?;
         plan::confirm(&planned, &args.out, args.overwrite)?;
         let is_due = |planned: &&PlannedStep| planned.is_wanted && planned.state != State::Done;
@@ -71,9 +74,30 @@ impl<'a> Run<'a> {
         let mut run = Self { args, setup, record, due, interrupt };
         run.describe()?;
         fs::create_dir_all(&args.out).with_context(|| format!("failed to make `{}`", args.out.display()))?;
+        if let Some(replaced) = replaced {
+            run.remove_results(&replaced)?;
+        }
         run.record.save(&args.out)?;
         run.setup.recipe.write_embedded()?;
         Ok(run)
+    }
+
+    /// Removes what the steps of another recipe's run left, so that no report takes it for this one's.
+    fn remove_results(&self, replaced: &RunRecord) -> Result<()> {
+        for &step in replaced.steps.keys() {
+            if step.trains() || step == Step::Tokenizer {
+                out_dir::prepare(&self.setup.dir(step), false, true, &[])?;
+            }
+            for path in self.setup.results(step) {
+                match fs::remove_file(&path) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(error).with_context(|| format!("failed to remove `{}`", path.display()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Notes what is run, and on what.
@@ -142,7 +166,7 @@ impl<'a> Run<'a> {
             return Ok(Outcome::Finished);
         }
         let goes_on = state == State::GoesOn;
-        tracing::info!("{title}{}", if goes_on { ": going on" } else { "" });
+        tracing::info!("{title}{}", if goes_on { ": resuming" } else { "" });
         let seconds = if goes_on { self.record.seconds(step) } else { 0.0 };
         if !goes_on {
             self.clear(step)?;
@@ -273,7 +297,12 @@ impl<'a> Run<'a> {
                 .into_iter()
                 .filter_map(|policy| Some((policy, scores.get(&policy)?)))
                 .map(|(policy, score)| {
-                    format!("{} {:.3} (95 % {:.3} to {:.3})", policy.name(), score.mean, score.low, score.high)
+                    let bounds = if score.has_width() {
+                        format!("95 % {:.3} to {:.3}", score.low, score.high)
+                    } else {
+                        "one prompt".to_owned()
+                    };
+                    format!("{} {:.3} ({bounds})", policy.name(), score.mean)
                 })
                 .collect();
             if !scores.is_empty() {
@@ -290,10 +319,10 @@ fn check_stages(args: &RunArgs, recipe: &Recipe) -> Result<()> {
     let steps = recipe.config.steps();
     let Some(step) = args.stages.iter().find(|step| !steps.contains(step)) else { return Ok(()) };
     let known: Vec<&str> = steps.iter().map(|step| step.name()).collect();
-    bail!("`--stages` names `{step}`, which is no step of this recipe\nhint: its steps are {}", known.join(", "));
+    bail!("`--stages` names `{step}`, which is not a step of this recipe\nhint: its steps are {}", known.join(", "));
 }
 
-/// How far an earlier run of `recipe` came in the output directory.
+/// The record of an earlier run in the output directory; of another recipe only if it may be replaced.
 fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
     let out = &args.out;
     if files::is_filled(out)? && !out.join("recipe.json").is_file() {
@@ -303,10 +332,7 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
         );
     }
     let record = RunRecord::load(out)?;
-    if record.recipe.is_empty() || record.recipe == recipe.name {
-        return Ok(record);
-    }
-    if !args.overwrite {
+    if !record.is_of(&recipe.name) && !args.overwrite {
         bail!(
             "`{}` holds a run of the recipe `{}`, not of `{}`\nhint: pass another `--out`, or `--overwrite` to replace it",
             out.display(),
@@ -314,7 +340,7 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
             recipe.name
         );
     }
-    Ok(RunRecord::default())
+    Ok(record)
 }
 
 /// Description of a gold score, for the report.

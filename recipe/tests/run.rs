@@ -72,7 +72,7 @@ fn an_interrupted_recipe_saves_and_goes_on_to_the_same_weights() {
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(143), "{said}");
-    assert!(said.contains("run the same command again to go on") && !said.contains("--resume"), "{said}");
+    assert!(said.contains("run the same command again to continue") && !said.contains("--resume"), "{said}");
     assert!(lab.out("report.html").is_file());
 
     // Without its settings the interrupted run would begin again.
@@ -81,7 +81,7 @@ fn an_interrupted_recipe_saves_and_goes_on_to_the_same_weights() {
 
     let said = lab.run(&[&steps[..], &[stages]].concat());
     assert_eq!(n_skipped(&said), 2, "{said}");
-    assert!(said.contains("pretrain: going on"), "{said}");
+    assert!(said.contains("pretrain: resuming"), "{said}");
     let weights = |lab: &Lab| fs::read(lab.out("pretrain/model.safetensors")).unwrap();
     assert!(weights(&lab) == weights(&uninterrupted), "resumed and uninterrupted weights differ");
 }
@@ -127,6 +127,31 @@ fn finished_work_is_not_discarded_unasked() {
 }
 
 #[test]
+fn another_recipe_takes_over_nothing_of_the_one_it_replaces() {
+    let lab = Lab::new();
+    lab.run(&[]);
+    fs::rename(lab.path("micro"), lab.path("other")).unwrap();
+    let recipe = fs::read_to_string(lab.path("other/recipe.toml")).unwrap();
+    let shorter = recipe.replace("seed = 3", "seed = 3\nstages = [\"pretrain\", \"sft\"]");
+    let (head, _) = shorter.split_once("[collect]").unwrap();
+    lab.write("micro-2/recipe.toml", head);
+    for file in ["pretrain.toml", "sft.toml"] {
+        fs::copy(lab.path("other").join(file), lab.path("micro-2").join(file)).unwrap();
+    }
+    let args = ["run", "micro-2", "--out", "out", "--threads", "1"];
+    let refused = lab.program(&args).output().unwrap();
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && stderr.contains("holds a run of the recipe `micro`"), "{stderr}");
+    let output = lab.program(&[&args[..], &["--overwrite"]].concat()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for gone in ["answers.jsonl", "evaluation.json", "ppo/manifest.json", "reward-model/manifest.json"] {
+        assert!(!lab.out(gone).exists(), "{gone}");
+    }
+    let stages = lab.json("report.json")["stages"].as_object().unwrap().len();
+    assert_eq!(stages, 2);
+}
+
+#[test]
 fn data_that_were_deleted_are_made_again_and_everything_else_stays() {
     let lab = Lab::new();
     lab.run(&[]);
@@ -149,7 +174,7 @@ fn a_step_that_failed_at_first_does_not_pass_off_the_model_before_it() {
     fs::rename(&aside, &weights).unwrap();
 
     let said = lab.run(&changed);
-    assert!(!said.contains("sft: going on"), "{said}");
+    assert!(!said.contains("sft: resuming"), "{said}");
     let after = lab.bytes("sft/model.safetensors");
     assert!(after != before, "the old model was passed off as the new one");
     let fresh = Lab::new();

@@ -168,7 +168,13 @@ fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
                 name: policy_title(policy),
                 class: policy.name(),
                 mean: text(&|interval| format!("{:.3}", interval.mean).replace('-', "−")),
-                bounds: text(&|interval| format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")),
+                bounds: text(&|interval| {
+                    if interval.has_width() {
+                        format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")
+                    } else {
+                        "none of one prompt".to_owned()
+                    }
+                }),
                 left: of(&|interval| share(interval.low)),
                 width: of(&|interval| share(interval.high) - share(interval.low)),
                 center: of(&|interval| share(interval.mean)),
@@ -243,8 +249,13 @@ fn verdict(results: &Results) -> String {
         });
     };
     let moved = if ppo.mean >= sft.mean { "raised" } else { "lowered" };
-    let sure =
-        if ppo.is_apart_from(&sft) { "the 95 % intervals do not overlap" } else { "but the 95 % intervals overlap" };
+    let sure = if !(ppo.has_width() && sft.has_width()) {
+        "but one prompt has no interval"
+    } else if ppo.is_apart_from(&sft) {
+        "the 95 % intervals do not overlap"
+    } else {
+        "but the 95 % intervals overlap"
+    };
     let kl = results
         .ppo
         .get("kl_mean")

@@ -193,7 +193,7 @@ pub fn result(source: &Source, stage: &StageSource) -> String {
 fn lede(step: Step, knows_gold: bool) -> String {
     let text = match step {
         Step::Pretrain => {
-            "The model learns to predict the next token of plain text. Afterwards it can go on with a story, but nobody has told \
+            "The model learns to predict the next token of plain text. Afterwards it can continue a story, but nobody has told \
              it what a request is."
         }
         Step::Sft => {

@@ -131,7 +131,7 @@ impl Lab {
         fs::write(path, text).unwrap();
     }
 
-    fn program(&self, args: &[&str]) -> Command {
+    pub fn program(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_recipe"));
         command
             .args(args)
