@@ -98,6 +98,27 @@ fn a_missing_file_leaves_out_the_stages_that_need_it() {
 }
 
 #[test]
+fn few_records_are_seen_more_often_and_a_pretrained_model_learns_slower() {
+    let dir = tempfile::tempdir().unwrap();
+    write_files(dir.path());
+    let files = ["--sft", "sft.jsonl", "--pairs", "pairs.jsonl"];
+    let (code, _, stderr) = run(RECIPE, &[&["new", "small", "--text", "book.txt"], &files[..]].concat(), dir.path());
+    assert_eq!(code, 0, "{stderr}");
+    let read = |path: &str| -> toml::Table { fs::read_to_string(dir.path().join(path)).unwrap().parse().unwrap() };
+    let sft = read("small/sft.toml");
+    // 29 records: 10 passes of 4 steps.
+    assert_eq!((&sft["train"]["epochs"], &sft["train"]["batch_size"]), (&10.into(), &8.into()));
+    assert_eq!((&sft["optimizer"]["lr"], &sft["optimizer"]["warmup_steps"]), (&3e-4.into(), &4.into()));
+    assert_eq!(read("small/reward-model.toml")["train"]["epochs"], 3.into());
+
+    let (code, _, stderr) = run(RECIPE, &[&["new", "init", "--init", "some"], &files[..]].concat(), dir.path());
+    assert_eq!(code, 0, "{stderr}");
+    let text = fs::read_to_string(dir.path().join("init/sft.toml")).unwrap();
+    assert!(text.contains("\nlr = 1e-5                      # peak\n"), "{text}");
+    assert!(!text.contains('{') && text.contains("40 steps in all"), "{text}");
+}
+
+#[test]
 fn nothing_is_written_for_files_that_do_not_parse() {
     let dir = tempfile::tempdir().unwrap();
     write_files(dir.path());

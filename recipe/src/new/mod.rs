@@ -3,6 +3,7 @@
 //! The text is named where it lies. Of conversations, pairs and prompts, which need held-out records, every twentieth is
 //! put aside: they are written to `data/` in the folder of the recipe, one JSON object a line.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -38,6 +39,9 @@ const BYTES_PER_TOKEN: f64 = 4.0;
 const PASSES: f64 = 4.0;
 const STEPS: (f64, f64) = (100.0, 5000.0);
 
+/// Column of the comments in what is written.
+const COMMENTS: usize = 30;
+
 const TEMPLATES: [(Step, &str); 4] = [
     (Step::Pretrain, include_str!("pretrain.toml")),
     (Step::Sft, include_str!("sft.toml")),
@@ -59,9 +63,16 @@ pub fn new(args: &NewArgs) -> Result<String> {
     // All files are read before the first is written.
     let text = args.text.as_deref().filter(|_| stages.contains(&Step::Pretrain)).map(read_text).transpose()?;
     let mut files: Vec<(String, String)> = Vec::new();
+    let mut n_records = BTreeMap::new();
     if let Some(text) = &text {
-        summary +=
-            &format!("pretrain: {} documents, {} bytes; the last tenth is held out\n", text.n_documents, text.n_bytes);
+        summary += &format!(
+            "pretrain: {} bytes in {}; the last tenth is held out\n",
+            text.n_bytes,
+            match text.n_documents {
+                1 => "1 document".to_owned(),
+                n => format!("{n} documents"),
+            }
+        );
     }
     for (step, name, path) in [
         (Step::Sft, "sft", &args.sft),
@@ -71,15 +82,17 @@ pub fn new(args: &NewArgs) -> Result<String> {
         let Some(path) = path.as_deref().filter(|_| stages.contains(&step)) else { continue };
         let (train, val) = divide(read_records(step, path)?, path)?;
         summary += &format!("{step}: {} records to train on, {} held out\n", train.len(), val.len());
+        n_records.insert(step, train.len());
         files.push((format!("data/{name}.train.jsonl"), lines(&train)));
         files.push((format!("data/{name}.val.jsonl"), lines(&val)));
     }
     for (step, template) in TEMPLATES.iter().filter(|(step, _)| stages.contains(step)) {
-        let filled = match &text {
-            Some(text) if *step == Step::Pretrain => text.fill(template),
-            _ => (*template).to_owned(),
+        let values = match (&text, n_records.get(step)) {
+            (Some(text), None) => text.values(),
+            (_, n_records) => amounts(*step, n_records.copied().unwrap_or(0), args.init.is_some()),
         };
-        files.push((format!("{step}.toml"), filled));
+        let filled = values.iter().fold((*template).to_owned(), |text, (mark, value)| text.replace(mark, value));
+        files.push((format!("{step}.toml"), aligned(&filled)));
     }
     files.push(("recipe.toml".to_owned(), recipe_toml(args, &stages)?));
     files.push(("README.md".to_owned(), readme(args, &stages)));
@@ -142,13 +155,14 @@ fn read_text(path: &Path) -> Result<Text> {
 }
 
 impl Text {
-    fn fill(&self, template: &str) -> String {
+    /// The values of the marks in the template of pretraining.
+    fn values(&self) -> Vec<(&'static str, String)> {
         let tokens_per_step = WINDOWS_PER_STEP * self.seq_len as f64;
         let pass = self.n_bytes as f64 / BYTES_PER_TOKEN / tokens_per_step;
         let steps = (PASSES * pass).clamp(STEPS.0, STEPS.1).round();
         // Small texts give small vocabularies: a token is worth learning that occurs some hundred times.
         let vocab_size = if self.n_bytes < 1_000_000 { 1024 } else { 4096 };
-        [
+        vec![
             ("{train}", common::config::toml_text(&Value::String(self.path.clone()))),
             ("{vocab_size}", vocab_size.to_string()),
             ("{warmup_steps}", (steps / 10.0).min(100.0).round().to_string()),
@@ -158,9 +172,42 @@ impl Text {
             ("{tokens_per_step}", tokens_per_step.to_string()),
             ("{eval_every}", (steps / 5.0).round().to_string()),
         ]
-        .iter()
-        .fold(template.to_owned(), |text, (mark, value)| text.replace(mark, value))
     }
+}
+
+/// The values of the marks in the template of a stage that trains on `n` records. Few records are seen in smaller batches
+/// and more often, so that there are steps enough to learn from them.
+fn amounts(step: Step, n: usize, pretrained: bool) -> Vec<(&'static str, String)> {
+    // Optimiser steps wanted, passes at least and at most. More than a few passes over pairs overfit.
+    let (wanted, least, most) = if step == Step::Sft { (100, 2, 10) } else { (50, 1, 3) };
+    let batch_size = if n < 32 * wanted / least { 8 } else { 32 };
+    let epochs = (wanted * batch_size).div_ceil(n.max(1)).clamp(least, most);
+    let steps = epochs * n.div_ceil(batch_size);
+    let (lr, min_lr, value_lr) = match (step, pretrained) {
+        (Step::Ppo, false) => ("1e-4", "0", "2e-4"),
+        (Step::Ppo, true) => ("1e-6", "0", "1e-5"),
+        (_, false) => ("3e-4", "3e-5", ""),
+        (_, true) => ("1e-5", "1e-6", ""),
+    };
+    vec![
+        ("{batch_size}", batch_size.to_string()),
+        ("{epochs}", epochs.to_string()),
+        ("{steps}", steps.to_string()),
+        ("{warmup_steps}", (steps / 10).min(10).to_string()),
+        ("{eval_every}", (steps / 4).clamp(1, 50).to_string()),
+        ("{lr}", lr.to_owned()),
+        ("{min_lr}", min_lr.to_owned()),
+        ("{value_lr}", value_lr.to_owned()),
+    ]
+}
+
+/// `text` with the comments behind values in one column.
+fn aligned(text: &str) -> String {
+    let line = |line: &str| match line.split_once(" # ") {
+        Some((value, comment)) => format!("{:<COMMENTS$} # {comment}\n", value.trim_end()),
+        None => format!("{line}\n"),
+    };
+    text.lines().map(line).collect()
 }
 
 /// The records of a stage's file in the one form that `data/` has them in.
