@@ -10,7 +10,7 @@ use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EP
 /// Talk to a model
 ///
 /// Without a command it holds a conversation. In a terminal, /help lists the commands; from a pipe, every line is one
-/// message, and only the answers are printed.
+/// message, and only the answers are printed; a message that is too long gets an empty line.
 #[derive(Debug, Parser)]
 #[command(
     name = "chat",

@@ -30,8 +30,8 @@ const GIB: f64 = (1_u64 << 30) as f64;
 /// A model or a batch too large for this machine.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error(
-    "training {n_params:.2e} parameters on {tokens:.2e} tokens at once needs more than {needed:.0} GiB, and {available:.0} GiB \
-     are there\nhint: lower `model.d_model`, `n_layers`, `d_ff` or `max_seq_len`, or `train.micro_batch_size`"
+    "training {n_params:.2e} parameters on {tokens:.2e} tokens at once needs more than {needed:.0} GiB of memory, but this process may use only \
+     {available:.0} GiB\nhint: lower `model.d_model`, `n_layers`, `d_ff` or `max_seq_len`, or `train.micro_batch_size`"
 )]
 pub struct TooLarge {
     n_params: f64,

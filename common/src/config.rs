@@ -82,7 +82,7 @@ pub fn parse<T: DeserializeOwned + JsonSchema>(
         match starts.iter().rposition(|&s| s <= start) {
             Some(flag_idx) => ConfigError::Override {
                 flag: overrides[flag_idx].clone(),
-                reason: error.message().to_owned(),
+                reason: in_words_of_toml(error.message()),
                 hint: nearest_hint(error.message()),
             },
             None => invalid(path, text, error),
@@ -274,8 +274,18 @@ fn merge<'i>(base: &mut DeTable<'i>, over: DeTable<'i>) -> Result<(), String> {
 
 fn invalid(path: &Path, text: &str, mut error: toml::de::Error) -> ConfigError {
     error.set_input(Some(text));
-    let report = error.to_string().trim_end().to_owned();
+    let report = in_words_of_toml(error.to_string().trim_end());
     ConfigError::Invalid { path: path.to_owned(), report, hint: nearest_hint(error.message()) }
+}
+
+/// `message` with the name of a Rust type replaced by that of its form in TOML.
+fn in_words_of_toml(message: &str) -> String {
+    match message.split_once("expected struct ") {
+        Some((before, after)) => {
+            format!("{before}expected a table{}", after.trim_start_matches(|c: char| c.is_alphanumeric()))
+        }
+        None => message.to_owned(),
+    }
 }
 
 /// A hint line that offers the known key nearest to the unknown one, if serde's `message` is about such.

@@ -49,7 +49,7 @@ use common::session;
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
-            session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt, None))
+            session::run(&args.stage.runtime, "continue with `--resume`", |interrupt| train(&args, interrupt, None))
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }

@@ -152,7 +152,7 @@ fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
     assert!((4..60).contains(&step), "{step}");
     let (code, _, stderr) = run(PROGRAM, &[&args[..], &["--resume"]].concat(), dir.path());
     assert_eq!(code, 0, "{stderr}");
-    assert!(stderr.contains(&format!("going on from step {step} of 60")), "{stderr}");
+    assert!(stderr.contains(&format!("resuming at step {step} of 60")), "{stderr}");
     let (a, b) = (dir.path().join("whole"), dir.path().join("parts"));
     for file in [
         "model.safetensors",

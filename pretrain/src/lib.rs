@@ -38,7 +38,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             print_json(&train_tokenizer(&args)?)
         }
         Command::Train(args) => {
-            session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt))
+            session::run(&args.stage.runtime, "continue with `--resume`", |interrupt| train(&args, interrupt))
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }

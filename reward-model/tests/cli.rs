@@ -154,7 +154,7 @@ fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
         assert!((20..300).contains(&step), "{step}");
         let (code, _, stderr) = run(PROGRAM, &[&args[..], &["--resume"]].concat(), dir.path());
         assert_eq!(code, 0, "{stderr}");
-        assert!(stderr.contains(&format!("going on from step {step} of 300")), "{stderr}");
+        assert!(stderr.contains(&format!("resuming at step {step} of 300")), "{stderr}");
         let (a, b) = (dir.path().join(format!("whole-{keep_best}")), dir.path().join(&parts));
         for file in ["model.safetensors", "config.json", "state/weights.safetensors", "state/optimizer.safetensors"] {
             assert!(std::fs::read(a.join(file)).unwrap() == std::fs::read(b.join(file)).unwrap(), "{file} differs");

@@ -29,7 +29,7 @@ use common::session;
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
-            session::run(&args.stage.runtime, "go on with `--resume`", |interrupt| train(&args, interrupt))
+            session::run(&args.stage.runtime, "continue with `--resume`", |interrupt| train(&args, interrupt))
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }

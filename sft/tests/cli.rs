@@ -173,7 +173,7 @@ fn the_dropout_of_an_imported_model_can_be_replaced() {
     };
     let (without, _) = fine_tuned("base", "without", &[]);
     let (own, stderr) = fine_tuned("imported", "own", &[]);
-    assert!(stderr.contains("goes on with its dropout of 0.1"), "{stderr}");
+    assert!(stderr.contains("keeps its dropout of 0.1"), "{stderr}");
     assert_eq!(dropout("own"), [0.1; 3]);
     let (replaced, stderr) = fine_tuned("imported", "replaced", &["--set", "model.dropout=0"]);
     assert!(!stderr.contains("dropout"), "{stderr}");

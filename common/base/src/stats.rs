@@ -61,9 +61,14 @@ impl Interval {
         Some(Self { mean: rate, low, high, n: values.len() })
     }
 
-    /// Whether the two intervals share no point.
+    /// Whether there are values enough to say how far the mean may be off.
+    pub const fn has_width(&self) -> bool {
+        self.n > 1
+    }
+
+    /// Whether the two intervals share no point; a single value is apart from nothing.
     pub fn is_apart_from(&self, other: &Self) -> bool {
-        self.low > other.high || self.high < other.low
+        self.has_width() && other.has_width() && (self.low > other.high || self.high < other.low)
     }
 }
 
@@ -101,6 +106,8 @@ mod tests {
     fn touching_intervals_are_not_apart() {
         let at = |low, high| Interval { mean: f64::midpoint(low, high), low, high, n: 10 };
         assert!(!at(0.0, 1.0).is_apart_from(&at(1.0, 2.0)));
+        let one = |x: f64| Interval { mean: x, low: x, high: x, n: 1 };
+        assert!(!one(0.0).is_apart_from(&one(1.0)));
         assert!(at(0.0, 1.0).is_apart_from(&at(1.1, 2.0)) && at(1.1, 2.0).is_apart_from(&at(0.0, 1.0)));
     }
 

@@ -317,7 +317,7 @@ impl Checkpoint {
         let own = self.model.config.dropout;
         self.model.config.dropout = dropout.unwrap_or(own);
         if dropout.is_none() && own > 0.0 {
-            tracing::info!("`{}` goes on with its dropout of {own}; `model.dropout` sets another", self.dir.display());
+            tracing::info!("`{}` keeps its dropout of {own}; `model.dropout` sets another", self.dir.display());
         }
         self
     }
@@ -407,9 +407,11 @@ pub enum CheckpointError {
     },
     /// A directory of something else.
     #[error(
-        "`{}` is no checkpoint: it has no `config.json`\nhint: {}",
+        "`{}` is not a checkpoint: it has no `config.json`\nhint: {}",
         dir.display(),
-        if inside.is_empty() {
+        if dir.join("tokenizer.json").is_file() {
+            "it holds a tokenizer; name the directory of a model".to_owned()
+        } else if inside.is_empty() {
             "a run writes its first checkpoint when it first saves".to_owned()
         } else {
             format!("pass one of the checkpoints in it: {}", inside.join(", "))
@@ -495,7 +497,7 @@ pub enum CheckpointError {
         b: PathBuf,
     },
     /// Nothing to resume from.
-    #[error("checkpoint `{}` holds no state to resume from\nhint: `--init` starts anew from its weights", dir.display())]
+    #[error("checkpoint `{}` holds no state to resume from\nhint: `--init` starts a new run from its weights", dir.display())]
     NoState {
         /// The directory.
         dir: PathBuf,

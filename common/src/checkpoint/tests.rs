@@ -273,7 +273,10 @@ fn a_file_that_was_changed_after_the_save_is_named() {
     let message = refused(&|out| fs::write(out.join("state/state.json"), "{}").expect("writes"));
     assert!(message.starts_with("`OUT/state/state.json` is not the file"), "{message}");
     let message = refused(&|out| fs::remove_dir_all(out.join("state")).expect("removed"));
-    assert_eq!(message, "checkpoint `OUT` holds no state to resume from\nhint: `--init` starts anew from its weights");
+    assert_eq!(
+        message,
+        "checkpoint `OUT` holds no state to resume from\nhint: `--init` starts a new run from its weights"
+    );
     let message = refused(&|out| fs::write(out.join("manifest.json"), "{\"format\": 9}").expect("writes"));
     assert_eq!(message, "`OUT/manifest.json` has format 9, this program reads 1");
     let message = refused(&|out| fs::write(out.join("manifest.json"), "{\"format\": 1}").expect("writes"));

@@ -114,7 +114,10 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bool => f.write_str("`true` or `false`"),
-            Self::Integer { min, max: LARGEST_INTEGER } => write!(f, "a whole number of at least {}", grouped(*min)),
+            // Everywhere but in an error the largest number that TOML can express is no limit.
+            Self::Integer { min, max: LARGEST_INTEGER } if !f.alternate() => {
+                write!(f, "a whole number of at least {}", grouped(*min))
+            }
             Self::Integer { min, max } => write!(f, "a whole number from {} to {}", grouped(*min), grouped(*max)),
             Self::Number(interval) => interval.fmt(f),
             Self::Text => f.write_str("a string"),
@@ -268,7 +271,7 @@ pub(super) fn check<T: JsonSchema>(root: &DeTable<'_>) -> Result<(), toml::de::E
             if let Some(value) = table.get(key.name.as_str())
                 && let Err(wrong) = key.kind.check(value)
             {
-                let expected = format!("`{}` to be {}", section.dotted(key), key.kind);
+                let expected = format!("`{}` to be {:#}", section.dotted(key), key.kind);
                 let refusal = Refusal(format!("invalid value {}, expected {expected}", shown(wrong.get_ref())));
                 return refusal.deserialize(Spanned::new(wrong.span(), DeValue::Boolean(false)).into_deserializer());
             }

@@ -97,8 +97,8 @@ pub(super) fn overrides(args: &StageArgs) -> anyhow::Result<Vec<String>> {
     if args.resume
         && let Some(text) = read_if_there(&path)?
     {
-        let progress: Progress =
-            serde_json::from_str(&text).with_context(|| format!("`{}` does not fit this program", path.display()))?;
+        let progress: Progress = serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is damaged, or was written by another version", path.display()))?;
         all = progress.overrides;
     }
     for flag in &args.overrides {
@@ -150,7 +150,7 @@ pub(super) fn check<C: Configuration>(
     }
     ensure!(
         refused.is_empty(),
-        "cannot resume `{}`: its settings or inputs have changed\n  {}\nhint: resume with what it began with, or start anew in another \
+        "cannot resume `{}`: its settings or inputs have changed\n  {}\nhint: resume with what it began with, or start again in another \
          `--out`; docs/resuming.md lists what may change",
         out.display(),
         refused.join("\n  ")

@@ -149,7 +149,11 @@ fn conversation_of(record: &Record) -> Result<Conversation, String> {
     } else if !record.contains_key("prompt") {
         return other();
     } else {
-        let key = if record.contains_key("completion") { "completion" } else { "response" };
+        let key = match (record.contains_key("completion"), record.contains_key("response")) {
+            (true, true) => return Err("it has both `completion` and `response`, expected one of them".to_owned()),
+            (true, false) => "completion",
+            (false, _) => "response",
+        };
         let Some(completion) = record.get(key) else { return other() };
         let mut messages = prompt_of(record)?;
         if completion.is_array() {
@@ -161,7 +165,7 @@ fn conversation_of(record: &Record) -> Result<Conversation, String> {
         messages
     };
     if !messages.iter().any(|message| message.role == Role::Assistant) {
-        return Err("no message is the assistant's, so there is nothing to learn".to_owned());
+        return Err("it has no assistant message, so there is nothing to learn from".to_owned());
     }
     Ok(Conversation { messages })
 }

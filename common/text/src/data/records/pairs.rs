@@ -66,7 +66,7 @@ fn ranked(record: &Record) -> Result<Vec<Pair>, String> {
         other => return Err(format!("`responses` is {}, expected a list of strings", other.map_or("missing", kind))),
     };
     if !(2..=MAX_RESPONSES).contains(&responses.len()) {
-        return Err(format!("`responses` has {} entries, expected 2 to {MAX_RESPONSES}", responses.len()));
+        return Err(format!("`responses` has length {}, expected 2 to {MAX_RESPONSES}", responses.len()));
     }
     let text = |(i, response): (usize, &Value)| match response {
         Value::String(text) => Ok(text.clone()),

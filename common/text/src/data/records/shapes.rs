@@ -22,8 +22,8 @@ const FOREIGN: [(&str, &str); 4] = [
     ("instruction", "Alpaca's form: `instruction` and `input` joined are `prompt`, `output` is `completion`"),
     (
         "conversations",
-        "ShareGPT's form: `conversations` are `messages`, `from` is `role`, `human` is `user`, `gpt` is `assistant`, \
-         `value` is `content`",
+        "ShareGPT's form: rename `conversations` to `messages`, `from` to `role`, `value` to `content`, and the roles \
+         `human` to `user`, `gpt` to `assistant`",
     ),
     ("label", "KTO's form: single answers with a `label` are no pairs"),
     ("summaries", "the form of summarize-from-feedback: `info` is `prompt`, `choice` says which summary is `chosen`"),
@@ -62,6 +62,9 @@ pub(super) fn shortened(text: &str) -> String {
 /// Which of `endings` the file's name has, in either case.
 pub(super) fn ending(path: &Path, endings: &'static [&'static str]) -> Result<&'static str, DataError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    if path.is_dir() {
+        return Err(DataError::NotAFile(path.to_owned()));
+    }
     let ending = endings.iter().find(|ending| name.ends_with(**ending));
     ending.copied().ok_or_else(|| DataError::Format { path: path.to_owned(), expected: endings })
 }

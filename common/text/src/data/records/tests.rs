@@ -148,17 +148,21 @@ fn bad_conversations_say_why() {
         (
             r#"{"conversations":[{"from":"human","value":"a"}]}"#,
             "expected `messages`, or `prompt` with `completion` or `response`; found `conversations` (ShareGPT's \
-             form: `conversations` are `messages`, `from` is `role`, `human` is `user`, `gpt` is `assistant`, `value` \
-             is `content`)",
+             form: rename `conversations` to `messages`, `from` to `role`, `value` to `content`, and the roles `human` \
+             to `user`, `gpt` to `assistant`)",
         ),
         (r#"{"prompt":"","completion":"b"}"#, "`prompt` is empty"),
         (r#"{"prompt":"a","response":" \n"}"#, "`response` is empty"),
+        (
+            r#"{"prompt":"a","completion":"b","response":"c"}"#,
+            "it has both `completion` and `response`, expected one of them",
+        ),
         (r#"{"prompt":"a","completion":3}"#, "`completion` is a number, expected a string"),
         (r#"{"messages":"a"}"#, "`messages` is a string, expected a list of messages"),
         (r#"{"messages":[]}"#, "`messages`: the conversation has no message"),
         (
             r#"{"messages":[{"role":"user","content":"a"}]}"#,
-            "no message is the assistant's, so there is nothing to learn",
+            "it has no assistant message, so there is nothing to learn from",
         ),
         (r#"{"messages":["a"]}"#, "message 1 of `messages`: it is a string, expected an object"),
         (
@@ -263,7 +267,7 @@ fn bad_pairs_say_why() {
             r#"{"prompt":"p","chosen":[{"role":"system","content":"s"},{"role":"user","content":"p"},{"role":"assistant","content":"c"}],"rejected":"r"}"#,
             "`chosen` and `rejected` differ before their last messages",
         ),
-        (r#"{"prompt":"p","responses":["a"]}"#, "`responses` has 1 entries, expected 2 to 64"),
+        (r#"{"prompt":"p","responses":["a"]}"#, "`responses` has length 1, expected 2 to 64"),
         (r#"{"prompt":"p","responses":["a","b","a"]}"#, "responses 1 and 3 of `responses` are equal"),
         (r#"{"prompt":"p","responses":["a",2]}"#, "response 2 of `responses` is a number, expected a string"),
         (r#"{"prompt":"p","responses":{}}"#, "`responses` is an object, expected a list of strings"),

@@ -123,6 +123,8 @@ fn folders_are_no_files() {
     fs::create_dir(&dir).unwrap();
     let error = read_prompts(&dir, FAIL).unwrap_err().to_string();
     assert!(error.contains("a.jsonl` is not a file\nhint: a pattern such as"), "{error}");
+    let error = read_prompts(scratch.0.path(), FAIL).unwrap_err().to_string();
+    assert!(error.contains("` is not a file\nhint: a pattern such as"), "{error}");
 }
 
 /// The keys that any reader knows.
