@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
+use std::io::BufRead as _;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::time::Duration;
@@ -137,6 +138,23 @@ fn start_long_step(lab: &Lab) -> Running {
     // From the last line it prints to the first step is a moment.
     std::thread::sleep(Duration::from_millis(500));
     run
+}
+
+#[test]
+fn a_run_whose_messages_nobody_reads_saves_and_stops_as_asked() {
+    let lab = Lab::before(PRETRAIN);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let args = PRETRAIN.train("parts", &["--set", "train.steps=1000000"]);
+    let mut run = lab.command("pretrain", &args).stderr(writer).spawn().unwrap();
+    // As `head -1` does.
+    let mut first = String::new();
+    std::io::BufReader::new(reader).read_line(&mut first).unwrap();
+    assert!(!first.is_empty());
+    std::thread::sleep(Duration::from_millis(500));
+    let pid = rustix::process::Pid::from_raw(run.id().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, Signal::INT).unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    assert!(lab.saved_step("parts").is_some_and(|step| step > 0));
 }
 
 #[test]

@@ -3,11 +3,10 @@
 //! 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM with the work saved. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
 //! directory that is not empty or holds nothing to resume is the state of the disk, so that is 1.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use crate::interrupt::Stopped;
-use crate::logging::bars;
+use crate::logging::say;
 
 /// Wrong usage that clap cannot see, such as flags that depend on another's value: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +23,7 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
     }
     let text = error_text(&error);
     // Nothing is left to try if stderr itself is gone.
-    let _ = bars().suspend(|| writeln!(std::io::stderr(), "{text}"));
+    say(&text);
     ExitCode::from(if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 })
 }
 

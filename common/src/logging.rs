@@ -51,24 +51,35 @@ pub fn counted(n: usize, one: &str, many: &str) -> String {
     format!("{n} {}", if n == 1 { one } else { many })
 }
 
-/// The progress bars of this process. Anything else that writes to stderr goes through its `suspend`, so that text and
-/// bars do not overwrite each other.
+/// The progress bars of this process. Anything else that goes to stderr goes through [`say`], so that text and bars do not
+/// overwrite each other.
 pub fn bars() -> &'static MultiProgress {
     static BARS: OnceLock<MultiProgress> = OnceLock::new();
     BARS.get_or_init(MultiProgress::new)
 }
 
-/// stderr, written to while the bars step aside.
+/// Writes a line to stderr, above the progress bars.
+///
+/// That nobody can read it, because the terminal was closed or the reader of a pipe has gone, is no reason to stop: what
+/// runs is to be saved. `MultiProgress::suspend` would panic at it.
+pub fn say(line: &str) {
+    let line = line.trim_end_matches('\n');
+    let _ = if bars().is_hidden() { writeln!(std::io::stderr(), "{line}") } else { bars().println(line) };
+}
+
+/// stderr by [`say`].
 #[derive(Clone, Copy)]
 struct AboveBars;
 
 impl Write for AboveBars {
+    /// A message comes in one piece. An error here would be said by the library on stderr, which would panic.
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        bars().suspend(|| std::io::stderr().write(bytes))
+        say(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
