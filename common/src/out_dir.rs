@@ -1,7 +1,7 @@
 //! The directory that a run or a tokenizer writes to.
 
 use std::fs::{File, TryLockError};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
@@ -20,10 +20,13 @@ const OUR_FILES: [&str; 12] = [
     "value",
 ];
 
+/// In the name of a file that was being written when the process was killed.
+const PARTIAL: &str = ".partial-";
+
 /// Makes `out` ready to be written to: it exists and is empty, or with `resume` holds a checkpoint.
 ///
-/// `overwrite` empties it, but only if it is ours: it has a `manifest.json`, or nothing but files that a run or a
-/// tokenizer writes, `config.toml` or `tokenizer.json` among them. Read the config first, because it may lie in `out`.
+/// `overwrite` empties it, but only if it is ours, see [`check_replaceable`]. Read the config first, because it may lie in
+/// `out`.
 ///
 /// # Errors
 /// If `out` is not empty and neither flag is given, there is nothing to resume, it is not ours to overwrite, or one
@@ -47,17 +50,8 @@ pub fn prepare(out: &Path, resume: bool, overwrite: bool, inputs: &[&Path]) -> R
     if !overwrite {
         return Err(OutDirError::NotEmpty { out: out.to_owned() });
     }
-    let has = |name: &str| entries.iter().any(|entry| entry == name);
-    let only_ours = entries.iter().all(|entry| OUR_FILES.contains(&entry.as_str()));
-    if !(has("manifest.json") || only_ours && (has("config.toml") || has("tokenizer.json"))) {
-        return Err(OutDirError::NotOurs { out: out.to_owned() });
-    }
+    check_replaceable(out, inputs)?;
     let target = out.canonicalize().map_err(failed)?;
-    for input in inputs {
-        if input.canonicalize().is_ok_and(|input| input.starts_with(&target)) {
-            return Err(OutDirError::InputInside { out: out.to_owned(), input: (*input).to_owned() });
-        }
-    }
     for entry in entries {
         let path = target.join(entry);
         let is_dir = path.symlink_metadata().map_err(failed)?.is_dir();
@@ -90,8 +84,15 @@ impl OutLock {
         // A link and what it points to are one directory.
         let target = if out.exists() { out.canonicalize() } else { std::path::absolute(out) }.map_err(failed)?;
         let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-            return Err(failed(io::ErrorKind::InvalidInput.into()));
+            return Err(OutDirError::Fixed { out: out.to_owned() });
         };
+        // Safetensors files are written to paths that are text.
+        if target.to_str().is_none() {
+            return Err(OutDirError::NotText { out: out.to_owned() });
+        }
+        if is_mount_point(&target, parent) {
+            return Err(OutDirError::Fixed { out: out.to_owned() });
+        }
         std::fs::create_dir_all(parent).map_err(|error| match error.kind() {
             // What is there is a file.
             io::ErrorKind::AlreadyExists => failed(io::ErrorKind::NotADirectory.into()),
@@ -99,10 +100,16 @@ impl OutLock {
         })?;
         let path = parent.join(format!(".{}.lock", name.to_string_lossy()));
         loop {
-            let mut file =
-                File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+            let mut file = open_lock(&path).map_err(|source| OutDirError::Lock { path: path.clone(), source })?;
             match file.try_lock() {
                 Ok(()) if is_at(&file, &path) => {
+                    let mut content = String::new();
+                    let read = file.read_to_string(&mut content);
+                    if read.is_err() || !content.bytes().all(|byte| byte.is_ascii_digit()) {
+                        let source = io::Error::other("it is not a lock of this program");
+                        return Err(OutDirError::Lock { path, source });
+                    }
+                    let _ = file.rewind();
                     // The number is for the other process's message alone.
                     let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
                     return Ok(Self { path, file: Some(file) });
@@ -132,6 +139,31 @@ impl Drop for OutLock {
     }
 }
 
+/// Opens or makes the file of a lock; a link is not followed, because what it points to is written to.
+fn open_lock(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+        options.custom_flags(flags.bits() as i32);
+    }
+    options.open(path)
+}
+
+/// Whether another file system begins at `target`: such a directory cannot change places with another one.
+#[cfg(unix)]
+fn is_mount_point(target: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    matches!((target.metadata(), parent.metadata()), (Ok(target), Ok(parent)) if target.dev() != parent.dev())
+}
+
+#[cfg(not(unix))]
+fn is_mount_point(_target: &Path, _parent: &Path) -> bool {
+    false
+}
+
 /// Whether `file` is the one at `path`.
 #[cfg(unix)]
 fn is_at(file: &File, path: &Path) -> bool {
@@ -146,11 +178,49 @@ fn is_at(_file: &File, _path: &Path) -> bool {
     true
 }
 
+/// Checks that everything in `out` may be deleted: it holds nothing but files that a run or a tokenizer writes, a
+/// `manifest.json` of ours, a `config.toml` or a `tokenizer.json` among them, and none of `inputs`.
+///
+/// # Errors
+/// If not, or if `out` cannot be read.
+pub fn check_replaceable(out: &Path, inputs: &[&Path]) -> Result<(), OutDirError> {
+    let failed = |source| OutDirError::Io { path: out.to_owned(), source };
+    let entries = entry_names(out).map_err(failed)?;
+    let foreign = |entry: &&String| !OUR_FILES.contains(&entry.as_str()) && !entry.contains(PARTIAL);
+    if let Some(entry) = entries.iter().find(foreign) {
+        return Err(OutDirError::NotOurs { out: out.to_owned(), entry: entry.clone() });
+    }
+    if let Some(entry) = entries.iter().find(|entry| *entry == "manifest.json").filter(|_| !has_our_manifest(out)) {
+        return Err(OutDirError::NotOurs { out: out.to_owned(), entry: entry.clone() });
+    }
+    let is_known = |entry: &String| ["manifest.json", "config.toml", "tokenizer.json"].contains(&entry.as_str());
+    if let Some(entry) = entries.first().filter(|_| !entries.iter().any(is_known)) {
+        return Err(OutDirError::NotOurs { out: out.to_owned(), entry: entry.clone() });
+    }
+    let Ok(target) = out.canonicalize() else { return Ok(()) };
+    for input in inputs {
+        if input.canonicalize().is_ok_and(|input| input.starts_with(&target)) {
+            return Err(OutDirError::InputInside { out: out.to_owned(), input: (*input).to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// Whether `manifest.json` is a checkpoint's, or too damaged to be anybody's: others use the name as well.
+fn has_our_manifest(out: &Path) -> bool {
+    let text = std::fs::read_to_string(out.join("manifest.json")).unwrap_or_default();
+    serde_json::from_str::<serde_json::Value>(&text)
+        .map_or(true, |manifest| manifest["format"].is_u64() && manifest["stage"].is_string())
+}
+
 fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
     if !dir.exists() {
         return Ok(Vec::new());
     }
-    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    let names = std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    // The lock of a directory in this one, which a killed process left.
+    let is_lock = |name: &String| name.strip_prefix('.').is_some_and(|name| name.strip_suffix(".lock").is_some());
+    names.filter(|name| !name.as_ref().is_ok_and(is_lock)).collect()
 }
 
 /// Why an output directory cannot be used.
@@ -177,6 +247,26 @@ pub enum OutDirError {
         /// The number of the process, where it could be read.
         pid: Option<u32>,
     },
+    /// `--out` cannot change places with the directory of the next checkpoint.
+    #[error("`{}` is the root or a mount point, which cannot be replaced by a checkpoint\nhint: name a directory in it", out.display())]
+    Fixed {
+        /// The directory.
+        out: PathBuf,
+    },
+    /// `--out` is no UTF-8.
+    #[error("the name of the output directory `{}` is not UTF-8\nhint: pass another `--out`", out.display())]
+    NotText {
+        /// The directory.
+        out: PathBuf,
+    },
+    /// The file of the lock cannot be used.
+    #[error("cannot lock the output directory with `{}`\nhint: pass another `--out`, or remove that file if no run uses it", path.display())]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// `--out` is a link to what does not exist.
     #[error("output directory `{}` is a link to a directory that does not exist\nhint: make that directory, or remove the link", out.display())]
     DanglingLink {
@@ -200,12 +290,14 @@ pub enum OutDirError {
     },
     /// `--overwrite` on a directory that no run of ours wrote.
     #[error(
-        "refusing to overwrite `{}`: it was not written by this program\nhint: pass an empty `--out`, or delete the directory yourself",
+        "refusing to overwrite `{}`: it holds `{entry}`, which was not written by a run\nhint: pass an empty `--out`, or delete the directory yourself",
         out.display()
     )]
     NotOurs {
         /// The directory.
         out: PathBuf,
+        /// A file in it.
+        entry: String,
     },
     /// `--overwrite` would delete what the run reads.
     #[error("refusing to overwrite `{}`: the input `{}` lies in it\nhint: pass another `--out`", out.display(), input.display())]
@@ -239,7 +331,7 @@ mod tests {
         assert!(matches!(nothing, OutDirError::NothingToResume { .. }));
         std::fs::write(out.join("config.toml"), "").expect("written");
         assert!(matches!(prepare(&out, false, false, &[]), Err(OutDirError::NotEmpty { .. })));
-        std::fs::write(out.join("manifest.json"), "{}").expect("written");
+        std::fs::write(out.join("manifest.json"), "{\"format\": 1, \"stage\": \"sft\"}").expect("written");
         prepare(&out, true, false, &[]).expect("a checkpoint");
         assert!(matches!(prepare(&out, false, true, &[&out]), Err(OutDirError::InputInside { .. })));
         prepare(&out, false, true, &[dir.path()]).expect("ours");
@@ -257,6 +349,24 @@ mod tests {
         drop(lock);
         drop(OutLock::take(&out).expect("free again"));
         assert_eq!(entry_names(&dir.path().join("runs")).expect("readable").len(), 0, "no file stays");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_is_no_lock_is_left_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (lock, precious) = (dir.path().join(".out.lock"), dir.path().join("precious"));
+        std::fs::write(&precious, "data").expect("written");
+        std::os::unix::fs::symlink(&precious, &lock).expect("linked");
+        assert!(matches!(OutLock::take(&dir.path().join("out")), Err(OutDirError::Lock { .. })));
+        std::fs::remove_file(&lock).expect("removed");
+        std::fs::write(&lock, "somebody's").expect("written");
+        assert!(matches!(OutLock::take(&dir.path().join("out")), Err(OutDirError::Lock { .. })));
+        assert_eq!(std::fs::read_to_string(&precious).expect("there"), "data");
+        assert_eq!(std::fs::read_to_string(&lock).expect("there"), "somebody's");
+        std::fs::write(&lock, "12345").expect("of a process that was killed");
+        OutLock::take(&dir.path().join("out")).expect("free");
+        assert!(matches!(OutLock::take(Path::new("/")), Err(OutDirError::Fixed { .. })));
     }
 
     #[cfg(unix)]
@@ -281,7 +391,14 @@ mod tests {
         std::fs::write(dir.path().join("config.toml"), "").expect("written");
         assert!(matches!(prepare(dir.path(), false, true, &[]), Err(OutDirError::NotOurs { .. })));
         assert!(dir.path().join("thesis.tex").exists());
+        std::fs::write(dir.path().join("manifest.json"), "{\"format\": 1, \"stage\": \"sft\"}").expect("written");
+        let foreign = prepare(dir.path(), false, true, &[]).expect_err("not all ours").to_string();
+        assert!(foreign.contains("it holds `thesis.tex`"), "{foreign}");
         std::fs::remove_file(dir.path().join("thesis.tex")).expect("removed");
+        std::fs::write(dir.path().join("manifest.json"), "{\"manifest_version\": 3}").expect("written");
+        let foreign = prepare(dir.path(), false, true, &[]).expect_err("an extension's").to_string();
+        assert!(foreign.contains("it holds `manifest.json`"), "{foreign}");
+        std::fs::remove_file(dir.path().join("manifest.json")).expect("removed");
         prepare(dir.path(), false, true, &[]).expect("a run stopped before its first save");
         let file = dir.path().join("file");
         std::fs::write(&file, "").expect("written");

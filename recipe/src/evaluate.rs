@@ -22,6 +22,9 @@ use crate::config::{BasePrompt, EvaluateConfig};
 use crate::gold::GoldScorer;
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
 use crate::setup::Setup;
+
+/// In the output directory: the test pairs in the order of their gold scores.
+pub const GOLD_ORDER_FILE: &str = "pairs.test.gold-order.jsonl";
 use crate::steps::Step;
 
 /// Sampling streams from here on belong to this step.
@@ -163,7 +166,7 @@ impl Evaluator<'_> {
         if ordered.n == 0 {
             return Ok(result);
         }
-        let path = self.setup.out.join("pairs.test.gold-order.jsonl");
+        let path = self.setup.out.join(GOLD_ORDER_FILE);
         write_whole(&path, ordered.jsonl)?;
         let against_gold = evaluate(&path)?;
         result.insert("gold_accuracy".to_owned(), json!(against_gold.accuracy));

@@ -86,6 +86,13 @@ fn generate_world(args: &WorldArgs) -> Result<()> {
             out.display()
         );
     }
+    let is_world = toy::FILES.iter().all(|name| out.join(name).is_file());
+    if is_filled(out)? && !is_world {
+        bail!(
+            "refusing to overwrite `{}`: it does not hold a generated world\nhint: pass another `--out`",
+            out.display()
+        );
+    }
     let stories = args.stories.unwrap_or(WorldConfig::default().stories);
     let summary = toy::write(out, &WorldConfig::with_stories(args.seed, stories))?;
     print_json(&summary)

@@ -76,7 +76,10 @@ pub fn plan(setup: &Setup, record: &RunRecord, wanted: &[Step]) -> Result<Vec<Pl
         let is_wanted = wanted.is_empty() || wanted.contains(&step);
         let Some(old) = record.steps.get(&step) else {
             new = new.or(is_wanted.then_some(step));
-            planned.push(PlannedStep { step, is_wanted, state: State::Due, losses: Vec::new(), seconds: 0.0 });
+            // Trained by hand into this directory, or by the recipe that this one replaces.
+            let is_foreign = is_wanted && step.trains() && has_checkpoint(setup, step);
+            let losses = if is_foreign { vec!["it was not trained by this recipe".to_owned()] } else { Vec::new() };
+            planned.push(PlannedStep { step, is_wanted, state: State::Due, losses, seconds: 0.0 });
             continue;
         };
         let (mut state, mut changes) = state_of(setup, step, old, &setup.inputs(step)?)?;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -13,8 +14,8 @@ use common::session::Outcome;
 
 use crate::check;
 use crate::cli::RunArgs;
-use crate::collect::Collector;
-use crate::evaluate::Evaluator;
+use crate::collect::{Collector, PairFiles};
+use crate::evaluate::{Evaluator, GOLD_ORDER_FILE};
 use crate::folder::Recipe;
 use crate::gold::GoldKind;
 use crate::inputs::Inputs;
@@ -71,6 +72,12 @@ impl<'a> Run<'a> {
         let is_due = |planned: &&PlannedStep| planned.is_wanted && planned.state != State::Done;
         let due: Vec<Step> = planned.iter().filter(is_due).map(|planned| planned.step).collect();
         check::check(&setup, &due)?;
+        check_inputs(&setup, &due, replaced.is_some())?;
+        if let Some(replaced) = &replaced {
+            for &step in replaced.steps.keys().filter(|&&step| has_directory(step)) {
+                out_dir::check_replaceable(&setup.dir(step), &[])?;
+            }
+        }
         let mut run = Self { args, setup, record, due, interrupt };
         run.describe()?;
         fs::create_dir_all(&args.out).with_context(|| format!("failed to make `{}`", args.out.display()))?;
@@ -84,18 +91,33 @@ impl<'a> Run<'a> {
 
     /// Removes what the steps of another recipe's run left, so that no report takes it for this one's.
     fn remove_results(&self, replaced: &RunRecord) -> Result<()> {
+        let out = &self.args.out;
+        let remove = |path: &Path, removed: std::io::Result<()>| match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("failed to remove `{}`", path.display()))
+            }
+            _ => Ok(()),
+        };
         for &step in replaced.steps.keys() {
-            if step.trains() || step == Step::Tokenizer {
-                out_dir::prepare(&self.setup.dir(step), false, true, &[])?;
+            let dir = self.setup.dir(step);
+            if has_directory(step) && dir.is_dir() {
+                let _lock = OutLock::take(&dir)?;
+                out_dir::prepare(&dir, false, true, &[])?;
+                remove(&dir, fs::remove_dir(&dir))?;
             }
-            for path in self.setup.results(step) {
-                match fs::remove_file(&path) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(error).with_context(|| format!("failed to remove `{}`", path.display()));
-                    }
-                    _ => {}
-                }
+            let mut files = self.setup.results(step);
+            match step {
+                Step::World => files.extend(toy::FILES.map(|name| self.setup.data_dir().join(name))),
+                Step::Collect => files.push(PairFiles::in_out(out).test),
+                Step::Evaluate => files.push(out.join(GOLD_ORDER_FILE)),
+                _ => {}
             }
+            for path in files {
+                remove(&path, fs::remove_file(&path))?;
+            }
+        }
+        for name in ["report.html", "report.json"] {
+            remove(&out.join(name), fs::remove_file(out.join(name)))?;
         }
         Ok(())
     }
@@ -195,8 +217,10 @@ impl<'a> Run<'a> {
         if self.record.steps.remove(&step).is_some() {
             self.record.save(&self.args.out)?;
         }
-        if step.trains() || step == Step::Tokenizer {
-            out_dir::prepare(&self.setup.dir(step), false, true, &[])?;
+        let dir = self.setup.dir(step);
+        if has_directory(step) && dir.is_dir() {
+            let _lock = OutLock::take(&dir)?;
+            out_dir::prepare(&dir, false, true, &[])?;
         }
         Ok(())
     }
@@ -312,6 +336,32 @@ impl<'a> Run<'a> {
         let report = self.args.out.join("report.html");
         writeln!(std::io::stdout(), "{text}report: {}", report.display()).context("failed to write the result")
     }
+}
+
+/// Whether the step's results are a directory of their own.
+fn has_directory(step: Step) -> bool {
+    step.trains() || matches!(step, Step::Tokenizer)
+}
+
+/// Refuses to delete what the recipe reads: its initial model and its own data may lie in the output directory, but not in
+/// what a step `due` writes anew, nor anywhere there if an earlier run is `replaced`.
+fn check_inputs(setup: &Setup, due: &[Step], is_replaced: bool) -> Result<()> {
+    let generated = setup.recipe.config.world.is_some().then(|| setup.data_dir());
+    for input in setup.files_read() {
+        let Ok(input) = input.canonicalize() else { continue };
+        let lies_in = |dir: &Path| dir.canonicalize().is_ok_and(|dir| input.starts_with(dir));
+        if generated.as_deref().is_some_and(lies_in) {
+            continue;
+        }
+        let is_lost = due.iter().any(|&step| has_directory(step) && lies_in(&setup.dir(step)));
+        if is_lost || is_replaced && lies_in(&setup.out) {
+            bail!(
+                "the recipe reads `{}`, which this command would delete\nhint: pass another `--out`",
+                input.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// `--stages` names steps of the recipe.

@@ -92,6 +92,33 @@ impl Setup {
         Ok(Self { gold, out: recipe.out.clone(), precision, configs, recipe })
     }
 
+    /// The initial model and the data files of all steps, as far as they are there.
+    pub fn files_read(&self) -> Vec<PathBuf> {
+        let StageConfigs { pretrain, sft, reward_model, ppo } = &self.configs;
+        let sources = [
+            (Step::Pretrain, pretrain.as_ref().map(|config| config.data.sources())),
+            (Step::Sft, sft.as_ref().map(|config| config.data.sources())),
+            (Step::RewardModel, reward_model.as_ref().map(|config| config.data.sources())),
+            (Step::Ppo, ppo.as_ref().map(|config| config.data.sources())),
+        ];
+        let mut files: Vec<PathBuf> = self.recipe.config.init.iter().cloned().collect();
+        for (step, sources) in sources {
+            for (key, paths) in sources.into_iter().flatten() {
+                let mut paths = paths.to_vec();
+                // What is generated later is not there yet.
+                if self.recipe.resolver(step).resolve_files(key, &mut paths).is_ok() {
+                    files.extend(paths);
+                }
+            }
+        }
+        let config = &self.recipe.config;
+        let of_evaluation =
+            config.evaluate.iter().flat_map(|evaluate| evaluate.pairs.iter().chain([&evaluate.prompts]));
+        let of_collection = config.collect.iter().flat_map(|collect| [&collect.prompts, &collect.test_prompts]);
+        files.extend(of_evaluation.chain(of_collection).cloned());
+        files
+    }
+
     /// The directory of a step that has one of its own.
     pub fn dir(&self, step: Step) -> PathBuf {
         self.out.join(step.name())

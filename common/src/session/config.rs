@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::resume;
 use crate::cli::StageArgs;
@@ -38,6 +38,33 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
+    /// Reads the section of a stage whose defaults are `self`, where a key that is left out has that default: for
+    /// `deserialize_with`.
+    ///
+    /// # Errors
+    /// If a key is unknown or its value has another type.
+    pub fn or_given<'de, D: Deserializer<'de>>(self, deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Given {
+            log_every: Option<u64>,
+            eval_every: Option<u64>,
+            save_every: Option<u64>,
+            save_every_minutes: Option<f64>,
+            keep_best: Option<bool>,
+            patience: Option<u64>,
+        }
+        let given = Given::deserialize(deserializer)?;
+        Ok(Self {
+            log_every: given.log_every.unwrap_or(self.log_every),
+            eval_every: given.eval_every.unwrap_or(self.eval_every),
+            save_every: given.save_every.unwrap_or(self.save_every),
+            save_every_minutes: given.save_every_minutes.unwrap_or(self.save_every_minutes),
+            keep_best: given.keep_best.unwrap_or(self.keep_best),
+            patience: given.patience.unwrap_or(self.patience),
+        })
+    }
+
     /// Checks the constraints that the types do not express.
     ///
     /// # Errors

@@ -129,6 +129,20 @@ pub struct Summary {
     pub wrong_labels: f64,
 }
 
+/// The files of a world.
+pub const FILES: [&str; 10] = [
+    "pretrain.train.txt",
+    "pretrain.val.txt",
+    "sft.train.jsonl",
+    "sft.val.jsonl",
+    "prefs.train.jsonl",
+    "prefs.test.jsonl",
+    "prompts.pairs.jsonl",
+    "prompts.pairs-test.jsonl",
+    "prompts.train.jsonl",
+    "prompts.test.jsonl",
+];
+
 /// Writes the world of `config` into the folder `out`, which is made if need be.
 ///
 /// The same configuration gives the same bytes.

@@ -42,5 +42,5 @@ pub mod template;
 pub mod text;
 pub mod words;
 
-pub use files::{MOST_STORIES, Summary, WorldConfig, write};
+pub use files::{FILES, MOST_STORIES, Summary, WorldConfig, write};
 pub use labeller::label_pair;
