@@ -33,7 +33,17 @@ pub struct PpoConfig {
     pub ppo: PpoSection,
     /// Intervals of logging, evaluation and checkpoints, in PPO steps. The best evaluation is the one with the highest
     /// `val/score − kl_coef·val/kl`.
+    #[serde(deserialize_with = "run_section")]
     pub run: RunConfig,
+}
+
+/// The defaults of `[run]`: a step is an iteration, so they are smaller than those of other stages.
+fn run_defaults() -> RunConfig {
+    RunConfig { log_every: 1, eval_every: 10, save_every: 10, ..RunConfig::default() }
+}
+
+fn run_section<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<RunConfig, D::Error> {
+    run_defaults().or_given(deserializer)
 }
 
 impl Default for PpoConfig {
@@ -45,7 +55,7 @@ impl Default for PpoConfig {
             value_optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
             ppo: PpoSection::default(),
-            run: RunConfig { log_every: 1, eval_every: 10, save_every: 10, ..RunConfig::default() },
+            run: run_defaults(),
         }
     }
 }
@@ -231,5 +241,23 @@ impl PpoConfig {
     pub fn sampling<'a>(&self, streams: Streams, tokenizer: &'a Tokenizer) -> Sampling<'a> {
         let PpoSection { temperature, response_length, .. } = self.ppo;
         Sampling::new(temperature, response_length, streams, tokenizer, self.train.rollout_batch_size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_key_of_a_section_leaves_the_defaults_of_its_others() {
+        let parse = |text: &str| common::config::parse::<PpoConfig>(text, Path::new("ppo.toml"), &[]);
+        let given = parse("[run]\nkeep_best = true\n").expect("valid").run;
+        assert_eq!(given, RunConfig { keep_best: true, ..PpoConfig::default().run });
+        let optimizer = parse("[optimizer]\nlr = 0.5\n").expect("valid").optimizer;
+        assert_eq!(optimizer, OptimizerConfig { lr: 0.5, ..PpoConfig::default().optimizer });
+        let unknown = parse("[run]\nlog_evry = 1\n").expect_err("unknown").to_string();
+        assert!(unknown.contains("line 2") && unknown.contains("did you mean `log_every`?"), "{unknown}");
     }
 }
