@@ -9,8 +9,8 @@ use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EP
 
 /// Talk to a model
 ///
-/// Without a command it holds a conversation. In a terminal, /help lists the commands; from a pipe, every line is one
-/// message, and only the answers are printed; a message that is too long gets an empty line.
+/// Without a command it holds a conversation. In a terminal, /help lists the commands; from a pipe, every line is a
+/// message or such a command, and only the answers are printed; a message that is too long gets an empty line.
 #[derive(Debug, Parser)]
 #[command(
     name = "chat",

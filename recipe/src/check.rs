@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::checkpoint::{self, Checkpoint};
+use common::checkpoint::{self, Checkpoint, Stage};
 use common::conversation;
 use common::data::files;
 use common::data::records::{self, OnBadRecord, Prompt};
@@ -47,7 +47,8 @@ struct Model {
 impl Model {
     fn open(setup: &Setup, due: &[Step]) -> Result<Self> {
         if let Some(init) = &setup.recipe.config.init {
-            let model = checkpoint::init_from(init).context("failed to load `recipe.init`")?;
+            let model = checkpoint::init_from(init).and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
+            let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
                 context: Some((model.model_config().max_seq_len, format!("`{}`", init.display()))),
                 tokenizer: Some(model.require_tokenizer()?.clone()),

@@ -106,8 +106,10 @@ impl Collector<'_> {
         let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
         ensure!(
             train.n > 0,
-            "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference`",
-            config.prompts.display()
+            "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference` ({})\nhint: train the \
+             model for longer, or lower the least difference; 0 keeps every pair of different answers",
+            config.prompts.display(),
+            config.least_difference
         );
         let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
         let mut all = vec![(&files.train, train), (&files.val, val)];

@@ -47,7 +47,11 @@ const SMALL: [&str; 13] = [
 
 /// Runs the recipe in `my` with [`SMALL`] settings of its stages.
 fn runs(dir: &Path, stages: &[&str]) {
-    let mut args = vec!["run", "my", "--out", "out", "--threads", "1"];
+    runs_as(dir, "my", stages);
+}
+
+fn runs_as(dir: &Path, recipe: &str, stages: &[&str]) {
+    let mut args = vec!["run", recipe, "--out", "out", "--threads", "1"];
     for setting in SMALL {
         let stage = setting.split('.').next().unwrap();
         if stages.contains(&stage) || stage == "recipe" && stages.contains(&"ppo") {
@@ -111,7 +115,13 @@ fn few_records_are_seen_more_often_and_a_pretrained_model_learns_slower() {
     assert_eq!((&sft["optimizer"]["lr"], &sft["optimizer"]["warmup_steps"]), (&3e-4.into(), &4.into()));
     assert_eq!(read("small/reward-model.toml")["train"]["epochs"], 3.into());
 
-    let (code, _, stderr) = run(RECIPE, &[&["new", "init", "--init", "some"], &files[..]].concat(), dir.path());
+    runs_as(dir.path(), "small", &["pretrain", "sft", "reward-model"]);
+    let from = |init| run(RECIPE, &[&["new", "init", "--init", init], &files[..]].concat(), dir.path());
+    for (wrong, what) in [("out/tokenizer", "it holds a tokenizer"), ("out/reward-model", "written by stage")] {
+        let (code, _, stderr) = from(wrong);
+        assert!(code == 1 && stderr.contains(what) && !dir.path().join("init").exists(), "{stderr}");
+    }
+    let (code, _, stderr) = from("out/pretrain");
     assert_eq!(code, 0, "{stderr}");
     let text = fs::read_to_string(dir.path().join("init/sft.toml")).unwrap();
     assert!(text.contains("\nlr = 1e-5                      # peak\n"), "{text}");

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use common::checkpoint::{Checkpoint, Stage};
 use common::conversation::{Message, Role};
 use common::data::records::{self, OnBadRecord, Separator};
 use common::exit::UsageError;
@@ -58,6 +59,10 @@ pub fn new(args: &NewArgs) -> Result<String> {
     let dir = &args.dir;
     if is_filled(dir)? {
         bail!("`{}` is not empty\nhint: name a new folder", dir.display());
+    }
+    if let Some(init) = &args.init {
+        let of_stage = |found: Checkpoint| found.of_stage(&[Stage::Pretrain, Stage::Sft]);
+        Checkpoint::open(init).and_then(of_stage).context("cannot start from the model of `--init`")?;
     }
     let mut summary = String::new();
     // All files are read before the first is written.

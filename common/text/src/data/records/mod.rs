@@ -149,7 +149,8 @@ fn conversation_of(record: &Record) -> Result<Conversation, String> {
     } else if !record.contains_key("prompt") {
         return other();
     } else {
-        let key = match (record.contains_key("completion"), record.contains_key("response")) {
+        let has = |key: &str| record.get(key).is_some_and(|value| !value.is_null());
+        let key = match (has("completion"), has("response")) {
             (true, true) => return Err("it has both `completion` and `response`, expected one of them".to_owned()),
             (true, false) => "completion",
             (false, _) => "response",
