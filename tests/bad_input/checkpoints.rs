@@ -110,7 +110,7 @@ fn json_files_that_are_damaged() {
     lab.write("broken/config.json", "{\"model_type\": \"gpt2\"");
     Case(&lab, "config-json-cut").refused("pretrain", &EVAL);
     for (name, key, value) in [
-        ("model-type", "model_type", json!("llama")),
+        ("model-type", "model_type", json!("gemma")),
         ("architecture", "architectures", json!(["GPT2Model"])),
         ("heads", "n_head", json!(3)),
         ("missing-key", "n_layer", Value::Null),

@@ -80,6 +80,17 @@ pub enum Activation {
     Relu,
     /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715·x³)))`, GPT-2's GELU (Hendrycks & Gimpel, arXiv:1606.08415).
     GeluTanh,
+    /// `x · Φ(x)` with the normal distribution's Φ (Hendrycks & Gimpel, arXiv:1606.08415).
+    Gelu,
+    /// `x · σ(x)` (Elfwing et al., arXiv:1702.03118), also called swish.
+    Silu,
+}
+
+impl Activation {
+    /// Whether the flex backend has a body of its own for it.
+    pub const fn is_fused(self) -> bool {
+        matches!(self, Self::Relu | Self::GeluTanh)
+    }
 }
 
 /// Parameters of one `AdamW` step besides the tensors.
@@ -172,7 +183,7 @@ pub fn bias_activation<const D: usize>(
     assert_eq!(x.dims()[D - 1..], bias.dims(), "bias and the last axis of x disagree");
     tap::call(|| Call::new(Operation::BiasActivation(activation), [(&x).into(), (&bias).into()]));
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &x) {
+    if activation.is_fused() && is_fused(kernels, &x) {
         return Tensor::from_dispatch(Dispatch::fused_bias_activation(
             x.into_dispatch(),
             bias.into_dispatch(),
@@ -180,6 +191,35 @@ pub fn bias_activation<const D: usize>(
         ));
     }
     plain::bias_activation(x, bias, activation)
+}
+
+/// `activation(x)`, number by number.
+pub fn activate<const D: usize>(x: Tensor<D>, activation: Activation) -> Tensor<D> {
+    plain::activate(x, activation)
+}
+
+/// Root-mean-square normalisation over the last axis: `x / √(mean(x²) + eps) · γ`.
+///
+/// # Shapes
+/// - `x`: `[.., d]`, `gamma`: `[d]`
+///
+/// # Source
+/// Zhang & Sennrich, arXiv:1910.07467.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, eps: f64) -> Tensor<D> {
+    plain::rms_norm(x, gamma, eps)
+}
+
+/// Turns pairs of channels by the angle of their position: channel `i` with channel `i + n/2` of the first `n`, where `n`
+/// is twice the width of the tables; the channels behind stay.
+///
+/// # Shapes
+/// - `x`: `[batch, seq, n_heads, d_head]`
+/// - `cos`, `sin`: `[batch or 1, seq, 1, n / 2]`
+///
+/// # Source
+/// Su et al., arXiv:2104.09864, with the pairs of transformers' `rotate_half`.
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    plain::rotate(x, cos, sin)
 }
 
 /// Layer normalisation over the last axis: `(x − mean) / √(var + eps) · γ + β`.

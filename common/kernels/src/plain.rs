@@ -10,8 +10,11 @@ pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Opti
 }
 
 pub(super) fn bias_activation<const D: usize>(x: Tensor<D>, bias: Tensor<1>, activation: Activation) -> Tensor<D> {
-    let x = x + bias.unsqueeze();
-    let active = match activation {
+    fault::apply(Fault::Activation, activate(x + bias.unsqueeze(), activation))
+}
+
+pub(super) fn activate<const D: usize>(x: Tensor<D>, activation: Activation) -> Tensor<D> {
+    match activation {
         Activation::Relu => activation::relu(x),
         Activation::GeluTanh => {
             // √(2/π)
@@ -19,8 +22,28 @@ pub(super) fn bias_activation<const D: usize>(x: Tensor<D>, bias: Tensor<1>, act
             let inner = (x.clone() + x.clone().square() * x.clone() * 0.044_715) * slope;
             x * 0.5 * (inner.tanh() + 1.0)
         }
-    };
-    fault::apply(Fault::Activation, active)
+        Activation::Gelu => {
+            let inner = (x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf();
+            x * 0.5 * (inner + 1.0)
+        }
+        Activation::Silu => x.clone() * activation::sigmoid(x),
+    }
+}
+
+pub(super) fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, eps: f64) -> Tensor<D> {
+    let mean_square = x.clone().square().mean_dim(D - 1); // [.., 1]
+    x / (mean_square + eps).sqrt() * gamma.unsqueeze()
+}
+
+pub(super) fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    let ([_, _, _, d_head], [_, _, _, half]) = (x.dims(), cos.dims());
+    let a = x.clone().slice(s![.., .., .., 0..half]);
+    let b = x.clone().slice(s![.., .., .., half..2 * half]);
+    let mut parts = vec![a.clone() * cos.clone() - b.clone() * sin.clone(), b * cos + a * sin];
+    if 2 * half < d_head {
+        parts.push(x.slice(s![.., .., .., 2 * half..d_head]));
+    }
+    Tensor::cat(parts, 3)
 }
 
 pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: Tensor<1>, eps: f64) -> Tensor<D> {

@@ -1,11 +1,11 @@
 //! The layers of a block, and what one forward pass hands through them.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape};
+use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape, s};
 use rayon::prelude::*;
 
 use super::cache::LayerCache;
-use super::{Activation, Cache, GptConfig};
+use super::{Activation, Cache, GptConfig, NormKind};
 use base::rng::Rng;
 use kernels::{self, Affine, Kernels, NormWeights, Precision};
 
@@ -21,15 +21,22 @@ pub(super) struct Block {
 /// Causal multi-head self-attention.
 #[derive(Module, Debug)]
 struct Attention {
-    /// `[d_model, 3·d_model]`: queries, keys and values side by side, each with its heads in order
+    /// `[d_model, (n_heads + 2·n_kv_heads)·d_head]`: queries, keys and values side by side, each with its heads in order
     qkv: Linear,
+    /// Of the queries of each head, where they are normalised
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
     proj: Linear,
     n_heads: usize,
+    n_kv_heads: usize,
+    d_head: usize,
 }
 
 /// The position-wise feed-forward layer: up, non-linearity, down.
 #[derive(Module, Debug)]
 struct Mlp {
+    /// Where the hidden state is multiplied by one
+    gate: Option<Linear>,
     up: Linear,
     down: Linear,
 }
@@ -38,14 +45,14 @@ struct Mlp {
 #[derive(Module, Debug)]
 struct Linear {
     weight: Param<Tensor<2>>,
-    bias: Param<Tensor<1>>,
+    bias: Option<Param<Tensor<1>>>,
 }
 
-/// LayerNorm with gain and offset.
+/// LayerNorm with gain and offset, or `RMSNorm`, which has no offset.
 #[derive(Module, Debug)]
 pub(super) struct Norm {
     gamma: Param<Tensor<1>>,
-    beta: Param<Tensor<1>>,
+    beta: Option<Param<Tensor<1>>>,
 }
 
 /// Inputs of the layers in one forward pass besides their weights.
@@ -60,6 +67,8 @@ pub(super) struct Pass<'a> {
     pub(super) dropout: Option<Dropout<'a>>,
     /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
     pub(super) in_blocks: bool,
+    /// Cosines and sines of the angles of rotary positions, `[batch or 1, seq, 1, n_rotated / 2]`.
+    pub(super) rotary: Option<(Tensor<4>, Tensor<4>)>,
 }
 
 /// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
@@ -84,16 +93,26 @@ impl Blank {
 
 impl Block {
     pub(super) fn blank(config: &GptConfig, blank: &Blank) -> Self {
-        let (d_model, d_ff) = (config.d_model, config.d_ff);
+        let (d_model, d_ff, d_head) = (config.d_model, config.d_ff, config.d_head());
+        let norm = |width: usize| Norm::blank(width, config.norm_kind, blank);
+        let linear = |d_in: usize, d_out: usize, has_bias: bool| Linear::blank(d_in, d_out, has_bias, blank);
         Self {
-            norm_1: Norm::blank(d_model, blank),
+            norm_1: norm(d_model),
             attention: Attention {
-                qkv: Linear::blank(d_model, 3 * d_model, blank),
-                proj: Linear::blank(d_model, d_model, blank),
+                qkv: linear(d_model, config.qkv_widths().iter().sum(), config.qkv_bias),
+                q_norm: config.qk_norm.then(|| norm(d_head)),
+                k_norm: config.qk_norm.then(|| norm(d_head)),
+                proj: linear(config.n_heads * d_head, d_model, config.proj_bias),
                 n_heads: config.n_heads,
+                n_kv_heads: config.n_kv_heads(),
+                d_head,
             },
-            norm_2: Norm::blank(d_model, blank),
-            mlp: Mlp { up: Linear::blank(d_model, d_ff, blank), down: Linear::blank(d_ff, d_model, blank) },
+            norm_2: norm(d_model),
+            mlp: Mlp {
+                gate: config.gated.then(|| linear(d_model, d_ff, config.mlp_bias)),
+                up: linear(d_model, d_ff, config.mlp_bias),
+                down: linear(d_ff, d_model, config.mlp_bias),
+            },
         }
     }
 
@@ -129,6 +148,27 @@ impl Block {
         self.mlp.forward(normed, activation, x, next, pass)
     }
 
+    /// `x + attention(norm₁(x)) + mlp(norm₂(x))`, from and to `(norm(x), x)` as [`pre_norm`](Self::pre_norm).
+    ///
+    /// # Source
+    /// Wang & Komatsuzaki 2021 (GPT-J); Black et al., arXiv:2204.06745, section 2.1.
+    pub(super) fn parallel(
+        &self,
+        (normed, x): (Tensor<3>, Tensor<3>),
+        activation: Activation,
+        next: &Norm,
+        pass: &mut Pass<'_>,
+        cache: Option<&mut Cache>,
+        layer: usize,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let qkv = self.attention.qkv.forward(pass.precision.narrow(normed), pass);
+        let mixed = self.attention.mix(qkv, pass, cache, layer);
+        let attended = pass.precision.widen(self.attention.proj.forward(mixed, pass));
+        let attended = pass.drop(attended);
+        let of_mlp = self.mlp.branch(self.norm_2.forward(x.clone(), pass), activation, pass);
+        next.add(attended + pass.drop(of_mlp), x, pass)
+    }
+
     /// The first norm, which with pre-norm the block before or the embedding applies.
     pub(super) const fn first_norm(&self) -> &Norm {
         &self.norm_1
@@ -139,9 +179,10 @@ impl Attention {
     /// `softmax(QKᵀ/√d_head)·V` over what each query sees.
     ///
     /// # Shapes
-    /// - `qkv`: `[batch, seq, 3·d_model]`
-    /// - returns `[batch, seq, d_model]`
+    /// - `qkv`: `[batch, seq, (n_heads + 2·n_kv_heads)·d_head]`
+    /// - returns `[batch, seq, n_heads·d_head]`
     fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
+        let qkv = self.placed(qkv, pass);
         let [batch, seq, width] = qkv.dims();
         let mixed = match cache {
             None => {
@@ -158,6 +199,44 @@ impl Attention {
         };
         assert_shape!(mixed, [batch, seq, width / 3]);
         mixed
+    }
+
+    /// Queries and keys normalised and turned to their positions, and keys and values once for each head of queries.
+    ///
+    /// # Shapes
+    /// - `qkv`: `[batch, seq, (n_heads + 2·n_kv_heads)·d_head]`
+    /// - returns `[batch, seq, 3·n_heads·d_head]`
+    fn placed(&self, qkv: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
+        let (n_heads, n_kv_heads, d_head) = (self.n_heads, self.n_kv_heads, self.d_head);
+        if pass.rotary.is_none() && self.q_norm.is_none() && n_kv_heads == n_heads {
+            return qkv;
+        }
+        let [batch, seq, _] = qkv.dims();
+        let mut start = 0;
+        let mut part = |n: usize| {
+            let end = start + n * d_head;
+            let heads = qkv.clone().slice(s![.., .., start..end]).reshape([batch, seq, n, d_head]);
+            start = end;
+            heads
+        };
+        let (queries, keys, values) = (part(n_heads), part(n_kv_heads), part(n_kv_heads));
+        let place = |x: Tensor<4>, norm: &Option<Norm>| {
+            let mut x = pass.precision.widen(x);
+            if let Some(norm) = norm {
+                x = norm.forward(x, pass);
+            }
+            if let Some((cos, sin)) = &pass.rotary {
+                x = kernels::rotate(x, cos.clone(), sin.clone());
+            }
+            pass.precision.narrow(x)
+        };
+        let shared = |x: Tensor<4>| {
+            let n_each = n_heads / n_kv_heads;
+            x.reshape([batch, seq, n_kv_heads, 1, d_head]).expand([batch, seq, n_kv_heads, n_each, d_head])
+        };
+        let flat = |x: Tensor<5>| x.reshape([batch, seq, n_heads * d_head]);
+        let queries = place(queries, &self.q_norm).reshape([batch, seq, n_heads * d_head]);
+        Tensor::cat(vec![queries, flat(shared(place(keys, &self.k_norm))), flat(shared(values))], 2)
     }
 
     /// The output projection, what it is added to, and the norm after that: see [`Norm::add`].
@@ -190,28 +269,41 @@ impl Mlp {
             let (up, down, norm) = (self.up.weights(), self.down.weights(), norm.weights(pass));
             return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
         }
-        // [batch, seq, d_ff]
-        let Pass { kernels, precision, .. } = *pass;
-        let up = kernels::linear(kernels, precision.narrow(x), precision.narrow(self.up.weight.val()), None);
-        let active = kernels::bias_activation(kernels, up, precision.narrow(self.up.bias.val()), activation);
-        let down = precision.widen(self.down.forward(active, pass));
+        let down = self.branch(x, activation, pass);
         norm.add(pass.drop(down), residual, pass)
+    }
+
+    /// `W₂·act(W₁·x + b₁) + b₂`, or with a gate `W₂·(act(G·x) · W₁·x)`, each with the biases that it has.
+    fn branch(&self, x: Tensor<3>, activation: Activation, pass: &Pass<'_>) -> Tensor<3> {
+        let Pass { kernels, precision, .. } = *pass;
+        let x = precision.narrow(x);
+        // [batch, seq, d_ff]
+        let active = match (&self.gate, &self.up.bias) {
+            (Some(gate), _) => kernels::activate(gate.forward(x.clone(), pass), activation) * self.up.forward(x, pass),
+            (None, Some(bias)) => {
+                let up = kernels::linear(kernels, x, precision.narrow(self.up.weight.val()), None);
+                kernels::bias_activation(kernels, up, precision.narrow(bias.val()), activation)
+            }
+            (None, None) => kernels::activate(self.up.forward(x, pass), activation),
+        };
+        precision.widen(self.down.forward(active, pass))
     }
 }
 
 impl Linear {
-    fn blank(d_in: usize, d_out: usize, blank: &Blank) -> Self {
-        Self { weight: blank.param([d_in, d_out]), bias: blank.param([d_out]) }
+    fn blank(d_in: usize, d_out: usize, has_bias: bool, blank: &Blank) -> Self {
+        Self { weight: blank.param([d_in, d_out]), bias: has_bias.then(|| blank.param([d_out])) }
     }
 
+    /// For the blocks of [`GptConfig::has_plain_blocks`], which have every bias.
     fn weights(&self) -> Affine {
-        Affine { weight: self.weight.val(), bias: self.bias.val() }
+        Affine { weight: self.weight.val(), bias: self.bias.as_ref().expect("blocks in one piece have biases").val() }
     }
 
     /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        let (weight, bias) = (pass.precision.narrow(self.weight.val()), pass.precision.narrow(self.bias.val()));
-        kernels::linear(pass.kernels, x, weight, Some(bias))
+        let bias = self.bias.as_ref().map(|bias| pass.precision.narrow(bias.val()));
+        kernels::linear(pass.kernels, x, pass.precision.narrow(self.weight.val()), bias)
     }
 
     /// The result in the precision of the pass, and `x` again for the residual addition.
@@ -224,22 +316,39 @@ impl Linear {
 }
 
 impl Norm {
-    pub(super) fn blank(d_model: usize, blank: &Blank) -> Self {
-        Self { gamma: blank.param([d_model]), beta: blank.param([d_model]) }
+    pub(super) fn blank(width: usize, kind: NormKind, blank: &Blank) -> Self {
+        Self { gamma: blank.param([width]), beta: (kind == NormKind::LayerNorm).then(|| blank.param([width])) }
     }
 
+    /// For the blocks of [`GptConfig::has_plain_blocks`], whose norms have offsets.
     fn weights(&self, pass: &Pass<'_>) -> NormWeights {
-        NormWeights { gamma: self.gamma.val(), beta: self.beta.val(), eps: pass.eps }
+        let beta = self.beta.as_ref().expect("blocks in one piece have offsets").val();
+        NormWeights { gamma: self.gamma.val(), beta, eps: pass.eps }
+    }
+
+    /// The norm of each vector along the last axis.
+    fn forward<const D: usize>(&self, x: Tensor<D>, pass: &Pass<'_>) -> Tensor<D> {
+        match &self.beta {
+            Some(beta) => kernels::layer_norm(pass.kernels, x, self.gamma.val(), beta.val(), pass.eps),
+            None => kernels::rms_norm(x, self.gamma.val(), pass.eps),
+        }
     }
 
     /// The result, and `x` again for the residual addition.
     pub(super) fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass))
+        match &self.beta {
+            Some(_) => kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass)),
+            None => (self.forward(x.clone(), pass), x),
+        }
     }
 
-    /// `(LayerNorm(branch + residual), branch + residual)`.
+    /// `(norm(branch + residual), branch + residual)`.
     fn add(&self, branch: Tensor<3>, residual: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
-        kernels::add_layer_norm(pass.kernels, branch, residual, self.gamma.val(), self.beta.val(), pass.eps)
+        if let Some(beta) = &self.beta {
+            return kernels::add_layer_norm(pass.kernels, branch, residual, self.gamma.val(), beta.val(), pass.eps);
+        }
+        let sum = branch + residual;
+        (self.forward(sum.clone(), pass), sum)
     }
 }
 
@@ -295,6 +404,7 @@ mod tests {
                 first_key: None,
                 dropout,
                 in_blocks: false,
+                rotary: None,
             };
             let mask = pass.mask([3, 7, 1999], &Device::flex()).expect("something is dropped");
             let keep = 1.0 / (1.0 - probability) as f32;

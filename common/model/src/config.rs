@@ -7,6 +7,7 @@ use thiserror::Error;
 pub use kernels::Activation;
 
 use crate::params::{Output, Parameter, parameters};
+use crate::positions::{RopeScaling, Rotary};
 
 /// How the position of a token enters the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -16,6 +17,19 @@ pub enum Positions {
     Sinusoidal,
     /// A learned vector per position (GPT-2).
     Learned,
+    /// Queries and keys are rotated by angles that grow with the position (Su et al., arXiv:2104.09864).
+    Rotary,
+}
+
+/// The normalisation of a hidden state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NormKind {
+    /// Mean 0 and variance 1, then a gain and an offset (Ba et al., arXiv:1607.06450).
+    #[default]
+    LayerNorm,
+    /// Root mean square 1, then a gain (Zhang & Sennrich, arXiv:1910.07467).
+    RmsNorm,
 }
 
 /// Where LayerNorm is applied relative to a residual branch.
@@ -37,10 +51,19 @@ pub enum Preset {
     Transformer,
     /// GPT-2: learned positions, pre-norm, tanh-GELU, tied output weights.
     Gpt2,
+    /// Llama: rotary positions, `RMSNorm` before the branches, `SwiGLU`, no biases, fewer heads of keys than of queries.
+    Llama,
+    /// Qwen 2 and 2.5: Llama with biases on queries, keys and values.
+    Qwen2,
+    /// Qwen 3: Llama with queries and keys normalised.
+    Qwen3,
+    /// GPT-NeoX and Pythia: both branches read the same residual stream; a quarter of each head is rotated.
+    GptNeox,
 }
 
 /// Everything that fixes the architecture of a [`Gpt`](super::Gpt).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a switch of its own between architectures")]
 pub struct GptConfig {
     /// Number of token ids.
     pub vocab_size: usize,
@@ -64,8 +87,42 @@ pub struct GptConfig {
     pub activation: Activation,
     /// Whether the output weights are the token embeddings.
     pub tie_embeddings: bool,
-    /// Added to the variance in LayerNorm.
+    /// Added to the variance, or to the mean square, in the norms.
     pub layer_norm_eps: f64,
+    /// Heads of keys and values, each shared by equally many heads of queries; `None` for one each.
+    #[serde(default)]
+    pub n_kv_heads: Option<usize>,
+    /// Width of a head; `None` for `d_model / n_heads`.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
+    /// Kind of the norms.
+    #[serde(default)]
+    pub norm_kind: NormKind,
+    /// The angles, with rotary positions.
+    #[serde(default)]
+    pub rotary: Rotary,
+    /// Whether the feed-forward layer multiplies its hidden state by a gate, `act(x·G) · (x·U)`, as `SwiGLU` does.
+    #[serde(default)]
+    pub gated: bool,
+    /// Whether queries, keys and values have biases.
+    #[serde(default = "yes")]
+    pub qkv_bias: bool,
+    /// Whether the output projection of attention has a bias.
+    #[serde(default = "yes")]
+    pub proj_bias: bool,
+    /// Whether the feed-forward layers have biases.
+    #[serde(default = "yes")]
+    pub mlp_bias: bool,
+    /// Whether the queries and keys of each head are normalised.
+    #[serde(default)]
+    pub qk_norm: bool,
+    /// Whether attention and feed-forward layer both read the block's input, and are added to it together.
+    #[serde(default)]
+    pub parallel: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// The `[model]` section of a configuration file: a preset and what overrides it.
@@ -107,9 +164,38 @@ pub struct ModelSection {
     /// Non-linearity of the feed-forward layers, instead of the preset's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation: Option<Activation>,
-    /// Whether the output layer shares its weights with the token embeddings; both presets do.
+    /// Whether the output layer shares its weights with the token embeddings; all presets but `gpt-neox` do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tie_embeddings: Option<bool>,
+    /// Heads of keys and values; divides `n_heads`; half of them by default in `llama`, `qwen2` and `qwen3`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub n_kv_heads: Option<usize>,
+    /// Width of a head; `d_model / n_heads` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub head_dim: Option<usize>,
+    /// Base of the wavelengths of rotary positions; 10,000 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1e12))]
+    pub rope_theta: Option<f64>,
+    /// Share of each head's channels that rotary positions turn; 1 by default, 0.25 in `gpt-neox`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
+    pub rotary_fraction: Option<f64>,
+    /// Added to the variance or mean square in the norms; 1e-5 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
+    pub norm_eps: Option<f64>,
+    /// Whether the linear layers of attention have biases, instead of the preset's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_bias: Option<bool>,
+    /// Whether the feed-forward layers have biases, instead of the preset's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mlp_bias: Option<bool>,
+    /// Whether queries and keys are normalised head by head, instead of the preset's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qk_norm: Option<bool>,
 }
 
 impl ModelSection {
@@ -121,6 +207,10 @@ impl ModelSection {
         let base = match self.preset {
             Preset::Transformer => GptConfig::transformer(vocab_size),
             Preset::Gpt2 => GptConfig::gpt2(vocab_size),
+            Preset::Llama => GptConfig::llama(vocab_size),
+            Preset::Qwen2 => GptConfig { qkv_bias: true, ..GptConfig::llama(vocab_size) },
+            Preset::Qwen3 => GptConfig { qk_norm: true, ..GptConfig::llama(vocab_size) },
+            Preset::GptNeox => GptConfig::gpt_neox(vocab_size),
         };
         let d_model = self.d_model.unwrap_or(base.d_model);
         let config = GptConfig {
@@ -128,14 +218,36 @@ impl ModelSection {
             d_model,
             n_layers: self.n_layers.unwrap_or(base.n_layers),
             n_heads: self.n_heads.unwrap_or(base.n_heads),
-            d_ff: self.d_ff.unwrap_or(d_model.saturating_mul(4)),
+            // A gated layer has three matrices: two thirds of the width give the same number of parameters.
+            d_ff: self.d_ff.unwrap_or(if base.gated {
+                d_model.saturating_mul(8).div_ceil(3).next_multiple_of(8)
+            } else {
+                d_model.saturating_mul(4)
+            }),
             max_seq_len: self.max_seq_len.unwrap_or(base.max_seq_len),
             dropout: self.dropout.unwrap_or(base.dropout),
             positions: self.positions.unwrap_or(base.positions),
             norm: self.norm.unwrap_or(base.norm),
             activation: self.activation.unwrap_or(base.activation),
             tie_embeddings: self.tie_embeddings.unwrap_or(base.tie_embeddings),
-            layer_norm_eps: base.layer_norm_eps,
+            layer_norm_eps: self.norm_eps.unwrap_or(base.layer_norm_eps),
+            n_kv_heads: self.n_kv_heads.or_else(|| {
+                let n_heads = self.n_heads.unwrap_or(base.n_heads);
+                base.n_kv_heads.map(|_| if n_heads.is_multiple_of(2) { n_heads / 2 } else { n_heads })
+            }),
+            head_dim: self.head_dim.or(base.head_dim),
+            norm_kind: base.norm_kind,
+            rotary: Rotary {
+                theta: self.rope_theta.unwrap_or(base.rotary.theta),
+                fraction: self.rotary_fraction.unwrap_or(base.rotary.fraction),
+                scaling: base.rotary.scaling,
+            },
+            gated: base.gated,
+            qkv_bias: self.attention_bias.unwrap_or(base.qkv_bias),
+            proj_bias: self.attention_bias.unwrap_or(base.proj_bias),
+            mlp_bias: self.mlp_bias.unwrap_or(base.mlp_bias),
+            qk_norm: self.qk_norm.unwrap_or(base.qk_norm),
+            parallel: base.parallel,
         };
         config.validate()?;
         Ok(config)
@@ -159,6 +271,35 @@ pub enum ModelConfigError {
         /// Attention heads.
         n_heads: usize,
     },
+    /// The heads of keys do not divide those of queries.
+    #[error("model: `n_heads` {n_heads} is not a multiple of `n_kv_heads` {n_kv_heads}")]
+    KeyHeads {
+        /// Heads of queries.
+        n_heads: usize,
+        /// Heads of keys and values.
+        n_kv_heads: usize,
+    },
+    /// Rotary positions turn pairs of channels.
+    #[error(
+        "model: rotary positions turn {found} of a head's {d_head} channels, expected an even number of them, at least 2"
+    )]
+    Rotated {
+        /// Channels turned.
+        found: usize,
+        /// Width of a head.
+        d_head: usize,
+    },
+    /// An angle that is not a finite number above zero.
+    #[error(
+        "model: rotary positions with {rotary:?}: every number must be finite and above 0, and the high frequency factor above the low one"
+    )]
+    Angles {
+        /// The angles.
+        rotary: Rotary,
+    },
+    /// Post-norm is defined for the branches in turn.
+    #[error("model: parallel branches need pre-norm")]
+    ParallelPostNorm,
     /// Sinusoidal positions pair sines with cosines.
     #[error("model: sinusoidal positions need an even `d_model`, found {d_model}")]
     OddWidth {
@@ -217,6 +358,16 @@ impl GptConfig {
             activation: Activation::Relu,
             tie_embeddings: true,
             layer_norm_eps: 1e-5,
+            n_kv_heads: None,
+            head_dim: None,
+            norm_kind: NormKind::LayerNorm,
+            rotary: Rotary::default(),
+            gated: false,
+            qkv_bias: true,
+            proj_bias: true,
+            mlp_bias: true,
+            qk_norm: false,
+            parallel: false,
         }
     }
 
@@ -233,9 +384,75 @@ impl GptConfig {
         }
     }
 
+    /// The preset `llama` at the default size.
+    ///
+    /// # Source
+    /// Touvron et al., arXiv:2302.13971, section 2.2; grouped queries: Ainslie et al., arXiv:2305.13245.
+    pub fn llama(vocab_size: usize) -> Self {
+        Self {
+            d_ff: 344,
+            positions: Positions::Rotary,
+            norm: NormPlacement::Pre,
+            activation: Activation::Silu,
+            n_kv_heads: Some(2),
+            norm_kind: NormKind::RmsNorm,
+            gated: true,
+            qkv_bias: false,
+            proj_bias: false,
+            mlp_bias: false,
+            ..Self::transformer(vocab_size)
+        }
+    }
+
+    /// The preset `gpt-neox` at the default size.
+    ///
+    /// # Source
+    /// Black et al., arXiv:2204.06745, section 2.1; Biderman et al., arXiv:2304.01373 (Pythia).
+    pub fn gpt_neox(vocab_size: usize) -> Self {
+        Self {
+            positions: Positions::Rotary,
+            norm: NormPlacement::Pre,
+            activation: Activation::Gelu,
+            tie_embeddings: false,
+            rotary: Rotary { fraction: 0.25, ..Rotary::default() },
+            parallel: true,
+            ..Self::transformer(vocab_size)
+        }
+    }
+
     /// Width of one head.
     pub const fn d_head(&self) -> usize {
-        self.d_model / self.n_heads
+        match self.head_dim {
+            Some(head_dim) => head_dim,
+            None => self.d_model / self.n_heads,
+        }
+    }
+
+    /// Heads of keys and values.
+    pub const fn n_kv_heads(&self) -> usize {
+        match self.n_kv_heads {
+            Some(n_kv_heads) => n_kv_heads,
+            None => self.n_heads,
+        }
+    }
+
+    /// Widths of the queries, keys and values of a position.
+    pub const fn qkv_widths(&self) -> [usize; 3] {
+        let of_keys = self.n_kv_heads() * self.d_head();
+        [self.n_heads * self.d_head(), of_keys, of_keys]
+    }
+
+    /// Channels of a head that rotary positions turn.
+    pub fn n_rotated(&self) -> usize {
+        (self.d_head() as f64 * self.rotary.fraction) as usize
+    }
+
+    /// Whether a block is that of the presets `transformer` and `gpt2`, which has fused bodies.
+    pub fn has_plain_blocks(&self) -> bool {
+        let same_heads = self.n_kv_heads() == self.n_heads && self.d_head() * self.n_heads == self.d_model;
+        let biases = self.qkv_bias && self.proj_bias && self.mlp_bias;
+        let layers = self.norm_kind == NormKind::LayerNorm && self.activation.is_fused() && !self.gated;
+        same_heads && biases && layers && !self.qk_norm && !self.parallel && self.positions != Positions::Rotary
     }
 
     /// The largest value of each size: beyond any model, and small enough that a product of three does not overflow.
@@ -268,6 +485,8 @@ impl GptConfig {
             ("n_heads", self.n_heads),
             ("d_ff", self.d_ff),
             ("max_seq_len", self.max_seq_len),
+            ("n_kv_heads", self.n_kv_heads.unwrap_or(1)),
+            ("head_dim", self.head_dim.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(ModelConfigError::Zero { name });
@@ -277,8 +496,18 @@ impl GptConfig {
             }
         }
         let (d_model, n_heads, dropout) = (self.d_model, self.n_heads, self.dropout);
-        if d_model % n_heads != 0 {
+        if self.head_dim.is_none() && d_model % n_heads != 0 {
             return Err(ModelConfigError::Heads { d_model, n_heads });
+        }
+        let n_kv_heads = self.n_kv_heads();
+        if n_heads % n_kv_heads != 0 {
+            return Err(ModelConfigError::KeyHeads { n_heads, n_kv_heads });
+        }
+        if self.parallel && self.norm == NormPlacement::Post {
+            return Err(ModelConfigError::ParallelPostNorm);
+        }
+        if self.positions == Positions::Rotary {
+            self.validate_rotary()?;
         }
         if self.positions == Positions::Sinusoidal && d_model % 2 != 0 {
             return Err(ModelConfigError::OddWidth { d_model });
@@ -294,6 +523,24 @@ impl GptConfig {
             found if found > Self::LARGEST_MODEL => {
                 Err(ModelConfigError::TooManyParameters { found, largest: Self::LARGEST_MODEL })
             }
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_rotary(&self) -> Result<(), ModelConfigError> {
+        let Rotary { theta, fraction, scaling } = self.rotary;
+        let (numbers, ordered) = match scaling {
+            RopeScaling::Default => (vec![theta, fraction], true),
+            RopeScaling::Linear { factor } => (vec![theta, fraction, factor], true),
+            RopeScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original } => {
+                (vec![theta, fraction, factor, low, high, original as f64], high > low)
+            }
+        };
+        if !(ordered && fraction <= 1.0 && numbers.iter().all(|&x| x > 0.0 && x.is_finite())) {
+            return Err(ModelConfigError::Angles { rotary: self.rotary });
+        }
+        match self.n_rotated() {
+            found if found < 2 || found % 2 != 0 => Err(ModelConfigError::Rotated { found, d_head: self.d_head() }),
             _ => Ok(()),
         }
     }

@@ -1,6 +1,7 @@
 //! The decoder-only transformer.
 
 use burn::module::{Module, Param};
+use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
@@ -90,7 +91,7 @@ impl Gpt {
                 Tensor::from_data(TensorData::new(table, [config.max_seq_len, d_model]), device)
             }),
             blocks: (0..config.n_layers).map(|_| Block::blank(config, &blank)).collect(),
-            final_norm: (config.norm == NormPlacement::Pre).then(|| Norm::blank(d_model, &blank)),
+            final_norm: (config.norm == NormPlacement::Pre).then(|| Norm::blank(d_model, config.norm_kind, &blank)),
             head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
             config: config.clone(),
             kernels: Kernels::default(),
@@ -126,8 +127,9 @@ impl Gpt {
             precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
-            in_blocks: dropout.is_none() && self.precision == Precision::F32,
+            in_blocks: dropout.is_none() && self.precision == Precision::F32 && self.config.has_plain_blocks(),
             dropout,
+            rotary: self.rotary(positions.as_deref(), 0, [batch, seq], &ids.device()),
         };
         let x = self.embed(ids, positions.as_deref(), 0);
         self.run_blocks(x, &mut pass, None)
@@ -164,6 +166,7 @@ impl Gpt {
             first_key: None,
             dropout: None,
             in_blocks: false,
+            rotary: self.rotary(positions.as_deref(), start, [batch, seq], &x.device()),
         };
         let hidden = self.run_blocks(x, &mut pass, Some(cache));
         cache.lens.iter_mut().for_each(|len| *len += seq);
@@ -251,9 +254,34 @@ impl Gpt {
         assert!(last <= max_seq_len, "position {} lies outside the context of {max_seq_len}", last - 1);
         let position_table = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
-            (None, fixed) => fixed.clone().expect("positions are learned or fixed"),
+            (None, Some(fixed)) => fixed.clone(),
+            (None, None) => return embedding(self.token_embedding.val(), ids),
         };
         kernels::embed(self.kernels, self.token_embedding.val(), position_table, ids, positions, start)
+    }
+
+    /// Cosines and sines of the angles of rotary positions, computed in double precision.
+    fn rotary(
+        &self,
+        positions: Option<&[usize]>,
+        start: usize,
+        [batch, seq]: [usize; 2],
+        device: &Device,
+    ) -> Option<(Tensor<4>, Tensor<4>)> {
+        if self.config.positions != Positions::Rotary {
+            return None;
+        }
+        let frequencies = self.config.rotary.frequencies(self.config.n_rotated());
+        let (n_rows, positions) = match positions {
+            Some(positions) => (batch, positions.to_vec()),
+            None => (1, (start..start + seq).collect()),
+        };
+        let table = |of: fn(f64) -> f64| {
+            let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f64 * f));
+            let numbers: Vec<f32> = angles.map(|angle| of(angle) as f32).collect();
+            Tensor::from_data(TensorData::new(numbers, [n_rows, seq, 1, frequencies.len()]), device)
+        };
+        Some((table(f64::cos), table(f64::sin)))
     }
 
     /// All blocks and the final norm.
@@ -269,7 +297,12 @@ impl Gpt {
         let mut state = self.blocks[0].first_norm().forward_keeping(x, pass);
         for (layer, block) in self.blocks.iter().enumerate() {
             let next = self.blocks.get(layer + 1).map_or(final_norm, Block::first_norm);
-            state = block.pre_norm(state, activation, next, pass, cache.as_deref_mut(), layer);
+            let cache = cache.as_deref_mut();
+            state = if self.config.parallel {
+                block.parallel(state, activation, next, pass, cache, layer)
+            } else {
+                block.pre_norm(state, activation, next, pass, cache, layer)
+            };
         }
         state.0
     }

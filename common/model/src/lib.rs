@@ -20,9 +20,9 @@ mod scalar;
 mod tests;
 
 pub use cache::Cache;
-pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormPlacement, Positions, Preset};
+pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormKind, NormPlacement, Positions, Preset};
 pub use gpt::Gpt;
 pub use layout::Layout;
 pub use named::{HostTensor, NamedError, NamedTensors, param_paths};
-pub use positions::sinusoid_table;
+pub use positions::{RopeScaling, Rotary, sinusoid_table};
 pub use scalar::ScalarGpt;

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::{GptConfig, NormPlacement, Positions};
+use crate::{GptConfig, NormKind, NormPlacement, Positions};
 use base::rng::Streams;
 
 /// Role of a parameter.
@@ -194,6 +194,16 @@ impl Parameter<'_> {
         self.row.openai_gpt
     }
 
+    /// Where the classes of Llama, Mistral and Qwen keep it.
+    pub const fn llama(&self) -> Foreign {
+        self.row.llama
+    }
+
+    /// Where GPT-NeoX's class keeps it.
+    pub const fn gpt_neox(&self) -> Foreign {
+        self.row.gpt_neox
+    }
+
     /// The tensors of another library that hold the parameter, and which of its output channels lie where.
     ///
     /// # Panics
@@ -211,9 +221,17 @@ impl Parameter<'_> {
         };
         match foreign.order {
             Order::InTurn => {
-                let width = exact(d_out, foreign.names.len());
-                let nth = |(i, name): (usize, &&'static str)| span(name, width, i * width..(i + 1) * width, 0..width);
-                foreign.names.iter().enumerate().map(nth).collect()
+                let widths = match (foreign.names.len(), self.row.shape.last()) {
+                    (QKV, Some(Size::Qkv)) => self.config.qkv_widths().to_vec(),
+                    (n, _) => vec![exact(d_out, n); n],
+                };
+                let mut start = 0;
+                let next = |(name, width): (&&'static str, usize)| {
+                    let ours = start..start + width;
+                    start += width;
+                    span(name, width, ours, 0..width)
+                };
+                foreign.names.iter().zip(widths).map(next).collect()
             }
             Order::HeadByHead => {
                 let width = exact(d_out, QKV * self.config.n_heads);
@@ -236,6 +254,7 @@ fn exact(total: usize, parts: usize) -> usize {
 }
 
 /// Where another library keeps a parameter: the names of its tensors within the block or the trunk, and their layout.
+/// Several tensors hold equal shares, or the queries, the keys and the values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Foreign {
     /// The tensors' names; several hold equal shares of the output channels.
@@ -309,6 +328,8 @@ struct Row {
     when: fn(&GptConfig) -> bool,
     gpt2: Foreign,
     openai_gpt: Foreign,
+    llama: Foreign,
+    gpt_neox: Foreign,
 }
 
 /// A size by its meaning.
@@ -319,6 +340,8 @@ enum Size {
     Context,
     Model,
     Qkv,
+    Heads,
+    Head,
     FeedForward,
 }
 
@@ -329,7 +352,12 @@ impl Size {
             Self::Vocab => config.vocab_size,
             Self::Context => config.max_seq_len,
             Self::Model => config.d_model,
-            Self::Qkv => QKV * config.d_model,
+            Self::Qkv => {
+                let [queries, keys, values] = config.qkv_widths();
+                queries + keys + values
+            }
+            Self::Heads => config.n_heads * config.d_head(),
+            Self::Head => config.d_head(),
             Self::FeedForward => config.d_ff,
         }
     }
@@ -345,12 +373,20 @@ const MATRIX: Role = Role::Linear { packed: 1, residual: false };
 const PACKED: Role = Role::Linear { packed: QKV, residual: false };
 const RESIDUAL: Role = Role::Linear { packed: 1, residual: true };
 
-/// A parameter that every model has, and that both foreign classes keep under one name in one shape.
+/// A parameter that every model has, and that GPT-1's and GPT-2's classes keep under one name in our shape.
 const fn row(path: &'static str, role: Role, shape: &'static [Size], theirs: &'static [&'static str; 1]) -> Row {
     const fn always(_: &GptConfig) -> bool {
         true
     }
-    Row { path, role, shape, when: always, gpt2: Foreign::same(theirs), openai_gpt: Foreign::same(theirs) }
+    let theirs = Foreign::same(theirs);
+    Row { path, role, shape, when: always, gpt2: theirs, openai_gpt: theirs, llama: NOWHERE, gpt_neox: NOWHERE }
+}
+
+/// Of a class whose models have no such parameter.
+const NOWHERE: Foreign = Foreign::same(&[""]);
+
+fn has_layer_norms(config: &GptConfig) -> bool {
+    config.norm_kind == NormKind::LayerNorm
 }
 
 impl Row {
@@ -361,165 +397,88 @@ impl Row {
     const fn openai_gpt(self, name: &'static [&'static str; 1]) -> Self {
         Self { openai_gpt: Foreign::same(name), ..self }
     }
+
+    /// In the classes of Llama, Mistral and Qwen.
+    const fn llama(self, names: &'static [&'static str]) -> Self {
+        Self { llama: Foreign { names, order: Order::InTurn, transposed: self.is_linear() }, ..self }
+    }
+
+    const fn gpt_neox(self, names: &'static [&'static str]) -> Self {
+        let order =
+            if matches!(self.shape[self.shape.len() - 1], Size::Qkv) { Order::HeadByHead } else { Order::InTurn };
+        Self { gpt_neox: Foreign { names, order, transposed: self.is_linear() }, ..self }
+    }
+
+    const fn is_linear(&self) -> bool {
+        matches!(self.role, Role::Linear { .. })
+    }
 }
 
 #[rustfmt::skip]
 static TRUNK: [Row; 4] = [
     row("token_embedding", Role::TokenEmbedding, &[Size::Vocab, Size::Model], &["wte.weight"])
-        .openai_gpt(&["tokens_embed.weight"]),
+        .openai_gpt(&["tokens_embed.weight"]).llama(&["embed_tokens.weight"]).gpt_neox(&["embed_in.weight"]),
     row("position_embedding", Role::PositionEmbedding, &[Size::Context, Size::Model], &["wpe.weight"])
         .openai_gpt(&["positions_embed.weight"]).when(|config| matches!(config.positions, Positions::Learned)),
     row("final_norm.gamma", Role::NormGain, &[Size::Model], &["ln_f.weight"])
+        .llama(&["norm.weight"]).gpt_neox(&["final_layer_norm.weight"])
         .when(|config| matches!(config.norm, NormPlacement::Pre)),
     row("final_norm.beta", Role::NormOffset, &[Size::Model], &["ln_f.bias"])
-        .when(|config| matches!(config.norm, NormPlacement::Pre)),
+        .gpt_neox(&["final_layer_norm.bias"])
+        .when(|config| matches!(config.norm, NormPlacement::Pre) && has_layer_norms(config)),
 ];
 
 /// The parameters of each block, below its path.
 #[rustfmt::skip]
-static BLOCK: [Row; 12] = [
-    row("norm_1.gamma",          Role::NormGain,   &[Size::Model],                    &["ln_1.weight"]),
-    row("norm_1.beta",           Role::NormOffset, &[Size::Model],                    &["ln_1.bias"]),
-    row("attention.qkv.weight",  PACKED,           &[Size::Model, Size::Qkv],         &["attn.c_attn.weight"]),
-    row("attention.qkv.bias",    Role::Bias,       &[Size::Qkv],                      &["attn.c_attn.bias"]),
-    row("attention.proj.weight", RESIDUAL,         &[Size::Model, Size::Model],       &["attn.c_proj.weight"]),
-    row("attention.proj.bias",   Role::Bias,       &[Size::Model],                    &["attn.c_proj.bias"]),
-    row("norm_2.gamma",          Role::NormGain,   &[Size::Model],                    &["ln_2.weight"]),
-    row("norm_2.beta",           Role::NormOffset, &[Size::Model],                    &["ln_2.bias"]),
-    row("mlp.up.weight",         MATRIX,           &[Size::Model, Size::FeedForward], &["mlp.c_fc.weight"]),
-    row("mlp.up.bias",           Role::Bias,       &[Size::FeedForward],              &["mlp.c_fc.bias"]),
-    row("mlp.down.weight",       RESIDUAL,         &[Size::FeedForward, Size::Model], &["mlp.c_proj.weight"]),
-    row("mlp.down.bias",         Role::Bias,       &[Size::Model],                    &["mlp.c_proj.bias"]),
+static BLOCK: [Row; 18] = [
+    row("norm_1.gamma",            Role::NormGain,   &[Size::Model],                    &["ln_1.weight"])
+        .llama(&["input_layernorm.weight"]).gpt_neox(&["input_layernorm.weight"]),
+    row("norm_1.beta",             Role::NormOffset, &[Size::Model],                    &["ln_1.bias"])
+        .gpt_neox(&["input_layernorm.bias"]).when(has_layer_norms),
+    row("attention.qkv.weight",    PACKED,           &[Size::Model, Size::Qkv],         &["attn.c_attn.weight"])
+        .llama(&["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"])
+        .gpt_neox(&["attention.query_key_value.weight"]),
+    row("attention.qkv.bias",      Role::Bias,       &[Size::Qkv],                      &["attn.c_attn.bias"])
+        .llama(&["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"])
+        .gpt_neox(&["attention.query_key_value.bias"]).when(|config| config.qkv_bias),
+    row("attention.q_norm.gamma",  Role::NormGain,   &[Size::Head],                     &[""])
+        .llama(&["self_attn.q_norm.weight"]).when(|config| config.qk_norm),
+    row("attention.q_norm.beta",   Role::NormOffset, &[Size::Head],                     &[""])
+        .when(|config| config.qk_norm && has_layer_norms(config)),
+    row("attention.k_norm.gamma",  Role::NormGain,   &[Size::Head],                     &[""])
+        .llama(&["self_attn.k_norm.weight"]).when(|config| config.qk_norm),
+    row("attention.k_norm.beta",   Role::NormOffset, &[Size::Head],                     &[""])
+        .when(|config| config.qk_norm && has_layer_norms(config)),
+    row("attention.proj.weight",   RESIDUAL,         &[Size::Heads, Size::Model],       &["attn.c_proj.weight"])
+        .llama(&["self_attn.o_proj.weight"]).gpt_neox(&["attention.dense.weight"]),
+    row("attention.proj.bias",     Role::Bias,       &[Size::Model],                    &["attn.c_proj.bias"])
+        .llama(&["self_attn.o_proj.bias"]).gpt_neox(&["attention.dense.bias"]).when(|config| config.proj_bias),
+    row("norm_2.gamma",            Role::NormGain,   &[Size::Model],                    &["ln_2.weight"])
+        .llama(&["post_attention_layernorm.weight"]).gpt_neox(&["post_attention_layernorm.weight"]),
+    row("norm_2.beta",             Role::NormOffset, &[Size::Model],                    &["ln_2.bias"])
+        .gpt_neox(&["post_attention_layernorm.bias"]).when(has_layer_norms),
+    row("mlp.gate.weight",         MATRIX,           &[Size::Model, Size::FeedForward], &[""])
+        .llama(&["mlp.gate_proj.weight"]).when(|config| config.gated),
+    row("mlp.gate.bias",           Role::Bias,       &[Size::FeedForward],              &[""])
+        .llama(&["mlp.gate_proj.bias"]).when(|config| config.gated && config.mlp_bias),
+    row("mlp.up.weight",           MATRIX,           &[Size::Model, Size::FeedForward], &["mlp.c_fc.weight"])
+        .llama(&["mlp.up_proj.weight"]).gpt_neox(&["mlp.dense_h_to_4h.weight"]),
+    row("mlp.up.bias",             Role::Bias,       &[Size::FeedForward],              &["mlp.c_fc.bias"])
+        .llama(&["mlp.up_proj.bias"]).gpt_neox(&["mlp.dense_h_to_4h.bias"]).when(|config| config.mlp_bias),
+    row("mlp.down.weight",         RESIDUAL,         &[Size::FeedForward, Size::Model], &["mlp.c_proj.weight"])
+        .llama(&["mlp.down_proj.weight"]).gpt_neox(&["mlp.dense_4h_to_h.weight"]),
+    row("mlp.down.bias",           Role::Bias,       &[Size::Model],                    &["mlp.c_proj.bias"])
+        .llama(&["mlp.down_proj.bias"]).gpt_neox(&["mlp.dense_4h_to_h.bias"]).when(|config| config.mlp_bias),
 ];
 
 /// The output layer of a [`Gpt`](crate::Gpt), then that of a [`ScalarGpt`](crate::ScalarGpt).
 #[rustfmt::skip]
 static HEADS: [Row; 2] = [
     row("head", Role::OutputHead, &[Size::Vocab, Size::Model], &["lm_head.weight"])
-        .when(|config| !config.tie_embeddings),
-    row("score.weight", Role::ScoreHead, &[Size::One, Size::Model], &["score.weight"]),
+        .llama(&["lm_head.weight"]).gpt_neox(&["embed_out.weight"]).when(|config| !config.tie_embeddings),
+    row("score.weight", Role::ScoreHead, &[Size::One, Size::Model], &["score.weight"])
+        .llama(&["score.weight"]).gpt_neox(&["score.weight"]),
 ];
 
 #[cfg(test)]
-mod tests {
-    use burn::tensor::Device;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{Gpt, ScalarGpt, param_paths};
-
-    fn configs() -> impl Strategy<Value = GptConfig> {
-        let norm = prop_oneof![Just(NormPlacement::Pre), Just(NormPlacement::Post)];
-        let positions = prop_oneof![Just(Positions::Learned), Just(Positions::Sinusoidal)];
-        (norm, positions, any::<bool>(), 1..3usize, 1..4usize, 1..4usize, 1..9usize, 1..9usize).prop_map(
-            |(norm, positions, tie_embeddings, n_layers, n_heads, half_head, d_ff, vocab_size)| GptConfig {
-                norm,
-                positions,
-                tie_embeddings,
-                n_layers,
-                n_heads,
-                d_model: 2 * half_head * n_heads,
-                d_ff,
-                max_seq_len: 5,
-                ..GptConfig::transformer(vocab_size)
-            },
-        )
-    }
-
-    fn table(config: &GptConfig, output: Output) -> Vec<(String, Vec<usize>)> {
-        let mut table: Vec<_> = parameters(config, output).map(|p| (p.path(), p.shape())).collect();
-        table.sort();
-        table
-    }
-
-    /// Checks that each number of the parameter has one place of its own in the tensors; their number of spans.
-    fn check_layout(parameter: &Parameter<'_>, foreign: Foreign) -> usize {
-        let (shape, spans) = (parameter.shape(), parameter.spans(foreign));
-        let mut seen = vec![0; shape.iter().product()];
-        let mut places = std::collections::BTreeSet::new();
-        for span in &spans {
-            assert_eq!(span.ours.len(), span.theirs.len());
-            span.for_each_pair(&shape, |ours, theirs| {
-                seen[ours] += 1;
-                assert!(theirs < span.shape.iter().product(), "{span:?}");
-                assert!(places.insert((span.name, theirs)), "two numbers in one place: {span:?}");
-            });
-        }
-        assert!(seen.iter().all(|&n| n == 1), "a number is left out or twice there");
-        spans.len()
-    }
-
-    proptest! {
-        #[test]
-        fn every_parameter_has_one_row_and_every_row_a_parameter(config in configs()) {
-            let gpt = Gpt::new(&config, &Streams::new(1), &Device::flex());
-            let scalar = ScalarGpt::new(gpt.clone(), &Streams::new(1));
-            let [mut of_gpt, mut of_scalar] = [param_paths(&gpt), param_paths(&scalar)];
-            of_gpt.sort();
-            of_scalar.sort();
-            prop_assert_eq!(table(&config, Output::Logits), of_gpt);
-            prop_assert_eq!(table(&config, Output::Score), of_scalar);
-        }
-
-        #[test]
-        fn a_path_has_the_role_of_its_row(config in configs()) {
-            for output in [Output::Logits, Output::Score] {
-                for parameter in parameters(&config, output) {
-                    prop_assert_eq!(role_of(&parameter.path()), Some(parameter.role()));
-                }
-            }
-        }
-
-        #[test]
-        fn every_layout_holds_every_number_once(config in configs(), transposed in any::<bool>()) {
-            for parameter in parameters(&config, Output::Logits) {
-                prop_assert_eq!(check_layout(&parameter, parameter.gpt2()), 1);
-                prop_assert_eq!(check_layout(&parameter, parameter.openai_gpt()), 1);
-                for nth in 0..2 {
-                    let shared = Foreign { names: &["both"], order: Order::Shared { nth, of: 2 }, transposed };
-                    prop_assert_eq!(check_layout(&parameter, shared), 1);
-                }
-                if matches!(parameter.role(), Role::Linear { packed: QKV, .. }) {
-                    let split = Foreign { names: &["q", "k", "v"], order: Order::InTurn, transposed };
-                    prop_assert_eq!(check_layout(&parameter, split), 3);
-                    let fused = Foreign { names: &["qkv"], order: Order::HeadByHead, transposed };
-                    prop_assert_eq!(check_layout(&parameter, fused), 3 * config.n_heads);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn only_a_path_of_the_table_has_a_role() {
-        for path in ["blocks.mlp.up.weight", "blocks.x.mlp.up.weight", "blocks.0.weight", "weight", "blocks.0.head", ""]
-        {
-            assert_eq!(role_of(path), None, "{path}");
-        }
-    }
-
-    #[test]
-    fn queries_keys_and_values_lie_head_by_head_where_they_are_fused() {
-        let config = GptConfig { d_model: 4, n_heads: 2, n_layers: 1, ..GptConfig::gpt2(3) };
-        let qkv = parameters(&config, Output::Logits).find(|p| p.path() == "blocks.0.attention.qkv.weight");
-        let fused = Foreign { names: &["qkv"], order: Order::HeadByHead, transposed: true };
-        let spans = qkv.expect("there").spans(fused);
-        // Two channels a head; ours are q₀ q₁ k₀ k₁ v₀ v₁, theirs q₀ k₀ v₀ q₁ k₁ v₁.
-        let ranges: Vec<_> = spans.iter().map(|span| (span.ours.start, span.theirs.start)).collect();
-        assert_eq!(ranges, [(0, 0), (4, 2), (8, 4), (2, 6), (6, 8), (10, 10)]);
-        assert!(spans.iter().all(|span| span.shape == [12, 4]));
-    }
-
-    #[test]
-    fn only_matrices_of_linear_layers_decay_and_take_adapters() {
-        let config = GptConfig { tie_embeddings: false, n_layers: 1, ..GptConfig::gpt2(3) };
-        let of = |output, holds: fn(Role) -> bool| -> Vec<String> {
-            parameters(&config, output).filter(|p| holds(p.role())).map(|p| p.path()).collect()
-        };
-        let linear = ["attention.qkv", "attention.proj", "mlp.up", "mlp.down"].map(|l| format!("blocks.0.{l}.weight"));
-        assert_eq!(of(Output::Logits, Role::takes_adapter), linear);
-        assert_eq!(of(Output::Logits, Role::decays), [&linear[..], &["head".to_owned()]].concat());
-        let score = [&linear.map(|path| format!("trunk.{path}"))[..], &["score.weight".to_owned()]].concat();
-        assert_eq!(of(Output::Score, Role::decays), score);
-        assert_eq!(of(Output::Logits, Role::is_per_token), ["token_embedding", "head"]);
-    }
-}
+mod tests;

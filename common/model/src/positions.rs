@@ -1,4 +1,6 @@
-//! The sinusoidal position table.
+//! Positions that are not learned: the sinusoidal table and the angles of rotary positions.
+
+use serde::{Deserialize, Serialize};
 
 /// The table of fixed positions, row-major `[max_seq_len, d_model]`.
 ///
@@ -18,9 +20,88 @@ pub fn sinusoid_table(max_seq_len: usize, d_model: usize) -> Vec<f32> {
     (0..max_seq_len).flat_map(|position| (0..d_model).map(move |i| channel(position, i))).collect()
 }
 
+/// The angles of rotary positions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rotary {
+    /// The base of the wavelengths: pair `i` of `d` rotated channels turns by `θ^(−2i/d)` a position.
+    pub theta: f64,
+    /// Share of a head's channels that are rotated, the first ones.
+    pub fraction: f64,
+    /// How a context longer than that of pretraining is fitted in.
+    pub scaling: RopeScaling,
+}
+
+/// A change of the rotary angles for longer contexts.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum RopeScaling {
+    /// None.
+    #[default]
+    Default,
+    /// Every angle divided by one factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// Long wavelengths divided by the factor, short ones kept, those between blended.
+    ///
+    /// # Source
+    /// Llama 3.1's `apply_scaling`; transformers' `_compute_llama3_parameters`.
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are long.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are short.
+        high_freq_factor: f64,
+        /// The context of pretraining in tokens.
+        original: usize,
+    },
+}
+
+impl Default for Rotary {
+    fn default() -> Self {
+        Self { theta: 10_000.0, fraction: 1.0, scaling: RopeScaling::Default }
+    }
+}
+
+impl Rotary {
+    /// The angle a position of each pair of channels, for `n_rotated` channels.
+    pub fn frequencies(&self, n_rotated: usize) -> Vec<f64> {
+        let scaled = |frequency: f64| match self.scaling {
+            RopeScaling::Default => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                let turns = original as f64 * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                frequency * (kept + (1.0 - kept) / factor)
+            }
+        };
+        (0..n_rotated / 2).map(|i| scaled(self.theta.powf(-((2 * i) as f64) / n_rotated as f64))).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frequencies_are_scaled_by_their_wavelength() {
+        let plain = Rotary { theta: 10_000.0, fraction: 1.0, scaling: RopeScaling::Default };
+        let close =
+            |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12 * b) && a.len() == b.len();
+        // 10,000^(−2i/4)
+        assert!(close(&plain.frequencies(4), &[1.0, 0.01]));
+        let linear = Rotary { scaling: RopeScaling::Linear { factor: 4.0 }, ..plain };
+        assert!(close(&linear.frequencies(4), &[0.25, 0.0025]));
+        // In 64 positions the first pair turns 64/2π = 10.2 times, which is kept; the second 0.1 times, which is divided.
+        let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 64 };
+        assert!(close(&Rotary { scaling: llama3, ..plain }.frequencies(4), &[1.0, 0.00125]));
+        // Wavelengths between: θ = 100 gives the second pair 0.1, 64 · 0.1/2π = 1.0186 turns, blended by a third of 0.0186.
+        let kept = (6.4 / std::f64::consts::TAU - 1.0) / 3.0;
+        let blended = 0.1 * (kept + (1.0 - kept) / 8.0);
+        assert!(close(&Rotary { theta: 100.0, scaling: llama3, ..plain }.frequencies(4), &[1.0, blended]));
+    }
 
     #[test]
     fn the_first_rows_are_the_papers_formula() {

@@ -26,6 +26,7 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
     out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| match activation {
         Activation::Relu => relu_rows(out, x, bias),
         Activation::GeluTanh => gelu_rows(out, x, bias),
+        Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
     });
     tensor(out, shape)
 }
@@ -51,6 +52,7 @@ pub fn backward(
             match activation {
                 Activation::Relu => relu_grads(x_grad, &mut bias_grad, x, bias, grad),
                 Activation::GeluTanh => gelu_grads(x_grad, &mut bias_grad, x, bias, grad),
+                Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
             }
             bias_grad
         })

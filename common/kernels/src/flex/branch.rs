@@ -104,6 +104,7 @@ pub fn mlp(
                 activation::gelu(active, saved);
                 finish(active);
             }),
+            Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
         }
     });
     (normed, sum, tensor(saved, [n, d_ff]))
@@ -212,6 +213,7 @@ pub fn mlp_backward(
             match activation {
                 Activation::Relu => activation::relu_backward(hidden, bias_grad, active),
                 Activation::GeluTanh => activation::gelu_backward(hidden, bias_grad, active),
+                Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
             }
             let output = if same {
                 x_grad.copy_from_slice(grad);

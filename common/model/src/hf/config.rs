@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::{Class, Head, HfError, TokenIds};
-use crate::{Activation, GptConfig, NormPlacement, Positions};
+use crate::{Activation, GptConfig, NormPlacement, Positions, RopeScaling, Rotary};
 
 /// The model's file.
 pub const CONFIG_FILE: &str = "config.json";
@@ -42,17 +42,17 @@ impl Parsed {
         let head = reader.head(class)?;
         // An id beyond the vocabulary is never generated; small models made with a class's defaults name such.
         let known = |id: &u32| (*id as usize) < config.vocab_size;
-        let default = class.default_end();
+        let (default_bos, default_eos) = class.default_ids();
         let of_config = reader.ids("eos_token_id")?;
         let of_generation = Reader { path: &generation_path, json: &generation }.ids("eos_token_id")?;
         let mut eos = match (of_generation, of_config) {
-            (None, None) => default.into_iter().collect(),
+            (None, None) => default_eos.into_iter().collect(),
             (first, second) => [first, second].into_iter().flatten().flatten().collect::<Vec<u32>>(),
         };
         let mut seen = BTreeSet::new();
         eos.retain(|id| known(id) && seen.insert(*id));
         let single = |ids: Option<Vec<u32>>, default| ids.map_or(default, |ids| ids.first().copied()).filter(known);
-        let bos = single(reader.ids("bos_token_id")?, default);
+        let bos = single(reader.ids("bos_token_id")?, default_bos);
         let pad = single(reader.ids("pad_token_id")?, None);
         Ok(Self { class, head, tokens: TokenIds { bos, eos, pad }, config })
     }
@@ -81,6 +81,8 @@ pub(super) fn render(class: Class, config: &GptConfig, head: Head, tokens: &Toke
     let mut fields = match class {
         Class::Gpt2 => gpt2(config),
         Class::OpenAiGpt => openai_gpt(config),
+        Class::Llama | Class::Mistral | Class::Qwen2 | Class::Qwen3 => llama(class, config),
+        Class::GptNeox => gpt_neox(config),
         Class::Kindling => json!({ "gpt": config, "vocab_size": config.vocab_size }),
     };
     fields["architectures"] = json!([class.architecture(head)]);
@@ -144,6 +146,78 @@ fn openai_gpt(config: &GptConfig) -> Value {
     })
 }
 
+fn llama(class: Class, config: &GptConfig) -> Value {
+    let mut fields = json!({
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads(),
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": 0.02,
+        "rms_norm_eps": config.layer_norm_eps,
+        "attention_dropout": config.dropout,
+        "rope_parameters": rope(config.rotary),
+        "use_cache": true,
+    });
+    // Qwen 2 has its biases and the width of its heads by definition.
+    if class != Class::Qwen2 {
+        fields["head_dim"] = json!(config.d_head());
+        fields["attention_bias"] = json!(config.qkv_bias);
+    }
+    if class == Class::Llama {
+        fields["mlp_bias"] = json!(config.mlp_bias);
+    } else {
+        fields["use_sliding_window"] = json!(false);
+    }
+    fields
+}
+
+fn gpt_neox(config: &GptConfig) -> Value {
+    let mut rope = rope(config.rotary);
+    rope["partial_rotary_factor"] = json!(config.rotary.fraction);
+    json!({
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "hidden_act": match config.activation {
+            Activation::Relu => "relu",
+            Activation::GeluTanh => "gelu_new",
+            _ => "gelu",
+        },
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": 0.02,
+        "layer_norm_eps": config.layer_norm_eps,
+        "attention_dropout": config.dropout,
+        "hidden_dropout": config.dropout,
+        "attention_bias": config.qkv_bias,
+        "use_parallel_residual": config.parallel,
+        "rope_parameters": rope,
+        "use_cache": true,
+    })
+}
+
+/// The angles as transformers 5 writes them; earlier versions read `rope_theta` and `rope_scaling`.
+fn rope(rotary: Rotary) -> Value {
+    let theta = rotary.theta;
+    match rotary.scaling {
+        RopeScaling::Default => json!({ "rope_type": "default", "rope_theta": theta }),
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "rope_theta": theta, "factor": factor }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => json!({
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original,
+        }),
+    }
+}
+
 /// Takes values out of a JSON file and names the key where one is wrong. A key that is absent or `null` has the value
 /// that transformers' class gives it.
 struct Reader<'a> {
@@ -159,15 +233,73 @@ const ALIASES: [(&str, &str); 4] = [
     ("n_positions", "max_position_embeddings"),
 ];
 
+/// What the classes of Llama's kind differ in.
+#[allow(clippy::struct_excessive_bools, reason = "each is a difference of its own")]
+struct LlamaClass {
+    vocab_size: usize,
+    d_ff: usize,
+    max_seq_len: usize,
+    n_kv_heads: Option<usize>,
+    head_dim: Option<usize>,
+    /// Whether config.json says if attention has biases; otherwise `qkv_bias` does.
+    has_bias_key: bool,
+    qkv_bias: bool,
+    mlp_bias_key: bool,
+    qk_norm: bool,
+    windows_by_default: bool,
+}
+
+const LLAMA: LlamaClass = LlamaClass {
+    vocab_size: 32_000,
+    d_ff: 11_008,
+    max_seq_len: 2048,
+    n_kv_heads: None,
+    head_dim: None,
+    has_bias_key: true,
+    qkv_bias: false,
+    mlp_bias_key: true,
+    qk_norm: false,
+    windows_by_default: false,
+};
+
+const MISTRAL: LlamaClass = LlamaClass {
+    d_ff: 14_336,
+    max_seq_len: 131_072,
+    n_kv_heads: Some(8),
+    has_bias_key: false,
+    mlp_bias_key: false,
+    windows_by_default: true,
+    ..LLAMA
+};
+
+const QWEN2: LlamaClass = LlamaClass {
+    vocab_size: 151_936,
+    d_ff: 22_016,
+    max_seq_len: 32_768,
+    n_kv_heads: Some(32),
+    has_bias_key: false,
+    qkv_bias: true,
+    mlp_bias_key: false,
+    ..LLAMA
+};
+
+const QWEN3: LlamaClass =
+    LlamaClass { head_dim: Some(128), has_bias_key: true, qkv_bias: false, qk_norm: true, ..QWEN2 };
+
 impl Reader<'_> {
     fn architecture(&self) -> Result<(Class, GptConfig), HfError> {
-        let known = "`gpt2`, `openai-gpt` or `kindling`";
+        let known = "`gpt2`, `openai-gpt`, `llama`, `mistral`, `qwen2`, `qwen3`, `gpt_neox` or `kindling`";
         let Some(model_type) = self.optional("model_type") else {
             return Err(HfError::MissingKey { path: self.path.to_owned(), key: "model_type" });
         };
         let (class, config) = match model_type.as_str() {
             Some("gpt2") => (Class::Gpt2, self.gpt2()?),
             Some("openai-gpt") => (Class::OpenAiGpt, self.openai_gpt()?),
+            Some("llama") => (Class::Llama, self.llama(&LLAMA)?),
+            Some("mistral") => (Class::Mistral, self.llama(&MISTRAL)?),
+            Some("qwen2") => (Class::Qwen2, self.llama(&QWEN2)?),
+            Some("qwen3") => (Class::Qwen3, self.llama(&QWEN3)?),
+            Some("gpt_neox") => (Class::GptNeox, self.gpt_neox()?),
             Some("kindling") => (Class::Kindling, self.kindling()?),
             Some(other) => return Err(self.refuse("model_type", other, known)),
             None => return Err(self.refuse("model_type", &model_type.to_string(), known)),
@@ -209,6 +341,141 @@ impl Reader<'_> {
         self.shared(40_478, 512, activation, NormPlacement::Post)
     }
 
+    /// # Source
+    /// Defaults: `LlamaConfig`, `MistralConfig`, `Qwen2Config`, `Qwen3Config` of transformers 5.23.
+    fn llama(&self, class: &LlamaClass) -> Result<GptConfig, HfError> {
+        self.refuse_quantised()?;
+        self.refuse_windows(class)?;
+        let activation = self.text("hidden_act", "silu")?;
+        if !["silu", "swish"].contains(&activation) {
+            return Err(self.refuse("hidden_act", activation, "`silu`"));
+        }
+        let (d_model, n_heads) = (self.size("hidden_size", 4096)?, self.size("num_attention_heads", 32)?);
+        let bias = if class.has_bias_key { self.flag("attention_bias", false)? } else { class.qkv_bias };
+        let head_dim = match self.optional("head_dim") {
+            Some(_) => Some(self.size("head_dim", 0)?),
+            None => class.head_dim,
+        };
+        Ok(GptConfig {
+            d_model,
+            n_layers: self.size("num_hidden_layers", 32)?,
+            n_heads,
+            d_ff: self.size("intermediate_size", class.d_ff)?,
+            max_seq_len: self.size("max_position_embeddings", class.max_seq_len)?,
+            dropout: self.number("attention_dropout", 0.0)?,
+            tie_embeddings: self.flag("tie_word_embeddings", false)?,
+            layer_norm_eps: self.number("rms_norm_eps", 1e-6)?,
+            n_kv_heads: Some(self.size("num_key_value_heads", class.n_kv_heads.unwrap_or(n_heads))?),
+            head_dim: head_dim.filter(|&width| width * n_heads != d_model),
+            rotary: self.rotary(&["partial_rotary_factor"], 1.0)?,
+            qkv_bias: bias,
+            proj_bias: class.has_bias_key && bias,
+            mlp_bias: class.mlp_bias_key && self.flag("mlp_bias", false)?,
+            qk_norm: class.qk_norm,
+            ..GptConfig::llama(self.size("vocab_size", class.vocab_size)?)
+        })
+    }
+
+    /// # Source
+    /// Defaults: `GPTNeoXConfig` of transformers 5.23.
+    fn gpt_neox(&self) -> Result<GptConfig, HfError> {
+        self.refuse_quantised()?;
+        let activation = match self.text("hidden_act", "gelu")? {
+            "gelu" => Activation::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+            "relu" => Activation::Relu,
+            other => return Err(self.refuse("hidden_act", other, "`gelu`, `gelu_new` or `relu`")),
+        };
+        let bias = self.flag("attention_bias", true)?;
+        Ok(GptConfig {
+            d_model: self.size("hidden_size", 6144)?,
+            n_layers: self.size("num_hidden_layers", 44)?,
+            n_heads: self.size("num_attention_heads", 64)?,
+            d_ff: self.size("intermediate_size", 24_576)?,
+            max_seq_len: self.size("max_position_embeddings", 2048)?,
+            dropout: self.number("hidden_dropout", 0.0)?,
+            activation,
+            tie_embeddings: self.flag("tie_word_embeddings", false)?,
+            layer_norm_eps: self.number("layer_norm_eps", 1e-5)?,
+            rotary: self.rotary(&["partial_rotary_factor", "rotary_pct"], 0.25)?,
+            qkv_bias: bias,
+            proj_bias: bias,
+            parallel: self.flag("use_parallel_residual", true)?,
+            ..GptConfig::gpt_neox(self.size("vocab_size", 50_432)?)
+        })
+    }
+
+    /// The angles of positions, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`.
+    fn rotary(&self, fraction_keys: &[&str], default_fraction: f64) -> Result<Rotary, HfError> {
+        let section = ["rope_parameters", "rope_scaling"].into_iter().find_map(|key| Some((key, self.optional(key)?)));
+        let empty = Value::Object(Map::new());
+        let (section_name, json) = section.unwrap_or(("rope_parameters", &empty));
+        if !json.is_object() {
+            return Err(self.refuse(section_name, &json.to_string(), "an object"));
+        }
+        let inner = Reader { path: self.path, json };
+        let here = |key: &str| if inner.optional(key).is_some() { &inner } else { self };
+        let theta = here("rope_theta").number("rope_theta", self.number("rotary_emb_base", 10_000.0)?)?;
+        let mut fraction = default_fraction;
+        for key in fraction_keys {
+            fraction = here(key).number(key, fraction)?;
+        }
+        let kind = match inner.optional("rope_type") {
+            Some(_) => inner.text("rope_type", "default")?,
+            None => inner.text("type", "default")?,
+        };
+        let needed = |key: &'static str| match inner.optional(key) {
+            Some(_) => inner.number(key, 0.0),
+            None => Err(self.refuse(section_name, &json.to_string(), &format!("an object with `{key}`"))),
+        };
+        let scaling = match kind {
+            "default" => RopeScaling::Default,
+            "linear" => RopeScaling::Linear { factor: needed("factor")? },
+            "llama3" => RopeScaling::Llama3 {
+                factor: needed("factor")?,
+                low_freq_factor: needed("low_freq_factor")?,
+                high_freq_factor: needed("high_freq_factor")?,
+                original: needed("original_max_position_embeddings")? as usize,
+            },
+            other => return Err(self.refuse("rope_type", other, "`default`, `linear` or `llama3`")),
+        };
+        Ok(Rotary { theta, fraction, scaling })
+    }
+
+    /// Weights of fewer bits are other numbers than the model's.
+    fn refuse_quantised(&self) -> Result<(), HfError> {
+        match self.optional("quantization_config") {
+            Some(found) => {
+                let method = found["quant_method"].as_str().unwrap_or("some method");
+                Err(self.refuse("quantization_config", method, "weights in f32, f16 or bf16"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Attention that does not see everything before it is another model.
+    fn refuse_windows(&self, class: &LlamaClass) -> Result<(), HfError> {
+        let window = match self.json.get("sliding_window") {
+            None if class.windows_by_default => Some("4096".to_owned()),
+            None | Some(Value::Null) => None,
+            Some(window) if class.windows_by_default => Some(window.to_string()),
+            Some(window) => self.flag("use_sliding_window", false)?.then(|| window.to_string()),
+        };
+        if let Some(window) = window {
+            return Err(self.refuse("sliding_window", &window, "`null`: attention to everything before"));
+        }
+        let layers = self.optional("layer_types").and_then(Value::as_array).into_iter().flatten();
+        match layers.into_iter().find(|kind| kind.as_str() != Some("full_attention")) {
+            Some(kind) => Err(self.refuse("layer_types", &kind.to_string(), "`full_attention` throughout")),
+            None => Ok(()),
+        }
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool, HfError> {
+        let Some(value) = self.optional(key) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.refuse(key, &value.to_string(), "a boolean"))
+    }
+
     fn kindling(&self) -> Result<GptConfig, HfError> {
         serde_json::from_value(self.json["gpt"].clone())
             .map_err(|error| self.refuse("gpt", &error.to_string(), "the architecture as this program writes it"))
@@ -246,6 +513,7 @@ impl Reader<'_> {
                 Some(other) => return Err(self.refuse("tie_word_embeddings", &other.to_string(), "a boolean")),
             },
             layer_norm_eps: self.number("layer_norm_epsilon", 1e-5)?,
+            ..GptConfig::gpt2(vocab_size)
         })
     }
 

@@ -1,10 +1,11 @@
 //! Models in Hugging Face layout, both ways. Foreign names are here and in the [table of parameters](crate::params) alone.
 //!
-//! Our pre-norm models are `GPT2LMHeadModel`, our post-norm models `OpenAIGPTLMHeadModel` (GPT-1's class, whose block
+//! Models with rotary positions are those of Llama, Qwen or GPT-NeoX, whichever class has the same switches. Of the others our
+//! pre-norm models are `GPT2LMHeadModel`, our post-norm models `OpenAIGPTLMHeadModel` (GPT-1's class, whose block
 //! is that of "Attention is all you need"); reward and value models are the `…ForSequenceClassification` of each, with
 //! one label. Both classes learn their positions, so fixed sinusoids are written as a table, and a table that holds
 //! them is read as fixed again. A post-norm model whose feed-forward width is not `4 · d_model` has no counterpart: it
-//! is written with `model_type: "kindling"` and our own names.
+//! is written with `model_type: "kindling"` and our own names, and so is any other mixture of switches that no class has.
 
 mod config;
 mod names;
@@ -22,7 +23,10 @@ pub use config::{CONFIG_FILE, GENERATION_FILE};
 pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
 use crate::params::{Output, Role, parameters, path_of};
-use crate::{GptConfig, HostTensor, ModelConfigError, NamedTensors, NormPlacement, Positions, sinusoid_table};
+use crate::{
+    Activation, GptConfig, HostTensor, ModelConfigError, NamedTensors, NormKind, NormPlacement, Positions,
+    sinusoid_table,
+};
 use config::Parsed;
 use tensors::Weights;
 
@@ -48,6 +52,16 @@ pub enum Class {
     Gpt2,
     /// `OpenAIGPTLMHeadModel`, `OpenAIGPTForSequenceClassification`.
     OpenAiGpt,
+    /// `LlamaForCausalLM`, `LlamaForSequenceClassification`.
+    Llama,
+    /// `MistralForCausalLM`, `MistralForSequenceClassification`: read, and written as Llama's.
+    Mistral,
+    /// `Qwen2ForCausalLM`, `Qwen2ForSequenceClassification`.
+    Qwen2,
+    /// `Qwen3ForCausalLM`, `Qwen3ForSequenceClassification`.
+    Qwen3,
+    /// `GPTNeoXForCausalLM`, `GPTNeoXForSequenceClassification`.
+    GptNeox,
     /// None of transformers' classes.
     Kindling,
 }
@@ -64,10 +78,40 @@ impl Head {
 impl Class {
     /// The class that computes what `config` describes.
     pub fn of(config: &GptConfig) -> Self {
-        match config.norm {
-            NormPlacement::Pre => Self::Gpt2,
-            NormPlacement::Post if config.d_ff == 4 * config.d_model => Self::OpenAiGpt,
-            NormPlacement::Post => Self::Kindling,
+        if config.has_plain_blocks() {
+            return match config.norm {
+                NormPlacement::Pre => Self::Gpt2,
+                NormPlacement::Post if config.d_ff == 4 * config.d_model => Self::OpenAiGpt,
+                NormPlacement::Post => Self::Kindling,
+            };
+        }
+        if config.norm != NormPlacement::Pre || config.positions != Positions::Rotary {
+            return Self::Kindling;
+        }
+        let GptConfig { qkv_bias, proj_bias, mlp_bias, qk_norm, gated, parallel, activation, .. } = *config;
+        let is_whole = config.rotary.fraction == 1.0;
+        let own_width = config.n_heads * config.d_head() == config.d_model;
+        match config.norm_kind {
+            NormKind::RmsNorm if gated && !parallel && is_whole && activation == Activation::Silu => {
+                match (qk_norm, qkv_bias, proj_bias, mlp_bias) {
+                    (true, _, _, false) if qkv_bias == proj_bias => Self::Qwen3,
+                    (false, true, false, false) if own_width => Self::Qwen2,
+                    (false, ..) if qkv_bias == proj_bias => Self::Llama,
+                    _ => Self::Kindling,
+                }
+            }
+            NormKind::LayerNorm
+                if !gated
+                    && !qk_norm
+                    && mlp_bias
+                    && qkv_bias == proj_bias
+                    && own_width
+                    && config.n_kv_heads() == config.n_heads
+                    && activation != Activation::Silu =>
+            {
+                Self::GptNeox
+            }
+            _ => Self::Kindling,
         }
     }
 
@@ -75,15 +119,27 @@ impl Class {
     const fn prefix(self) -> &'static str {
         match self {
             Self::Gpt2 | Self::OpenAiGpt => "transformer.",
+            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Qwen3 => "model.",
+            Self::GptNeox => "gpt_neox.",
             Self::Kindling => "",
         }
     }
 
-    /// The token that ends a text where no file of the model names one.
-    const fn default_end(self) -> Option<u32> {
+    /// Before the index of a block.
+    const fn blocks(self) -> &'static str {
         match self {
-            Self::Gpt2 => Some(50_256),
-            Self::OpenAiGpt | Self::Kindling => None,
+            Self::Gpt2 | Self::OpenAiGpt => "h",
+            _ => "layers",
+        }
+    }
+
+    /// The tokens that begin and end a text where no file of the model names one.
+    const fn default_ids(self) -> (Option<u32>, Option<u32>) {
+        match self {
+            Self::Gpt2 => (Some(50_256), Some(50_256)),
+            Self::Llama | Self::Mistral => (Some(1), Some(2)),
+            Self::GptNeox => (Some(0), Some(2)),
+            Self::OpenAiGpt | Self::Qwen2 | Self::Qwen3 | Self::Kindling => (None, None),
         }
     }
 
@@ -91,6 +147,11 @@ impl Class {
         match self {
             Self::Gpt2 => "gpt2",
             Self::OpenAiGpt => "openai-gpt",
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::GptNeox => "gpt_neox",
             Self::Kindling => "kindling",
         }
     }
@@ -101,6 +162,16 @@ impl Class {
             (Self::Gpt2, Head::Score { .. }) => "GPT2ForSequenceClassification",
             (Self::OpenAiGpt, Head::Lm) => "OpenAIGPTLMHeadModel",
             (Self::OpenAiGpt, Head::Score { .. }) => "OpenAIGPTForSequenceClassification",
+            (Self::Llama, Head::Lm) => "LlamaForCausalLM",
+            (Self::Llama, Head::Score { .. }) => "LlamaForSequenceClassification",
+            (Self::Mistral, Head::Lm) => "MistralForCausalLM",
+            (Self::Mistral, Head::Score { .. }) => "MistralForSequenceClassification",
+            (Self::Qwen2, Head::Lm) => "Qwen2ForCausalLM",
+            (Self::Qwen2, Head::Score { .. }) => "Qwen2ForSequenceClassification",
+            (Self::Qwen3, Head::Lm) => "Qwen3ForCausalLM",
+            (Self::Qwen3, Head::Score { .. }) => "Qwen3ForSequenceClassification",
+            (Self::GptNeox, Head::Lm) => "GPTNeoXForCausalLM",
+            (Self::GptNeox, Head::Score { .. }) => "GPTNeoXForSequenceClassification",
             (Self::Kindling, Head::Lm) => "KindlingForCausalLM",
             (Self::Kindling, Head::Score { .. }) => "KindlingForSequenceClassification",
         }

@@ -8,12 +8,21 @@ use crate::params::{Foreign, Output, Parameter, Role, Span, parameters};
 use crate::{GptConfig, HostTensor, NamedTensors};
 
 /// Buffers that old versions of transformers wrote among the weights; `#` stands for a block's index.
-const BUFFERS: [&str; 3] = ["h.#.attn.bias", "h.#.attn.masked_bias", "position_ids"];
+const BUFFERS: [&str; 8] = [
+    "h.#.attn.bias",
+    "h.#.attn.masked_bias",
+    "position_ids",
+    "rotary_emb.inv_freq",
+    "layers.#.self_attn.rotary_emb.inv_freq",
+    "layers.#.attention.rotary_emb.inv_freq",
+    "layers.#.attention.bias",
+    "layers.#.attention.masked_bias",
+];
 
 /// The name under which a tensor of a file in `class`'s layout is known, or `None` for a buffer: `transformer.` is put
 /// before names that lack it, as those of a model without a head do.
 pub(super) fn known_as(class: Class, name: &str) -> Option<String> {
-    if class == Class::Kindling || ["lm_head.", "score."].iter().any(|head| name.starts_with(head)) {
+    if class == Class::Kindling || ["lm_head.", "embed_out.", "score."].iter().any(|head| name.starts_with(head)) {
         return Some(name.to_owned());
     }
     let name = name.strip_prefix(class.prefix()).unwrap_or(name);
@@ -28,12 +37,14 @@ pub(super) fn spans(class: Class, parameter: &Parameter<'_>) -> Vec<(String, Spa
     let foreign = match class {
         Class::Gpt2 => parameter.gpt2(),
         Class::OpenAiGpt => parameter.openai_gpt(),
+        Class::Llama | Class::Mistral | Class::Qwen2 | Class::Qwen3 => parameter.llama(),
+        Class::GptNeox => parameter.gpt_neox(),
         Class::Kindling => Foreign::same(&[""]),
     };
     let name = |span: &Span| match (class, parameter.block()) {
         (Class::Kindling, _) => parameter.path(),
         _ if parameter.is_head() => span.name.to_owned(),
-        (_, Some(i)) => format!("{}h.{i}.{}", class.prefix(), span.name),
+        (_, Some(i)) => format!("{}{}.{i}.{}", class.prefix(), class.blocks(), span.name),
         (_, None) => format!("{}{}", class.prefix(), span.name),
     };
     parameter.spans(foreign).into_iter().map(|span| (name(&span), span)).collect()

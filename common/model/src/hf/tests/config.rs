@@ -1,4 +1,5 @@
 use super::*;
+use crate::{RopeScaling, Rotary};
 
 #[test]
 fn a_config_value_that_cannot_be_honoured_is_named() {
@@ -12,7 +13,7 @@ fn a_config_value_that_cannot_be_honoured_is_named() {
         message(dir.path())
     };
     for (key, value, expected) in [
-        ("model_type", json!("llama"), "`model_type` is llama, expected `gpt2`, `openai-gpt` or `kindling`"),
+        ("model_type", json!("gemma"), "`model_type` is gemma, expected `gpt2`, `openai-gpt`, `llama`, `mistral`,"),
         ("architectures", json!(["GPT2Model"]), "`architectures` is GPT2Model, expected `GPT2LMHeadModel` or"),
         (
             "architectures",
@@ -113,8 +114,7 @@ fn keys_that_are_absent_have_the_values_of_transformers_classes() {
             positions: Positions::Learned,
             norm,
             activation,
-            tie_embeddings: true,
-            layer_norm_eps: 1e-5,
+            ..GptConfig::gpt2(vocab_size)
         };
         assert_eq!((parsed.head, parsed.config), (None, config));
         assert_eq!(parsed.tokens, TokenIds { bos, eos, pad: None });
@@ -125,6 +125,98 @@ fn keys_that_are_absent_have_the_values_of_transformers_classes() {
     let GptConfig { d_model, n_layers, n_heads, max_seq_len, d_ff, .. } =
         Parsed::read(dir.path()).expect("valid").config;
     assert_eq!((d_model, n_layers, n_heads, max_seq_len, d_ff), (64, 3, 4, 32, 256));
+}
+
+/// What config.json alone says, or why it is refused.
+fn parsed(json: &Value) -> Result<Parsed, String> {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join(CONFIG_FILE), json.to_string()).expect("writes");
+    Parsed::read(dir.path()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn defaults_of_later_families_are_those_of_transformers() {
+    // `LlamaConfig()`, `Qwen2Config()`, `Qwen3Config()`, `GPTNeoXConfig()` of transformers 5.23.
+    let of = |model_type: &str| parsed(&json!({ "model_type": model_type })).expect("valid").config;
+    let llama = of("llama");
+    assert_eq!((llama.vocab_size, llama.d_model, llama.d_ff, llama.max_seq_len), (32_000, 4096, 11_008, 2048));
+    assert_eq!((llama.n_kv_heads(), llama.d_head(), llama.tie_embeddings, llama.qkv_bias), (32, 128, false, false));
+    let qwen2 = of("qwen2");
+    assert_eq!((qwen2.vocab_size, qwen2.d_ff, qwen2.max_seq_len), (151_936, 22_016, 32_768));
+    assert_eq!((qwen2.qkv_bias, qwen2.proj_bias, qwen2.mlp_bias, qwen2.qk_norm), (true, false, false, false));
+    let qwen3 = of("qwen3");
+    assert_eq!((qwen3.d_head(), qwen3.qk_norm, qwen3.qkv_bias), (128, true, false));
+    let neox = of("gpt_neox");
+    assert_eq!((neox.d_model, neox.n_layers, neox.rotary.fraction, neox.parallel), (6144, 44, 0.25, true));
+    assert_eq!(neox.activation, Activation::Gelu);
+}
+
+#[test]
+fn rotary_positions_are_read_from_new_files_and_old() {
+    let of = |more: Value| {
+        let mut json = json!({ "model_type": "llama" });
+        json.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        parsed(&json).map(|parsed| parsed.config.rotary)
+    };
+    let plain = Rotary::default();
+    assert_eq!(of(json!({})), Ok(plain));
+    assert_eq!(of(json!({ "rope_theta": 5e5, "rope_scaling": null })), Ok(Rotary { theta: 5e5, ..plain }));
+    let linear = RopeScaling::Linear { factor: 2.0 };
+    assert_eq!(
+        of(json!({ "rope_theta": 5e5, "rope_scaling": { "type": "linear", "factor": 2.0 } })),
+        Ok(Rotary { theta: 5e5, scaling: linear, ..plain })
+    );
+    let llama3 = json!({ "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192 });
+    let expected = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192 };
+    assert_eq!(of(json!({ "rope_parameters": llama3 })), Ok(Rotary { theta: 5e5, scaling: expected, ..plain }));
+    for (rope, part) in [
+        (
+            json!({ "rope_type": "yarn", "factor": 4.0 }),
+            "`rope_type` is yarn, expected `default`, `linear` or `llama3`",
+        ),
+        (json!({ "rope_type": "dynamic", "factor": 4.0 }), "`rope_type` is dynamic"),
+        (json!({ "rope_type": "linear" }), "expected an object with `factor`"),
+        (json!({ "rope_type": "linear", "factor": 0.0 }), "every number must be finite and above 0"),
+        (json!({ "rope_theta": -1.0 }), "every number must be finite and above 0"),
+    ] {
+        let error = of(json!({ "rope_parameters": rope })).expect_err("refused");
+        assert!(error.contains(part), "{rope}: {error}");
+    }
+    let neox = parsed(&json!({ "model_type": "gpt_neox", "rotary_pct": 1.0, "rotary_emb_base": 5000 })).expect("valid");
+    assert_eq!((neox.config.rotary.theta, neox.config.rotary.fraction), (5000.0, 1.0));
+}
+
+#[test]
+fn what_would_be_computed_differently_is_refused_by_name() {
+    for (json, part) in [
+        (json!({ "model_type": "mistral" }), "`sliding_window` is 4096, expected `null`"),
+        (json!({ "model_type": "mistral", "sliding_window": 512 }), "`sliding_window` is 512"),
+        (
+            json!({ "model_type": "qwen2", "sliding_window": 512, "use_sliding_window": true }),
+            "`sliding_window` is 512",
+        ),
+        (
+            json!({ "model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"] }),
+            "`layer_types` is \"sliding_attention\"",
+        ),
+        (
+            json!({ "model_type": "llama", "quantization_config": { "quant_method": "gptq" } }),
+            "`quantization_config` is gptq, expected weights in f32, f16 or bf16",
+        ),
+        (json!({ "model_type": "llama", "hidden_act": "gelu" }), "`hidden_act` is gelu, expected `silu`"),
+        (
+            json!({ "model_type": "llama", "num_key_value_heads": 3 }),
+            "`n_heads` 32 is not a multiple of `n_kv_heads` 3",
+        ),
+        (json!({ "model_type": "qwen3", "head_dim": 7 }), "turn 7 of a head's 7 channels"),
+    ] {
+        let error = parsed(&json).expect_err("refused");
+        assert!(error.contains(part), "{json}: {error}");
+    }
+    // Named, but not used.
+    assert!(parsed(&json!({ "model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": false })).is_ok());
+    assert!(parsed(&json!({ "model_type": "mistral", "sliding_window": null })).is_ok());
 }
 
 #[test]
