@@ -15,8 +15,8 @@ use common::hf::{self, Class, Head, TokenIds};
 use common::kernels::Kernels;
 use common::loss::cross_entropy;
 use common::model::{
-    Activation, Cache, Gpt, GptConfig, HostTensor, Layout, NamedTensors, NormPlacement, Positions, ScalarGpt,
-    param_paths,
+    Activation, Cache, Gpt, GptConfig, HostTensor, Layout, NamedTensors, NormPlacement, Positions, RopeScaling, Rotary,
+    ScalarGpt, param_paths,
 };
 use common::optim::Grads;
 use common::rng::Streams;
@@ -71,12 +71,7 @@ fn language_models_of_transformers_have_the_same_logits_loss_and_gradients() {
             assert_close(&name, &run.logits, &floats(&expected["logits"]));
             assert_close(&name, &[run.loss], &[expected["loss"].as_f64().unwrap()]);
             for (tensor, statistics) in expected["grad_sum_and_norm"].as_object().unwrap() {
-                // The class has one name for the layer in Python and another in files.
-                let tensor = if run.grads.contains_key("embed_out.weight") && tensor == "lm_head.weight" {
-                    "embed_out.weight"
-                } else {
-                    tensor
-                };
+                let tensor = name_in_files(tensor, &run.grads);
                 // Positions are fixed with us.
                 let Some(grad) = run.grads.get(tensor).filter(|_| !is_fixed(tensor, &model.config)) else {
                     assert!(is_fixed(tensor, &model.config), "{name}: no gradient for {tensor}");
@@ -132,6 +127,11 @@ fn a_model_of_every_family_is_the_same_after_it_was_written() {
         assert_ne!(class, Class::Kindling, "{folder}");
         let (again, tokens_again, _) = hf::read(written.path()).unwrap();
         assert_eq!((&again, tokens_again), (&model, tokens), "{folder}");
+        // For readers that know no `rope_parameters`.
+        let json = json_of(&written.path().join("config.json"));
+        assert_eq!(json["rope_theta"], json["rope_parameters"]["rope_theta"], "{folder}");
+        let is_scaled = json["rope_parameters"]["rope_type"] != "default";
+        assert_eq!(json.get("rope_scaling"), is_scaled.then_some(&json["rope_parameters"]), "{folder}");
         let model_type = |dir: &Path| json_of(&dir.join("config.json"))["model_type"].clone();
         if folder != "mistral" {
             assert_eq!(model_type(written.path()), model_type(&dir), "{folder}");
@@ -225,6 +225,10 @@ fn models() -> Vec<(&'static str, Model)> {
     let openai = |change: fn(&mut GptConfig)| {
         changed(&GptConfig { positions: Positions::Sinusoidal, activation: Activation::Relu, ..post.clone() }, change)
     };
+    let sizes = |family: GptConfig| GptConfig { d_model: 16, n_layers: 2, max_seq_len: 12, ..family };
+    let llama = sizes(GptConfig { d_ff: 40, n_kv_heads: Some(2), head_dim: Some(6), ..GptConfig::llama(23) });
+    let neox =
+        sizes(GptConfig { d_ff: 48, rotary: Rotary { fraction: 0.5, ..Rotary::default() }, ..GptConfig::gpt_neox(23) });
     let score = Head::Score { bias: 0.625 };
     vec![
         ("gpt2", Model::new(gpt2(|_| {}), Head::Lm)),
@@ -243,6 +247,38 @@ fn models() -> Vec<(&'static str, Model)> {
                 Head::Lm,
             ),
         ),
+        ("llama", Model::new(changed(&llama, |_| {}), Head::Lm)),
+        (
+            "llama-biased-untied-llama3",
+            Model::new(
+                changed(&llama, |c| {
+                    (c.qkv_bias, c.proj_bias, c.mlp_bias, c.tie_embeddings) = (true, true, true, false);
+                    c.rotary.theta = 50.0;
+                    c.rotary.scaling =
+                        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8 };
+                }),
+                Head::Lm,
+            ),
+        ),
+        (
+            "llama-linear",
+            Model::new(changed(&llama, |c| c.rotary.scaling = RopeScaling::Linear { factor: 2.0 }), Head::Lm),
+        ),
+        ("qwen2", Model::new(changed(&llama, |c| (c.qkv_bias, c.head_dim) = (true, None)), Head::Lm)),
+        ("qwen3", Model::new(changed(&llama, |c| c.qk_norm = true), Head::Lm)),
+        ("gpt-neox", Model::new(changed(&neox, |_| {}), Head::Lm)),
+        (
+            "gpt-neox-in-turn-tanh",
+            Model::new(
+                changed(&neox, |c| {
+                    (c.parallel, c.rotary.fraction, c.activation) = (false, 1.0, Activation::GeluTanh);
+                }),
+                Head::Lm,
+            ),
+        ),
+        ("llama-reward", Model::new(changed(&llama, |_| {}), score)),
+        ("qwen3-reward", Model::new(changed(&llama, |c| c.qk_norm = true), score)),
+        ("gpt-neox-reward", Model::new(changed(&neox, |_| {}), score)),
         ("gpt2-reward", Model::new(gpt2(|_| {}), score)),
         ("openai-gpt-reward", Model::new(openai(|c| c.tie_embeddings = false), score)),
     ]
@@ -343,11 +379,20 @@ fn check_gradients(at: &str, ours: &NamedTensors, path: &Path, config: &GptConfi
     let (theirs, _) = hf::read_file(path, |_| true).unwrap();
     for (name, expected) in theirs.iter().filter(|(name, _)| !is_fixed(name, config)) {
         let norm = expected.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-        let difference =
-            expected.data.iter().zip(&ours[name].data).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let difference = expected
+            .data
+            .iter()
+            .zip(&ours[name_in_files(name, ours)].data)
+            .map(|(&a, &b)| f64::from(a - b).powi(2))
+            .sum::<f64>();
         assert!(difference.sqrt() <= RELATIVE * norm, "{at}: {name}: off by {} of {norm}", difference.sqrt());
     }
     assert_eq!(theirs.len(), ours.len(), "{at}");
+}
+
+/// GPT-NeoX's class calls its output layer `lm_head` in Python and `embed_out` in files.
+fn name_in_files<'a>(name: &'a str, tensors: &NamedTensors) -> &'a str {
+    if name == "lm_head.weight" && tensors.contains_key("embed_out.weight") { "embed_out.weight" } else { name }
 }
 
 /// Whether the tensor is a position table that is no parameter with us.

@@ -295,7 +295,7 @@ impl Linear {
         Self { weight: blank.param([d_in, d_out]), bias: has_bias.then(|| blank.param([d_out])) }
     }
 
-    /// For the blocks of [`GptConfig::has_plain_blocks`], which have every bias.
+    /// For the blocks of [`GptConfig::has_gpt_blocks`], which have every bias.
     fn weights(&self) -> Affine {
         Affine { weight: self.weight.val(), bias: self.bias.as_ref().expect("blocks in one piece have biases").val() }
     }
@@ -320,7 +320,7 @@ impl Norm {
         Self { gamma: blank.param([width]), beta: (kind == NormKind::LayerNorm).then(|| blank.param([width])) }
     }
 
-    /// For the blocks of [`GptConfig::has_plain_blocks`], whose norms have offsets.
+    /// For the blocks of [`GptConfig::has_gpt_blocks`], whose norms have offsets.
     fn weights(&self, pass: &Pass<'_>) -> NormWeights {
         let beta = self.beta.as_ref().expect("blocks in one piece have offsets").val();
         NormWeights { gamma: self.gamma.val(), beta, eps: pass.eps }

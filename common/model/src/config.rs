@@ -101,7 +101,8 @@ pub struct GptConfig {
     /// The angles, with rotary positions.
     #[serde(default)]
     pub rotary: Rotary,
-    /// Whether the feed-forward layer multiplies its hidden state by a gate, `act(x·G) · (x·U)`, as `SwiGLU` does.
+    /// Whether the feed-forward layer multiplies its hidden state by a gate, `act(x·G) · (x·U)`, as `SwiGLU` does
+    /// (Shazeer, arXiv:2002.05202).
     #[serde(default)]
     pub gated: bool,
     /// Whether queries, keys and values have biases.
@@ -448,7 +449,7 @@ impl GptConfig {
     }
 
     /// Whether a block is that of the presets `transformer` and `gpt2`, which has fused bodies.
-    pub fn has_plain_blocks(&self) -> bool {
+    pub fn has_gpt_blocks(&self) -> bool {
         let same_heads = self.n_kv_heads() == self.n_heads && self.d_head() * self.n_heads == self.d_model;
         let biases = self.qkv_bias && self.proj_bias && self.mlp_bias;
         let layers = self.norm_kind == NormKind::LayerNorm && self.activation.is_fused() && !self.gated;

@@ -127,7 +127,7 @@ impl Gpt {
             precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
-            in_blocks: dropout.is_none() && self.precision == Precision::F32 && self.config.has_plain_blocks(),
+            in_blocks: dropout.is_none() && self.precision == Precision::F32 && self.config.has_gpt_blocks(),
             dropout,
             rotary: self.rotary(positions.as_deref(), 0, [batch, seq], &ids.device()),
         };

@@ -128,8 +128,8 @@ fn write_model(
     if class == Class::Kindling {
         SAID.call_once(|| {
             tracing::warn!(
-                "no class of transformers has this architecture (post-norm with `d_ff` other than 4 · `d_model`): \
-                 it is saved as `model_type: \"kindling\"`, which only this program reads"
+                "no class of transformers has this mixture of switches (see `[model]` in config.toml): it is saved as \
+                 `model_type: \"kindling\"`, which only this program reads"
             );
         });
     }

@@ -9,6 +9,7 @@
 
 mod config;
 mod names;
+mod render;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -78,7 +79,7 @@ impl Head {
 impl Class {
     /// The class that computes what `config` describes.
     pub fn of(config: &GptConfig) -> Self {
-        if config.has_plain_blocks() {
+        if config.has_gpt_blocks() {
             return match config.norm {
                 NormPlacement::Pre => Self::Gpt2,
                 NormPlacement::Post if config.d_ff == 4 * config.d_model => Self::OpenAiGpt,
@@ -288,7 +289,7 @@ pub fn write(
     {
         return Err(HfError::NotFinite { path: dir.join(CONFIG_FILE), name: "score_bias".into(), value: bias as f32 });
     }
-    let (description, generation) = config::render(class, config, head, tokens);
+    let (description, generation) = render::render(class, config, head, tokens);
     for (file, content) in [(CONFIG_FILE, description), (GENERATION_FILE, generation)] {
         let path = dir.join(file);
         let text = format!("{content:#}\n");
