@@ -69,6 +69,8 @@ pub struct OutLock {
     path: PathBuf,
     /// `None` where the file system has no locks.
     file: Option<File>,
+    /// The directory that was made for the lock.
+    made: Option<PathBuf>,
 }
 
 impl OutLock {
@@ -90,15 +92,27 @@ impl OutLock {
         if target.to_str().is_none() {
             return Err(OutDirError::NotText { out: out.to_owned() });
         }
-        if is_mount_point(&target, parent) {
-            return Err(OutDirError::Fixed { out: out.to_owned() });
-        }
         std::fs::create_dir_all(parent).map_err(|error| match error.kind() {
             // What is there is a file.
             io::ErrorKind::AlreadyExists => failed(io::ErrorKind::NotADirectory.into()),
             _ => failed(error),
         })?;
-        let path = parent.join(format!(".{}.lock", name.to_string_lossy()));
+        Self::at(parent.join(format!(".{}.lock", name.to_string_lossy())), out)
+    }
+
+    /// [`take`](Self::take) for a directory that is never exchanged, and so may be a mount point: the file lies in it.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub fn take_inside(out: &Path) -> Result<Self, OutDirError> {
+        let is_new = !out.exists();
+        std::fs::create_dir_all(out).map_err(|source| OutDirError::Io { path: out.to_owned(), source })?;
+        let mut lock = Self::at(out.join(".recipe.lock"), out)?;
+        lock.made = is_new.then(|| out.to_owned());
+        Ok(lock)
+    }
+
+    fn at(path: PathBuf, out: &Path) -> Result<Self, OutDirError> {
         loop {
             let mut file = open_lock(&path).map_err(|source| OutDirError::Lock { path: path.clone(), source })?;
             match file.try_lock() {
@@ -112,7 +126,7 @@ impl OutLock {
                     let _ = file.rewind();
                     // The number is for the other process's message alone.
                     let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
-                    return Ok(Self { path, file: Some(file) });
+                    return Ok(Self { path, file: Some(file), made: None });
                 }
                 // Its owner removed it after it was opened here.
                 Ok(()) => {}
@@ -123,7 +137,7 @@ impl OutLock {
                 }
                 Err(TryLockError::Error(error)) => {
                     tracing::debug!("`{}` cannot be locked: {error}", path.display());
-                    return Ok(Self { path, file: None });
+                    return Ok(Self { path, file: None, made: None });
                 }
             }
         }
@@ -135,6 +149,10 @@ impl Drop for OutLock {
         // Removed while it is still locked: whoever opened it before sees that it is gone.
         if self.file.is_some() {
             let _ = std::fs::remove_file(&self.path);
+        }
+        // Stays unless it is empty.
+        if let Some(made) = &self.made {
+            let _ = std::fs::remove_dir(made);
         }
     }
 }
@@ -213,6 +231,28 @@ fn has_our_manifest(out: &Path) -> bool {
         .map_or(true, |manifest| manifest["format"].is_u64() && manifest["stage"].is_string())
 }
 
+/// Whether nothing but locks is in `out`, or it does not exist.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn is_empty(out: &Path) -> Result<bool, OutDirError> {
+    let names = entry_names(out).map_err(|source| OutDirError::Io { path: out.to_owned(), source })?;
+    Ok(names.is_empty())
+}
+
+/// Checks that `out` can change places with the directory of a checkpoint.
+///
+/// # Errors
+/// If it is a mount point.
+pub fn check_exchangeable(out: &Path) -> Result<(), OutDirError> {
+    let target = std::path::absolute(out).map_err(|source| OutDirError::Io { path: out.to_owned(), source })?;
+    let target = target.canonicalize().unwrap_or(target);
+    match target.parent() {
+        Some(parent) if !is_mount_point(&target, parent) => Ok(()),
+        _ => Err(OutDirError::Fixed { out: out.to_owned() }),
+    }
+}
+
 fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
     if !dir.exists() {
         return Ok(Vec::new());
@@ -228,8 +268,9 @@ fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
 pub enum OutDirError {
     /// `--out` holds something.
     #[error(
-        "output directory `{}` is not empty\nhint: pass `--resume` to continue it, `--overwrite` to replace it, or another `--out`",
-        out.display()
+        "output directory `{}` is not empty\nhint: pass {}`--overwrite` to replace it, or another `--out`",
+        out.display(),
+        if out.join("manifest.json").is_file() { "`--resume` to continue it, " } else { "" }
     )]
     NotEmpty {
         /// The directory.
@@ -367,6 +408,30 @@ mod tests {
         std::fs::write(&lock, "12345").expect("of a process that was killed");
         OutLock::take(&dir.path().join("out")).expect("free");
         assert!(matches!(OutLock::take(Path::new("/")), Err(OutDirError::Fixed { .. })));
+    }
+
+    #[test]
+    fn a_directory_with_its_lock_inside_goes_if_nothing_came_into_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let out = dir.path().join("runs/tiny");
+        let lock = OutLock::take_inside(&out).expect("free");
+        assert!(matches!(OutLock::take_inside(&out), Err(OutDirError::InUse { .. })));
+        assert!(is_empty(&out).expect("readable") && out.is_dir());
+        drop(lock);
+        assert!(!out.exists());
+        let lock = OutLock::take_inside(&out).expect("free");
+        std::fs::write(out.join("recipe.json"), "{}").expect("written");
+        drop(lock);
+        assert_eq!(entry_names(&out).expect("readable"), ["recipe.json"]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_mount_point_cannot_change_places() {
+        assert!(matches!(check_exchangeable(Path::new("/proc")), Err(OutDirError::Fixed { .. })));
+        let dir = tempfile::tempdir().expect("a directory");
+        check_exchangeable(dir.path()).expect("an ordinary directory");
+        check_exchangeable(&dir.path().join("new")).expect("one to be made");
     }
 
     #[cfg(unix)]

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use common::cli::StageArgs;
-use common::files;
 use common::interrupt::Interrupt;
 use common::out_dir::{self, OutLock};
 use common::session::Outcome;
@@ -35,7 +34,7 @@ use crate::steps::Step;
 /// If the recipe is not valid or a step fails; what was finished before stays and is skipped the next time.
 pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.overrides, args.seed)?;
-    let _lock = OutLock::take(&args.out)?;
+    let _lock = OutLock::take_inside(&args.out)?;
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, args.runtime.precision.name())?;
@@ -375,7 +374,7 @@ fn check_stages(args: &RunArgs, recipe: &Recipe) -> Result<()> {
 /// The record of an earlier run in the output directory; of another recipe only if it may be replaced.
 fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
     let out = &args.out;
-    if files::is_filled(out)? && !out.join("recipe.json").is_file() {
+    if !out_dir::is_empty(out)? && !out.join("recipe.json").is_file() {
         bail!(
             "output directory `{}` is not empty, and no recipe was run in it\nhint: pass another `--out`",
             out.display()

@@ -152,6 +152,48 @@ fn another_recipe_takes_over_nothing_of_the_one_it_replaces() {
 }
 
 #[test]
+fn a_stage_trained_by_hand_is_not_discarded_unasked() {
+    let lab = Lab::new();
+    lab.run(&["--stages", "world,tokenizer,pretrain"]);
+    fs::create_dir(lab.out("sft")).unwrap();
+    for entry in fs::read_dir(lab.out("pretrain")).unwrap().map(Result::unwrap).filter(|e| e.path().is_file()) {
+        fs::copy(entry.path(), lab.out("sft").join(entry.file_name())).unwrap();
+    }
+    let error = lab.fail(&[]);
+    assert!(error.contains("  sft, ") && error.contains("it was not trained by this recipe"), "{error}");
+    assert!(lab.out("sft/model.safetensors").is_file());
+}
+
+#[test]
+fn a_recipe_does_not_delete_what_it_reads() {
+    let lab = Lab::new();
+    lab.run(&["--stages", "world,tokenizer,pretrain"]);
+    let recipe = "stages = [\"sft\"]\ninit = \"../out/pretrain\"\n";
+    lab.write("tuned/recipe.toml", recipe);
+    let sft = fs::read_to_string(lab.path("micro/sft.toml")).unwrap();
+    lab.write("tuned/sft.toml", &sft.replace("$DATA", "../out/data"));
+    let run = ["run", "tuned", "--out", "out", "--threads", "1", "--overwrite"];
+    let output = lab.program(&run).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && stderr.contains("which this command would delete"), "{stderr}");
+    assert!(lab.out("pretrain/model.safetensors").is_file() && lab.out("data/sft.train.jsonl").is_file());
+}
+
+#[test]
+fn a_world_does_not_replace_files_of_somebody_else() {
+    let lab = Lab::new();
+    lab.write("mine/sft.train.jsonl", "{}\n");
+    let world =
+        |more: &[&str]| lab.program(&[&["world", "--out", "mine", "--stories", "80"], more].concat()).output().unwrap();
+    let output = world(&["--overwrite"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("does not hold a generated world"));
+    assert_eq!(fs::read_to_string(lab.path("mine/sft.train.jsonl")).unwrap(), "{}\n");
+    fs::remove_file(lab.path("mine/sft.train.jsonl")).unwrap();
+    assert!(world(&[]).status.success() && world(&["--overwrite"]).status.success());
+}
+
+#[test]
 fn data_that_were_deleted_are_made_again_and_everything_else_stays() {
     let lab = Lab::new();
     lab.run(&[]);

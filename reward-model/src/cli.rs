@@ -15,7 +15,7 @@ use common::cli::{RuntimeArgs, at_least_1};
     arg_required_else_help = true,
     after_help = "Example:\n  \
         reward-model train --config configs/stories/reward-model.toml --data DATA --init runs/sft --out runs/rm\n  \
-        reward-model eval --checkpoint runs/rm --data DATA/stories/pairs.test.jsonl\n  \
+        reward-model eval --checkpoint runs/rm --data DATA/stories/prefs.test.jsonl\n  \
         reward-model score --checkpoint runs/rm --data answers.jsonl"
 )]
 pub struct Cli {

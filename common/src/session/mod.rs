@@ -26,7 +26,7 @@ use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, GradNorm};
-use crate::out_dir::OutLock;
+use crate::out_dir::{self, OutLock};
 use crate::runtime::{Runtime, on_pool};
 use crate::tokenizer::Tokenizer;
 
@@ -234,6 +234,7 @@ impl Session {
         plan: &Plan<'_, C>,
         interrupt: Interrupt,
     ) -> anyhow::Result<(Self, Option<Restored>)> {
+        out_dir::check_exchangeable(&args.out)?;
         let lock = OutLock::take(&args.out)?;
         let files = plan.data.iter().flat_map(|(_, files)| *files).map(PathBuf::as_path);
         let parents = plan.parents.iter().map(|(_, parent)| parent.dir());
