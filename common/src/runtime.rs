@@ -20,6 +20,9 @@ pub struct Runtime {
     pub kernels: Kernels,
     /// Float type of the model's computations.
     pub precision: Precision,
+    /// Whether the models it gives compute the activations inside their blocks twice in training; see
+    /// [`Gpt::with_checkpoints`].
+    pub checkpoint_activations: bool,
     /// The backend as a checkpoint records it: as given, with the adapter found, and the precision unless it is f32.
     pub label: String,
 }
@@ -36,13 +39,19 @@ impl Runtime {
         if precision != Precision::F32 {
             label = format!("{label}, {}", precision.name());
         }
-        Ok(Self { device, kernels, precision, label })
+        Ok(Self { device, kernels, precision, checkpoint_activations: false, label })
     }
 
     /// The same device with autodiff, for the models that are trained.
     #[must_use]
     pub fn autodiff(&self) -> Self {
         Self { device: self.device.clone().autodiff(), ..self.clone() }
+    }
+
+    /// [`autodiff`](Self::autodiff), with or without activations computed twice, as `train.checkpoint_activations` says.
+    #[must_use]
+    pub fn training(&self, checkpoint_activations: bool) -> Self {
+        Self { checkpoint_activations, ..self.autodiff() }
     }
 
     /// The language model of a checkpoint.
@@ -96,11 +105,11 @@ impl Runtime {
     }
 
     fn ready(&self, gpt: Gpt) -> Gpt {
-        gpt.with_kernels(self.kernels).with_precision(self.precision)
+        gpt.with_kernels(self.kernels).with_precision(self.precision).with_checkpoints(self.checkpoint_activations)
     }
 
     fn ready_scalar(&self, scalar: ScalarGpt) -> ScalarGpt {
-        scalar.with_kernels(self.kernels).with_precision(self.precision)
+        scalar.with_kernels(self.kernels).with_precision(self.precision).with_checkpoints(self.checkpoint_activations)
     }
 }
 

@@ -58,7 +58,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
         metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
     }
-    let learner = Learner::start(&config, &initial, &reward_model, restored, &runtime.autodiff())?;
+    let trained = runtime.training(config.train.checkpoint_activations);
+    let learner = Learner::start(&config, &initial, &reward_model, restored, &trained)?;
     let frozen = FrozenModels {
         reference: runtime.gpt(&initial)?,
         reward_model: runtime.scalar(&reward_model)?,

@@ -27,7 +27,7 @@ use crate::eval;
 /// If configuration, data or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = PretrainConfig::load(&args.stage)?;
-    let runtime = args.stage.runtime.open()?.autodiff();
+    let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args, &config)?;
     let model_config = if let Some(init) = &init {

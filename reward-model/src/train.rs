@@ -35,7 +35,7 @@ use crate::normalisation::{Normalisation, score_samples};
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = RewardModelConfig::load(&args.stage)?;
     let plain = args.stage.runtime.open()?;
-    let runtime = plain.autodiff();
+    let runtime = plain.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
     let init = checkpoint::init_from(&args.init)
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))

@@ -28,7 +28,7 @@ use crate::eval;
 /// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = SftConfig::load(&args.stage)?;
-    let runtime = args.stage.runtime.open()?.autodiff();
+    let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let init = checkpoint::init_from(&args.init)
         .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?

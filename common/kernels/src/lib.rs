@@ -17,7 +17,9 @@
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]
 
 mod block;
+mod checkpoint;
 pub mod fault;
+mod kept;
 mod plain;
 mod precision;
 pub mod tap;
@@ -43,6 +45,7 @@ mod autodiff;
 use burn::tensor::{Device, Int, Tensor};
 
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
+pub use checkpoint::{Leaves, checkpointed};
 pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 
 use tap::{Call, Operation};

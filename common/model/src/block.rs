@@ -161,6 +161,9 @@ impl Block {
         cache: Option<&mut Cache>,
         layer: usize,
     ) -> (Tensor<3>, Tensor<3>) {
+        // A node of its own adds what comes to `x` from here before what comes to it from its norm, so that the sum has
+        // the same bits where each block has a tape of its own.
+        let x = if x.is_tracked() { x * 1.0 } else { x };
         let qkv = self.attention.qkv.forward(pass.precision.narrow(normed), pass);
         let mixed = self.attention.mix(qkv, pass, cache, layer);
         let attended = pass.precision.widen(self.attention.proj.forward(mixed, pass));

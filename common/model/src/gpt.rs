@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::block::{Blank, Block, Dropout, Norm, Pass};
 use super::params::{Output, Parameter, parameters};
 use super::positions::sinusoid_table;
+use super::recompute::recomputed;
 use super::{Cache, GptConfig, HostTensor, Layout, NamedError, NamedTensors, NormPlacement, Positions};
 use base::rng::{Rng, Streams};
 use kernels::{self, Kernels, Precision};
@@ -38,6 +39,8 @@ pub struct Gpt {
     kernels: Kernels,
     #[module(skip)]
     precision: Precision,
+    #[module(skip)]
+    recompute: bool,
 }
 
 impl Gpt {
@@ -96,6 +99,7 @@ impl Gpt {
             config: config.clone(),
             kernels: Kernels::default(),
             precision: Precision::default(),
+            recompute: false,
         }
     }
 
@@ -234,6 +238,14 @@ impl Gpt {
         self
     }
 
+    /// The same model keeping the input of each block alone until the backward pass, which computes the rest again; the
+    /// numbers are the same.
+    #[must_use]
+    pub fn with_checkpoints(mut self, checkpoint_activations: bool) -> Self {
+        self.recompute = checkpoint_activations;
+        self
+    }
+
     /// The same model without output weights of its own: the trunk of a [`ScalarGpt`](super::ScalarGpt).
     #[must_use]
     pub(super) fn without_head(mut self) -> Self {
@@ -288,20 +300,36 @@ impl Gpt {
     fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Cache>) -> Tensor<3> {
         let mut x = pass.drop(x);
         let activation = self.config.activation;
+        let recomputes = self.recompute && x.is_autodiff();
+        if recomputes && !x.is_tracked() {
+            // What is not on the tape cannot lead back to the weights that are.
+            x = x.require_grad();
+        }
         let Some(final_norm) = &self.final_norm else {
             for (layer, block) in self.blocks.iter().enumerate() {
-                x = block.post_norm(x, activation, pass, cache.as_deref_mut(), layer);
+                x = if recomputes {
+                    let [x] = recomputed(block.clone(), [x], pass, move |block: &Block, [x], pass| {
+                        [block.post_norm(x, activation, pass, None, layer)]
+                    });
+                    x
+                } else {
+                    block.post_norm(x, activation, pass, cache.as_deref_mut(), layer)
+                };
             }
             return x;
         };
+        let form = if self.config.parallel { Block::parallel } else { Block::pre_norm };
         let mut state = self.blocks[0].first_norm().forward_keeping(x, pass);
         for (layer, block) in self.blocks.iter().enumerate() {
             let next = self.blocks.get(layer + 1).map_or(final_norm, Block::first_norm);
-            let cache = cache.as_deref_mut();
-            state = if self.config.parallel {
-                block.parallel(state, activation, next, pass, cache, layer)
+            state = if recomputes {
+                let part = (block.clone(), next.clone());
+                let run = move |(block, next): &(Block, Norm), [normed, x]: [_; 2], pass: &mut Pass<'_>| {
+                    form(block, (normed, x), activation, next, pass, None, layer).into()
+                };
+                recomputed(part, state.into(), pass, run).into()
             } else {
-                block.pre_norm(state, activation, next, pass, cache, layer)
+                form(block, state, activation, next, pass, cache.as_deref_mut(), layer)
             };
         }
         state.0

@@ -14,6 +14,7 @@ mod named;
 pub mod optim;
 pub mod params;
 mod positions;
+mod recompute;
 mod scalar;
 
 #[cfg(test)]

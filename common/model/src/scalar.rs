@@ -134,6 +134,13 @@ impl ScalarGpt {
         self
     }
 
+    /// The same model with the activations of its trunk computed twice; see [`Gpt::with_checkpoints`].
+    #[must_use]
+    pub fn with_checkpoints(mut self, checkpoint_activations: bool) -> Self {
+        self.trunk = self.trunk.with_checkpoints(checkpoint_activations);
+        self
+    }
+
     /// All weights by path, on the host.
     pub fn to_named(&self) -> NamedTensors {
         super::named::collect(self)

@@ -73,10 +73,11 @@ impl Restored {
 ///
 /// Data files may have moved; their content is compared instead.
 fn may_change(key: &str) -> bool {
-    const EXACTLY: [&str; 8] = [
+    const EXACTLY: [&str; 9] = [
         "train.epochs",
         "train.steps",
         "train.micro_batch_size",
+        "train.checkpoint_activations",
         "train.rollout_batch_size",
         "train.n_samples",
         "ppo.ratio_tolerance",
@@ -278,6 +279,7 @@ mod tests {
             "train.steps",
             "train.epochs",
             "train.micro_batch_size",
+            "train.checkpoint_activations",
             "train.rollout_batch_size",
             "train.eval_windows",
             "train.eval_prompts",

@@ -14,10 +14,11 @@ use burn_flex::FlexTensor;
 use super::Activation;
 use super::flex::branch::{self, Affine, NormState};
 use super::flex::{activation, attention, decode, embedding, linear, log_probs, norm};
+use crate::kept::KeptBackward;
 use steps::{
     AddLayerNormBackward, AttentionBackward, AttentionState, BiasActivationBackward, CrossEntropyBackward,
-    EmbedBackward, EmbedState, Kept, KeptBackward, LayerNormBackward, LinearBackward, LinearNoBiasBackward,
-    LogProbsBackward, LogProbsState, LogitsBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
+    EmbedBackward, EmbedState, Kept, LayerNormBackward, LinearBackward, LinearNoBiasBackward, LogProbsBackward,
+    LogProbsState, LogitsBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
 };
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
@@ -157,7 +158,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
         let state = (x.primitive().clone(), weight.primitive().clone(), kept.clone());
         let out = finish!(LinearBackward, [x, weight, bias], state, out);
-        let x = finish!(KeptBackward, [out], kept, x.into_primitive());
+        let x = finish!(KeptBackward::<Flex>::NEW, [out], kept, x.into_primitive());
         (out, x)
     }
 
@@ -177,7 +178,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         let norm = NormState { sum: sum.clone(), gamma: gamma.primitive().clone(), statistics: out.statistics };
         let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
         let normed = finish!(ProjectAddNormBackward, [x, weight, bias, residual, gamma, beta], state, out.normed);
-        let sum = finish!(KeptBackward, [normed], kept, sum);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }
 
@@ -213,7 +214,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             OpsKind::Tracked(prep) => prep.finish(state, out.normed),
             OpsKind::UnTracked(prep) => prep.finish(out.normed),
         };
-        let sum = finish!(KeptBackward, [normed], kept, sum);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }
 
@@ -246,7 +247,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         let out = norm::forward(x.primitive(), gamma.primitive(), beta.primitive(), eps);
         let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics, kept.clone());
         let normed = finish!(LayerNormBackward, [x, gamma, beta], state, out.normed);
-        let x = finish!(KeptBackward, [normed], kept, x.into_primitive());
+        let x = finish!(KeptBackward::<Flex>::NEW, [normed], kept, x.into_primitive());
         (normed, x)
     }
 
@@ -256,7 +257,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), beta.primitive(), eps);
         let state = (sum.clone(), gamma.primitive().clone(), out.statistics, kept.clone());
         let normed = finish!(AddLayerNormBackward, [x, residual, gamma, beta], state, out.normed);
-        let sum = finish!(KeptBackward, [normed], kept, sum);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }
 

@@ -1,7 +1,5 @@
 //! The backward steps of the fused operations: what each saves, and which function of `flex` computes its gradients.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::grads::Gradients;
@@ -31,29 +29,8 @@ macro_rules! register_all {
     };
 }
 
-/// The gradient of a tensor that an operation hands on beside its result: it waits here for the operation's own
-/// backward, which runs later and adds it in a pass that it makes anyway. Burn's sum would be a pass of its own.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Kept(Arc<Mutex<Option<FlexTensor>>>);
-
-impl Kept {
-    fn take(&self) -> Option<FlexTensor> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-/// The backward of the tensor handed on. Its node is a child of the operation's result, so that this runs first.
-#[derive(Debug)]
-pub(super) struct KeptBackward;
-
-impl Backward<Flex, 1> for KeptBackward {
-    type State = Kept;
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<Flex>(&ops.node);
-        *ops.state.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(grad);
-    }
-}
+/// The gradient of a tensor handed on, on the only backend that has fused operations.
+pub(super) type Kept = crate::kept::Kept<Flex>;
 
 #[derive(Debug)]
 pub(super) struct ProjectAddNormBackward;
