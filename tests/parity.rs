@@ -319,8 +319,15 @@ impl Model {
     /// Three rows, right-padded where there are scores to find.
     fn ids(&self) -> Vec<Vec<u32>> {
         let mut rng = Streams::new(6).get("ids", 0);
-        let last = self.last();
-        last.iter().map(|&last| (0..10).map(|t| if t <= last { rng.below(20) as u32 } else { 22 }).collect()).collect()
+        let rows = self.last().into_iter().map(|last| {
+            let mut row: Vec<u32> = (0..10).map(|t| if t <= last { rng.below(20) as u32 } else { 22 }).collect();
+            if matches!(self.head, Head::Score { .. }) {
+                // A prompt and an answer, which the same id ends.
+                (row[1], row[last]) = (21, 21);
+            }
+            row
+        });
+        rows.collect()
     }
 
     /// The place of each row's last real token.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use common::cli::RuntimeArgs;
 use common::exit::UsageError;
 use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EPS};
@@ -50,6 +50,10 @@ pub struct ConversationArgs {
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
 
+    /// Whether the model reasons before it answers, if its chat template has the switch `enable_thinking`
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub thinking: Option<Switch>,
+
     /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
@@ -81,6 +85,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
 
+    /// Whether the model reasons before it answers, if its chat template has the switch `enable_thinking`
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true, conflicts_with = "raw")]
+    pub thinking: Option<Switch>,
+
     /// Print one JSON object for each answer: text, token ids, their log-probabilities and the finish reason
     #[arg(long)]
     pub json: bool,
@@ -96,6 +104,15 @@ pub struct GenerateArgs {
     /// Sampling or beam search
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+/// A choice of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
 }
 
 /// Most answers to one prompt.

@@ -28,7 +28,7 @@ fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
             format!("`--num-samples {}` needs sampling: beams and temperature 0 have one answer", args.num_samples);
         return Err(UsageError(message).into());
     }
-    let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?;
+    let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&model, &prompt)? } else { encode_chat(&model, args, prompt)? };
     let (n_tokens, max_seq_len) = (ids.len(), model.max_seq_len());

@@ -6,13 +6,14 @@ use std::path::Path;
 use anyhow::Context;
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::RuntimeArgs;
+use common::exit::UsageError;
 use common::generate::{Finish, GenerateOptions, Generated, beam_search, generate};
 use common::model::{Gpt, param_paths};
 use common::rng::Streams;
 use common::tokenizer::{StreamDecoder, Tokenizer};
 use serde::Serialize;
 
-use crate::cli::{SamplingArgs, Strategy};
+use crate::cli::{SamplingArgs, Strategy, Switch};
 use crate::stop_text::StopText;
 
 /// Called with each piece of a text as it becomes certain; `Break` ends the text.
@@ -58,7 +59,7 @@ impl ChatModel {
     /// Loads the checkpoint in `dir`.
     ///
     /// # Errors
-    /// [`UsageError`](common::exit::UsageError) for flags that contradict each other; else if there is no such
+    /// [`UsageError`] for flags that contradict each other; else if there is no such
     /// device, or the directory holds no language model or no tokenizer.
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
@@ -68,7 +69,7 @@ impl ChatModel {
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.
-        let stop = checkpoint.end_ids().into_iter().chain(tokenizer.bos()).collect();
+        let stop = tokenizer.end_ids().into_iter().chain(tokenizer.bos()).collect();
         tracing::debug!("loaded `{}` on {}", dir.display(), backend);
         Ok(Self {
             description: describe(&checkpoint, &gpt),
@@ -78,6 +79,18 @@ impl ChatModel {
             stop_texts: sampling.stop.clone(),
             streams: Streams::new(sampling.seed),
         })
+    }
+
+    /// The model with the switch `enable_thinking` of its chat template set, where `thinking` says how.
+    ///
+    /// # Errors
+    /// [`UsageError`] if the template has no such switch.
+    pub fn with_thinking(self, thinking: Option<Switch>) -> Result<Self, UsageError> {
+        let Some(thinking) = thinking else { return Ok(self) };
+        let tokenizer = self.tokenizer.with_thinking(thinking == Switch::On).ok_or_else(|| {
+            UsageError("`--thinking`: the model's chat template has no switch `enable_thinking`".to_owned())
+        })?;
+        Ok(Self { tokenizer, ..self })
     }
 
     /// Which model it is: directory, stage, step and size.

@@ -85,7 +85,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If a checkpoint or the prompts cannot be used, or the three models do not share a tokenizer.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let open = |dir, stages: [Stage; 3]| Checkpoint::open(dir)?.of_stage(&stages);
+    let open = |dir, stages: [Stage; 3]| checkpoint::init_from(dir)?.of_stage(&stages);
     let policy = open(&args.checkpoint, [Stage::Ppo, Stage::Sft, Stage::Pretrain]);
     let policy = policy.context("failed to load the policy")?;
     let reference = open(&args.reference, [Stage::Sft, Stage::Pretrain, Stage::Ppo]);

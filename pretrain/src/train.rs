@@ -123,17 +123,17 @@ impl Pretraining<'_> {
     /// Continues the configured beginnings and writes the texts to `samples.jsonl`.
     fn sample(&self, session: &Session, plain: &Gpt) -> anyhow::Result<()> {
         let tokenizer = session.tokenizer();
-        let specials = tokenizer.specials();
+        let bos = tokenizer.bos();
         let step = session.progress().step;
         let train = &self.config.train;
         let sampling = SamplingConfig {
             temperature: 0.8,
             max_tokens: train.sample_tokens,
-            stop: vec![specials.bos, specials.end],
+            stop: bos.into_iter().chain(tokenizer.end_ids()).collect(),
             ..SamplingConfig::default()
         };
         for (i, prompt) in train.sample_prompts.iter().enumerate() {
-            let mut ids = if self.config.data.document_bos { vec![specials.bos] } else { Vec::new() };
+            let mut ids = Vec::from_iter(bos.filter(|_| self.config.data.document_bos));
             ids.extend(tokenizer.encode(prompt)?);
             if ids.is_empty() {
                 continue;

@@ -44,7 +44,7 @@ impl PromptSampler<'_> {
         what: &str,
         interrupt: Interrupt,
     ) -> Result<Option<Vec<Response>>> {
-        let stop = self.tokenizer.end_of_turn().into_iter().chain(self.tokenizer.bos()).collect();
+        let stop = self.tokenizer.end_ids().into_iter().chain(self.tokenizer.bos()).collect();
         let sampling = Sampling {
             config: SamplingConfig { stop, ..self.sampling.clone() },
             streams,
@@ -78,7 +78,7 @@ impl PromptSampler<'_> {
         match self.form {
             BasePrompt::Chat => Ok(conversation::encode_prompt(self.tokenizer, prompt)?),
             BasePrompt::Raw => {
-                let mut ids = vec![self.tokenizer.specials().bos];
+                let mut ids = Vec::from_iter(self.tokenizer.bos());
                 let text: Vec<&str> = prompt.iter().map(|message| message.content.as_str()).collect();
                 ids.extend(self.tokenizer.encode(&format!("{}\n", text.join("\n")))?);
                 Ok(ids)

@@ -17,9 +17,9 @@ use crate::config::TooLong;
 /// A pair as the model reads it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct EncodedPair {
-    /// Prompt and preferred answer, `<|end|>` last.
+    /// Prompt and preferred answer, the mark that ends it last.
     pub(crate) chosen: Vec<u32>,
-    /// Prompt and rejected answer, `<|end|>` last.
+    /// Prompt and rejected answer, the mark that ends it last.
     pub(crate) rejected: Vec<u32>,
     /// How many tokens of both are the prompt.
     pub(crate) n_prompt: usize,
@@ -124,7 +124,7 @@ impl EncodedPair {
 
     /// The pair without as much of its prompt's beginning as makes it fit; `None` if the answer alone does not.
     ///
-    /// The first token, `<|bos|>`, and the last, `<|assistant|>`, stay.
+    /// The first token of the prompt and the last, which the answer follows, stay.
     pub(crate) fn with_prompt_cut(&self, max_seq_len: usize) -> Option<Self> {
         let n_cut = self.len().saturating_sub(max_seq_len);
         if n_cut + 2 > self.n_prompt {

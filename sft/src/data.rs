@@ -85,14 +85,22 @@ impl Conversations {
         ensure!(!all.encoded.is_empty(), "no conversation has a token to train on");
         Ok(all)
     }
+
+    /// Whether a token at which generation stops is trained on anywhere.
+    pub(crate) fn teach_an_end(&self, tokenizer: &Tokenizer) -> bool {
+        let ends = tokenizer.end_ids();
+        let mut tokens = self.encoded.iter().flat_map(|encoded| encoded.ids.iter().zip(&encoded.trained));
+        tokens.any(|(id, trained)| *trained && ends.contains(id))
+    }
 }
 
 impl Batch {
     /// Packs `conversations` into rows of at most `seq_len` tokens.
-    pub(crate) fn new(conversations: &[&EncodedConversation], seq_len: usize, pad: u32) -> Self {
+    pub(crate) fn new(conversations: &[&EncodedConversation], seq_len: usize) -> Self {
         let examples: Vec<Example<'_>> =
             conversations.iter().map(|c| Example { ids: &c.ids, trained: &c.trained }).collect();
-        let rows = collate::pack(&examples, seq_len, pad);
+        // The padding id is arbitrary: a padded position sees itself alone and is not trained on.
+        let rows = collate::pack(&examples, seq_len, 0);
         let positions = (0..).zip(&rows.trained).filter_map(|(i, &trained)| trained.then_some(i)).collect();
         Self { rows, positions }
     }

@@ -46,8 +46,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let conversations = Conversations::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
-    let pad = tokenizer.try_specials()?.pad;
-    let all = evaluate(&gpt, &conversations, conversations.encoded.len(), args.batch_size.get(), pad)?;
+    let all = evaluate(&gpt, &conversations, conversations.encoded.len(), args.batch_size.get())?;
     let result = json!({ "loss": all.loss(), "token_accuracy": all.token_accuracy(), "tokens": all.tokens });
     print_json(&result)
 }
@@ -76,12 +75,11 @@ pub(crate) fn evaluate(
     conversations: &Conversations,
     n: usize,
     batch_size: usize,
-    pad: u32,
 ) -> anyhow::Result<Evaluation> {
     let mut all = Evaluation::default();
     let device = gpt.device();
     for chunk in conversations.encoded[..n.min(conversations.encoded.len())].chunks(batch_size) {
-        let batch = Batch::new(&chunk.iter().collect::<Vec<_>>(), gpt.config().max_seq_len, pad);
+        let batch = Batch::new(&chunk.iter().collect::<Vec<_>>(), gpt.config().max_seq_len);
         let hidden = gpt.hidden(batch.inputs(&device), &batch.layout());
         let (positions, targets) = batch.targets(&device);
         let [rows, seq, d_model] = hidden.dims();

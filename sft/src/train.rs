@@ -38,6 +38,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let read = |files: &[PathBuf]| Conversations::read(files, tokenizer, max_seq_len, &config.data);
     let training = read(&config.data.train).context("failed to read the training conversations")?;
     let held_out = read(&config.data.val).context("failed to read the held-out conversations")?;
+    if !training.teach_an_end(tokenizer) {
+        tracing::warn!(
+            "no answer ends with a token at which generation stops: the model will not learn to stop; see the chat template"
+        );
+    }
     let plan = Plan {
         stage: Stage::Sft,
         parents: &[("--init", &init)],
@@ -63,7 +68,6 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let streams = Streams::new(config.seed);
     session.drive(FineTuning {
         order: Order::new(training.encoded.len(), streams, "order"),
-        pad: tokenizer.specials().pad,
         total_steps: plan.total_steps,
         gpt,
         optimizer,
@@ -83,7 +87,6 @@ struct FineTuning<'a> {
     config: &'a SftConfig,
     order: Order,
     streams: Streams,
-    pad: u32,
     total_steps: u64,
 }
 
@@ -95,7 +98,7 @@ impl Training for FineTuning<'_> {
         let chosen: Vec<_> = (first..first + batch_size as u64)
             .map(|position| &self.training.encoded[self.order.item(position)])
             .collect();
-        let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len, self.pad)).collect();
+        let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len)).collect();
         let n_targets = batches.iter().map(Batch::n_targets).sum();
         let mut grads = Grads::default();
         let mut losses = Vec::new();
@@ -121,7 +124,7 @@ impl Training for FineTuning<'_> {
         let train = &self.config.train;
         let all = self.held_out.encoded.len();
         let n = if session.is_last() || train.eval_conversations == 0 { all } else { train.eval_conversations };
-        let measured = eval::evaluate(&plain, self.held_out, n, train.amount().micro(), self.pad)?;
+        let measured = eval::evaluate(&plain, self.held_out, n, train.amount().micro())?;
         session.log(&[(names::VAL_LOSS, measured.loss()), (names::VAL_ACCURACY, measured.token_accuracy())])?;
         self.sample(session, &plain)?;
         session.note_evaluation(measured.loss(), Exported::Lm(&self.gpt));
@@ -141,7 +144,7 @@ impl FineTuning<'_> {
         let sampling = SamplingConfig {
             temperature: 0.8,
             max_tokens: self.config.train.sample_tokens,
-            stop: tokenizer.end_of_turn().into_iter().collect(),
+            stop: tokenizer.end_ids(),
             ..SamplingConfig::default()
         };
         for (i, messages) in self.held_out.messages.iter().take(self.config.train.n_samples).enumerate() {

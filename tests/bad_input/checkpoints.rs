@@ -186,3 +186,31 @@ fn tokenizers_that_do_not_fit() {
     Case(&lab, "tokenizer-unknown-character")
         .refused("pretrain", &[&crate::pretrain_with("chars")[..], &alien, &["-q"]].concat());
 }
+
+#[test]
+fn chat_templates_that_cannot_be_used() {
+    let lab = to_break();
+    std::fs::remove_file(lab.path("broken/manifest.json")).unwrap();
+    let turn = |role: &str, content: &str| json!({ "role": role, "content": content });
+    let chat = [turn("user", "a"), turn("assistant", "bc"), turn("user", "d"), turn("assistant", "e")];
+    for set in ["train", "val"] {
+        lab.write(&format!("data/sft.{set}.jsonl"), format!("{}\n", json!({ "messages": chat })));
+    }
+    for (name, template) in [
+        (
+            "template-hides-the-answer",
+            json!("{% for m in messages %}{{ (m.content if loop.last else m.content[::-1]) + '<|end|>' }}{% endfor %}"),
+        ),
+        (
+            "template-raises",
+            json!("{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"),
+        ),
+        (
+            "template-none-is-the-default",
+            json!([{ "name": "rag", "template": "" }, { "name": "tools", "template": "" }]),
+        ),
+    ] {
+        edit(&lab, "tokenizer_config.json", |settings| settings["chat_template"] = template);
+        Case(&lab, name).refused("sft", &crate::sft_from("broken"));
+    }
+}

@@ -60,6 +60,7 @@ fn answers_that_cannot_be_given() {
         ("empty-stop", &["--prompt", "hi", "--stop", ""]),
         ("empty-prompt", &["--prompt", " "]),
         ("system-and-raw", &["--prompt", "hi", "--raw", "--system", "be kind"]),
+        ("thinking", &["--prompt", "hi", "--thinking", "off"]),
     ] {
         Case(&lab, &format!("chat-{name}")).refused("chat", &generate(more));
     }

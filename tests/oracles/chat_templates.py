@@ -2,11 +2,14 @@
 
 pip install transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6 && python chat_templates.py
 
+With KINDLING_SMOLLM2, the directory of a SmolLM2-135M-Instruct, its conversations are recorded anew, too.
+
 The templates have the structure of those in use (ChatML with a default system text, Llama 3, Qwen 3, Zephyr, nanochat),
 written anew and kept short, and what else of Jinja templates use.
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -90,6 +93,20 @@ CHATML_GENERATION = """{%- for m in messages %}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+QWEN25 = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 LLAMA3 = """{{- bos_token }}
 {%- if date_string is not defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
 {%- if messages[0]['role'] == 'system' %}
@@ -180,6 +197,30 @@ NANOCHAT = """{{- '<|bos|>' }}{%- set ns = namespace(system='') %}
 {%- if add_generation_prompt %}{{- '<|assistant_start|>' }}{%- endif %}"""
 
 
+# The same text with the answers marked: what the assistant wrote by transformers' account, where the template is silent.
+MARKED = {
+    "chatml": CHATML_GENERATION,
+    "llama3": LLAMA3.replace(
+        "+ '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}",
+        "+ '<|end_header_id|>\\n\\n' }}{% if message.role == 'assistant' %}{% generation %}{{- message['content'] | trim + '<|eot_id|>' }}"
+        "{% endgeneration %}{% else %}{{- message['content'] | trim + '<|eot_id|>' }}{% endif %}"),
+    "qwen2.5": QWEN25.replace(
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
+        "{{- '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{- message.content + '<|im_end|>' }}{% endif %}{{- '\\n' }}"),
+    "qwen3": QWEN3.replace("{{- '<|im_start|>' + message.role + '\\n<think>", "{{- '<think>").replace(
+        "{{- '<|im_start|>' + message.role + '\\n' + content }}", "{{- content }}").replace(
+        "{%- if loop.index0 > ns", "{{- '<|im_start|>assistant\\n' }}{% generation %}\n        {%- if loop.index0 > ns").replace(
+        "{{- '<|im_end|>\\n' }}", "{{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}"),
+    "zephyr": ZEPHYR.replace(
+        "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n",
+        "{{ '<|assistant|>\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}\n\n"),
+    "llama2": LLAMA2.replace(
+        "{{ ' ' + content.strip() + ' ' + eos_token }}",
+        "{% generation %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}"),
+}
+
+
 def turns(form, before=""):
     """ChatML in which `form` stands for a message's text."""
     return (before + "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}" + form + "{{ '<|im_end|>\\n' }}{% endfor %}"
@@ -237,6 +278,9 @@ DIRECTORIES = [
     ("qwen3", "byte-level", QWEN3,
      {"special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "plain": ["<tool_response>", "</tool_response>", "<think>", "</think>"],
       "settings": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}),
+    ("qwen2.5", "byte-level", QWEN25,
+     {"special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"], "plain": [],
+      "settings": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}),
     ("zephyr", "sentencepiece-bpe", ZEPHYR, {"special": [], "plain": [], "settings": {"bos_token": "<s>", "eos_token": "</s>"}}),
     ("llama2", "sentencepiece-bpe", LLAMA2, {"special": [], "plain": [], "settings": {"bos_token": "<s>", "eos_token": "</s>"}}),
     ("nanochat", "byte-level", NANOCHAT,
@@ -257,15 +301,23 @@ CHATS = [
         {"role": "assistant", "content": " <|im_ <| |> im_end"},
     ],
     [{"role": "user", "content": "the 字 \x1f\u00a0"}, {"role": "assistant", "content": "\x1c ok"}, {"role": "user", "content": ""}, {"role": "assistant", "content": "e"}],
+    [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "<think>\nhm, the\n</think>\n\nthe cat the cat"},
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "<think>\nhe\n</think>\n\nhi"},
+    ],
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * 3,
 ]
 TEXTS = ["", " ", "the cat", "the 😀 cat", "字", "A cat sat.", "  two  spaces\n\nnew", "<0x41> x", "▁ Ω\t"]
 
 
-def ids_of(tokenizer, chat, prompt):
+def ids_of(tokenizer, chat, prompt, **variables):
     try:
         encoded = tokenizer.apply_chat_template(
             chat, add_generation_prompt=prompt, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=not prompt and "generation %}" in str(tokenizer.chat_template))
+            return_assistant_tokens_mask=not prompt and "generation %}" in str(variables.get("chat_template", tokenizer.chat_template)),
+            **variables)
     except jinja2.TemplateError as error:
         return {"error": str(error)}
     record = {"ids": list(encoded["input_ids"])}
@@ -274,7 +326,16 @@ def ids_of(tokenizer, chat, prompt):
     return record
 
 
-def directory(folder, base, template, tokens):
+def conversation(tokenizer, name, chat):
+    record = ids_of(tokenizer, chat, False)
+    if name in MARKED and "ids" in record:
+        with_mask = ids_of(tokenizer, chat, False, chat_template=MARKED[name])
+        assert with_mask["ids"] == record["ids"], (name, chat, tokenizer.decode(record["ids"]), tokenizer.decode(with_mask["ids"]))
+        return with_mask
+    return record
+
+
+def directory(folder, name, base, template, tokens):
     tokenizer = TOKENIZERS[base]()
     added = [{"content": t, "special": True} for t in tokens["special"]] + [{"content": t, "special": False} for t in tokens["plain"]]
     tokenizer.add_tokens([AddedToken(**token, normalized=False) for token in added])
@@ -282,13 +343,34 @@ def directory(folder, base, template, tokens):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **tokens["settings"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     loaded = AutoTokenizer.from_pretrained(folder)
-    return {
+    record = {
         "tokenizer": base,
         "added": [{"id": tokenizer.token_to_id(token["content"]), **token} for token in added],
         "settings": settings,
-        "conversations": [ids_of(loaded, chat, False) for chat in CHATS],
+        "conversations": [conversation(loaded, name, chat) for chat in CHATS],
         "prompts": [ids_of(loaded, chat[:-1], True) for chat in CHATS],
     }
+    if "enable_thinking" in str(template):
+        for thinking in (True, False):
+            record[f"prompts_thinking_{thinking}".lower()] = [ids_of(loaded, chat[:-1], True, enable_thinking=thinking) for chat in CHATS]
+    return record
+
+
+def smollm2(folder):
+    """Conversations by a real model's own files, with the answers marked in its template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert tokenizer.chat_template.count(turn) == 1
+    answer = "{{ message['content'] + '<|im_end|>' }}"
+    with_marks = tokenizer.chat_template.replace(
+        turn, "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}" + answer
+        + "{% endgeneration %}{% else %}" + answer + "{% endif %}{{ '\n' }}")
+    record = []
+    for chat in CHATS:
+        plain, marked = ids_of(tokenizer, chat, False), ids_of(tokenizer, chat, False, chat_template=with_marks)
+        assert plain["ids"] == marked["ids"]
+        record.append(marked)
+    return {"conversations": record, "prompts": [ids_of(tokenizer, chat[:-1], True) for chat in CHATS]}
 
 
 def tokenizer_record(base):
@@ -298,12 +380,13 @@ def tokenizer_record(base):
 
 
 if __name__ == "__main__":
+    path = Path(__file__).parent.parent / "fixtures" / "chat_templates.json"
     versions = f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}, jinja2 {jinja2.__version__}"
     record = {"made_with": versions, "chats": CHATS, "texts": TEXTS, "tokenizers": {}, "directories": {}}
     for base in TOKENIZERS:
         record["tokenizers"][base] = tokenizer_record(base)
     for name, base, template, tokens in DIRECTORIES:
         with tempfile.TemporaryDirectory() as folder:
-            record["directories"][name] = directory(Path(folder), base, template, tokens)
-    path = Path(__file__).parent.parent / "fixtures" / "chat_templates.json"
+            record["directories"][name] = directory(Path(folder), name, base, template, tokens)
+    record["smollm2"] = smollm2(os.environ["KINDLING_SMOLLM2"]) if "KINDLING_SMOLLM2" in os.environ else json.loads(path.read_text())["smollm2"]
     path.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")

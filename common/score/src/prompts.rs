@@ -13,7 +13,7 @@ use crate::ScoreError;
 /// A prompt as the policy reads it, and as people do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncodedPrompt {
-    /// Token ids; the last one is `<|assistant|>`.
+    /// Token ids, up to where the answer begins.
     pub ids: Vec<u32>,
     /// The user's last message.
     pub text: String,

@@ -34,8 +34,8 @@ pub struct Sampling<'a> {
 }
 
 impl<'a> Sampling<'a> {
-    /// The policy's own distribution at a temperature, up to the end of the turn or `max_tokens`; `batch_size` responses
-    /// at a time.
+    /// The policy's own distribution at a temperature, up to an id that ends answers or `max_tokens`; `batch_size`
+    /// responses at a time.
     pub fn new(
         temperature: f64,
         max_tokens: usize,
@@ -43,8 +43,7 @@ impl<'a> Sampling<'a> {
         tokenizer: &'a Tokenizer,
         batch_size: usize,
     ) -> Self {
-        let stop = tokenizer.end_of_turn().into_iter().collect();
-        let config = SamplingConfig { temperature, max_tokens, stop, ..SamplingConfig::default() };
+        let config = SamplingConfig { temperature, max_tokens, stop: tokenizer.end_ids(), ..SamplingConfig::default() };
         Self { config, streams, tokenizer, batch_size }
     }
 
@@ -98,12 +97,13 @@ mod tests {
     use model::GptConfig;
     use text::tokenizer::{TokenizerConfig, TokenizerKind};
 
-    #[test]
-    fn no_more_responses_are_decoded_at_a_time_than_asked_for() {
+    fn byte_tokenizer() -> Tokenizer {
         let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
-        let tokenizer = Tokenizer::train(&bytes, std::iter::empty::<&str>(), true).unwrap();
-        let vocab_size = tokenizer.vocab_size();
-        let config = GptConfig {
+        Tokenizer::train(&bytes, std::iter::empty::<&str>(), true).unwrap()
+    }
+
+    fn policy(vocab_size: usize) -> Gpt {
+        let sizes = GptConfig {
             d_model: 16,
             n_layers: 1,
             n_heads: 2,
@@ -111,7 +111,31 @@ mod tests {
             max_seq_len: 32,
             ..GptConfig::gpt2(vocab_size)
         };
-        let policy = Gpt::new(&config, &Streams::new(3), &Device::flex());
+        Gpt::new(&sizes, &Streams::new(3), &Device::flex())
+    }
+
+    #[test]
+    fn a_response_ends_at_any_id_that_the_models_configuration_names() {
+        let tokenizer = byte_tokenizer();
+        let policy = policy(tokenizer.vocab_size());
+        let ends: Vec<u32> = (0..tokenizer.vocab_size() as u32).filter(|id| id % 3 == 0).collect();
+        let tokenizer = tokenizer.with_end_ids(ends.clone());
+        let sampling = Sampling::new(1.0, 30, Streams::new(1), &tokenizer, 2);
+        let prompts: Vec<Vec<u32>> = (0..16).map(|i| vec![1, i]).collect();
+        let responses = sampling.answer(&policy, &prompts, 0).unwrap();
+        let end = tokenizer.specials().end;
+        let is_end = |id: &u32| *id == end || ends.contains(id);
+        for response in &responses {
+            let (last, others) = response.ids.split_last().unwrap();
+            assert!(response.ended && is_end(last) && !others.iter().any(is_end), "{:?}", response.ids);
+        }
+        assert!(responses.iter().any(|response| response.ids.last() != Some(&end)));
+    }
+
+    #[test]
+    fn no_more_responses_are_decoded_at_a_time_than_asked_for() {
+        let tokenizer = byte_tokenizer();
+        let policy = policy(tokenizer.vocab_size());
         let prompts = [vec![1, 2], vec![1, 3], vec![1, 4]];
         // Where one is decoded after the other, so are their tokens seen.
         let n_changes = |batch_size: usize| {

@@ -8,9 +8,11 @@ use crate::model::params::{Role, role_of};
 
 /// Opens the directory of `--init`: a checkpoint of ours, or one in Hugging Face layout.
 ///
-/// Where its tokenizer lacks special tokens they are appended, and their rows of the embedding (and of an output
-/// layer of its own) start at the mean of the old ones: at the mean no new token is likely at first, and none is
-/// impossible.
+/// A tokenizer with a chat template of its own keeps it, with its tokens; where rows would be padded with a token that
+/// ends answers, another is found ([`with_pad_token`](crate::tokenizer::Tokenizer::with_pad_token)). One without a
+/// template gets the special tokens of [`conversation`](crate::conversation). The rows of new tokens in the embedding
+/// (and in an output layer of its own) start at the mean of the old ones: at the mean no new token is likely at first,
+/// and none is impossible.
 ///
 /// # Errors
 /// As [`Checkpoint::open`].
@@ -18,13 +20,15 @@ pub fn init_from(dir: &Path) -> Result<Checkpoint, CheckpointError> {
     let mut checkpoint = Checkpoint::open(dir)?;
     let Some(tokenizer) = checkpoint.tokenizer.take() else { return Ok(checkpoint) };
     let n_old = tokenizer.vocab_size();
-    let (tokenizer, n_added) = tokenizer.with_special_tokens_added()?;
+    let writes_by_template = tokenizer.writes_by_template();
+    let (tokenizer, n_added) =
+        if writes_by_template { tokenizer.with_pad_token()? } else { tokenizer.with_special_tokens_added()? };
     if n_added > 0 {
         let n_rows = checkpoint.model.config.vocab_size.max(tokenizer.vocab_size());
         grow_vocab(&mut checkpoint.model.tensors, n_old, n_old + n_added, n_rows);
         checkpoint.model.config.vocab_size = n_rows;
         tracing::info!(
-            "`{}`: {n_added} special tokens were added to the tokenizer, their embeddings start at the mean",
+            "`{}`: special tokens added to the tokenizer, with embeddings at the mean: {n_added}",
             dir.display()
         );
     }

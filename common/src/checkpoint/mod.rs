@@ -53,8 +53,6 @@ pub struct Checkpoint {
     model: HostModel,
     weights_sha256: String,
     tokenizer: Option<Tokenizer>,
-    /// Of config.json and `generation_config.json`.
-    end_ids: Vec<u32>,
 }
 
 /// Contents of a checkpoint for [`save`].
@@ -146,7 +144,7 @@ impl Checkpoint {
         }
         let has_tokenizer =
             ["tokenizer.json", "vocab.json", "encoder.json"].iter().any(|file| dir.join(file).is_file());
-        let tokenizer = if has_tokenizer { Some(Tokenizer::load(dir)?) } else { None };
+        let tokenizer = if has_tokenizer { Some(Tokenizer::load(dir)?.with_end_ids(end_ids)) } else { None };
         if let Some(tokenizer) = &tokenizer
             && tokenizer.vocab_size() > model.config.vocab_size
         {
@@ -161,10 +159,12 @@ impl Checkpoint {
                 return Err(CheckpointError::Changed { path: dir.join("tokenizer.json") });
             }
             if manifest.chat_template_sha256.as_ref().is_some_and(|hash| *hash != tokenizer.chat_template_sha256()) {
-                return Err(CheckpointError::Changed { path: dir.join("tokenizer_config.json") });
+                let files = ["chat_template.jinja", "tokenizer_config.json"].map(|file| dir.join(file));
+                let path = files.into_iter().find(|path| path.is_file()).unwrap_or_else(|| dir.to_owned());
+                return Err(CheckpointError::Changed { path });
             }
         }
-        Ok(Self { dir: dir.to_owned(), manifest, model, weights_sha256, tokenizer, end_ids })
+        Ok(Self { dir: dir.to_owned(), manifest, model, weights_sha256, tokenizer })
     }
 
     /// The stage that wrote it; `None` for a directory of another program.
@@ -340,20 +340,6 @@ impl Checkpoint {
         self.tokenizer().ok_or_else(|| CheckpointError::NoTokenizer { dir: self.dir.clone() })
     }
 
-    /// Every id that ends an answer: the tokenizer's end token, the one that its chat template writes after a turn, and
-    /// those that config.json and `generation_config.json` name. A model from elsewhere may name them in any of these.
-    pub fn end_ids(&self) -> Vec<u32> {
-        let of_tokenizer =
-            self.tokenizer().into_iter().flat_map(|tokenizer| [tokenizer.eos(), tokenizer.end_of_turn()]);
-        let mut ids = Vec::new();
-        for id in of_tokenizer.flatten().chain(self.end_ids.iter().copied()) {
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
-        ids
-    }
-
     /// The entry under which a checkpoint made from this one names it.
     pub fn as_parent(&self) -> Parent {
         let path = std::path::absolute(&self.dir).unwrap_or_else(|_| self.dir.clone());
@@ -457,7 +443,11 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// The tokenizer is another model's.
-    #[error("`{}`: the tokenizer has {tokenizer} tokens, the model {model}", dir.display())]
+    #[error(
+        "`{}`: the tokenizer has {tokenizer} tokens, the model {model}\n\
+         hint: it is another model's, or tokens were added and the embedding was not resized",
+        dir.display()
+    )]
     Vocabulary {
         /// The directory.
         dir: PathBuf,

@@ -174,8 +174,7 @@ fn without_temporary(error: hf::HfError, dir: &Path) -> CheckpointError {
 
 /// The ids that config.json names, from the tokenizer.
 pub(super) fn token_ids(tokenizer: &Tokenizer) -> TokenIds {
-    let pad = tokenizer.try_specials().ok().map(|specials| specials.pad);
-    TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad }
+    TokenIds { bos: tokenizer.bos(), eos: tokenizer.end_ids(), pad: tokenizer.pad() }
 }
 
 /// Puts every file of `live` that `dir` lacks into `dir`. `state` and `value` belong to their weights and stay.

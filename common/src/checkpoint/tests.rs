@@ -8,6 +8,7 @@ use super::*;
 use crate::hash::sha256_of_file;
 use crate::model::HostTensor;
 use crate::rng::Streams;
+use crate::testing::tiny_config;
 use crate::tokenizer::{TokenizerConfig, TokenizerKind};
 
 fn tokenizer(kind: TokenizerKind) -> Tokenizer {
@@ -416,6 +417,60 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     assert_eq!(init_from(&out).expect("opens").named(), Checkpoint::open(&out).expect("opens").named());
 }
 
+/// A tokenizer with a chat template, beside a model whose vocabulary has `n_spare` rows more.
+fn write_templated(dir: &Path, n_spare: usize) -> Tokenizer {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/chat_templates.json");
+    let recorded: Value = serde_json::from_slice(&fs::read(fixture).expect("there")).expect("JSON");
+    let file = recorded["tokenizers"]["byte-level"]["file"].to_string();
+    let mut settings = recorded["directories"]["chatml"]["settings"].clone();
+    settings["added_tokens_decoder"] = recorded["directories"]["chatml"]["added"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|token| (token["id"].to_string(), json!({ "content": token["content"], "special": true })))
+        .collect();
+    settings["pad_token"] = json!("<|im_end|>");
+    fs::write(dir.join("tokenizer.json"), file).expect("writes");
+    fs::write(dir.join("tokenizer_config.json"), settings.to_string()).expect("writes");
+    let tokenizer = Tokenizer::load(dir).expect("loads");
+    let config = tiny_config(tokenizer.vocab_size() + n_spare);
+    let named = Gpt::new(&config, &Streams::new(1), &Device::flex()).to_named();
+    let end = tokenizer.token_id("<|im_end|>");
+    let tokens = hf::TokenIds { eos: end.into_iter().collect(), pad: end, ..Default::default() };
+    hf::write(dir, &config, Head::Lm, &named, &tokens).expect("writes");
+    tokenizer
+}
+
+#[test]
+fn a_model_with_a_template_gets_a_padding_row_and_no_marks() {
+    for n_spare in [0, 2] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let before = write_templated(dir.path(), n_spare);
+        let n_old = before.vocab_size();
+        let opened = Checkpoint::open(dir.path()).expect("opens");
+        let init = init_from(dir.path()).expect("opens");
+        let tokenizer = init.require_tokenizer().expect("there");
+        assert_eq!((tokenizer.pad(), tokenizer.vocab_size()), (Some(n_old as u32), n_old + 1));
+        assert_eq!(tokenizer.token_id("<|user|>"), None, "conversations are not written our way");
+        assert_eq!(tokenizer.chat_template(), before.chat_template());
+        assert_eq!(init.model_config().vocab_size, n_old + n_spare.max(1), "spare rows are used first");
+        let rows = |checkpoint: &Checkpoint, n: usize| checkpoint.named()["token_embedding"].data[..n * 16].to_vec();
+        assert_eq!(rows(&init, n_old), rows(&opened, n_old));
+
+        let out = dir.path().join("out");
+        let gpt = init.load_gpt(&Device::flex()).expect("loads");
+        let weights = Weights::Lm { named: gpt.to_named(), config: gpt.config().clone() };
+        let state = None;
+        save(&out, &Snapshot { weights, tokenizer: Some(tokenizer), state, ..snapshot(1, tokenizer) }).expect("saves");
+        let saved: Value = serde_json::from_slice(&fs::read(out.join("config.json")).expect("there")).expect("JSON");
+        assert_eq!(saved["pad_token_id"], json!(n_old));
+        assert_eq!(saved["eos_token_id"], json!(before.token_id("<|im_end|>")));
+        let again = init_from(&out).expect("opens");
+        assert_eq!(again.require_tokenizer().expect("there").sha256(), tokenizer.sha256());
+        ensure_same_tokenizer(&init, &again).expect("what was saved goes with what it was made from");
+    }
+}
+
 #[test]
 fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -427,7 +482,7 @@ fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     let tokens = hf::TokenIds { eos: vec![2, 3], ..Default::default() };
     hf::write(dir.path(), &config, Head::Lm, &named, &tokens).expect("writes");
     let opened = Checkpoint::open(dir.path()).expect("opens");
-    assert_eq!(opened.end_ids(), [3, 2]);
+    assert_eq!(opened.require_tokenizer().expect("there").end_ids(), [3, 2]);
 
     // Once the conversation's tokens are appended, what is saved ends at `<|end|>` alone.
     let init = init_from(dir.path()).expect("opens").with_dropout(Some(0.0));
@@ -438,6 +493,7 @@ fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     let weights = Weights::Lm { named: gpt.to_named(), config: gpt.config().clone() };
     let state = None;
     save(&out, &Snapshot { weights, tokenizer: Some(tokenizer), state, ..snapshot(1, tokenizer) }).expect("saves");
-    assert_eq!(Checkpoint::open(&out).expect("opens").end_ids(), [tokenizer.specials().end]);
+    let saved = Checkpoint::open(&out).expect("opens");
+    assert_eq!(saved.require_tokenizer().expect("there").end_ids(), [tokenizer.specials().end]);
     assert_eq!(init.with_dropout(None).model_config().dropout, 0.0);
 }

@@ -4,7 +4,8 @@
 //! assistant's text and its `<|end|>`: a model that is never taught its `<|end|>` never stops. Texts are encoded apart
 //! from the marks, so nothing that a user writes can become a mark.
 //!
-//! A tokenizer from elsewhere that brings a chat template of its own has its conversations written by that.
+//! A tokenizer from elsewhere that brings a chat template of its own has its conversations written by that, in every
+//! stage.
 
 use std::fmt;
 
@@ -128,7 +129,7 @@ pub fn validate(messages: &[Message]) -> Result<(), ConversationError> {
 /// A whole conversation for training.
 ///
 /// By a template of the tokenizer's own, the model is trained on its `{% generation %}` blocks, or, where it has none,
-/// on what an assistant's message adds to the prompt before it.
+/// on what an assistant's message adds to the prompt before it, with the mark that ends the turn.
 ///
 /// # Errors
 /// If `messages` is not a valid conversation, or a text cannot be encoded.

@@ -64,9 +64,20 @@ pub enum TokenizerError {
     Reserved(String),
     /// The chat template does not render.
     #[error(
-        "the tokenizer's chat template failed: {0}\nhint: only plain Jinja is supported; see `chat_template` in tokenizer_config.json"
+        "the tokenizer's chat template failed: {0}\n\
+         hint: it may not take such conversations; see chat_template.jinja, or `chat_template` in tokenizer_config.json"
     )]
     Template(String),
+    /// The chat template does not tell what the assistant wrote.
+    #[error(
+        "the tokenizer's chat template does not show where the answer in message {0} (counted from 1) begins and ends: \
+         it writes that message in another way once others follow it\n\
+         hint: put `{{% generation %}}` and `{{% endgeneration %}}` around the answer and its end in the template"
+    )]
+    NoAnswer(
+        /// The place of the assistant's message, from 1.
+        usize,
+    ),
     /// The `tokenizers` library failed.
     #[error("failed to {doing}: {reason}")]
     Library {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use base::files::FileError;
 use serde::de::DeserializeOwned;
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
 
 use super::guard::guarded;
-use super::{Tokenizer, TokenizerError, call, foreign};
+use super::{Tokenizer, TokenizerError, call, foreign, template};
 
 /// The end of a document in GPT-2's vocabulary.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -36,12 +36,12 @@ impl Tokenizer {
         if !dir.is_dir() {
             return Err(TokenizerError::NoDirectory(dir.to_owned()));
         }
-        let mut settings = settings(dir)?;
+        let (mut settings, has_template_files) = settings(dir)?;
         let class = class(dir, &settings)?;
         let json = dir.join("tokenizer.json");
         if json.is_file() {
             add_defaults(&mut settings, &class);
-            return build(&json, parse(&json)?, settings);
+            return Ok(Self { has_template_files, ..build(&json, parse(&json)?, settings)? });
         }
         for (vocab, merges) in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")] {
             let (vocab, merges) = (dir.join(vocab), dir.join(merges));
@@ -51,13 +51,14 @@ impl Tokenizer {
                     return Err(invalid(&vocab, reason));
                 }
                 add_defaults(&mut settings, "GPT2");
-                return build(&vocab, gpt2(&vocab, &merges)?, settings);
+                return Ok(Self { has_template_files, ..build(&vocab, gpt2(&vocab, &merges)?, settings)? });
             }
         }
         Err(TokenizerError::NoFiles(dir.to_owned()))
     }
 
-    /// Writes `tokenizer.json` and `tokenizer_config.json` to `dir`, which is created if need be.
+    /// Writes `tokenizer.json` and `tokenizer_config.json` to `dir`, which is created if need be, and chat templates to
+    /// files of their own if they came in such.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -67,15 +68,34 @@ impl Tokenizer {
         let text = self.library.to_string(true);
         let text = text.map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
         fs::write(&path, text).map_err(FileError::write(&path))?;
+        let mut settings = self.settings.clone();
+        if self.has_template_files {
+            for (name, template) in template::sources(&self.settings) {
+                let path = template_path(dir, name);
+                let folder = path.parent().unwrap_or(dir);
+                let written = fs::create_dir_all(folder).and_then(|()| fs::write(&path, template));
+                written.map_err(FileError::write(&path))?;
+            }
+            settings.remove("chat_template");
+        }
         let path = dir.join("tokenizer_config.json");
-        let text = serde_json::to_string_pretty(&self.settings).map_err(io::Error::from);
+        let text = serde_json::to_string_pretty(&settings).map_err(io::Error::from);
         let written = text.and_then(|text| fs::write(&path, text + "\n"));
         Ok(written.map_err(FileError::write(&path))?)
     }
 }
 
-/// `tokenizer_config.json`, with what other files of the directory say in its place.
-fn settings(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
+/// The file of the chat template `name`, where templates are in files.
+fn template_path(dir: &Path, name: &str) -> PathBuf {
+    match name {
+        "default" => dir.join("chat_template.jinja"),
+        name => dir.join("additional_chat_templates").join(format!("{name}.jinja")),
+    }
+}
+
+/// `tokenizer_config.json`, with what other files of the directory say in its place, and whether chat templates are
+/// among that.
+fn settings(dir: &Path) -> Result<(Map<String, Value>, bool), TokenizerError> {
     let mut settings: Map<String, Value> = parse_if_there(&dir.join("tokenizer_config.json"))?;
     if !settings.contains_key("added_tokens_decoder") {
         // Older versions of transformers name the special tokens here.
@@ -89,19 +109,20 @@ fn settings(dir: &Path) -> Result<Map<String, Value>, TokenizerError> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         templates.insert(name, Value::String(text(&path)?));
     }
-    let default = dir.join("chat_template.jinja");
+    let default = template_path(dir, "default");
     if default.is_file() {
         let template = Value::String(text(&default)?);
         if templates.is_empty() {
             settings.insert("chat_template".to_owned(), template);
-            return Ok(settings);
+            return Ok((settings, true));
         }
         templates.insert("default".to_owned(), template);
     }
-    if !templates.is_empty() {
+    let has_files = !templates.is_empty();
+    if has_files {
         settings.insert("chat_template".to_owned(), Value::Object(templates));
     }
-    Ok(settings)
+    Ok((settings, has_files))
 }
 
 /// The tokenizer's class in transformers, without `Tokenizer` or `TokenizerFast`: as the settings name it, else as the

@@ -11,6 +11,7 @@ mod foreign;
 mod guard;
 mod jinja;
 mod marks;
+mod padding;
 mod prompt;
 mod stream;
 mod template;
@@ -71,6 +72,12 @@ pub struct Tokenizer {
     marks: Marks,
     vocab_size: usize,
     sha256: String,
+    /// Ids at which the model's configuration ends an answer.
+    end_ids: Vec<u32>,
+    /// Whether the chat templates came in files of their own, and are saved to such.
+    has_template_files: bool,
+    /// The value of the template's switch `enable_thinking`, where it is set.
+    thinking: Option<bool>,
     /// The writer of conversations by the tokenizer's own template, set up when the first is written.
     chat: Arc<OnceLock<Chat>>,
 }
@@ -122,6 +129,9 @@ impl Tokenizer {
             marks,
             vocab_size,
             sha256: sha256_of(json.as_bytes()),
+            end_ids: vec![],
+            has_template_files: false,
+            thinking: None,
             chat: Arc::default(),
             library,
         })
@@ -245,28 +255,34 @@ impl Tokenizer {
     /// # Errors
     /// If the vocabulary has gaps that new ids would fall into.
     pub fn with_special_tokens_added(mut self) -> Result<(Self, usize), TokenizerError> {
-        if self.library.get_vocab_size(true) != self.vocab_size {
-            return Err(TokenizerError::Library {
-                doing: "add the special tokens",
-                reason: format!(
-                    "the vocabulary has {} tokens but ids up to {}",
-                    self.library.get_vocab_size(true),
-                    self.vocab_size.saturating_sub(1)
-                ),
-            });
-        }
-        let before = self.vocab_size;
-        let tokens = SPECIAL_TOKENS.map(|token| AddedToken::from(token, true));
-        let added = self.library.add_special_tokens(tokens);
-        added.map_err(|e| TokenizerError::library("add the special tokens", &*e))?;
         if self.specials.is_err() {
             for (name, token) in [("bos_token", "<|bos|>"), ("eos_token", "<|end|>"), ("pad_token", "<|pad|>")] {
                 self.settings.insert(name.to_owned(), json!(token));
             }
             self.settings.insert("chat_template".to_owned(), json!(CHAT_TEMPLATE));
+            self.has_template_files = false;
+            self.end_ids.clear();
         }
-        let grown = Self::new(self.library, self.settings)?;
-        let n_added = grown.vocab_size - before;
+        self.with_added(&SPECIAL_TOKENS)
+    }
+
+    /// The tokenizer with those of `tokens` that it lacked, as special ones, and by how many ids its vocabulary grew.
+    fn with_added(self, tokens: &[&str]) -> Result<(Self, usize), TokenizerError> {
+        let Self { mut library, settings, vocab_size, end_ids, has_template_files, thinking, .. } = self;
+        if library.get_vocab_size(true) != vocab_size {
+            return Err(TokenizerError::Library {
+                doing: "add the special tokens",
+                reason: format!(
+                    "the vocabulary has {} tokens but ids up to {}",
+                    library.get_vocab_size(true),
+                    vocab_size.saturating_sub(1)
+                ),
+            });
+        }
+        let added = library.add_special_tokens(tokens.iter().map(|token| AddedToken::from(*token, true)));
+        added.map_err(|e| TokenizerError::library("add the special tokens", &*e))?;
+        let grown = Self { end_ids, has_template_files, thinking, ..Self::new(library, settings)? };
+        let n_added = grown.vocab_size - vocab_size;
         Ok((grown, n_added))
     }
 

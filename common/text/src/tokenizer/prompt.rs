@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
 use tokenizers::{Encoding, Tokenizer as Library};
 
@@ -67,7 +68,7 @@ impl Chat {
     /// # Errors
     /// If the template cannot be used.
     pub(super) fn new(tokenizer: &Tokenizer) -> Result<Self, TokenizerError> {
-        let template = ChatTemplate::compile(&tokenizer.settings)?;
+        let template = ChatTemplate::compile(&tokenizer.settings, tokenizer.thinking)?;
         let mut marked = tokenizer.library.clone();
         marked.set_encode_special_tokens(false);
         let mut named = match &tokenizer.twin {
@@ -76,6 +77,24 @@ impl Chat {
         };
         named.set_encode_special_tokens(false);
         Ok(Self { template, marked, named, symbols: symbols(&tokenizer.marks) })
+    }
+
+    /// Where in `text`, rendered from `messages`, the first character of message `i` begins, or its `last` one ends;
+    /// `None` if the text does not have it or changes with it.
+    fn edge(&self, messages: &[(&str, &str)], i: usize, text: &str, last: bool) -> Option<usize> {
+        let content = messages[i].1;
+        let mut visible = content.char_indices().filter(|(_, c)| !c.is_whitespace());
+        let (at, c) = if last { visible.next_back() } else { visible.next() }?;
+        let shadow = Shadows::of(std::iter::once(c))?;
+        let (before, after) = (&content[..at], &content[at + c.len_utf8()..]);
+        let content = [before, &shadow.cast(&c.to_string()), after].concat();
+        let mut messages = messages.to_vec();
+        messages[i].1 = &content;
+        let (lifted, was_shadow) = shadow.lift(&self.template.render(&messages, false).ok()?.text);
+        let shadows = |at: &bool| *at;
+        let edge =
+            if last { was_shadow.iter().rposition(shadows)? + 1 } else { was_shadow.iter().position(shadows)? };
+        (lifted == text).then_some(edge)
     }
 }
 
@@ -114,7 +133,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`render_chat_template`](Self::render_chat_template); if it cannot be told whether the template or a message
-    /// wrote a mark; without `add_generation_prompt`, if it cannot be told what the assistant wrote.
+    /// wrote a mark; without `add_generation_prompt`, if the template does not tell what the assistant wrote.
     pub fn encode_chat_template(
         &self,
         messages: &[(&str, &str)],
@@ -230,6 +249,12 @@ impl Tokenizer {
         Err(self.ambiguous(differs.or(found.get(marks.len())).unwrap_or(first).id))
     }
 
+    /// The tokenizer with the switch `enable_thinking` of its chat template set, or `None` if the template has none.
+    pub fn with_thinking(self, thinking: bool) -> Option<Self> {
+        let has_switch = self.chat_template().contains("enable_thinking");
+        has_switch.then(|| Self { thinking: Some(thinking), chat: Arc::default(), ..self })
+    }
+
     /// Token ids of an answer, with the mark that ends it, in the format of the tokenizer's own chat template.
     pub(crate) fn encode_chat_template_response(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let turns = self.encode_chat_template(&[("user", "?"), ("assistant", text)], false)?;
@@ -258,30 +283,48 @@ impl Tokenizer {
         if chat.template.has_generation() {
             return Ok(rendered.generated.clone());
         }
-        let mut ranges = Vec::new();
-        for (i, _) in messages.iter().enumerate().filter(|(_, (role, _))| *role == "assistant") {
-            let before = match self.render_chat_template(&messages[..i], true) {
-                // Without any message many templates fail.
-                Err(_) if i == 0 => String::new(),
-                before => before?,
-            };
-            let after = self.render_chat_template(&messages[..=i], false)?;
-            if !after.starts_with(&before) || !rendered.text.starts_with(&after) {
-                return Err(TokenizerError::Template(format!(
-                    "it has no `{{% generation %}}` blocks, and what it writes before message {} (counted from 1) \
-                     depends on what comes after: what the assistant wrote cannot be told",
-                    i + 1
-                )));
-            }
-            let mut range = before.len()..after.len();
-            // The text after the end of the turn is the template's.
-            let inside = marks.iter().rev().find(|mark| range.start <= mark.at.start && mark.at.end <= range.end);
-            if let Some(mark) = inside.filter(|mark| rendered.text[mark.at.end..range.end].trim().is_empty()) {
-                range.end = mark.at.end;
-            }
-            ranges.push(range);
+        let answers = messages.iter().enumerate().filter(|(_, (role, _))| *role == "assistant");
+        answers.map(|(i, _)| self.answer(chat, messages, i, &rendered.text, marks)).collect()
+    }
+
+    /// Where in `text`, rendered from `messages`, message `i` stands, the assistant's: after the prompt before it, up to
+    /// and with the mark that ends the turn.
+    ///
+    /// That is what the message adds to the prompt. Where a turn is written in another way once others follow it (Qwen 3
+    /// leaves out the reasoning), it ends as it does alone, after the last character of the message, and begins with
+    /// the first if not after the prompt.
+    fn answer(
+        &self,
+        chat: &Chat,
+        messages: &[(&str, &str)],
+        i: usize,
+        text: &str,
+        marks: &[Found],
+    ) -> Result<Range<usize>, TokenizerError> {
+        let before = match self.render_chat_template(&messages[..i], true) {
+            // Without any message many templates fail.
+            Err(_) if i == 0 => String::new(),
+            before => before?,
+        };
+        let alone = self.render_chat_template(&messages[..=i], false)?;
+        let mut range = if alone.starts_with(&before) && text.starts_with(&alone) {
+            before.len()..alone.len()
+        } else {
+            let after_prompt = text.starts_with(&before).then_some(before.len());
+            let begin = after_prompt.or_else(|| chat.edge(messages, i, text, false));
+            let end = chat.edge(messages, i, text, true).zip(chat.edge(&messages[..=i], i, &alone, true));
+            let end = end.filter(|(end, of_alone)| text[*end..].starts_with(&alone[*of_alone..]));
+            let end = end.map(|(end, of_alone)| end + alone.len() - of_alone);
+            let range = begin.zip(end).filter(|(begin, end)| begin < end);
+            let (begin, end) = range.ok_or_else(|| TokenizerError::NoAnswer(i + 1))?;
+            begin..end
+        };
+        // The text after the end of the turn is the template's.
+        let inside = marks.iter().rev().find(|mark| range.start <= mark.at.start && mark.at.end <= range.end);
+        if let Some(mark) = inside.filter(|mark| text[mark.at.end..range.end].trim().is_empty()) {
+            range.end = mark.at.end;
         }
-        Ok(ranges)
+        Ok(range)
     }
 
     fn ambiguous(&self, id: u32) -> TokenizerError {

@@ -64,6 +64,8 @@ pub(super) struct ChatTemplate {
     /// With calls in place of `{% generation %}` blocks.
     jinja: String,
     has_generation: bool,
+    /// The value of `enable_thinking`, if it is to be defined.
+    thinking: Option<bool>,
 }
 
 /// A conversation rendered by a template.
@@ -80,7 +82,10 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// If there is none or several without a default, or it is not Jinja as transformers understands it.
-    pub(super) fn compile(settings: &Map<String, serde_json::Value>) -> Result<Self, TokenizerError> {
+    pub(super) fn compile(
+        settings: &Map<String, serde_json::Value>,
+        thinking: Option<bool>,
+    ) -> Result<Self, TokenizerError> {
         let source = chosen(settings)?.ok_or_else(|| TokenizerError::Template("there is none".to_owned()))?;
         if source.len() > MAX_SOURCE {
             return Err(TokenizerError::Template(format!(
@@ -114,7 +119,7 @@ impl ChatTemplate {
             }
         }
         let (jinja, has_generation) = with_generation_calls(source);
-        let template = Self { environment, config, source: source.to_owned(), jinja, has_generation };
+        let template = Self { environment, config, source: source.to_owned(), jinja, has_generation, thinking };
         template.check_tags().map_err(failed)?;
         template.instructions().map_err(failed)?;
         Ok(template)
@@ -178,7 +183,10 @@ impl ChatTemplate {
         let failed = |error: Error| TokenizerError::Template(message(&error));
         let compiled = self.instructions().map_err(failed)?;
         // `tools` and `documents` are defined in transformers, as `None`.
-        let root = context! { messages, add_generation_prompt, tools => (), documents => () };
+        let mut root = context! { messages, add_generation_prompt, tools => (), documents => () };
+        if let Some(enable_thinking) = self.thinking {
+            root = context! { enable_thinking, ..root };
+        }
         let mut text = String::new();
         let mut out = make_string_output(&mut text);
         eval(&environment, &compiled.instructions, root, &compiled.blocks, &mut out, AutoEscape::None)

@@ -8,6 +8,7 @@ use super::*;
 use base::testing::shared;
 
 mod foreign;
+mod padding;
 mod templates;
 
 const KINDS: [TokenizerKind; 4] =

@@ -1,7 +1,7 @@
 //! Chat templates against transformers, and within limits.
 
 use super::*;
-use crate::conversation::{Message, Role, encode, encode_prompt, encode_response};
+use crate::conversation::{ConversationError, Message, Role, encode, encode_prompt, encode_response};
 
 /// What `tests/oracles/chat_templates.py` recorded.
 fn recorded() -> &'static Value {
@@ -47,18 +47,60 @@ fn pairs(chat: &[Message]) -> Vec<(&str, &str)> {
 fn prompts_are_those_of_transformers() {
     let mut others = vec![];
     for (name, directory_record) in recorded()["directories"].as_object().unwrap() {
-        let tokenizer = directory(name);
-        for (i, chat) in chats().iter().enumerate() {
-            let record = &directory_record["prompts"][i];
-            let prompt = encode_prompt(&tokenizer, &chat[..chat.len() - 1]);
-            match record["error"].as_str() {
-                Some(error) => assert!(prompt.unwrap_err().to_string().contains(error), "{name} {i}"),
-                None if prompt.as_ref().is_ok_and(|ids| json!(ids) == record["ids"]) => {}
-                None => others.push((name, i, prompt.map(|ids| tokenizer.decode_with_specials(&ids)))),
+        others.extend(other_prompts(name, &directory(name), &directory_record["prompts"]));
+    }
+    assert!(others.is_empty(), "{others:#?}");
+}
+
+#[test]
+fn conversations_of_a_real_model_are_those_of_transformers() {
+    let Some(dir) = std::env::var_os("KINDLING_SMOLLM2") else {
+        println!("skipped: KINDLING_SMOLLM2 names no directory of SmolLM2-135M-Instruct");
+        return;
+    };
+    let records = &recorded()["smollm2"];
+    let (tokenizer, n_added) = Tokenizer::load(Path::new(&dir)).unwrap().with_pad_token().unwrap();
+    assert_eq!((n_added, tokenizer.pad(), tokenizer.end_ids()), (0, Some(0), vec![2]));
+    let others = other_prompts("smollm2", &tokenizer, &records["prompts"]);
+    assert!(others.is_empty(), "{others:#?}");
+    for (chat, record) in chats().iter().zip(records["conversations"].as_array().unwrap()) {
+        let encoded = encode(&tokenizer, chat).unwrap();
+        let mask: Vec<u8> = encoded.trained.iter().map(|trained| u8::from(*trained)).collect();
+        assert_eq!((json!(encoded.ids), json!(mask)), (record["ids"].clone(), record["mask"].clone()));
+    }
+}
+
+#[test]
+fn a_thinking_switch_is_that_of_transformers() {
+    let qwen3 = || directory("qwen3");
+    for thinking in [true, false] {
+        let records = &recorded()["directories"]["qwen3"][format!("prompts_thinking_{thinking}")];
+        let others = other_prompts("qwen3", &qwen3().with_thinking(thinking).unwrap(), records);
+        assert!(others.is_empty(), "{thinking}: {others:#?}");
+    }
+    assert_ne!(
+        recorded()["directories"]["qwen3"]["prompts_thinking_false"],
+        recorded()["directories"]["qwen3"]["prompts"]
+    );
+    assert!(directory("chatml").with_thinking(true).is_none());
+}
+
+/// The prompts that differ from `records`.
+fn other_prompts(name: &str, tokenizer: &Tokenizer, records: &Value) -> Vec<String> {
+    let mut others = vec![];
+    for (i, chat) in chats().iter().enumerate() {
+        let record = &records[i];
+        let prompt = encode_prompt(tokenizer, &chat[..chat.len() - 1]);
+        match record["error"].as_str() {
+            Some(error) => assert!(prompt.unwrap_err().to_string().contains(error), "{name} {i}"),
+            None if prompt.as_ref().is_ok_and(|ids| json!(ids) == record["ids"]) => {}
+            None => {
+                let text = prompt.map(|ids| tokenizer.decode_with_specials(&ids));
+                others.push(format!("{name} {i}: {text:?}"));
             }
         }
     }
-    assert!(others.is_empty(), "{others:#?}");
+    others
 }
 
 #[test]
@@ -69,12 +111,10 @@ fn conversations_and_their_masks_are_those_of_transformers() {
             let record = &directory_record["conversations"][i];
             let encoded = match encode(&tokenizer, chat) {
                 Ok(encoded) => encoded,
-                // Without `{% generation %}` the oracle has no mask either.
+                // The oracle has no mask either.
                 Err(error) => {
-                    assert!(
-                        record["mask"].is_null() && error.to_string().contains("cannot be told"),
-                        "{name}: {error}"
-                    );
+                    let is_told = matches!(&error, ConversationError::Tokenizer(TokenizerError::NoAnswer(_)));
+                    assert!(record["mask"].is_null() && is_told, "{name} {i}: {error}");
                     continue;
                 }
             };
@@ -89,8 +129,13 @@ fn conversations_and_their_masks_are_those_of_transformers() {
 
 #[test]
 fn without_generation_blocks_an_answer_and_its_end_are_trained_on() {
-    for (name, end) in [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "</s>"), ("qwen3", "<|im_end|>")]
-    {
+    for (name, end) in [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("zephyr", "</s>"),
+        ("qwen3", "<|im_end|>"),
+        ("qwen2.5", "<|im_end|>"),
+    ] {
         let tokenizer = directory(name);
         let chat = [Message::new(Role::User, "hi"), Message::new(Role::Assistant, "the cat")];
         let encoded = encode(&tokenizer, &chat).unwrap();
@@ -256,6 +301,7 @@ fn templates_in_files_go_before_the_key() {
     let dir = tempfile::tempdir().unwrap();
     with_template("old").save(dir.path()).unwrap();
     assert_eq!(Tokenizer::load(dir.path()).unwrap().chat_template(), "old");
+    assert!(!dir.path().join("chat_template.jinja").exists());
     fs::write(dir.path().join("chat_template.jinja"), "new").unwrap();
     assert_eq!(Tokenizer::load(dir.path()).unwrap().chat_template(), "new");
     fs::create_dir(dir.path().join("additional_chat_templates")).unwrap();
@@ -263,6 +309,28 @@ fn templates_in_files_go_before_the_key() {
     let loaded = Tokenizer::load(dir.path()).unwrap();
     assert_eq!(loaded.chat_template(), "new");
     assert_eq!(loaded.settings["chat_template"], json!({ "tool_use": "tools", "default": "new" }));
+
+    // What came in files is saved in files, whatever else is added.
+    let out = tempfile::tempdir().unwrap();
+    let (padded, _) = loaded.with_pad_token().unwrap();
+    padded.save(out.path()).unwrap();
+    let text = |name: &str| fs::read_to_string(out.path().join(name)).unwrap();
+    assert_eq!(text("chat_template.jinja"), "new");
+    assert_eq!(text("additional_chat_templates/tool_use.jinja"), "tools");
+    assert!(!text("tokenizer_config.json").contains("chat_template"));
+    assert_eq!(Tokenizer::load(out.path()).unwrap().settings, padded.settings);
+}
+
+#[test]
+fn a_template_that_hides_the_answer_is_refused() {
+    // Once another message follows, the answer is written backwards.
+    let hides = with_template(
+        "{% for m in messages %}{{ '<|im_start|>' + (m.content if loop.last else m.content[::-1]) + '<|im_end|>' }}{% endfor %}",
+    );
+    let chat = ["a", "bc", "d"].map(|text| Message::new(if text == "bc" { Role::Assistant } else { Role::User }, text));
+    assert!(encode(&hides, &chat[..2]).unwrap().has_target());
+    let error = encode(&hides, &chat).unwrap_err().to_string();
+    assert!(error.contains("does not show where the answer in message 2"), "{error}");
 }
 
 #[test]
