@@ -23,6 +23,9 @@ use common::rng::Streams;
 use common::testing::shared;
 use serde_json::{Value, json};
 
+#[path = "parity/adapters.rs"]
+mod adapters;
+
 /// Logits, losses and scores: f32 against the oracle's f64 over numbers of size ten.
 const ABSOLUTE: f64 = 1e-4;
 
@@ -351,16 +354,8 @@ struct Run {
 }
 
 fn run(gpt: &Gpt, ids: &[Vec<u32>]) -> Run {
-    let hidden = gpt.hidden(tensor(ids, &gpt.device()), &Layout::right_padded());
-    let logits = numbers(&gpt.logits(hidden.clone()));
-    let [batch, seq, d_model] = hidden.dims();
-    // Position t predicts token t + 1.
-    let inner = hidden.slice([0..batch, 0..seq - 1]).reshape([batch * (seq - 1), d_model]);
-    let targets: Vec<Vec<u32>> = ids.iter().map(|row| row[1..].to_vec()).collect();
-    let targets = tensor(&targets, &gpt.device()).reshape([batch * (seq - 1)]);
-    let loss = cross_entropy(gpt, inner, targets, batch * (seq - 1));
-    let value = numbers(&loss)[0];
-    let grads = Grads::take(gpt, loss.backward()).to_named();
+    let logits = numbers(&gpt.forward(tensor(ids, &gpt.device()), &Layout::right_padded()));
+    let (loss, grads) = loss_and_gradients(gpt, ids);
     let shapes: BTreeMap<String, Vec<usize>> = param_paths(gpt).into_iter().collect();
     let grads = grads
         .into_iter()
@@ -373,7 +368,20 @@ fn run(gpt: &Gpt, ids: &[Vec<u32>]) -> Run {
     let dir = tempfile::tempdir().unwrap();
     hf::write(dir.path(), gpt.config(), Head::Lm, &grads, &TokenIds::default()).unwrap();
     let (grads, _) = hf::read_file(&dir.path().join(hf::WEIGHTS_FILE), |_| true).unwrap();
-    Run { logits, loss: value, grads }
+    Run { logits, loss, grads }
+}
+
+/// The mean loss of predicting each next token, and the gradients by our paths, flat.
+fn loss_and_gradients(gpt: &Gpt, ids: &[Vec<u32>]) -> (f64, NamedTensors) {
+    let hidden = gpt.hidden(tensor(ids, &gpt.device()), &Layout::right_padded());
+    let [batch, seq, d_model] = hidden.dims();
+    // Position t predicts token t + 1.
+    let inner = hidden.slice([0..batch, 0..seq - 1]).reshape([batch * (seq - 1), d_model]);
+    let targets: Vec<Vec<u32>> = ids.iter().map(|row| row[1..].to_vec()).collect();
+    let targets = tensor(&targets, &gpt.device()).reshape([batch * (seq - 1)]);
+    let loss = cross_entropy(gpt, inner, targets, batch * (seq - 1));
+    let value = numbers(&loss)[0];
+    (value, Grads::take(gpt, loss.backward()).to_named())
 }
 
 fn scores(scalar: &ScalarGpt, ids: &[Vec<u32>], last: &[usize]) -> Vec<f64> {

@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape, s};
 use rayon::prelude::*;
 
+use super::adapter::{Adapter, Adapters};
 use super::cache::LayerCache;
 use super::{Activation, Cache, GptConfig, NormKind};
 use base::rng::Rng;
@@ -41,11 +42,12 @@ struct Mlp {
     down: Linear,
 }
 
-/// `y = x·W + b` with `W: [d_in, d_out]`.
+/// `y = x·W + b` with `W: [d_in, d_out]`, and what an adapter adds.
 #[derive(Module, Debug)]
 struct Linear {
     weight: Param<Tensor<2>>,
     bias: Option<Param<Tensor<1>>>,
+    adapter: Option<Adapter>,
 }
 
 /// LayerNorm with gain and offset, or `RMSNorm`, which has no offset.
@@ -65,7 +67,8 @@ pub(super) struct Pass<'a> {
     /// `[batch, seq]`
     pub(super) first_key: Option<Tensor<2, Int>>,
     pub(super) dropout: Option<Dropout<'a>>,
-    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
+    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped
+    /// and no adapter stands between.
     pub(super) in_blocks: bool,
     /// Cosines and sines of the angles of rotary positions, `[batch or 1, seq, 1, n_rotated / 2]`.
     pub(super) rotary: Option<(Tensor<4>, Tensor<4>)>,
@@ -73,6 +76,7 @@ pub(super) struct Pass<'a> {
 
 /// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
 pub(super) struct Dropout<'a> {
+    /// In the trunk; adapters have their own.
     pub(super) probability: f64,
     pub(super) rng: &'a mut Rng,
 }
@@ -114,6 +118,23 @@ impl Block {
                 down: linear(d_ff, d_model, config.mlp_bias),
             },
         }
+    }
+
+    /// The same block, at `path` of a [`Gpt`](super::Gpt), with the adapters of that place, not loaded yet, and no others.
+    pub(super) fn with_adapters(mut self, path: &str, adapters: Option<&Adapters>, blank: &Blank) -> Self {
+        let Self { attention: Attention { qkv, proj, .. }, mlp: Mlp { gate, up, down }, .. } = &mut self;
+        let layers = [("attention.qkv", Some(qkv)), ("attention.proj", Some(proj))];
+        let layers =
+            layers.into_iter().chain([("mlp.gate", gate.as_mut()), ("mlp.up", Some(up)), ("mlp.down", Some(down))]);
+        for (name, linear) in layers {
+            let Some(linear) = linear else { continue };
+            let [d_in, _] = linear.weight.val().dims();
+            linear.adapter = adapters.and_then(|adapters| {
+                let parts = adapters.parts.get(&format!("{path}.{name}.weight"))?;
+                Some(Adapter::blank(d_in, parts, &adapters.lora, blank))
+            });
+        }
+        self
     }
 
     /// `x₁ = norm₁(x + attention(x))`, then `norm₂(x₁ + mlp(x₁))`.
@@ -189,7 +210,7 @@ impl Attention {
         let [batch, seq, width] = qkv.dims();
         let mixed = match cache {
             None => {
-                let dropout_mask = pass.mask::<4>([batch, self.n_heads, seq, seq], &qkv.device());
+                let dropout_mask = pass.mask::<4>(pass.probability(), [batch, self.n_heads, seq, seq], &qkv.device());
                 kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.n_heads, dropout_mask)
             }
             Some(cache) => {
@@ -277,17 +298,17 @@ impl Mlp {
     }
 
     /// `W₂·act(W₁·x + b₁) + b₂`, or with a gate `W₂·(act(G·x) · W₁·x)`, each with the biases that it has.
-    fn branch(&self, x: Tensor<3>, activation: Activation, pass: &Pass<'_>) -> Tensor<3> {
+    fn branch(&self, x: Tensor<3>, activation: Activation, pass: &mut Pass<'_>) -> Tensor<3> {
         let Pass { kernels, precision, .. } = *pass;
         let x = precision.narrow(x);
         // [batch, seq, d_ff]
         let active = match (&self.gate, &self.up.bias) {
             (Some(gate), _) => kernels::activate(gate.forward(x.clone(), pass), activation) * self.up.forward(x, pass),
-            (None, Some(bias)) => {
+            (None, Some(bias)) if self.up.adapter.is_none() => {
                 let up = kernels::linear(kernels, x, precision.narrow(self.up.weight.val()), None);
                 kernels::bias_activation(kernels, up, precision.narrow(bias.val()), activation)
             }
-            (None, None) => kernels::activate(self.up.forward(x, pass), activation),
+            (None, _) => kernels::activate(self.up.forward(x, pass), activation),
         };
         precision.widen(self.down.forward(active, pass))
     }
@@ -295,7 +316,7 @@ impl Mlp {
 
 impl Linear {
     fn blank(d_in: usize, d_out: usize, has_bias: bool, blank: &Blank) -> Self {
-        Self { weight: blank.param([d_in, d_out]), bias: has_bias.then(|| blank.param([d_out])) }
+        Self { weight: blank.param([d_in, d_out]), bias: has_bias.then(|| blank.param([d_out])), adapter: None }
     }
 
     /// For the blocks of [`GptConfig::has_gpt_blocks`], which have every bias.
@@ -304,13 +325,17 @@ impl Linear {
     }
 
     /// In the precision of the pass, `x` and what is returned.
-    fn forward(&self, x: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
         let bias = self.bias.as_ref().map(|bias| pass.precision.narrow(bias.val()));
-        kernels::linear(pass.kernels, x, pass.precision.narrow(self.weight.val()), bias)
+        let weight = pass.precision.narrow(self.weight.val());
+        match &self.adapter {
+            None => kernels::linear(pass.kernels, x, weight, bias),
+            Some(adapter) => adapter.add(kernels::linear(pass.kernels, x.clone(), weight, bias), x, pass),
+        }
     }
 
     /// The result in the precision of the pass, and `x` again for the residual addition.
-    fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
+    fn forward_keeping(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> (Tensor<3>, Tensor<3>) {
         if pass.in_blocks {
             return kernels::linear_keeping(pass.kernels, x, self.weights());
         }
@@ -359,12 +384,12 @@ impl Pass<'_> {
     /// A mask of zeros and `1/(1 − p)`, or `None` where nothing is dropped.
     ///
     /// A number is dropped where the stream's next [`Rng::uniform`] is below `p`; they are drawn in parts, in parallel.
-    fn mask<const D: usize>(&mut self, shape: [usize; D], device: &Device) -> Option<Tensor<D>> {
+    fn mask<const D: usize>(&mut self, p: f64, shape: [usize; D], device: &Device) -> Option<Tensor<D>> {
         const PART: usize = 1 << 14;
-        let dropout = self.dropout.as_mut()?;
-        let keep = 1.0 / (1.0 - dropout.probability) as f32;
+        let dropout = self.dropout.as_mut().filter(|_| p > 0.0)?;
+        let keep = 1.0 / (1.0 - p) as f32;
         // `uniform` is the upper 53 bits over 2⁵³.
-        let threshold = (dropout.probability * (1u64 << 53) as f64).ceil() as u64;
+        let threshold = (p * (1u64 << 53) as f64).ceil() as u64;
         let mut mask = vec![keep; shape.iter().product()];
         let rng = &*dropout.rng;
         mask.par_chunks_mut(PART).enumerate().for_each(|(i, part)| {
@@ -381,9 +406,19 @@ impl Pass<'_> {
         Some(Tensor::from_data(TensorData::new(mask, shape), device))
     }
 
+    /// The trunk's probability of dropout.
+    fn probability(&self) -> f64 {
+        self.dropout.as_ref().map_or(0.0, |dropout| dropout.probability)
+    }
+
     /// `x` with some of its numbers zeroed.
     pub(super) fn drop(&mut self, x: Tensor<3>) -> Tensor<3> {
-        match self.mask(x.dims(), &x.device()) {
+        self.drop_at(self.probability(), x)
+    }
+
+    /// `x` with each number zeroed with probability `p`.
+    pub(super) fn drop_at(&mut self, p: f64, x: Tensor<3>) -> Tensor<3> {
+        match self.mask(p, x.dims(), &x.device()) {
             Some(mask) => x * mask,
             None => x,
         }
@@ -409,7 +444,7 @@ mod tests {
                 in_blocks: false,
                 rotary: None,
             };
-            let mask = pass.mask([3, 7, 1999], &Device::flex()).expect("something is dropped");
+            let mask = pass.mask(probability, [3, 7, 1999], &Device::flex()).expect("something is dropped");
             let keep = 1.0 / (1.0 - probability) as f32;
             let draw = |_| if one_by_one.uniform() < probability { 0.0 } else { keep };
             let expected: Vec<f32> = (0..3 * 7 * 1999).map(draw).collect();

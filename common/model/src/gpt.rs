@@ -5,6 +5,7 @@ use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
+use super::adapter::{Adapters, trains_beside_trunk};
 use super::block::{Blank, Block, Dropout, Norm, Pass};
 use super::params::{Output, Parameter, parameters};
 use super::positions::sinusoid_table;
@@ -33,6 +34,8 @@ pub struct Gpt {
     final_norm: Option<Norm>,
     /// `[vocab_size, d_model]`, where not tied
     head: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    adapters: Option<Adapters>,
     #[module(skip)]
     config: GptConfig,
     #[module(skip)]
@@ -96,6 +99,7 @@ impl Gpt {
             blocks: (0..config.n_layers).map(|_| Block::blank(config, &blank)).collect(),
             final_norm: (config.norm == NormPlacement::Pre).then(|| Norm::blank(d_model, config.norm_kind, &blank)),
             head: (!config.tie_embeddings).then(|| table(config.vocab_size)),
+            adapters: None,
             config: config.clone(),
             kernels: Kernels::default(),
             precision: Precision::default(),
@@ -125,13 +129,17 @@ impl Gpt {
         let [batch, seq] = ids.dims();
         let positions = layout.positions(seq);
         let probability = self.config.dropout;
-        let dropout = rng.filter(|_| probability > 0.0).map(|rng| Dropout { probability, rng });
+        let of_adapters = self.adapters.as_ref().map_or(0.0, |adapters| adapters.lora.dropout);
+        let dropout = rng.filter(|_| probability > 0.0 || of_adapters > 0.0).map(|rng| Dropout { probability, rng });
         let mut pass = Pass {
             kernels: self.kernels,
             precision: self.precision,
             eps: self.config.layer_norm_eps,
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
-            in_blocks: dropout.is_none() && self.precision == Precision::F32 && self.config.has_gpt_blocks(),
+            in_blocks: dropout.is_none()
+                && self.precision == Precision::F32
+                && self.config.has_gpt_blocks()
+                && self.adapters.is_none(),
             dropout,
             rotary: self.rotary(positions.as_deref(), 0, [batch, seq], &ids.device()),
         };
@@ -253,9 +261,54 @@ impl Gpt {
         self
     }
 
+    /// The same model with its weights frozen and `adapters` beside them, on `device`; those that it had are dropped.
+    ///
+    /// The weights are shared with `self` and not copied. On an autodiff device the adapters are trained, and nothing
+    /// else takes a gradient.
+    ///
+    /// # Errors
+    /// If `named` are not the tensors of the adapters in their shapes.
+    ///
+    /// # Source
+    /// Hu et al., arXiv:2106.09685.
+    pub fn with_adapters(self, adapters: &Adapters, named: NamedTensors, device: &Device) -> Result<Self, NamedError> {
+        let blank = self.blank_adapters(adapters, device);
+        super::named::load_where(blank, named, trains_beside_trunk)
+    }
+
+    /// [`with_adapters`](Self::with_adapters) before the adapters are loaded.
+    pub(super) fn blank_adapters(self, adapters: &Adapters, device: &Device) -> Self {
+        let frozen = self.frozen(device);
+        let blank = Blank::new(device);
+        let blocks = frozen.blocks.into_iter().enumerate();
+        let blocks =
+            blocks.map(|(i, block)| block.with_adapters(&format!("blocks.{i}"), Some(adapters), &blank)).collect();
+        Self { blocks, adapters: Some(adapters.clone()), ..frozen }
+    }
+
+    /// The same model, its weights shared and without gradients, on `device` with or without autodiff.
+    #[must_use]
+    pub fn frozen(self, device: &Device) -> Self {
+        let frozen = super::named::freeze(self, device);
+        Self { sinusoids: frozen.sinusoids.map(|table| super::named::on(table, device)), ..frozen }
+    }
+
+    /// The adapters beside frozen weights; `None` for a model of which all weights are its own.
+    pub const fn adapters(&self) -> Option<&Adapters> {
+        self.adapters.as_ref()
+    }
+
     /// All weights by path, on the host.
     pub fn to_named(&self) -> NamedTensors {
         super::named::collect(self)
+    }
+
+    /// The weights that training changes, by path, on the host: the adapters where there are any, else all.
+    pub fn to_trained(&self) -> NamedTensors {
+        match self.adapters {
+            Some(_) => super::named::collect_where(self, trains_beside_trunk),
+            None => self.to_named(),
+        }
     }
 
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod block;
 mod cache;
 mod config;
@@ -20,6 +21,7 @@ mod scalar;
 #[cfg(test)]
 mod tests;
 
+pub use adapter::{ALL_LINEAR, AdapterPlace, Adapters, LoraConfig, LoraConfigError};
 pub use cache::Cache;
 pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormKind, NormPlacement, Positions, Preset};
 pub use gpt::Gpt;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use thiserror::Error;
 
 /// A tensor in main memory, row-major.
@@ -113,6 +113,25 @@ impl<F: ParamMapper> ModuleMapper for PathVisitor<'_, F> {
     }
 }
 
+/// `module` with its parameters on `device`, without gradients; the numbers are shared, not copied, where only autodiff
+/// makes the difference.
+pub(crate) fn freeze<M: Module>(module: M, device: &Device) -> M {
+    struct Freeze<'a>(&'a Device);
+    impl ParamMapper for Freeze<'_> {
+        fn map<const D: usize>(&mut self, _path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let (id, value, mapper) = param.consume();
+            Param::from_mapped_value(id, on(value, self.0).set_require_grad(false), mapper)
+        }
+    }
+    map(module, &mut Freeze(device))
+}
+
+/// The same numbers with autodiff or without, as `device` has it.
+pub(crate) fn on<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
+    let inner = tensor.inner();
+    if device.is_autodiff() { Tensor::from_inner(inner) } else { inner }
+}
+
 /// The path and shape of every parameter of `module`, in visiting order.
 pub fn param_paths<M: Module>(module: &M) -> Vec<(String, Vec<usize>)> {
     struct Paths(Vec<(String, Vec<usize>)>);
@@ -128,25 +147,44 @@ pub fn param_paths<M: Module>(module: &M) -> Vec<(String, Vec<usize>)> {
 
 /// Copies every parameter of `module` to the host.
 pub(crate) fn collect<M: Module>(module: &M) -> NamedTensors {
-    struct OnHost(NamedTensors);
+    collect_where(module, |_| true)
+}
+
+/// Copies the parameters of `module` to the host whose paths are `wanted`.
+pub(crate) fn collect_where<M: Module>(module: &M, wanted: fn(&str) -> bool) -> NamedTensors {
+    struct OnHost {
+        wanted: fn(&str) -> bool,
+        named: NamedTensors,
+    }
     impl ParamVisitor for OnHost {
         fn visit<const D: usize>(&mut self, path: String, param: &Param<Tensor<D>>) {
-            self.0.insert(path, HostTensor::of(&param.val()));
+            if (self.wanted)(&path) {
+                self.named.insert(path, HostTensor::of(&param.val()));
+            }
         }
     }
-    let mut on_host = OnHost(NamedTensors::new());
+    let mut on_host = OnHost { wanted, named: NamedTensors::new() };
     for_each(module, &mut on_host);
-    on_host.0
+    on_host.named
 }
 
 /// Gives every parameter of `module` its value from `named`.
 pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, NamedError> {
+    load_where(module, named, |_| true)
+}
+
+/// Gives the parameters of `module` whose paths are `wanted` their values from `named`, which holds no others.
+pub(crate) fn load_where<M: Module>(module: M, named: NamedTensors, wanted: fn(&str) -> bool) -> Result<M, NamedError> {
     struct Load {
+        wanted: fn(&str) -> bool,
         named: NamedTensors,
         error: Option<NamedError>,
     }
     impl ParamMapper for Load {
         fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !(self.wanted)(&path) {
+                return param;
+            }
             let (id, blank, mapper) = param.consume();
             let expected = blank.dims().to_vec();
             let value = match self.named.remove(&path) {
@@ -166,7 +204,7 @@ pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, Named
             Param::from_mapped_value(id, value, mapper)
         }
     }
-    let mut load = Load { named, error: None };
+    let mut load = Load { wanted, named, error: None };
     let module = map(module, &mut load);
     if let Some(error) = load.error {
         return Err(error);

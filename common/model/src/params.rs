@@ -32,17 +32,24 @@ pub enum Role {
     NormGain,
     /// The offset of a norm.
     NormOffset,
+    /// One of the two thin matrices of an adapter; see [`Adapters`](crate::Adapters), which has their shapes.
+    Adapter,
 }
 
 impl Role {
     /// Whether weight decay acts on it: on matrices, not on biases, norms and embeddings (a tied output layer with them).
     pub const fn decays(self) -> bool {
-        matches!(self, Self::Linear { .. } | Self::OutputHead | Self::ScoreHead)
+        matches!(self, Self::Linear { .. } | Self::OutputHead | Self::ScoreHead | Self::Adapter)
     }
 
     /// Whether a low-rank adapter may stand beside it.
     pub const fn takes_adapter(self) -> bool {
         matches!(self, Self::Linear { .. })
+    }
+
+    /// Whether it is trained where the trunk is frozen: the adapters, and a reward model's head, which no base has.
+    pub const fn trains_beside_trunk(self) -> bool {
+        matches!(self, Self::Adapter | Self::ScoreHead)
     }
 
     /// Whether it has a row per token, and so grows with the vocabulary.
@@ -107,6 +114,9 @@ pub fn score_head(config: &GptConfig) -> Parameter<'_> {
 /// The role of the parameter at `path` in any model; `None` if no model has it.
 pub fn role_of(path: &str) -> Option<Role> {
     let path = path.strip_prefix(SCALAR_TRUNK).unwrap_or(path);
+    if let Some(linear) = ADAPTER_SUFFIXES.iter().find_map(|suffix| path.strip_suffix(suffix)) {
+        return role_of(&format!("{linear}.weight")).filter(|role| role.takes_adapter()).map(|_| Role::Adapter);
+    }
     let find = |rows: &[Row], path: &str| rows.iter().find(|row| row.path == path).map(|row| row.role);
     match path.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
         Some((block, path)) => block.parse::<usize>().ok().and_then(|_| find(&BLOCK, path)),
@@ -127,6 +137,17 @@ impl Parameter<'_> {
             Some(i) => format!("{trunk}blocks.{i}.{}", self.row.path),
             None => format!("{trunk}{}", self.row.path),
         }
+    }
+
+    /// The paths of the two matrices of an adapter beside it, from `d_in` to the rank and from there to `d_out`.
+    ///
+    /// # Panics
+    /// If it takes none, see [`Role::takes_adapter`].
+    pub fn adapter_paths(&self) -> [String; 2] {
+        assert!(self.role().takes_adapter(), "`{}` takes no adapter", self.path());
+        let path = self.path();
+        let linear = path.strip_suffix(".weight").expect("a linear layer's matrix is its weight");
+        ADAPTER_SUFFIXES.map(|suffix| format!("{linear}{suffix}"))
     }
 
     /// Size of each axis.
@@ -156,6 +177,7 @@ impl Parameter<'_> {
         match (self.role(), norm) {
             (Role::NormGain, _) => Init::Constant(1.0),
             (Role::NormOffset | Role::Bias, _) => Init::Constant(0.0),
+            (Role::Adapter, _) => unreachable!("an adapter is no row of the table"),
             (Role::ScoreHead, _) => Init::Normal { std: 1.0 / ((d_model + 1) as f64).sqrt() },
             (Role::Linear { residual: true, .. }, NormPlacement::Pre) => {
                 Init::Normal { std: 0.02 / ((2 * n_layers) as f64).sqrt() }
@@ -368,6 +390,9 @@ const QKV: usize = 3;
 
 /// Where the trunk of a [`ScalarGpt`](crate::ScalarGpt) lies in it.
 const SCALAR_TRUNK: &str = "trunk.";
+
+/// Behind the path of a linear layer: the matrices of its adapter.
+const ADAPTER_SUFFIXES: [&str; 2] = [".adapter.a", ".adapter.b"];
 
 const MATRIX: Role = Role::Linear { packed: 1, residual: false };
 const PACKED: Role = Role::Linear { packed: QKV, residual: false };

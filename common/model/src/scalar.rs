@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::adapter::{Adapters, trains_beside_trunk};
 use super::params::score_head;
 use super::{Gpt, GptConfig, Layout, NamedError, NamedTensors};
 use base::rng::{Rng, Streams};
@@ -141,6 +142,40 @@ impl ScalarGpt {
         self
     }
 
+    /// The adapters beside frozen weights of the trunk; see [`Gpt::adapters`].
+    pub const fn adapters(&self) -> Option<&Adapters> {
+        self.trunk.adapters()
+    }
+
+    /// The weights that training changes, by path, on the host: the head and the adapters where there are any, else all.
+    pub fn to_trained(&self) -> NamedTensors {
+        match self.adapters() {
+            Some(_) => super::named::collect_where(self, trains_beside_trunk),
+            None => self.to_named(),
+        }
+    }
+
+    /// A head and `adapters` on the frozen weights of `trunk`, which are shared and not copied, on `device`.
+    ///
+    /// # Errors
+    /// If `named` are not the tensors of the head and the adapters in their shapes.
+    pub fn with_adapters(
+        trunk: Gpt,
+        adapters: &Adapters,
+        named: NamedTensors,
+        score_bias: f64,
+        device: &Device,
+    ) -> Result<Self, NamedError> {
+        let trunk = trunk.without_head().blank_adapters(adapters, device);
+        super::named::load_where(Self::blank(trunk, score_bias, device), named, trains_beside_trunk)
+    }
+
+    /// A head, to be loaded, on `trunk`.
+    fn blank(trunk: Gpt, score_bias: f64, device: &Device) -> Self {
+        let weight = Param::from_tensor(Tensor::zeros([1, trunk.config().d_model], device));
+        Self { trunk, score: ScoreHead { weight }, score_bias }
+    }
+
     /// All weights by path, on the host.
     pub fn to_named(&self) -> NamedTensors {
         super::named::collect(self)
@@ -157,8 +192,6 @@ impl ScalarGpt {
         device: &Device,
     ) -> Result<Self, NamedError> {
         let trunk = Gpt::blank(config, device).without_head();
-        let weight = Param::from_tensor(Tensor::zeros([1, config.d_model], device));
-        let blank = Self { trunk, score: ScoreHead { weight }, score_bias };
-        super::named::load(blank, named)
+        super::named::load(Self::blank(trunk, score_bias, device), named)
     }
 }

@@ -7,6 +7,7 @@
 //! them is read as fixed again. A post-norm model whose feed-forward width is not `4 · d_model` has no counterpart: it
 //! is written with `model_type: "kindling"` and our own names, and so is any other mixture of switches that no class has.
 
+mod adapter;
 mod config;
 mod names;
 mod render;
@@ -20,12 +21,16 @@ use std::path::{Path, PathBuf};
 
 use base::files::FileError;
 
+pub use adapter::{
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles, Base, HostAdapter, adapters_of, read_adapter,
+    write_adapter,
+};
 pub use config::{CONFIG_FILE, GENERATION_FILE};
 pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
 use crate::params::{Output, Role, parameters, path_of};
 use crate::{
-    Activation, GptConfig, HostTensor, ModelConfigError, NamedTensors, NormKind, NormPlacement, Positions,
+    ALL_LINEAR, Activation, GptConfig, HostTensor, ModelConfigError, NamedTensors, NormKind, NormPlacement, Positions,
     sinusoid_table,
 };
 use config::Parsed;
@@ -414,6 +419,73 @@ pub enum HfError {
         found: Vec<usize>,
         /// The shape that config.json implies.
         expected: Vec<usize>,
+    },
+    /// A tensor of an adapter has another shape.
+    #[error(
+        "`{}`: tensor `{name}` has shape {found:?}, expected {expected:?} for rank {rank} on this base\nhint: the adapter was made for \
+         another base, or with another rank than `{ADAPTER_CONFIG_FILE}` says",
+        path.display()
+    )]
+    AdapterShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that rank and base imply.
+        expected: Vec<usize>,
+        /// The rank.
+        rank: usize,
+    },
+    /// A tensor of an adapter is not there, or has no place.
+    #[error(
+        "`{}`: tensor `{name}` {}\nhint: the adapter was made for another base, or its files are not of one adapter",
+        path.display(),
+        if *is_missing { "is missing" } else { "has no place beside this base and these targets" }
+    )]
+    AdapterTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Whether it should be there.
+        is_missing: bool,
+    },
+    /// The head of a reward model is not among the tensors of its adapter.
+    #[error(
+        "`{}` is the adapter of a reward model and lacks its head `{name}`\nhint: without the head there are no scores; save the \
+         adapter again, with `score` among `modules_to_save`",
+        path.display()
+    )]
+    NoHead {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// The directory of an adapter has no weights that can be read.
+    #[error(
+        "no weights in `{}`: expected `{ADAPTER_WEIGHTS_FILE}`{}",
+        dir.display(),
+        if *pickled { "\nhint: `adapter_model.bin` is not read; load it with PEFT and `save_pretrained` it again" } else { "" }
+    )]
+    NoAdapterWeights {
+        /// The directory.
+        dir: PathBuf,
+        /// Whether it holds an `adapter_model.bin`.
+        pickled: bool,
+    },
+    /// No linear layer has this name.
+    #[error(
+        "`{target}` is no linear layer of this model\nhint: targets can be {}, or \"{ALL_LINEAR}\"",
+        known.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    )]
+    UnknownTarget {
+        /// The name.
+        target: String,
+        /// The names that there are.
+        known: Vec<String>,
     },
     /// A tensor has a type that is not read.
     #[error("`{}`: tensor `{name}` is {dtype}, expected F32, F16 or BF16", path.display())]

@@ -148,6 +148,14 @@ impl Weights {
         Ok(Self { files, tensors })
     }
 
+    /// Looks into the one file at `path`.
+    pub fn of_file(path: &Path) -> Result<Self, HfError> {
+        let file = TensorFile::open(path)?;
+        let of = |(name, info): (String, &TensorInfo)| (name, (path.to_owned(), info.shape.clone()));
+        let tensors = file.header.tensors().into_iter().map(of).collect();
+        Ok(Self { files: vec![file], tensors })
+    }
+
     /// The files that the index names, each with the tensors that the index says and no others.
     fn shards(dir: &Path, index: &Path, key: impl Fn(&str) -> Option<String>) -> Result<Vec<TensorFile>, HfError> {
         let content: Index = read_json(index)?;
