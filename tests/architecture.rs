@@ -36,7 +36,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
 const EDGES: [(&str, &[&str]); 14] = [
     ("backend", &["config", "kernels"]),
     ("capacity", &["model"]),
-    ("checkpoint", &["files", "hash", "hf", "model", "tokenizer"]),
+    ("checkpoint", &["files", "hash", "hf", "model", "rng", "tokenizer"]),
     ("cli", &["backend", "config", "kernels", "logging", "out_dir", "runtime"]),
     ("config", &["files"]),
     ("exit", &["interrupt", "logging"]),
@@ -45,7 +45,7 @@ const EDGES: [(&str, &[&str]); 14] = [
     ("logging", &[]),
     ("metrics", &["files", "logging"]),
     ("out_dir", &[]),
-    ("runtime", &["backend", "checkpoint", "kernels", "model", "optim", "rng"]),
+    ("runtime", &["backend", "checkpoint", "hf", "kernels", "model", "optim", "rng"]),
     (
         "session",
         &[
@@ -54,6 +54,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "config",
             "data",
             "files",
+            "hf",
             "interrupt",
             "metrics",
             "model",
@@ -67,7 +68,8 @@ const EDGES: [(&str, &[&str]); 14] = [
 ];
 
 /// Pure functions: no files, clocks, environment or configuration.
-const PURE: [&str; 14] = [
+const PURE: [&str; 15] = [
+    "common/model/src/adapter.rs",
     "common/model/src/block.rs",
     "common/model/src/cache.rs",
     "common/model/src/gpt.rs",

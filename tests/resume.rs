@@ -95,6 +95,21 @@ fn ppo_killed_and_resumed_is_ppo_uninterrupted() {
 }
 
 #[test]
+fn adapters_killed_and_resumed_are_adapters_trained_uninterrupted() {
+    const LORA: [&str; 2] = ["lora.rank=3", "lora.dropout=0.1"];
+    let lab = Lab::before(PPO);
+    assert_killed_and_resumed_is_uninterrupted(&lab, SFT, 6, &[&LORA[..], &["run.keep_best=true"]].concat());
+    std::fs::rename(lab.path("whole"), lab.path("sft-lora")).unwrap();
+    let from_adapter = Stage { inputs: &["--init", "sft-lora"], ..REWARD_MODEL };
+    assert_killed_and_resumed_is_uninterrupted(&lab, REWARD_MODEL, 6, &[&LORA[..], &["run.keep_best=true"]].concat());
+    assert_killed_and_resumed_is_uninterrupted(&lab, from_adapter, 6, &LORA);
+    std::fs::rename(lab.path("whole"), lab.path("reward-lora")).unwrap();
+    assert_killed_and_resumed_is_uninterrupted(&lab, PPO, 4, &LORA);
+    let on_one_trunk = Stage { inputs: &["--policy", "sft-lora", "--reward-model", "reward-lora"], ..PPO };
+    assert_killed_and_resumed_is_uninterrupted(&lab, on_one_trunk, 4, &LORA);
+}
+
+#[test]
 fn ctrl_c_and_sigterm_finish_the_step_save_and_exit_as_shells_expect() {
     for stage in [PRETRAIN, SFT, REWARD_MODEL, PPO] {
         let lab = Lab::before(stage);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use common::cli::RuntimeArgs;
+use common::cli::{ProcessArgs, RuntimeArgs};
 use common::exit::UsageError;
 use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EPS};
 
@@ -37,6 +37,33 @@ pub struct Cli {
 pub enum Command {
     /// Answer one prompt
     Generate(GenerateArgs),
+    /// Add an adapter into the weights of its base
+    Merge(MergeArgs),
+}
+
+/// Flags of `chat merge`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  chat merge --checkpoint runs/sft-lora --out runs/sft")]
+pub struct MergeArgs {
+    /// Checkpoint with an adapter, of a language model or a reward model, as a stage or PEFT writes it
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+
+    /// Directory for the merged checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Base of the adapter, in place of the one that it names
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
+
+    /// Replace an earlier checkpoint in --out
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Threads and verbosity
+    #[command(flatten)]
+    pub process: ProcessArgs,
 }
 
 /// Flags of a conversation.

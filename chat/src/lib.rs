@@ -8,12 +8,13 @@
 mod cli;
 mod generate;
 mod history;
+mod merge;
 mod model;
 mod repl;
 mod stop_text;
 mod terminal;
 
-pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, SamplingArgs};
+pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, MergeArgs, SamplingArgs};
 pub use history::History;
 pub use model::{ChatModel, Completion, FinishReason, OnText};
 pub use stop_text::StopText;
@@ -25,6 +26,7 @@ pub use stop_text::StopText;
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Some(Command::Generate(args)) => generate::run(args),
+        Some(Command::Merge(args)) => merge::run(args),
         None => repl::run(&cli.conversation),
     }
 }

@@ -126,7 +126,11 @@ fn save_checkpoint(dir: &Path, stage: Stage, weights: Weights, tokenizer: Option
 
 #[test]
 fn help_is_as_documented() {
-    for (name, args) in [("help.txt", &["--help"][..]), ("generate-help.txt", &["generate", "--help"])] {
+    for (name, args) in [
+        ("help.txt", &["--help"][..]),
+        ("generate-help.txt", &["generate", "--help"]),
+        ("merge-help.txt", &["merge", "--help"]),
+    ] {
         assert_snapshot(name, &stdout(args, b""));
     }
     assert_eq!(stdout(&["--version"], b""), format!("chat {}\n", env!("CARGO_PKG_VERSION")));

@@ -73,6 +73,10 @@ pub struct RuntimeArgs {
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub precision: Precision,
 
+    /// Base of the adapters that are given, in place of the one that each names
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+
     /// Our own fused kernels where the backend has them, or plain tensor operations
     #[arg(long, value_name = "KIND", default_value = "fused")]
     kernels: Kernels,
@@ -135,6 +139,11 @@ impl RuntimeArgs {
     /// Which implementation of the model's operations to use.
     pub const fn kernels(&self) -> Kernels {
         self.kernels
+    }
+
+    /// Directory of the base of adapters, in place of the one that each names.
+    pub fn base(&self) -> Option<&Path> {
+        self.base.as_deref()
     }
 
     /// Opens the device, without autodiff.

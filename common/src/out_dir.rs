@@ -5,12 +5,14 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
-const OUR_FILES: [&str; 12] = [
+const OUR_FILES: [&str; 14] = [
     "config.toml",
     "manifest.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "metrics.jsonl",

@@ -6,8 +6,10 @@ use burn::tensor::Device;
 
 use crate::backend::{self, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::hf::HostAdapter;
 use crate::kernels::{Kernels, Precision};
-use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
+use crate::model::params::Output;
+use crate::model::{Gpt, GptConfig, LoraConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
 use crate::rng::Streams;
 
@@ -62,6 +64,45 @@ impl Runtime {
         Ok(self.ready(checkpoint.load_gpt(&self.device)?))
     }
 
+    /// The weights of a checkpoint that adapters stand beside, without autodiff: see [`Checkpoint::load_trunk`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn trunk(&self, checkpoint: &Checkpoint) -> Result<Gpt, CheckpointError> {
+        Ok(self.ready(checkpoint.load_trunk(&self.device.clone().inner())?))
+    }
+
+    /// The language model that training begins with: all weights of `start`, or with `lora` adapters beside them.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load_gpt`] and [`Checkpoint::adapter_to_train`].
+    pub fn gpt_to_train(
+        &self,
+        start: &Checkpoint,
+        lora: Option<&LoraConfig>,
+        streams: &Streams,
+    ) -> Result<Gpt, CheckpointError> {
+        let Some(lora) = lora else { return self.gpt(start) };
+        let HostAdapter { adapters, tensors, .. } = start.adapter_to_train(lora, Output::Logits, streams)?;
+        self.trunk(start)?.with_adapters(&adapters, tensors, &self.device).map_err(named_error(start))
+    }
+
+    /// The reward model that training begins with: a new head on the weights of `start`, all of which are trained, or
+    /// with `lora` adapters beside them.
+    ///
+    /// # Errors
+    /// As [`gpt_to_train`](Self::gpt_to_train).
+    pub fn scalar_to_train(
+        &self,
+        start: &Checkpoint,
+        lora: Option<&LoraConfig>,
+        streams: &Streams,
+    ) -> Result<ScalarGpt, CheckpointError> {
+        let Some(lora) = lora else { return Ok(ScalarGpt::new(self.gpt(start)?, streams)) };
+        let HostAdapter { adapters, tensors, .. } = start.adapter_to_train(lora, Output::Score, streams)?;
+        ScalarGpt::with_adapters(self.trunk(start)?, &adapters, tensors, 0.0, &self.device).map_err(named_error(start))
+    }
+
     /// The reward model of a checkpoint.
     ///
     /// # Errors
@@ -111,6 +152,11 @@ impl Runtime {
     fn ready_scalar(&self, scalar: ScalarGpt) -> ScalarGpt {
         scalar.with_kernels(self.kernels).with_precision(self.precision).with_checkpoints(self.checkpoint_activations)
     }
+}
+
+/// For `map_err` where the weights of `checkpoint` are put on a device.
+fn named_error(checkpoint: &Checkpoint) -> impl FnOnce(NamedError) -> CheckpointError {
+    move |source| CheckpointError::Named { dir: checkpoint.dir().to_owned(), source }
 }
 
 /// Runs `work` on a thread of the pool that everything computes on.

@@ -2,6 +2,7 @@
 
 use anyhow::ensure;
 use common::cli::StageArgs;
+use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
 use common::rng::Streams;
 use common::score::{Sampling, TooLong};
@@ -19,6 +20,10 @@ pub struct PpoConfig {
     /// Prompts to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a path in the
     /// folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig<TooLong>,
+    /// Train low-rank adapters beside frozen weights, of the policy and of the value model: the reference policy, and a reward model
+    /// that is an adapter on the same base, then share them. Without this section all weights are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// AdamW of the policy and its learning-rate schedule, which falls linearly to 0 by default.
     #[serde(with = "RlhfDefaults")]
     #[schemars(with = "OptimizerConfig")]
@@ -51,6 +56,7 @@ impl Default for PpoConfig {
         Self {
             seed: 0,
             data: DataConfig::default(),
+            lora: None,
             optimizer: OptimizerConfig::rlhf(),
             value_optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
@@ -217,6 +223,7 @@ impl PpoConfig {
     /// # Errors
     /// Naming the key that is out of range.
     pub fn validate(&self) -> anyhow::Result<()> {
+        self.lora.as_ref().map_or(Ok(()), LoraConfig::validate)?;
         self.optimizer.validate()?;
         self.value_optimizer.validate()?;
         self.data.validate("prompts")?;

@@ -25,6 +25,7 @@ pub mod kl;
 mod learner;
 pub mod loss;
 mod measured;
+mod models;
 pub mod rewards;
 pub mod targets;
 mod train;
@@ -36,6 +37,7 @@ pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
 pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
+pub use models::Models;
 pub use train::{open_models, train};
 pub use update::{UpdateMetrics, ValueMetrics};
 

@@ -20,6 +20,7 @@ use crate::iteration::{Iteration, StepOutput};
 use crate::kl::AdaptiveController;
 use crate::learner::Learner;
 use crate::measured::{HeldOut, Measured};
+use crate::models::Models;
 use crate::targets::Experience;
 
 /// Every sampled response, in the output directory.
@@ -35,6 +36,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     let (initial, reward_model) = open_models(args)?;
+    initial.check_lora(config.lora.as_ref())?;
     let tokenizer = initial.require_tokenizer()?;
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
     let read = |files: &[PathBuf]| config.read_prompts(files, tokenizer, max_seq_len);
@@ -58,14 +60,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
         metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
     }
-    let trained = runtime.training(config.train.checkpoint_activations);
-    let learner = Learner::start(&config, &initial, &reward_model, restored, &trained)?;
-    let frozen = FrozenModels {
-        reference: runtime.gpt(&initial)?,
-        reward_model: runtime.scalar(&reward_model)?,
-        gold,
-        batch_size: config.micro_batch_size(),
-    };
+    let models = Models::load(&config, &initial, &reward_model, restored, &runtime)?;
+    let Models { learner, reference, reward_model } = models;
+    let frozen = FrozenModels { reference, reward_model, gold, batch_size: config.micro_batch_size() };
     tracing::info!(
         "{} parameters of the policy, {} training prompts, {} held out",
         learner.policy.num_params(),
@@ -98,10 +95,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 /// # Errors
 /// If one of them cannot be used, or their tokenizers differ.
 pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
-    let initial = checkpoint::init_from(&args.policy).and_then(|policy| policy.of_stage(&[Stage::Sft]));
+    let base = args.stage.runtime.base();
+    let initial = checkpoint::init_from(&args.policy, base).and_then(|policy| policy.of_stage(&[Stage::Sft]));
     let initial = initial.context("failed to load the initial policy")?;
     let reward_model =
-        checkpoint::open_reward_model(&args.reward_model, &initial).context("failed to load the reward model")?;
+        checkpoint::open_reward_model(&args.reward_model, base, &initial).context("failed to load the reward model")?;
     Ok((initial, reward_model))
 }
 

@@ -36,7 +36,11 @@ impl Evaluation {
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+    let checkpoint = Checkpoint::open_on(&args.checkpoint, args.runtime.base())?.of_stage(&[
+        Stage::Pretrain,
+        Stage::Sft,
+        Stage::Ppo,
+    ])?;
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let result = match (&args.data, &args.ids) {
         (Some(file), _) => {

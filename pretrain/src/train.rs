@@ -173,7 +173,7 @@ pub fn gradients(
 fn starting_point(args: &TrainArgs, config: &PretrainConfig) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
-            let init = checkpoint::init_from(dir)
+            let init = checkpoint::init_from(dir, args.stage.runtime.base())
                 .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]))
                 .context("failed to load the initial model")?
                 .with_dropout(config.model.dropout);

@@ -103,7 +103,8 @@ impl Evaluator<'_> {
             Policy::Ppo => self.setup.dir(Step::Ppo),
         };
         let failed = || format!("failed to load `{}`", dir.display());
-        if policy == Policy::Base { checkpoint::init_from(&dir) } else { Checkpoint::open(&dir) }.with_context(failed)
+        if policy == Policy::Base { checkpoint::init_from(&dir, None) } else { Checkpoint::open(&dir) }
+            .with_context(failed)
     }
 
     /// Answers of one model with the reward model's scores; `None` if the user asked to stop.

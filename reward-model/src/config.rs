@@ -2,6 +2,7 @@
 
 use anyhow::ensure;
 use common::cli::StageArgs;
+use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use schemars::JsonSchema;
@@ -18,6 +19,10 @@ pub struct RewardModelConfig {
     pub data: DataConfig<TooLong>,
     /// Changes to the architecture of the initial model.
     pub model: ModelOverrides,
+    /// Train low-rank adapters, and the head, beside the frozen weights of the initial model; without this section all weights
+    /// are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// AdamW and its learning-rate schedule, which falls linearly to 0 by default.
     #[serde(with = "RlhfDefaults")]
     #[schemars(with = "OptimizerConfig")]
@@ -37,6 +42,7 @@ impl Default for RewardModelConfig {
             seed: 0,
             data: DataConfig::default(),
             model: ModelOverrides::default(),
+            lora: None,
             optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
             normalisation: NormalisationConfig::default(),
@@ -166,6 +172,7 @@ impl RewardModelConfig {
         self.optimizer.validate()?;
         self.data.validate("pairs")?;
         self.model.validate()?;
+        self.lora.as_ref().map_or(Ok(()), LoraConfig::validate)?;
         self.train.amount().validate()?;
         self.run.validate()?;
         ensure!(

@@ -37,10 +37,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
-    let init = checkpoint::init_from(&args.init)
+    let init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
+    init.check_lora(config.lora.as_ref())?;
     let tokenizer = init.require_tokenizer()?;
     let max_seq_len = init.model_config().max_seq_len;
     let read = |files: &[PathBuf]| Pairs::read(files, tokenizer, max_seq_len, &config.data);
@@ -60,9 +61,13 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (model, optimizer) = match restored {
         Some(mut restored) => {
-            (restored.scalar(&runtime)?, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
+            let model = match config.lora {
+                Some(_) => restored.adapted_scalar(runtime.trunk(&init)?, &runtime)?,
+                None => restored.scalar(&runtime)?,
+            };
+            (model, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        None => (ScalarGpt::new(runtime.gpt(&init)?, &streams), runtime.optimizer(&config.optimizer)),
+        None => (runtime.scalar_to_train(&init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
         "{} parameters, {} training pairs, {} held out",
@@ -176,7 +181,7 @@ impl Training for RewardTraining<'_> {
     /// Normalises the scores of the model to hand on.
     fn complete(&mut self, session: &Session) -> anyhow::Result<()> {
         let best = match session.best_weights() {
-            Some(best) => self.plain.scalar_of(self.model.config(), best.clone())?,
+            Some(best) => self.model.valid().with_trained(best.clone())?,
             None => self.model.valid(),
         };
         let initial = self.plain.gpt(self.init)?;

@@ -1,6 +1,7 @@
 //! The configuration of this stage.
 
 use common::cli::StageArgs;
+use common::model::LoraConfig;
 use common::optim::OptimizerConfig;
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use schemars::JsonSchema;
@@ -17,6 +18,9 @@ pub struct SftConfig {
     pub data: DataConfig<TooLong>,
     /// Changes to the architecture of the initial model.
     pub model: ModelOverrides,
+    /// Train low-rank adapters beside the frozen weights of the initial model; without this section all weights are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// AdamW and its learning-rate schedule.
     pub optimizer: OptimizerConfig,
     /// Training length and batch sizes.
@@ -109,6 +113,7 @@ impl SftConfig {
         self.optimizer.validate()?;
         self.data.validate("conversations")?;
         self.model.validate()?;
+        self.lora.as_ref().map_or(Ok(()), LoraConfig::validate)?;
         self.train.amount().validate()?;
         self.run.validate()
     }

@@ -40,7 +40,11 @@ impl Evaluation {
 
 /// Carries out `sft eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+    let checkpoint = Checkpoint::open_on(&args.checkpoint, args.runtime.base())?.of_stage(&[
+        Stage::Pretrain,
+        Stage::Sft,
+        Stage::Ppo,
+    ])?;
     let tokenizer = checkpoint.require_tokenizer()?;
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;

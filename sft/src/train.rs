@@ -29,10 +29,12 @@ use crate::eval;
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = SftConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
-    let init = checkpoint::init_from(&args.init)
+    let streams = Streams::new(config.seed);
+    let init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
+    init.check_lora(config.lora.as_ref())?;
     let tokenizer = init.require_tokenizer()?;
     let max_seq_len = init.model_config().max_seq_len;
     let read = |files: &[PathBuf]| Conversations::read(files, tokenizer, max_seq_len, &config.data);
@@ -56,8 +58,14 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (gpt, optimizer) = match restored {
-        Some(mut restored) => (restored.gpt(&runtime)?, restored.optimizer("optimizer", &config.optimizer, &runtime)?),
-        None => (runtime.gpt(&init)?, runtime.optimizer(&config.optimizer)),
+        Some(mut restored) => {
+            let gpt = match config.lora {
+                Some(_) => restored.adapted_gpt(runtime.trunk(&init)?, &runtime)?,
+                None => restored.gpt(&runtime)?,
+            };
+            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
+        }
+        None => (runtime.gpt_to_train(&init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
         "{} parameters, {} training conversations, {} held out",
@@ -65,7 +73,6 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         training.encoded.len(),
         held_out.encoded.len()
     );
-    let streams = Streams::new(config.seed);
     session.drive(FineTuning {
         order: Order::new(training.encoded.len(), streams, "order"),
         total_steps: plan.total_steps,

@@ -261,3 +261,6 @@ impl Adapter {
         y + Tensor::cat(added, 2)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -170,6 +170,20 @@ impl ScalarGpt {
         super::named::load_where(Self::blank(trunk, score_bias, device), named, trains_beside_trunk)
     }
 
+    /// The same model with other values of the weights that training changes, see [`to_trained`](Self::to_trained).
+    ///
+    /// # Errors
+    /// If a tensor is missing, unused or has another shape.
+    pub fn with_trained(self, named: NamedTensors) -> Result<Self, NamedError> {
+        let wanted: fn(&str) -> bool = if self.adapters().is_some() { trains_beside_trunk } else { |_| true };
+        super::named::load_where(self, named, wanted)
+    }
+
+    /// The model without its head.
+    pub fn into_trunk(self) -> Gpt {
+        self.trunk
+    }
+
     /// A head, to be loaded, on `trunk`.
     fn blank(trunk: Gpt, score_bias: f64, device: &Device) -> Self {
         let weight = Param::from_tensor(Tensor::zeros([1, trunk.config().d_model], device));

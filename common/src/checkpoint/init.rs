@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Checkpoint, CheckpointError};
+use crate::hf::HostModel;
 use crate::model::NamedTensors;
 use crate::model::params::{Role, role_of};
 
@@ -15,18 +16,16 @@ use crate::model::params::{Role, role_of};
 /// and none is impossible.
 ///
 /// # Errors
-/// As [`Checkpoint::open`].
-pub fn init_from(dir: &Path) -> Result<Checkpoint, CheckpointError> {
-    let mut checkpoint = Checkpoint::open(dir)?;
+/// As [`Checkpoint::open_on`].
+pub fn init_from(dir: &Path, base: Option<&Path>) -> Result<Checkpoint, CheckpointError> {
+    let mut checkpoint = Checkpoint::open_on(dir, base)?;
     let Some(tokenizer) = checkpoint.tokenizer.take() else { return Ok(checkpoint) };
     let n_old = tokenizer.vocab_size();
     let writes_by_template = tokenizer.writes_by_template();
     let (tokenizer, n_added) =
         if writes_by_template { tokenizer.with_pad_token()? } else { tokenizer.with_special_tokens_added()? };
     if n_added > 0 {
-        let n_rows = checkpoint.model.config.vocab_size.max(tokenizer.vocab_size());
-        grow_vocab(&mut checkpoint.model.tensors, n_old, n_old + n_added, n_rows);
-        checkpoint.model.config.vocab_size = n_rows;
+        add_tokens(&mut checkpoint.model, n_old, tokenizer.vocab_size());
         tracing::info!(
             "`{}`: special tokens added to the tokenizer, with embeddings at the mean: {n_added}",
             dir.display()
@@ -34,6 +33,13 @@ pub fn init_from(dir: &Path) -> Result<Checkpoint, CheckpointError> {
     }
     checkpoint.tokenizer = Some(tokenizer);
     Ok(checkpoint)
+}
+
+/// Gives `model` the tokens `n_old..n_new`, as [`grow_vocab`] does.
+pub(super) fn add_tokens(model: &mut HostModel, n_old: usize, n_new: usize) {
+    let n_rows = model.config.vocab_size.max(n_new);
+    grow_vocab(&mut model.tensors, n_old, n_new, n_rows);
+    model.config.vocab_size = n_rows;
 }
 
 /// Gives the vocabulary `n_rows` rows, of which `n_old..n_new` are new tokens that start at the mean of rows

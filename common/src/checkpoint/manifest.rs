@@ -41,7 +41,7 @@ impl fmt::Display for Stage {
 }
 
 /// A checkpoint that another one was made from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Parent {
     /// Where it was.
     pub path: PathBuf,
@@ -72,7 +72,7 @@ pub struct Manifest {
     pub tokens: u64,
     /// The checkpoints it was made from.
     pub parents: Vec<Parent>,
-    /// Of model.safetensors.
+    /// Of model.safetensors, or of `adapter_model.safetensors`.
     pub weights_sha256: String,
     /// Of the other files of tensors, by their path in the checkpoint.
     pub files_sha256: BTreeMap<String, String>,

@@ -5,9 +5,14 @@
 //! config.toml      the resolved configuration      manifest.json   where it comes from, and every hash
 //! metrics.jsonl samples.jsonl                      state/          what --resume needs      value/   PPO's value model
 //! ```
+//! Of a model with adapters beside frozen weights, `adapter_config.json` and `adapter_model.safetensors` in PEFT's layout
+//! take the place of `model.safetensors`; its base is read with it, see [`Checkpoint::open_on`].
+//!
 //! A checkpoint is whole or absent, see [`save`]. `model.safetensors` is what the stage hands on (with keep-best, the
 //! best so far); the weights that training goes on from are in `state/`.
 
+mod adapter;
+mod error;
 mod init;
 mod manifest;
 mod save;
@@ -20,15 +25,17 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use serde_json::Value;
 
+use adapter::Adapted;
+pub use error::CheckpointError;
 pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
 pub use save::save;
 
 use crate::files::FileError;
 use crate::hash::sha256_of;
-use crate::hf::{self, Head, HfError, HostModel, TokenIds};
+use crate::hf::{self, Head, HostAdapter, HostModel, TokenIds};
 use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::Tokenizer;
 
 /// The resolved configuration in a checkpoint.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -50,7 +57,10 @@ pub(crate) const STATE_FILE_PATH: &str = "state/state.json";
 pub struct Checkpoint {
     dir: PathBuf,
     manifest: Option<Manifest>,
+    /// With an adapter, the weights that it stands beside.
     model: HostModel,
+    adapter: Option<Adapted>,
+    /// Of its own weights, with an adapter of those alone.
     weights_sha256: String,
     tokenizer: Option<Tokenizer>,
 }
@@ -91,15 +101,15 @@ pub enum Weights {
         /// The constant added to every score.
         score_bias: f64,
     },
-}
-
-impl Weights {
-    fn parts(&self) -> (&GptConfig, Head, &NamedTensors) {
-        match self {
-            Self::Lm { named, config } => (config, Head::Lm, named),
-            Self::Scalar { named, config, score_bias } => (config, Head::Score { bias: *score_bias }, named),
-        }
-    }
+    /// Of adapters, and of a reward model's head, beside the frozen weights of a base.
+    Adapter {
+        /// The adapters, their tensors and the head of the model.
+        adapter: HostAdapter,
+        /// The architecture of the trunk.
+        config: GptConfig,
+        /// The base.
+        base: Parent,
+    },
 }
 
 /// The state with which training goes on as if it had not stopped, f32 and exact.
@@ -115,7 +125,7 @@ pub struct State {
 fn checkpoints_in(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut found: Vec<String> = entries
-        .filter(|path| path.join(hf::CONFIG_FILE).is_file())
+        .filter(|path| path.join(hf::CONFIG_FILE).is_file() || adapter::is_in(path))
         .map(|path| format!("`{}`", path.display()))
         .collect();
     found.sort();
@@ -129,23 +139,47 @@ impl Checkpoint {
     /// If there is no such directory, a file is missing or damaged, the weights are not those of the manifest, or the
     /// tokenizer has more tokens than the model.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        Self::open_on(dir, None)
+    }
+
+    /// [`open`](Self::open), with the directory of the base for an adapter in place of the one that it names.
+    ///
+    /// # Errors
+    /// As `open`; and if an adapter has no base, the base is another than it was trained on, or they do not fit.
+    pub fn open_on(dir: &Path, base: Option<&Path>) -> Result<Self, CheckpointError> {
         if !dir.is_dir() {
             return Err(CheckpointError::NoDirectory { dir: dir.to_owned() });
+        }
+        if adapter::is_in(dir) {
+            return Self::open_adapter(dir, base);
         }
         if !dir.join(hf::CONFIG_FILE).is_file() {
             return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), inside: checkpoints_in(dir) });
         }
         let manifest = Manifest::read(dir)?;
         let (model, TokenIds { eos: end_ids, .. }, weights_sha256) = hf::read(dir)?;
-        if let Some(manifest) = &manifest
-            && manifest.weights_sha256 != weights_sha256
-        {
-            return Err(CheckpointError::Changed { path: dir.join(hf::WEIGHTS_FILE) });
-        }
+        let tokenizer = Self::read_tokenizer(dir, end_ids)?;
+        let dir = dir.to_owned();
+        let checkpoint = Self { dir, manifest, model, adapter: None, weights_sha256, tokenizer };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    fn read_tokenizer(dir: &Path, end_ids: Vec<u32>) -> Result<Option<Tokenizer>, CheckpointError> {
         let has_tokenizer =
             ["tokenizer.json", "vocab.json", "encoder.json"].iter().any(|file| dir.join(file).is_file());
-        let tokenizer = if has_tokenizer { Some(Tokenizer::load(dir)?.with_end_ids(end_ids)) } else { None };
-        if let Some(tokenizer) = &tokenizer
+        Ok(if has_tokenizer { Some(Tokenizer::load(dir)?.with_end_ids(end_ids)) } else { None })
+    }
+
+    /// Checks that weights and tokenizer fit each other and are those of the manifest.
+    fn check(&self) -> Result<(), CheckpointError> {
+        let Self { dir, manifest, model, weights_sha256, tokenizer, .. } = self;
+        if let Some(manifest) = manifest
+            && manifest.weights_sha256 != *weights_sha256
+        {
+            return Err(CheckpointError::Changed { path: dir.join(self.weights_file()) });
+        }
+        if let Some(tokenizer) = tokenizer
             && tokenizer.vocab_size() > model.config.vocab_size
         {
             return Err(CheckpointError::Vocabulary {
@@ -154,7 +188,7 @@ impl Checkpoint {
                 model: model.config.vocab_size,
             });
         }
-        if let (Some(manifest), Some(tokenizer)) = (&manifest, &tokenizer) {
+        if let (Some(manifest), Some(tokenizer)) = (manifest, tokenizer) {
             if manifest.tokenizer_sha256.as_ref().is_some_and(|hash| *hash != tokenizer.sha256()) {
                 return Err(CheckpointError::Changed { path: dir.join("tokenizer.json") });
             }
@@ -164,7 +198,12 @@ impl Checkpoint {
                 return Err(CheckpointError::Changed { path });
             }
         }
-        Ok(Self { dir: dir.to_owned(), manifest, model, weights_sha256, tokenizer })
+        Ok(())
+    }
+
+    /// The file of its own weights.
+    const fn weights_file(&self) -> &'static str {
+        if self.adapter.is_some() { hf::ADAPTER_WEIGHTS_FILE } else { hf::WEIGHTS_FILE }
     }
 
     /// The stage that wrote it; `None` for a directory of another program.
@@ -190,23 +229,28 @@ impl Checkpoint {
         }
     }
 
-    /// The language model, on `device`.
+    /// The language model, on `device`, an adapter added into its weights.
     ///
     /// # Errors
     /// If it is a reward model.
     pub fn load_gpt(&self, device: &Device) -> Result<Gpt, CheckpointError> {
         match self.model.head {
-            Head::Lm => self.build(&self.model, |model| Gpt::from_named(&model.config, model.tensors.clone(), device)),
+            Head::Lm => self.build(|| Gpt::from_named(&self.model.config, self.merged_tensors(), device)),
             Head::Score { .. } => Err(CheckpointError::NotAnLm { dir: self.dir.clone() }),
         }
     }
 
-    /// The reward model, on `device`, its constant included.
+    /// The reward model, on `device`, its constant included, an adapter added into its weights.
     ///
     /// # Errors
     /// If it is a language model.
     pub fn load_scalar(&self, device: &Device) -> Result<ScalarGpt, CheckpointError> {
-        self.scalar(&self.model, device)
+        match self.model.head {
+            Head::Score { bias } => {
+                self.build(|| ScalarGpt::from_named(&self.model.config, self.merged_tensors(), bias, device))
+            }
+            Head::Lm => Err(CheckpointError::NotAScore { dir: self.dir.clone() }),
+        }
     }
 
     /// PPO's value model, on `device`.
@@ -218,26 +262,16 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::NoDirectory { dir });
         }
-        let (model, _, sha256) = hf::read(&dir)?;
-        self.check_hash(&format!("{VALUE_DIR}/{}", hf::WEIGHTS_FILE), &sha256)?;
-        self.scalar(&model, device)
+        let value = Self::open(&dir)?;
+        self.check_hash(&format!("{VALUE_DIR}/{}", value.weights_file()), &value.weights_sha256)?;
+        value.load_scalar(device).map_err(|error| match error {
+            CheckpointError::NotAScore { .. } => CheckpointError::NotAScore { dir: self.dir.clone() },
+            other => other,
+        })
     }
 
-    fn scalar(&self, model: &HostModel, device: &Device) -> Result<ScalarGpt, CheckpointError> {
-        match model.head {
-            Head::Score { bias } => {
-                self.build(model, |model| ScalarGpt::from_named(&model.config, model.tensors.clone(), bias, device))
-            }
-            Head::Lm => Err(CheckpointError::NotAScore { dir: self.dir.clone() }),
-        }
-    }
-
-    fn build<M>(
-        &self,
-        model: &HostModel,
-        from_named: impl FnOnce(&HostModel) -> Result<M, NamedError>,
-    ) -> Result<M, CheckpointError> {
-        from_named(model).map_err(|source| CheckpointError::Named { dir: self.dir.clone(), source })
+    fn build<M>(&self, model: impl FnOnce() -> Result<M, NamedError>) -> Result<M, CheckpointError> {
+        model().map_err(|source| CheckpointError::Named { dir: self.dir.clone(), source })
     }
 
     /// The state for `--resume`.
@@ -322,9 +356,9 @@ impl Checkpoint {
         self
     }
 
-    /// The weights that [`Checkpoint::load_gpt`] or [`Checkpoint::load_scalar`] would put on a device.
-    pub const fn named(&self) -> &NamedTensors {
-        &self.model.tensors
+    /// Its own weights: those that training changed, of which an adapter is all.
+    pub fn named(&self) -> &NamedTensors {
+        self.adapter.as_ref().map_or(&self.model.tensors, |adapted| &adapted.adapter.tensors)
     }
 
     /// The tokenizer, if the directory has one.
@@ -363,12 +397,12 @@ pub fn ensure_same_tokenizer(a: &Checkpoint, b: &Checkpoint) -> Result<(), Check
     Err(CheckpointError::Partners { what, a: a.dir.clone(), b: b.dir.clone() })
 }
 
-/// Opens a reward model and checks that it reads what `policy` writes.
+/// Opens a reward model, as [`Checkpoint::open_on`], and checks that it reads what `policy` writes.
 ///
 /// # Errors
 /// If there is none of stage `reward-model`, or it does not know the tokens that the policy can sample.
-pub fn open_reward_model(dir: &Path, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
-    let reward_model = Checkpoint::open(dir)?.of_stage(&[Stage::RewardModel])?;
+pub fn open_reward_model(dir: &Path, base: Option<&Path>, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
+    let reward_model = Checkpoint::open_on(dir, base)?.of_stage(&[Stage::RewardModel])?;
     ensure_same_tokenizer(policy, &reward_model)?;
     let (sampled, known) = (policy.model_config().vocab_size, reward_model.model_config().vocab_size);
     if sampled > known {
@@ -380,173 +414,4 @@ pub fn open_reward_model(dir: &Path, policy: &Checkpoint) -> Result<Checkpoint, 
         });
     }
     Ok(reward_model)
-}
-
-/// Why a checkpoint cannot be read, used or written.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// No such directory.
-    #[error("no checkpoint at `{}`: there is no such directory", dir.display())]
-    NoDirectory {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// A directory of something else.
-    #[error(
-        "`{}` is not a checkpoint: it has no `config.json`\nhint: {}",
-        dir.display(),
-        if dir.join("tokenizer.json").is_file() {
-            "it holds a tokenizer; name the directory of a model".to_owned()
-        } else if inside.is_empty() {
-            "a run writes its first checkpoint when it first saves".to_owned()
-        } else {
-            format!("pass one of the checkpoints in it: {}", inside.join(", "))
-        }
-    )]
-    NotACheckpoint {
-        /// The directory.
-        dir: PathBuf,
-        /// The checkpoints in it, as a recipe leaves them.
-        inside: Vec<String>,
-    },
-    /// The wrong stage's.
-    #[error(
-        "checkpoint `{}` was written by stage `{found}`, expected {}\nhint: pass the directory that {} wrote",
-        dir.display(),
-        .expected.iter().map(|stage| format!("`{stage}`")).collect::<Vec<_>>().join(" or "),
-        .expected.iter().map(|stage| format!("`{stage} train`")).collect::<Vec<_>>().join(" or ")
-    )]
-    Stage {
-        /// The directory.
-        dir: PathBuf,
-        /// Who wrote it.
-        found: Stage,
-        /// Who should have.
-        expected: Vec<Stage>,
-    },
-    /// A score where logits are needed.
-    #[error("`{}` holds a reward or value model, expected a language model", dir.display())]
-    NotAnLm {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// Logits where a score is needed.
-    #[error("`{}` holds a language model, expected a reward model\nhint: pass the directory that `reward-model train` wrote", dir.display())]
-    NotAScore {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// No tokenizer.
-    #[error("`{}` has no tokenizer\nhint: put `tokenizer.json` and `tokenizer_config.json` into it", dir.display())]
-    NoTokenizer {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// The tokenizer is another model's.
-    #[error(
-        "`{}`: the tokenizer has {tokenizer} tokens, the model {model}\n\
-         hint: it is another model's, or tokens were added and the embedding was not resized",
-        dir.display()
-    )]
-    Vocabulary {
-        /// The directory.
-        dir: PathBuf,
-        /// Tokens of the tokenizer.
-        tokenizer: usize,
-        /// Rows of the embedding.
-        model: usize,
-    },
-    /// The reward model lacks embeddings of tokens that the policy can sample.
-    #[error(
-        "the policy `{}` can sample {sampled} tokens, the reward model `{}` knows {known}",
-        policy.display(),
-        dir.display()
-    )]
-    SmallerVocabulary {
-        /// The reward model's directory.
-        dir: PathBuf,
-        /// Rows of its embedding.
-        known: usize,
-        /// The policy's directory.
-        policy: PathBuf,
-        /// Rows of the policy's embedding.
-        sampled: usize,
-    },
-    /// Two checkpoints that do not fit together.
-    #[error(
-        "`{}` and `{}` have different {what}, so one cannot read what the other writes\nhint: train both from the same `pretrain` checkpoint",
-        a.display(),
-        b.display()
-    )]
-    Partners {
-        /// The difference.
-        what: &'static str,
-        /// One directory.
-        a: PathBuf,
-        /// The other.
-        b: PathBuf,
-    },
-    /// Nothing to resume from.
-    #[error("checkpoint `{}` holds no state to resume from\nhint: `--init` starts a new run from its weights", dir.display())]
-    NoState {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// Not what was saved.
-    #[error("`{}` is not the file that the manifest names: its SHA-256 differs\nhint: it was changed after the save; copy the whole directory again", path.display())]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Another layout.
-    #[error("`{}` has format {found}, this program reads {FORMAT_VERSION}", path.display())]
-    Format {
-        /// The manifest.
-        path: PathBuf,
-        /// Its format.
-        found: u32,
-    },
-    /// Not JSON, or not the right JSON.
-    #[error("`{}` is damaged: {reason}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// The parser's message.
-        reason: String,
-    },
-    /// Not to be saved.
-    #[error("not saved: tensor `{name}` of `{}` holds {value}; the last checkpoint is kept", file.display())]
-    NotFinite {
-        /// The file it was to go to.
-        file: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The first number that is not finite.
-        value: f32,
-    },
-    /// Not readable.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// Not writable.
-    #[error("failed to write `{}`, so the last checkpoint is kept: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The model's files.
-    #[error(transparent)]
-    Hf(#[from] HfError),
-    /// The tokenizer's files.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// The weights do not fit the architecture.
-    #[error("`{}`: {source}", dir.display())]
-    Named {
-        /// The directory.
-        dir: PathBuf,
-        /// Which tensor.
-        source: NamedError,
-    },
 }

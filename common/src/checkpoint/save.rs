@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use super::{
-    CONFIG_FILE, CheckpointError, MANIFEST_FILE, Manifest, STATE_DIR, STATE_FILE, Snapshot, State, VALUE_DIR, Weights,
+    CONFIG_FILE, CheckpointError, MANIFEST_FILE, Manifest, Parent, STATE_DIR, STATE_FILE, Snapshot, State, VALUE_DIR,
+    Weights,
 };
 use crate::files::FileError;
 use crate::hash::{sha256_of, sha256_of_file};
-use crate::hf::{self, Class, TokenIds};
+use crate::hf::{self, Base, Class, Head, TokenIds};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Makes `out` the checkpoint that `snapshot` describes.
@@ -88,7 +89,7 @@ fn write_all(
         let value_dir = dir.join(VALUE_DIR);
         fs::create_dir(&value_dir).map_err(write_error(&value_dir))?;
         let sha256 = write_model(&value_dir, value, &tokens, before)?;
-        manifest.files_sha256.insert(format!("{VALUE_DIR}/{}", hf::WEIGHTS_FILE), sha256);
+        manifest.files_sha256.insert(format!("{VALUE_DIR}/{}", value.file()), sha256);
     }
     if let Some(state) = &snapshot.state {
         write_state(&dir.join(STATE_DIR), state, &mut manifest, before)?;
@@ -114,6 +115,16 @@ fn write_all(
     sync_tree(dir).map_err(write_error(dir))
 }
 
+impl Weights {
+    /// The file that they are in.
+    const fn file(&self) -> &'static str {
+        match self {
+            Self::Lm { .. } | Self::Scalar { .. } => hf::WEIGHTS_FILE,
+            Self::Adapter { .. } => hf::ADAPTER_WEIGHTS_FILE,
+        }
+    }
+}
+
 fn write_model(
     dir: &Path,
     weights: &Weights,
@@ -121,10 +132,19 @@ fn write_model(
     before: &mut dyn FnMut(&Path) -> io::Result<()>,
 ) -> Result<String, CheckpointError> {
     static SAID: Once = Once::new();
-    let path = dir.join(hf::WEIGHTS_FILE);
+    let path = dir.join(weights.file());
     before(&path).map_err(write_error(&path))?;
-    let (config, head, named) = weights.parts();
-    let class = hf::write(dir, config, head, named, tokens).map_err(|error| without_temporary(error, dir))?;
+    let written = match weights {
+        Weights::Lm { named, config } => hf::write(dir, config, Head::Lm, named, tokens),
+        Weights::Scalar { named, config, score_bias } => {
+            hf::write(dir, config, Head::Score { bias: *score_bias }, named, tokens)
+        }
+        Weights::Adapter { adapter, config, base: Parent { path, weights_sha256 } } => {
+            let base = Base { path: Some(path.display().to_string()), sha256: Some(weights_sha256.clone()) };
+            hf::write_adapter(dir, config, adapter, &base, tokens)
+        }
+    };
+    let class = written.map_err(|error| without_temporary(error, dir))?;
     if class == Class::Kindling {
         SAID.call_once(|| {
             tracing::warn!(

@@ -4,6 +4,7 @@
 //! ([`Training`]); [`Session::start`] opens the run and [`Session::drive`] is the loop.
 
 mod config;
+mod contents;
 mod resume;
 
 use std::collections::BTreeMap;
@@ -16,16 +17,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
+pub use contents::{Contents, Exported};
 pub use resume::Restored;
 
-use crate::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, State, Weights};
+use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, State};
 use crate::cli::{RuntimeArgs, StageArgs};
 use crate::config::{Configuration, to_toml};
 use crate::data::file_sha256;
 use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
-use crate::model::{Gpt, NamedTensors, ScalarGpt};
-use crate::optim::{AdamW, GradNorm};
+use crate::model::NamedTensors;
+use crate::optim::GradNorm;
 use crate::out_dir::{self, OutLock};
 use crate::runtime::{Runtime, on_pool};
 use crate::tokenizer::Tokenizer;
@@ -146,37 +148,6 @@ impl Step {
     }
 }
 
-/// The model whose weights a checkpoint exports.
-#[derive(Debug, Clone, Copy)]
-pub enum Exported<'a> {
-    /// A language model.
-    Lm(&'a Gpt),
-    /// A reward model.
-    Scalar(&'a ScalarGpt),
-}
-
-/// Contents of a checkpoint of a model in training.
-#[derive(Debug)]
-pub struct Contents<'a> {
-    /// The trained weights.
-    pub weights: Exported<'a>,
-    /// The optimisers by the name of their file.
-    pub optimizers: Vec<(&'static str, &'a AdamW)>,
-    /// The value model, saved beside the policy.
-    pub value: Option<&'a ScalarGpt>,
-    /// The stage's own state.
-    pub stage: Value,
-    /// The model to export in place of the trained weights, such as a reward model whose scores were normalised.
-    pub exported: Option<Exported<'a>>,
-}
-
-impl<'a> Contents<'a> {
-    /// A model and its only optimiser.
-    pub fn new(weights: Exported<'a>, optimizer: &'a AdamW) -> Self {
-        Self { weights, optimizers: vec![("optimizer", optimizer)], value: None, stage: Value::Null, exported: None }
-    }
-}
-
 /// Carries out a command that trains: logging, threads, signals, and the exit code of a run that was asked to stop, which
 /// ends with `advice` on how to go on.
 ///
@@ -210,6 +181,8 @@ pub struct Session {
     progress: Progress,
     /// Origin of the run, for each of its checkpoints.
     manifest: Manifest,
+    /// What adapters stand beside: of the model, and of a value model.
+    bases: [Parent; 2],
     tokenizer: Tokenizer,
     config_toml: String,
     /// Of the last step.
@@ -277,6 +250,8 @@ impl Session {
                 total_steps: Some(plan.total_steps),
                 ..Manifest::new(plan.stage)
             },
+            bases: [plan.parents.first(), plan.parents.last()]
+                .map(|parent| parent.map(|(_, parent)| parent.base()).unwrap_or_default()),
             tokenizer: plan.tokenizer.clone(),
             config_toml,
             grad_norm: None,
@@ -422,7 +397,7 @@ impl Session {
             self.progress.best = Some((self.progress.step, value));
             self.progress.evals_since_best = 0;
             if self.run.keep_best {
-                self.best_weights = Some(weights.to_named());
+                self.best_weights = Some(weights.to_trained());
             }
         } else {
             self.progress.evals_since_best += 1;
@@ -452,18 +427,19 @@ impl Session {
         self.progress.updates = optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.n_updates())).collect();
         let mut tensors: BTreeMap<String, NamedTensors> =
             optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
-        let current = weights.to_named();
+        let current = weights.to_trained();
         tensors.insert("weights".into(), current.clone());
+        let [base, value_base] = &self.bases;
         let exported = match exported {
-            Some(exported) => exported.with(exported.to_named()),
-            None => weights.with(self.best_weights.clone().filter(|_| self.run.keep_best).unwrap_or(current)),
+            Some(exported) => exported.with(exported.to_trained(), base),
+            None => weights.with(self.best_weights.clone().filter(|_| self.run.keep_best).unwrap_or(current), base),
         };
         let snapshot = Snapshot {
             weights: exported,
             manifest: self.manifest(),
             tokenizer: Some(&self.tokenizer),
             config_toml: &self.config_toml,
-            value: value.map(|value| Exported::Scalar(value).with(value.to_named())),
+            value: value.map(|value| Exported::Scalar(value).with(value.to_trained(), value_base)),
             state: Some(State { json: json!(self.progress), tensors }),
         };
         checkpoint::save(&self.out, &snapshot)
@@ -510,7 +486,8 @@ fn restore<C: Configuration>(
     plan: &Plan<'_, C>,
     data: &BTreeMap<String, String>,
 ) -> anyhow::Result<(Progress, Restored)> {
-    let checkpoint = Checkpoint::open(&args.out).and_then(|found| found.of_stage(&[plan.stage]));
+    let checkpoint = Checkpoint::open_on(&args.out, args.runtime.base());
+    let checkpoint = checkpoint.and_then(|found| found.of_stage(&[plan.stage]));
     let checkpoint = checkpoint.context("failed to resume")?;
     let state = checkpoint.state().context("failed to read what `--resume` needs")?;
     resume::check(&args.out, &checkpoint, plan, data)?;
@@ -574,24 +551,6 @@ pub enum Outcome {
     Finished,
     /// The user asked to stop; `--resume` goes on.
     Interrupted,
-}
-
-impl Exported<'_> {
-    fn to_named(self) -> NamedTensors {
-        match self {
-            Self::Lm(gpt) => gpt.to_named(),
-            Self::Scalar(scalar) => scalar.to_named(),
-        }
-    }
-
-    fn with(&self, named: NamedTensors) -> Weights {
-        match self {
-            Self::Lm(gpt) => Weights::Lm { named, config: gpt.config().clone() },
-            Self::Scalar(scalar) => {
-                Weights::Scalar { named, config: scalar.config().clone(), score_bias: scalar.score_bias() }
-            }
-        }
-    }
 }
 
 const fn max_1(n: u64) -> u64 {

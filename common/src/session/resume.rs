@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH};
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration};
 use crate::files::read_if_there;
-use crate::model::{Gpt, NamedTensors, ScalarGpt};
+use crate::model::{Adapters, Gpt, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
 use crate::runtime::Runtime;
 
@@ -46,6 +46,15 @@ impl Restored {
         Ok(runtime.gpt_of(self.checkpoint.model_config(), weights)?)
     }
 
+    /// The language model of which adapters beside `trunk` were trained.
+    ///
+    /// # Errors
+    /// As [`gpt`](Self::gpt).
+    pub fn adapted_gpt(&mut self, trunk: Gpt, runtime: &Runtime) -> anyhow::Result<Gpt> {
+        let weights = self.tensors("weights")?;
+        Ok(trunk.with_adapters(self.adapters()?, weights, &runtime.device)?)
+    }
+
     /// The reward model that was trained, its scores not normalised.
     ///
     /// # Errors
@@ -53,6 +62,19 @@ impl Restored {
     pub fn scalar(&mut self, runtime: &Runtime) -> anyhow::Result<ScalarGpt> {
         let weights = self.tensors("weights")?;
         Ok(runtime.scalar_of(self.checkpoint.model_config(), weights)?)
+    }
+
+    /// The reward model of which the head and adapters beside `trunk` were trained, its scores not normalised.
+    ///
+    /// # Errors
+    /// As [`gpt`](Self::gpt).
+    pub fn adapted_scalar(&mut self, trunk: Gpt, runtime: &Runtime) -> anyhow::Result<ScalarGpt> {
+        let weights = self.tensors("weights")?;
+        Ok(ScalarGpt::with_adapters(trunk, self.adapters()?, weights, 0.0, &runtime.device)?)
+    }
+
+    fn adapters(&self) -> anyhow::Result<&Adapters> {
+        Ok(&self.checkpoint.adapter().context("the checkpoint has no adapter")?.adapters)
     }
 
     /// The optimiser saved under `name`.

@@ -11,7 +11,7 @@ use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, log_probs, of_response_tokens};
 use common::tokenizer::Tokenizer;
 use ppo::targets::{Experience, ValueTargets};
-use ppo::{Iteration, Learner, PpoConfig, TrainArgs, UpdateMetrics};
+use ppo::{Iteration, Models, PpoConfig, TrainArgs, UpdateMetrics};
 
 /// The results of one step, each as flat numbers under the name of the quantity.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,13 +45,9 @@ pub fn replay(args: &TrainArgs, reference: &Path, n_prompts: usize, responses: O
     let n = responses.map_or(n_prompts / minibatches * minibatches, <[_]>::len).max(minibatches);
     let prompts = first_prompts(&config, n, tokenizer, max_seq_len, streams)?;
 
-    let learner = Learner::start(&config, &initial, &reward_model, None, &runtime.autodiff())?;
-    let frozen = FrozenModels {
-        reference: runtime.gpt(&Checkpoint::open(reference)?)?,
-        reward_model: runtime.scalar(&reward_model)?,
-        gold: None,
-        batch_size: config.micro_batch_size(),
-    };
+    let Models { learner, reward_model, .. } = Models::load(&config, &initial, &reward_model, None, &runtime)?;
+    let reference = runtime.gpt(&Checkpoint::open(reference)?)?;
+    let frozen = FrozenModels { reference, reward_model, gold: None, batch_size: config.micro_batch_size() };
     let sampling = config.sampling(streams, tokenizer);
     let policy = learner.policy.valid();
     let ids = match responses {

@@ -287,10 +287,11 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
 
     fn fused_cross_entropy(hidden: Traced, head: Traced, targets: FlexTensor, weight: f64) -> Traced {
+        let learns = head.is_tracked();
         match CrossEntropyBackward.prepare::<C>([hidden.node(), head.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let out =
-                    log_probs::cross_entropy_with_gradients(hidden.primitive(), head.primitive(), &targets, weight);
+                let (hidden, head) = (hidden.primitive(), head.primitive());
+                let out = log_probs::cross_entropy_with_gradients(hidden, head, &targets, weight, learns);
                 prep.finish((out.hidden_grad, out.head_grad), out.loss)
             }
             OpsKind::UnTracked(prep) => {

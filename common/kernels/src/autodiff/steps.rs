@@ -127,7 +127,13 @@ impl Backward<Flex, 3> for LinearBackward {
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (x, weight, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let affine = branch::affine_backward(&x, &weight, &grad, kept.take());
+        let kept = kept.take();
+        if let ([Some(x_node), None, None], None) = (&ops.parents, &kept) {
+            // Frozen.
+            grads.register::<Flex>(x_node.id, linear::backward_x(&weight, &grad));
+            return;
+        }
+        let affine = branch::affine_backward(&x, &weight, &grad, kept);
         register_all!(grads, ops.parents, [affine.x, affine.weight, affine.bias]);
     }
 }
@@ -228,8 +234,13 @@ impl Backward<Flex, 2> for LogProbsBackward {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let LogProbsState { hidden, head, targets, scale, lse } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (hidden_grad, head_grad) = log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad);
-        register_all!(grads, ops.parents, [hidden_grad, head_grad]);
+        let [hidden_node, head_node] = ops.parents;
+        let (hidden_grad, head_grad) =
+            log_probs::backward(&hidden, &head, &targets, scale, &lse, &grad, head_node.is_some());
+        register!(grads, hidden_node, hidden_grad);
+        if let (Some(node), Some(head_grad)) = (head_node, head_grad) {
+            grads.register::<Flex>(node.id, head_grad);
+        }
     }
 }
 
@@ -247,15 +258,17 @@ pub(super) struct LogProbsState {
 pub(super) struct CrossEntropyBackward;
 
 impl Backward<Flex, 2> for CrossEntropyBackward {
-    /// The gradients for an output gradient of 1.
-    type State = (FlexTensor, FlexTensor);
+    /// The gradients for an output gradient of 1; none of a head that is frozen.
+    type State = (FlexTensor, Option<FlexTensor>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [hidden_node, head_node] = ops.parents;
         let (hidden_grad, head_grad) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         register!(grads, hidden_node, flex::scaled(hidden_grad, &grad));
-        register!(grads, head_node, flex::scaled(head_grad, &grad));
+        if let (Some(node), Some(head_grad)) = (head_node, head_grad) {
+            grads.register::<Flex>(node.id, flex::scaled(head_grad, &grad));
+        }
     }
 }
 

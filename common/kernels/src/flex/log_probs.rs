@@ -133,7 +133,7 @@ simd! {
 /// Gradients of `hidden` and `head` for the gradient `grad` of the log-probabilities.
 ///
 /// Logits are computed again, a block of positions at a time, from the log-sum-exp. A task has its own tokens of the
-/// vocabulary, so that nobody else adds to its rows of the head's gradient.
+/// vocabulary, so that nobody else adds to its rows of the head's gradient, which is computed if the head `learns`.
 pub fn backward(
     hidden: &FlexTensor,
     head: &FlexTensor,
@@ -141,7 +141,8 @@ pub fn backward(
     scale: f64,
     lse: &FlexTensor,
     grad: &FlexTensor,
-) -> (FlexTensor, FlexTensor) {
+    learns: bool,
+) -> (FlexTensor, Option<FlexTensor>) {
     let (n, d_model) = matrix_dims(hidden);
     let (vocab_size, _) = matrix_dims(head);
     let scale = scale as f32;
@@ -149,7 +150,7 @@ pub fn backward(
     let (hidden, head, lse, grad) = (contiguous(hidden), contiguous(head), contiguous(lse), contiguous(grad));
     let (hidden, head, lse, grad) = (floats(&hidden), floats(&head), floats(&lse), floats(&grad));
     let mut hidden_grad = unset(n * d_model);
-    let mut head_grad = vec![0.0; vocab_size * d_model];
+    let mut head_grad = if learns { vec![0.0; vocab_size * d_model] } else { Vec::new() };
     let block = block_of(n, vocab_size);
     let mut slopes = unset(vocab_size * block);
     for start in (0..n).step_by(block) {
@@ -160,12 +161,10 @@ pub fn backward(
         let hidden = Mat::rows(hidden, n, d_model, d_model);
         let (columns, hidden) = (Packed::new(hidden.t(), Threads::All), Packed::new(hidden, Threads::All));
         let slopes = &mut slopes[..vocab_size * n]; // [vocab_size, n]
-        slopes
-            .par_chunks_mut(TOKENS * n)
-            .zip(head_grad.par_chunks_mut(TOKENS * d_model))
-            .zip(head.par_chunks(TOKENS * d_model))
-            .enumerate()
-            .for_each(|(i, ((slopes, head_grad), head))| {
+        let mut head_grads: Vec<Option<&mut [f32]>> = head_grad.chunks_mut(TOKENS * d_model).map(Some).collect();
+        head_grads.resize_with(vocab_size.div_ceil(TOKENS), || None);
+        slopes.par_chunks_mut(TOKENS * n).zip(head_grads).zip(head.par_chunks(TOKENS * d_model)).enumerate().for_each(
+            |(i, ((slopes, head_grad), head))| {
                 let n_tokens = head.len() / d_model;
                 let head = Mat::rows(head, n_tokens, d_model, d_model);
                 let tile = MatMut::rows(slopes, n_tokens, n, n);
@@ -176,10 +175,12 @@ pub fn backward(
                         slopes[(target - i * TOKENS) * n + position] += grad[position] * scale;
                     }
                 }
+                let Some(head_grad) = head_grad else { return };
                 let slopes = Mat::rows(slopes, n_tokens, n, n);
                 let head_grad = MatMut::rows(head_grad, n_tokens, d_model, d_model);
                 gemm_packed(head_grad, Output::Accumulate, slopes, &hidden, 1.0, Threads::One);
-            });
+            },
+        );
         gemm(
             MatMut::rows(&mut hidden_grad[start * d_model..], n, d_model, d_model),
             Output::Overwrite,
@@ -189,7 +190,7 @@ pub fn backward(
             Threads::All,
         );
     }
-    (tensor(hidden_grad, [n, d_model]), tensor(head_grad, [vocab_size, d_model]))
+    (tensor(hidden_grad, [n, d_model]), learns.then(|| tensor(head_grad, [vocab_size, d_model])))
 }
 
 /// Positions whose logits are held at once.
@@ -204,8 +205,8 @@ pub struct CrossEntropy {
     pub loss: FlexTensor,
     /// Of the hidden states.
     pub hidden_grad: FlexTensor,
-    /// Of the head.
-    pub head_grad: FlexTensor,
+    /// Of the head, where it learns.
+    pub head_grad: Option<FlexTensor>,
 }
 
 /// `−Σ log p_target · weight`, without gradients.
@@ -218,12 +219,15 @@ pub fn cross_entropy(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTenso
 /// `−Σ log p_target · weight` with its gradients, from one computation of the logits: what they will be multiplied by
 /// is known beforehand, so the backward need not compute them again.
 ///
+/// That of the head is computed if it `learns`.
+///
 /// With `e = exp(z − max z)`: `∂hidden_i = w (Σ_v e_vi head_v / Σ_v e_vi − head_target)`, and the head's likewise.
 pub fn cross_entropy_with_gradients(
     hidden: &FlexTensor,
     head: &FlexTensor,
     targets: &FlexTensor,
     weight: f64,
+    learns: bool,
 ) -> CrossEntropy {
     let (n, d_model) = matrix_dims(hidden);
     let (vocab_size, _) = matrix_dims(head);
@@ -231,7 +235,9 @@ pub fn cross_entropy_with_gradients(
     let (hidden, head) = (contiguous(hidden), contiguous(head));
     let (hidden, head) = (floats(&hidden), floats(&head));
     let mut hidden_grad = unset(n * d_model);
-    let mut head_grad = if n == 0 { vec![0.0; vocab_size * d_model] } else { unset(vocab_size * d_model) };
+    // Of a frozen head no more than room for a row, which `subtract_target` writes.
+    let rows = if learns { vocab_size } else { 1 };
+    let mut head_grad = if n == 0 { vec![0.0; rows * d_model] } else { unset(rows * d_model) };
     let block = block_of(n, vocab_size);
     let n_tiles = vocab_size.div_ceil(TOKENS);
     let mut exps = unset(vocab_size * block);
@@ -249,19 +255,23 @@ pub fn cross_entropy_with_gradients(
             sum += f64::from(*factor).ln();
             *factor = weight as f32 / *factor;
         }
-        let scaled = &mut scaled[..n * d_model];
-        for ((scaled, hidden), factor) in
-            scaled.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model)).zip(&factors)
-        {
-            scaled.iter_mut().zip(hidden).for_each(|(scaled, hidden)| *scaled = hidden * factor);
+        if learns {
+            let scaled = &mut scaled[..n * d_model];
+            for ((scaled, hidden), factor) in
+                scaled.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model)).zip(&factors)
+            {
+                scaled.iter_mut().zip(hidden).for_each(|(scaled, hidden)| *scaled = hidden * factor);
+            }
+            let scaled = Packed::new(Mat::rows(scaled, n, d_model, d_model), Threads::All);
+            let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
+            exps.par_chunks(TOKENS * n).zip(head_grad.par_chunks_mut(TOKENS * d_model)).for_each(
+                |(exps, head_grad)| {
+                    let n_tokens = exps.len() / n;
+                    let out = MatMut::rows(head_grad, n_tokens, d_model, d_model);
+                    gemm_packed(out, output, Mat::rows(exps, n_tokens, n, n), &scaled, 1.0, Threads::One);
+                },
+            );
         }
-        let scaled = Packed::new(Mat::rows(scaled, n, d_model, d_model), Threads::All);
-        let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
-        exps.par_chunks(TOKENS * n).zip(head_grad.par_chunks_mut(TOKENS * d_model)).for_each(|(exps, head_grad)| {
-            let n_tokens = exps.len() / n;
-            let out = MatMut::rows(head_grad, n_tokens, d_model, d_model);
-            gemm_packed(out, output, Mat::rows(exps, n_tokens, n, n), &scaled, 1.0, Threads::One);
-        });
         let hidden_grad = &mut hidden_grad[start * d_model..][..n * d_model];
         gemm(
             MatMut::rows(hidden_grad, n, d_model, d_model),
@@ -274,13 +284,14 @@ pub fn cross_entropy_with_gradients(
         let rows = hidden_grad.chunks_exact_mut(d_model).zip(hidden.chunks_exact(d_model));
         for (((hidden_grad, hidden), &target), &factor) in rows.zip(targets).zip(&factors) {
             let span = target * d_model..(target + 1) * d_model;
-            subtract_target(hidden_grad, &mut head_grad[span.clone()], hidden, &head[span], factor, weight as f32);
+            let of_head = if learns { span.clone() } else { 0..d_model };
+            subtract_target(hidden_grad, &mut head_grad[of_head], hidden, &head[span], factor, weight as f32);
         }
     }
     CrossEntropy {
         loss: tensor(vec![(sum * weight) as f32], [1]),
         hidden_grad: tensor(hidden_grad, [n, d_model]),
-        head_grad: tensor(head_grad, [vocab_size, d_model]),
+        head_grad: learns.then(|| tensor(head_grad, [vocab_size, d_model])),
     }
 }
 

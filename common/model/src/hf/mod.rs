@@ -73,7 +73,16 @@ pub enum Class {
 }
 
 impl Head {
-    const fn output(self) -> Output {
+    /// The constant added to every score; 0 for a language model.
+    pub const fn bias(self) -> f64 {
+        match self {
+            Self::Lm => 0.0,
+            Self::Score { bias } => bias,
+        }
+    }
+
+    /// The output of the model that it stands for.
+    pub const fn output(self) -> Output {
         match self {
             Self::Lm => Output::Logits,
             Self::Score { .. } => Output::Score,

@@ -1,3 +1,4 @@
+mod adapter;
 mod config;
 mod damaged;
 
