@@ -7,6 +7,7 @@ use common::checkpoint::{self, Checkpoint, Stage};
 use common::conversation;
 use common::data::files;
 use common::data::records::{self, OnBadRecord, Prompt};
+use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
 use crate::collect::PairFiles;
@@ -106,10 +107,11 @@ impl Checker<'_> {
         for parent in parents {
             let is_made = self.due.contains(&parent);
             let is_there = self.setup.results(parent).iter().all(|path| path.exists());
+            let or_else = if parent == Step::Pretrain { "; or name a model to start from with `--init`" } else { "" };
             ensure!(
                 is_made || is_there,
                 "it needs what `{parent}` leaves, and `{}` holds none\nhint: run `{parent}` as well: leave out \
-                 `--stages`, or name it in `stages` of recipe.toml",
+                 `--stages`, or name it in `stages` of recipe.toml{or_else}",
                 self.setup.out.display()
             );
         }
@@ -222,6 +224,9 @@ impl Checker<'_> {
     fn lengths(&self, step: Step) -> Result<()> {
         let config = &self.setup.recipe.config;
         let Some((context, source)) = &self.model.context else { return Ok(()) };
+        if let Some(tokenizer) = &self.model.tokenizer {
+            self.encoded(step, tokenizer, *context)?;
+        }
         let (name, n_new) = match (step, &config.collect, &config.evaluate) {
             (Step::Collect, Some(collect), _) => ("recipe.collect.max_tokens", collect.max_tokens),
             (Step::Evaluate, _, Some(evaluate)) => ("recipe.evaluate.max_tokens", evaluate.max_tokens),
@@ -259,6 +264,36 @@ impl Checker<'_> {
                 lengths.len(),
                 file.display()
             );
+        }
+        Ok(())
+    }
+
+    /// Conversations and pairs are accepted as they will be, once there is a tokenizer to measure them with.
+    fn encoded(&self, step: Step, tokenizer: &Tokenizer, context: usize) -> Result<()> {
+        let there = |files: &[PathBuf]| self.files(step, files);
+        match step {
+            Step::Sft => {
+                let Some(config) = &self.setup.configs.sft else { return Ok(()) };
+                for files in [there(&config.data.train)?, there(&config.data.val)?] {
+                    if !files.is_empty() {
+                        sft::check_data(&files, tokenizer, context, &config.data)?;
+                    }
+                }
+            }
+            Step::RewardModel => {
+                let Some(config) = &self.setup.configs.reward_model else { return Ok(()) };
+                for files in [there(&config.data.train)?, there(&config.data.val)?] {
+                    if !files.is_empty() {
+                        reward_model::check_data(&files, tokenizer, context, &config.data)?;
+                    }
+                }
+            }
+            Step::Evaluate if self.setup.recipe.config.stages().contains(&Step::RewardModel) => {
+                if let Some(pairs) = self.setup.test_pairs().filter(|pairs| self.is_there(pairs)) {
+                    reward_model::check_data(&[pairs], tokenizer, context, &DataConfig::default())?;
+                }
+            }
+            _ => {}
         }
         Ok(())
     }

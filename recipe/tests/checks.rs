@@ -119,6 +119,23 @@ fn prompts_that_are_too_long_are_found_as_soon_as_there_is_a_tokenizer() {
 }
 
 #[test]
+fn records_that_are_too_long_are_found_as_soon_as_there_is_a_tokenizer() {
+    let lab = Lab::with_own_data(RECIPE);
+    let long = "a fox and a red boat ".repeat(200);
+    lab.write("data/sft.train.jsonl", &format!("{{\"prompt\": \"Hello?\", \"completion\": \"{long}\"}}\n"));
+    lab.write(
+        "data/prefs.test.jsonl",
+        &format!("{{\"prompt\": \"Hello?\", \"chosen\": \"{long}\", \"rejected\": \"No.\"}}\n"),
+    );
+    let error = lab.fail(&["--set", "sft.data.on_too_long=fail"]);
+    assert!(error.contains("the step `sft` cannot run: a conversation of `") && error.contains("sft.train"), "{error}");
+    assert!(lab.out("tokenizer").exists() && !lab.out("pretrain").exists(), "{error}");
+    let error = lab.fail(&[]);
+    assert!(error.contains("the step `reward-model` cannot run: no pair is left to use"), "{error}");
+    assert!(!lab.out("pretrain").exists(), "{error}");
+}
+
+#[test]
 fn a_step_whose_parent_is_nowhere_is_refused() {
     let lab = Lab::with_own_data(RECIPE);
     let error = refused(&lab, &["--stages", "ppo"]);

@@ -44,6 +44,19 @@ pub(crate) struct Batch {
     margins: Option<Vec<f32>>,
 }
 
+/// Reads `files` as training does, to find what it cannot use before it begins.
+///
+/// # Errors
+/// If a file cannot be read, or none of its records can be used.
+pub fn check_data(
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    max_seq_len: usize,
+    data: &DataConfig<TooLong>,
+) -> anyhow::Result<()> {
+    Pairs::read(files, tokenizer, max_seq_len, data).map(drop)
+}
+
 impl Pairs {
     /// Reads and tokenises `files`.
     pub(crate) fn read(

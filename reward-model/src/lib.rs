@@ -21,6 +21,7 @@ mod train;
 
 pub use cli::{Cli, Command, EvalArgs, ScoreArgs, TrainArgs};
 pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
+pub use data::check_data;
 pub use eval::{Evaluation, evaluate};
 pub use train::train;
 

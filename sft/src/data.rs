@@ -28,6 +28,19 @@ pub(crate) struct Batch {
     positions: Vec<i64>,
 }
 
+/// Reads `files` as training does, to find what it cannot use before it begins.
+///
+/// # Errors
+/// If a file cannot be read, or none of its records can be used.
+pub fn check_data(
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    max_seq_len: usize,
+    data: &DataConfig<TooLong>,
+) -> anyhow::Result<()> {
+    Conversations::read(files, tokenizer, max_seq_len, data).map(drop)
+}
+
 impl Conversations {
     /// Reads and tokenises `files`; conversations without a trained token are left out.
     pub(crate) fn read(

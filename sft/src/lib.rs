@@ -16,6 +16,7 @@ mod train;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
 pub use config::{SftConfig, TooLong, TrainConfig};
+pub use data::check_data;
 pub use eval::Evaluation;
 pub use train::train;
 
