@@ -423,6 +423,12 @@ mod tests {
     }
 
     #[test]
+    fn a_table_is_asked_for_by_its_name_in_toml() {
+        let error = read("train = 3", &[]).expect_err("a number");
+        assert!(error.contains("expected a table") && !error.contains("struct"), "{error}");
+    }
+
+    #[test]
     fn an_override_that_does_not_fit_names_the_flag() {
         let error = read("[train]\nlr = 1.0\n", &["seed=1", "train.weight_decy=0.1"]).expect_err("unknown key");
         assert_eq!(

@@ -14,7 +14,7 @@ use common::cli::{RuntimeArgs, StageArgs, at_least_1};
     arg_required_else_help = true,
     after_help = "Example:\n  \
         ppo train --config configs/stories/ppo.toml --data DATA --policy runs/sft --reward-model runs/rm --out runs/ppo\n  \
-        ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data DATA/stories/prompts.test.jsonl"
+        ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data prompts.jsonl"
 )]
 pub struct Cli {
     /// The command

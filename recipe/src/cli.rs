@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Context, Result};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use common::cli::RuntimeArgs;
 
@@ -80,6 +81,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
+    /// Model to start from, a checkpoint or a Hugging Face directory, instead of the recipe's `init`
+    #[arg(long, value_name = "DIR")]
+    pub init: Option<PathBuf>,
+
     /// Run these steps only
     #[arg(long, alias = "stage", value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
@@ -106,8 +111,8 @@ pub struct RunArgs {
 /// Flags of `recipe new`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A stage whose file is not given is left out. All files are read and checked first. Of conversations, pairs and \
-        prompts every twentieth is held out for evaluation.\n\nExample:\n  \
+    after_help = "A stage whose file is not given is left out. A pattern such as 'texts/*.txt' names several files. All are read and \
+        checked first. Of conversations, pairs and prompts every twentieth is held out for evaluation.\n\nExample:\n  \
         recipe new my-recipe --text book.txt --sft answers.jsonl\n  \
         recipe new my-recipe --text book.txt --sft answers.jsonl --pairs preferences.jsonl --prompts prompts.jsonl"
 )]
@@ -135,6 +140,21 @@ pub struct NewArgs {
     /// Model to start from instead of pretraining one: a checkpoint or a Hugging Face directory
     #[arg(long, value_name = "DIR", conflicts_with = "text")]
     pub init: Option<PathBuf>,
+}
+
+impl RunArgs {
+    /// What is laid over the recipe's files: `--set`, and `--init` as the key that it stands for.
+    ///
+    /// # Errors
+    /// If the working directory is unknown.
+    pub fn all_overrides(&self) -> Result<Vec<String>> {
+        let mut all = self.overrides.clone();
+        if let Some(init) = &self.init {
+            let path = std::path::absolute(init).context("the working directory is unknown")?;
+            all.push(format!("recipe.init={}", toml::Value::String(path.display().to_string())));
+        }
+        Ok(all)
+    }
 }
 
 /// Flags of `recipe world`.

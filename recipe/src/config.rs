@@ -21,6 +21,7 @@ pub struct RecipeConfig {
     /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`. All of them by default, or with `init`
     /// those after `pretrain`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("items" = serde_json::json!({ "enum": ["pretrain", "sft", "reward-model", "ppo"] })))]
     pub stages: Option<Vec<Step>>,
     /// Model to start from, a checkpoint or a directory in Hugging Face layout: the initial model of SFT, or of pretraining
     /// if `stages` names it.

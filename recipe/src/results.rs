@@ -86,15 +86,16 @@ pub struct ScoredAnswer {
 impl Results {
     /// Averages over the rows of `answers.jsonl`; the maps of the stages' own evaluations start empty.
     pub fn of_answers(rows: &[AnswerRow]) -> Self {
+        let values = |policy: Policy, value: &dyn Fn(&ScoredAnswer) -> Option<f64>| -> Vec<f64> {
+            rows.iter().filter_map(|row| row.answers.get(&policy)).filter_map(value).collect()
+        };
         let over_rows = |value: &dyn Fn(&ScoredAnswer) -> Option<f64>| -> BTreeMap<Policy, Interval> {
-            Policy::ALL
-                .into_iter()
-                .filter_map(|policy| {
-                    let values: Vec<f64> =
-                        rows.iter().filter_map(|row| row.answers.get(&policy)).filter_map(value).collect();
-                    Some((policy, Interval::of(&values)?))
-                })
-                .collect()
+            let interval = |policy| Some((policy, Interval::of(&values(policy, value))?));
+            Policy::ALL.into_iter().filter_map(interval).collect()
+        };
+        let ended = |policy| {
+            let values = values(policy, &|answer| Some(f64::from(u8::from(answer.ended))));
+            Some((policy, Interval::of_rate(&values)?))
         };
         let gains: Vec<f64> = rows
             .iter()
@@ -104,7 +105,7 @@ impl Results {
             gold: over_rows(&|answer| answer.gold),
             score: over_rows(&|answer| answer.score),
             words: over_rows(&|answer| Some(answer.text.split_whitespace().count() as f64)),
-            ended: over_rows(&|answer| Some(f64::from(u8::from(answer.ended)))),
+            ended: Policy::ALL.into_iter().filter_map(ended).collect(),
             gain: Interval::of(&gains),
             reward_model: Map::new(),
             ppo: Map::new(),
@@ -183,6 +184,9 @@ mod tests {
         assert!((results.gold[&Policy::Ppo].mean - 0.55).abs() < 1e-12);
         assert!(!results.gold.contains_key(&Policy::Base) && results.score.is_empty());
         assert_eq!(results.words[&Policy::Sft].mean, 2.0);
+        // Wilson's interval of 2 of 2: 1/(1 + 1.96²/2) to 1.
+        let ended = results.ended[&Policy::Ppo];
+        assert!((ended.low - 0.3424).abs() < 1e-4 && ended.high <= 1.0, "{ended:?}");
     }
 
     #[test]

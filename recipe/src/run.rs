@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use common::cli::StageArgs;
 use common::interrupt::Interrupt;
+use common::logging::counted;
 use common::out_dir::{self, OutLock};
 use common::session::Outcome;
 
@@ -33,7 +34,7 @@ use crate::steps::Step;
 /// # Errors
 /// If the recipe is not valid or a step fails; what was finished before stays and is skipped the next time.
 pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
-    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.overrides, args.seed)?;
+    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.all_overrides()?, args.seed)?;
     let _lock = OutLock::take_inside(&args.out)?;
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
@@ -231,7 +232,8 @@ impl<'a> Run<'a> {
                 let world = config.world.as_ref().context("the recipe has no `[world]`")?;
                 let summary = toy::write(&self.setup.data_dir(), world)?;
                 let n: usize = summary.files.iter().map(|(_, n)| n).sum();
-                tracing::info!("{n} records in {} files in `{}`", summary.files.len(), self.setup.data_dir().display());
+                let (records, n_files) = (counted(n, "record", "records"), summary.files.len());
+                tracing::info!("{records} in {n_files} files in `{}`", self.setup.data_dir().display());
                 Ok(Outcome::Finished)
             }
             Step::Tokenizer => self.tokenizer(),

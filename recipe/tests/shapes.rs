@@ -126,8 +126,9 @@ fn a_recipe_starts_from_a_model_that_is_there() {
     let weights = first.json("pretrain/manifest.json")["weights_sha256"].clone();
     assert_eq!(manifest["parents"][0]["weights_sha256"], weights);
 
-    // Pretraining can go on from it as well.
-    let lab = Lab::with_own_data(&format!("seed = 3\ninit = \"{}\"\nstages = [\"pretrain\"]\n", model.display()));
-    lab.run(&[]);
+    // Pretraining can go on from it as well; a flag names it, by a path from where the command is run.
+    let lab = Lab::with_own_data("seed = 3\nstages = [\"pretrain\"]\n");
+    std::os::unix::fs::symlink(&model, lab.path("a \"model\"")).unwrap();
+    lab.run(&["--init", "a \"model\""]);
     assert_eq!(lab.json("pretrain/manifest.json")["parents"][0]["weights_sha256"], weights);
 }

@@ -40,7 +40,10 @@ pub enum Command {
 
 /// Flags of `reward-model eval`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  reward-model eval --checkpoint runs/rm --data data/tiny/prefs.test.jsonl")]
+#[command(
+    after_help = "The loss is that of the scores as the checkpoint gives them. Training logs `val/loss` before the scores are \
+        normalised, so the two differ.\n\nExample:\n  reward-model eval --checkpoint runs/rm --data data/tiny/prefs.test.jsonl"
+)]
 pub struct EvalArgs {
     /// Checkpoint of a reward model
     #[arg(long, value_name = "DIR")]

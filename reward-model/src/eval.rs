@@ -17,7 +17,8 @@ use crate::data::{EncodedPair, Pairs};
 pub struct Evaluation {
     /// Fraction of pairs whose chosen answer scores higher; equal scores count half.
     pub accuracy: f64,
-    /// Mean pairwise loss in nats, margins included where the pairs have them.
+    /// Mean pairwise loss in nats, margins included where the pairs have them; of the scores as the checkpoint gives them,
+    /// which training normalises after its last `val/loss`.
     pub loss: f64,
     /// Mean of `score_chosen − score_rejected`.
     pub margin_mean: f64,

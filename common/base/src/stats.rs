@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 const Z_95: f64 = 1.959_963_984_540_054;
 
 /// How [`Interval::of`] finds its bounds, in words for the reports.
-pub const METHOD: &str = "normal approximation: mean ± 1.96·s/√n over prompts, s² with n − 1";
+pub const METHOD: &str = "normal approximation: mean ± 1.96·s/√n over prompts, s² with n − 1; of shares, Wilson’s";
 
 /// A number measured on a sample, such as held-out prompts, and its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -24,6 +24,7 @@ use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, Sta
 use crate::cli::{RuntimeArgs, StageArgs};
 use crate::config::{Configuration, to_toml};
 use crate::data::file_sha256;
+use crate::files::write_whole;
 use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::NamedTensors;
@@ -231,7 +232,7 @@ impl Session {
             (progress, Some(restored))
         } else {
             let path = args.out.join(checkpoint::CONFIG_FILE);
-            std::fs::write(&path, &config_toml).with_context(|| format!("failed to write `{}`", path.display()))?;
+            write_whole(&path, &config_toml)?;
             (Progress::new(resume::overrides(args)?), None)
         };
         let point = resumed.then_some(ResumePoint { step: progress.step, seconds: progress.seconds });

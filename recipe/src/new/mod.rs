@@ -5,14 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use common::checkpoint::{Checkpoint, Stage};
 use common::conversation::{Message, Role};
+use common::data::files::expand;
 use common::data::records::{self, OnBadRecord, Separator};
 use common::exit::UsageError;
-use common::files::is_filled;
+use common::files::{is_filled, write_whole};
+use common::logging::counted;
 use serde_json::{Value, json};
 
 use crate::cli::NewArgs;
@@ -73,10 +75,7 @@ pub fn new(args: &NewArgs) -> Result<String> {
         summary += &format!(
             "pretrain: {} bytes in {}; the last tenth is held out\n",
             text.n_bytes,
-            match text.n_documents {
-                1 => "1 document".to_owned(),
-                n => format!("{n} documents"),
-            }
+            counted(text.n_documents, "document", "documents")
         );
     }
     for (step, name, path) in [
@@ -86,7 +85,8 @@ pub fn new(args: &NewArgs) -> Result<String> {
     ] {
         let Some(path) = path.as_deref().filter(|_| stages.contains(&step)) else { continue };
         let (train, val) = divide(read_records(step, path)?, path)?;
-        summary += &format!("{step}: {} records to train on, {} held out\n", train.len(), val.len());
+        let records = counted(train.len(), "record", "records");
+        summary += &format!("{step}: {records} to train on, {} held out\n", val.len());
         n_records.insert(step, train.len());
         files.push((format!("data/{name}.train.jsonl"), lines(&train)));
         files.push((format!("data/{name}.val.jsonl"), lines(&val)));
@@ -101,12 +101,28 @@ pub fn new(args: &NewArgs) -> Result<String> {
     }
     files.push(("recipe.toml".to_owned(), recipe_toml(args, &stages)?));
     files.push(("README.md".to_owned(), readme(args, &stages)));
-    fs::create_dir_all(dir.join("data")).with_context(|| format!("failed to make `{}`", dir.display()))?;
-    for (name, text) in &files {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("failed to write `{}`", path.display()))?;
+    let is_new = !dir.exists();
+    if let Err(error) = write(dir, &files) {
+        // Half a recipe would be in the way of the next try; only the first failure matters.
+        let _ = fs::remove_dir_all(dir.join("data"));
+        for (name, _) in &files {
+            let _ = fs::remove_file(dir.join(name));
+        }
+        if is_new {
+            let _ = fs::remove_dir(dir);
+        }
+        return Err(error);
     }
     Ok(summary + &next(args, &stages))
+}
+
+/// Writes the files of a recipe into `dir`.
+fn write(dir: &Path, files: &[(String, String)]) -> Result<()> {
+    fs::create_dir_all(dir.join("data")).with_context(|| format!("failed to make `{}`", dir.display()))?;
+    for (name, text) in files {
+        write_whole(&dir.join(name), text)?;
+    }
+    Ok(())
 }
 
 /// The stages whose data is given and whose initial model another stage or `--init` gives.
@@ -149,7 +165,8 @@ struct Text {
 }
 
 fn read_text(path: &Path) -> Result<Text> {
-    let texts = records::read_texts(path, &Separator::default(), OnBadRecord::Fail)?;
+    let read = |file: &PathBuf| records::read_texts(file, &Separator::default(), OnBadRecord::Fail);
+    let texts = expand(path)?.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat();
     let absolute = std::path::absolute(path).with_context(|| format!("failed to find `{}`", path.display()))?;
     let n_bytes: usize = texts.iter().map(String::len).sum();
     let least = |seq_len: usize| seq_len as f64 * MAX_BYTES_PER_TOKEN / VAL_FRACTION;
@@ -215,8 +232,12 @@ fn aligned(text: &str) -> String {
     text.lines().map(line).collect()
 }
 
-/// The records of a stage's file in the one form that `data/` has them in.
+/// The records of a stage's files in the one form that `data/` has them in.
 fn read_records(step: Step, path: &Path) -> Result<Vec<Value>> {
+    Ok(expand(path)?.iter().map(|file| records_of(step, file)).collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn records_of(step: Step, path: &Path) -> Result<Vec<Value>> {
     let on_bad = OnBadRecord::Fail;
     let prompt = |messages: &[Message]| match messages {
         [Message { role: Role::User, content }] => json!(content),

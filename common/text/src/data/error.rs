@@ -14,7 +14,7 @@ pub enum DataError {
     #[error(transparent)]
     File(#[from] FileError),
     /// A folder, a device or a pipe stands where a file is expected.
-    #[error("`{path}` is not a file\nhint: a pattern such as `{path}/*.jsonl` names the files of a folder", path = .0.display())]
+    #[error("`{path}` is not a file\nhint: name a file in it, or where several may stand a pattern such as `{path}/*.jsonl`", path = .0.display())]
     NotAFile(PathBuf),
     /// No file matches a pattern.
     #[error("no file matches `{pattern}`", pattern = .0.display())]

@@ -38,9 +38,12 @@ pub fn file_sha256(path: &Path) -> Result<String, DataError> {
     static KNOWN: LazyLock<Mutex<HashMap<Stamp, String>>> = LazyLock::new(Mutex::default);
     let read_metadata = || {
         let metadata = path.metadata()?;
-        Ok((path.to_owned(), metadata.len(), metadata.modified()?))
+        Ok(((path.to_owned(), metadata.len(), metadata.modified()?), metadata.is_file()))
     };
-    let stamp: Stamp = read_metadata().map_err(FileError::read(path))?;
+    let (stamp, is_file): (Stamp, bool) = read_metadata().map_err(FileError::read(path))?;
+    if !is_file {
+        return Err(DataError::NotAFile(path.to_owned()));
+    }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(sha256) = known.get(&stamp) {
         return Ok(sha256.clone());
@@ -84,5 +87,6 @@ mod tests {
         }
         fs::remove_file(&path).expect("there");
         assert!(file_sha256(&path).is_err());
+        assert!(matches!(file_sha256(dir.path()), Err(DataError::NotAFile(_))));
     }
 }

@@ -1,10 +1,10 @@
 //! The tokenizer's directory, ours and Hugging Face's.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use base::files::FileError;
+use base::files::{FileError, write_whole};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer as Library;
@@ -67,21 +67,20 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let text = self.library.to_string(true);
         let text = text.map_err(|e| TokenizerError::library("write the tokenizer", &*e))?;
-        fs::write(&path, text).map_err(FileError::write(&path))?;
+        write_whole(&path, text)?;
         let mut settings = self.settings.clone();
         if self.has_template_files {
             for (name, template) in template::sources(&self.settings) {
                 let path = template_path(dir, name);
                 let folder = path.parent().unwrap_or(dir);
-                let written = fs::create_dir_all(folder).and_then(|()| fs::write(&path, template));
-                written.map_err(FileError::write(&path))?;
+                fs::create_dir_all(folder).map_err(FileError::write(folder))?;
+                write_whole(&path, template)?;
             }
             settings.remove("chat_template");
         }
-        let path = dir.join("tokenizer_config.json");
-        let text = serde_json::to_string_pretty(&settings).map_err(io::Error::from);
-        let written = text.and_then(|text| fs::write(&path, text + "\n"));
-        Ok(written.map_err(FileError::write(&path))?)
+        let settings = serde_json::to_string_pretty(&settings);
+        let settings = settings.map_err(|e| TokenizerError::library("write the settings", &e))?;
+        Ok(write_whole(&dir.join("tokenizer_config.json"), settings + "\n")?)
     }
 }
 

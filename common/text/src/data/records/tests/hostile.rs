@@ -122,9 +122,9 @@ fn folders_are_no_files() {
     let dir = scratch.0.path().join("a.jsonl");
     fs::create_dir(&dir).unwrap();
     let error = read_prompts(&dir, FAIL).unwrap_err().to_string();
-    assert!(error.contains("a.jsonl` is not a file\nhint: a pattern such as"), "{error}");
+    assert!(error.contains("a.jsonl` is not a file\nhint: name a file in it"), "{error}");
     let error = read_prompts(scratch.0.path(), FAIL).unwrap_err().to_string();
-    assert!(error.contains("` is not a file\nhint: a pattern such as"), "{error}");
+    assert!(error.contains("` is not a file\nhint: name a file in it"), "{error}");
 }
 
 /// The keys that any reader knows.
