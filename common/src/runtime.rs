@@ -64,12 +64,22 @@ impl Runtime {
         Ok(self.ready(checkpoint.load_gpt(&self.device)?))
     }
 
-    /// The weights of a checkpoint that adapters stand beside, without autodiff: see [`Checkpoint::load_trunk`].
+    /// The weights of a checkpoint that adapters stand beside, moved here, without autodiff: see [`Checkpoint::take_trunk`].
     ///
     /// # Errors
     /// As there.
-    pub fn trunk(&self, checkpoint: &Checkpoint) -> Result<Gpt, CheckpointError> {
-        Ok(self.ready(checkpoint.load_trunk(&self.device.clone().inner())?))
+    pub fn trunk(&self, checkpoint: &mut Checkpoint) -> Result<Gpt, CheckpointError> {
+        Ok(self.ready(checkpoint.take_trunk(&self.device.clone().inner())?))
+    }
+
+    /// The language model of a checkpoint of which [`trunk`](Self::trunk) gave `trunk`: with its adapter where it is one, and
+    /// not trained.
+    ///
+    /// # Errors
+    /// If the adapter does not fit.
+    pub fn on_trunk(&self, trunk: &Gpt, checkpoint: &Checkpoint) -> Result<Gpt, CheckpointError> {
+        let Some(HostAdapter { adapters, tensors, .. }) = checkpoint.adapter() else { return Ok(trunk.clone()) };
+        trunk.clone().with_adapters(adapters, tensors.clone(), &self.device).map_err(named_error(checkpoint))
     }
 
     /// The language model that training begins with: all weights of `start`, or with `lora` adapters beside them.
@@ -78,29 +88,13 @@ impl Runtime {
     /// As [`Checkpoint::load_gpt`] and [`Checkpoint::adapter_to_train`].
     pub fn gpt_to_train(
         &self,
-        start: &Checkpoint,
+        start: &mut Checkpoint,
         lora: Option<&LoraConfig>,
         streams: &Streams,
     ) -> Result<Gpt, CheckpointError> {
         let Some(lora) = lora else { return self.gpt(start) };
         let HostAdapter { adapters, tensors, .. } = start.adapter_to_train(lora, Output::Logits, streams)?;
         self.trunk(start)?.with_adapters(&adapters, tensors, &self.device).map_err(named_error(start))
-    }
-
-    /// The reward model that training begins with: a new head on the weights of `start`, all of which are trained, or
-    /// with `lora` adapters beside them.
-    ///
-    /// # Errors
-    /// As [`gpt_to_train`](Self::gpt_to_train).
-    pub fn scalar_to_train(
-        &self,
-        start: &Checkpoint,
-        lora: Option<&LoraConfig>,
-        streams: &Streams,
-    ) -> Result<ScalarGpt, CheckpointError> {
-        let Some(lora) = lora else { return Ok(ScalarGpt::new(self.gpt(start)?, streams)) };
-        let HostAdapter { adapters, tensors, .. } = start.adapter_to_train(lora, Output::Score, streams)?;
-        ScalarGpt::with_adapters(self.trunk(start)?, &adapters, tensors, 0.0, &self.device).map_err(named_error(start))
     }
 
     /// The reward model of a checkpoint.

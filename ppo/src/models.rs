@@ -27,26 +27,32 @@ pub struct Models {
 }
 
 impl Models {
-    /// The models to begin or to go on with, on the device of `runtime`, which is without autodiff.
+    /// The models to begin or to go on with, on the device of `runtime`, which is without autodiff. The weights of the
+    /// checkpoints are freed.
     ///
     /// # Errors
     /// If weights or the state of an optimiser cannot be loaded, or adapters do not fit what they are to stand beside.
     pub fn load(
         config: &PpoConfig,
-        initial: &Checkpoint,
-        reward_model: &Checkpoint,
+        initial: &mut Checkpoint,
+        reward_model: &mut Checkpoint,
         restored: Option<Restored>,
         runtime: &Runtime,
     ) -> anyhow::Result<Self> {
         let training = runtime.training(config.train.checkpoint_activations);
-        let Some(lora) = &config.lora else {
-            return Ok(Self {
+        let models = if let Some(lora) = &config.lora {
+            let run = Adapting { config, lora, runtime, training: &training };
+            run.load(initial, reward_model, restored)?
+        } else {
+            Self {
                 learner: Learner::start(config, initial, reward_model, restored, &training)?,
                 reference: runtime.gpt(initial)?,
                 reward_model: runtime.scalar(reward_model)?,
-            });
+            }
         };
-        Adapting { config, lora, initial, reward_model, runtime, training: &training }.load(restored)
+        initial.release();
+        reward_model.release();
+        Ok(models)
     }
 }
 
@@ -54,43 +60,49 @@ impl Models {
 struct Adapting<'a> {
     config: &'a PpoConfig,
     lora: &'a LoraConfig,
-    initial: &'a Checkpoint,
-    reward_model: &'a Checkpoint,
     runtime: &'a Runtime,
     training: &'a Runtime,
 }
 
 impl Adapting<'_> {
-    fn load(&self, mut restored: Option<Restored>) -> anyhow::Result<Models> {
-        let Self { config, lora, initial, runtime, training, .. } = *self;
+    fn load(
+        &self,
+        initial: &mut Checkpoint,
+        reward_model: &mut Checkpoint,
+        mut restored: Option<Restored>,
+    ) -> anyhow::Result<Models> {
+        let Self { config, lora, runtime, training } = *self;
         let trunk = runtime.trunk(initial)?;
-        let reference = match initial.adapter() {
-            Some(HostAdapter { adapters, tensors, .. }) => {
-                trunk.clone().with_adapters(adapters, tensors.clone(), &runtime.device)?
-            }
-            None => trunk.clone(),
-        };
+        let reference = runtime.on_trunk(&trunk, initial)?;
         let policy = if let Some(restored) = &mut restored {
             restored.adapted_gpt(trunk.clone(), training)?
         } else {
             let start = initial.adapter_to_train(lora, Output::Logits, &Streams::new(config.seed))?;
             trunk.clone().with_adapters(&start.adapters, start.tensors, &training.device)?
         };
-        let (reward_model, trunk) = self.reward_model(trunk)?;
+        let (scored, trunk) = self.reward_model(initial, reward_model, trunk)?;
         let policy_optimizer = match &mut restored {
             Some(restored) => restored.optimizer("optimizer", &config.optimizer, training)?,
             None => training.optimizer(&config.optimizer),
         };
-        let critic =
-            if config.ppo.estimator.has_critic() { Some(self.critic(trunk, restored.as_mut())?) } else { None };
+        let critic = if config.ppo.estimator.has_critic() {
+            Some(self.critic(reward_model, trunk, restored.as_mut())?)
+        } else {
+            None
+        };
         let policy = policy.with_checkpoints(training.checkpoint_activations);
-        Ok(Models { learner: Learner { policy, policy_optimizer, critic }, reference, reward_model })
+        Ok(Models { learner: Learner { policy, policy_optimizer, critic }, reference, reward_model: scored })
     }
 
     /// The reward model and its trunk, for which `trunk` is taken if it is the same.
-    fn reward_model(&self, trunk: Gpt) -> anyhow::Result<(ScalarGpt, Gpt)> {
-        let Self { initial, reward_model, runtime, .. } = *self;
-        let Some(HostAdapter { adapters, tensors, head }) = reward_model.adapter() else {
+    fn reward_model(
+        &self,
+        initial: &Checkpoint,
+        reward_model: &mut Checkpoint,
+        trunk: Gpt,
+    ) -> anyhow::Result<(ScalarGpt, Gpt)> {
+        let runtime = self.runtime;
+        let Some(HostAdapter { adapters, tensors, head }) = reward_model.adapter().cloned() else {
             let model = runtime.scalar(reward_model)?;
             return Ok((model.clone(), model.into_trunk()));
         };
@@ -102,14 +114,13 @@ impl Adapting<'_> {
         } else {
             runtime.trunk(reward_model)?
         };
-        let (adapters, tensors) = (adapters.clone(), tensors.clone());
         let model = ScalarGpt::with_adapters(trunk.clone(), &adapters, tensors, head.bias(), &runtime.device)?;
         Ok((model, trunk))
     }
 
     /// The value model on `trunk`. It goes on from the reward model's adapter if that is one, whatever its settings.
-    fn critic(&self, trunk: Gpt, restored: Option<&mut Restored>) -> anyhow::Result<Critic> {
-        let Self { config, lora, reward_model, training, .. } = *self;
+    fn critic(&self, reward_model: &Checkpoint, trunk: Gpt, restored: Option<&mut Restored>) -> anyhow::Result<Critic> {
+        let Self { config, lora, training, .. } = *self;
         let trunk = trunk.with_checkpoints(training.checkpoint_activations);
         let optimizer = &config.value_optimizer;
         if let Some(restored) = restored {

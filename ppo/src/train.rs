@@ -35,9 +35,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
-    let (initial, reward_model) = open_models(args)?;
+    let (mut initial, mut reward_model) = open_models(args)?;
     initial.check_lora(config.lora.as_ref())?;
-    let tokenizer = initial.require_tokenizer()?;
+    let tokenizer = &initial.require_tokenizer()?.clone();
     let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
     let read = |files: &[PathBuf]| config.read_prompts(files, tokenizer, max_seq_len);
     let training = read(&config.data.train).context("failed to read the training prompts")?;
@@ -60,7 +60,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
         metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
     }
-    let models = Models::load(&config, &initial, &reward_model, restored, &runtime)?;
+    let models = Models::load(&config, &mut initial, &mut reward_model, restored, &runtime)?;
     let Models { learner, reference, reward_model } = models;
     let frozen = FrozenModels { reference, reward_model, gold, batch_size: config.micro_batch_size() };
     tracing::info!(

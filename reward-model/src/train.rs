@@ -7,14 +7,16 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
+use common::hf::HostAdapter;
 use common::interrupt::Interrupt;
 use common::metrics::{Recorder, names};
-use common::model::{Layout, ScalarGpt};
+use common::model::params::Output;
+use common::model::{Gpt, Layout, ScalarGpt};
 use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::runtime::Runtime;
 use common::score::by_length;
-use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
+use common::session::{Contents, Exported, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::win;
 
 use crate::cli::TrainArgs;
@@ -37,7 +39,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
-    let init = checkpoint::init_from(&args.init, args.stage.runtime.base())
+    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
@@ -47,6 +49,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let read = |files: &[PathBuf]| Pairs::read(files, tokenizer, max_seq_len, &config.data);
     let training = read(&config.data.train).context("failed to read the training pairs")?;
     let held_out = read(&config.data.val).context("failed to read the held-out pairs")?;
+    let total_steps = config.train.amount().n_steps(training.records.len());
     let plan = Plan {
         stage: Stage::RewardModel,
         parents: &[("--init", &init)],
@@ -56,19 +59,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         config: &config,
         run: &config.run,
         runtime: &runtime,
-        total_steps: config.train.amount().n_steps(training.records.len()),
+        total_steps,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
-    let (model, optimizer) = match restored {
-        Some(mut restored) => {
-            let model = match config.lora {
-                Some(_) => restored.adapted_scalar(runtime.trunk(&init)?, &runtime)?,
-                None => restored.scalar(&runtime)?,
-            };
-            (model, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
-        }
-        None => (runtime.scalar_to_train(&init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer)),
-    };
+    let (model, optimizer, initial) = begin(&config, &mut init, restored, &plain, &runtime)?;
     tracing::info!(
         "{} parameters, {} training pairs, {} held out",
         model.num_params(),
@@ -77,7 +71,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     );
     session.drive(RewardTraining {
         order: Order::new(training.records.len(), streams, "order"),
-        total_steps: plan.total_steps,
+        total_steps,
         model,
         optimizer,
         normalised: None,
@@ -85,9 +79,42 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out: &held_out,
         config: &config,
         init: &init,
+        initial,
         plain: &plain,
         streams,
     })
+}
+
+/// The model and optimiser to begin or to go on with, and with adapters also the initial model, on the same trunk.
+fn begin(
+    config: &RewardModelConfig,
+    init: &mut Checkpoint,
+    mut restored: Option<Restored>,
+    plain: &Runtime,
+    runtime: &Runtime,
+) -> anyhow::Result<(ScalarGpt, AdamW, Option<Gpt>)> {
+    let streams = Streams::new(config.seed);
+    let (model, initial) = if let Some(lora) = &config.lora {
+        let HostAdapter { adapters, tensors, head } = init.adapter_to_train(lora, Output::Score, &streams)?;
+        let trunk = runtime.trunk(init)?;
+        let initial = plain.on_trunk(&trunk, init)?;
+        let model = match &mut restored {
+            Some(restored) => restored.adapted_scalar(trunk, runtime)?,
+            None => ScalarGpt::with_adapters(trunk, &adapters, tensors, head.bias(), &runtime.device)?,
+        };
+        (model, Some(initial))
+    } else {
+        let model = match &mut restored {
+            Some(restored) => restored.scalar(runtime)?,
+            None => ScalarGpt::new(runtime.gpt(init)?, &streams),
+        };
+        (model, None)
+    };
+    let optimizer = match &mut restored {
+        Some(restored) => restored.optimizer("optimizer", &config.optimizer, runtime)?,
+        None => runtime.optimizer(&config.optimizer),
+    };
+    Ok((model, optimizer, initial))
 }
 
 /// A reward model that is being trained.
@@ -100,6 +127,8 @@ struct RewardTraining<'a> {
     held_out: &'a Pairs,
     config: &'a RewardModelConfig,
     init: &'a Checkpoint,
+    /// The model of `init`, where it stands on the trunk of the reward model.
+    initial: Option<Gpt>,
     /// The device without autodiff.
     plain: &'a Runtime,
     order: Order,
@@ -184,7 +213,10 @@ impl Training for RewardTraining<'_> {
             Some(best) => self.model.valid().with_trained(best.clone())?,
             None => self.model.valid(),
         };
-        let initial = self.plain.gpt(self.init)?;
+        let initial = match &self.initial {
+            Some(initial) => initial.clone(),
+            None => self.plain.gpt(self.init)?,
+        };
         let tokenizer = session.tokenizer();
         let scores =
             score_samples(&self.config.normalisation, &initial, &best, self.training, tokenizer, self.streams)?;

@@ -30,7 +30,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let config = SftConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
-    let init = checkpoint::init_from(&args.init, args.stage.runtime.base())
+    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
@@ -45,6 +45,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
             "no answer ends with a token at which generation stops: the model will not learn to stop; see the chat template"
         );
     }
+    let total_steps = config.train.amount().n_steps(training.encoded.len());
     let plan = Plan {
         stage: Stage::Sft,
         parents: &[("--init", &init)],
@@ -54,19 +55,22 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         config: &config,
         run: &config.run,
         runtime: &runtime,
-        total_steps: config.train.amount().n_steps(training.encoded.len()),
+        total_steps,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (gpt, optimizer) = match restored {
         Some(mut restored) => {
             let gpt = match config.lora {
-                Some(_) => restored.adapted_gpt(runtime.trunk(&init)?, &runtime)?,
+                Some(_) => restored.adapted_gpt(runtime.trunk(&mut init)?, &runtime)?,
                 None => restored.gpt(&runtime)?,
             };
             (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        None => (runtime.gpt_to_train(&init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer)),
+        None => {
+            (runtime.gpt_to_train(&mut init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer))
+        }
     };
+    drop(init);
     tracing::info!(
         "{} parameters, {} training conversations, {} held out",
         gpt.num_params(),
@@ -75,7 +79,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     );
     session.drive(FineTuning {
         order: Order::new(training.encoded.len(), streams, "order"),
-        total_steps: plan.total_steps,
+        total_steps,
         gpt,
         optimizer,
         training: &training,

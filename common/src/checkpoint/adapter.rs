@@ -125,16 +125,22 @@ impl Checkpoint {
 
     /// The weights that adapters stand beside, on `device`, without an adapter and without a reward model's head.
     ///
+    /// They are moved there, as [`release`](Self::release) leaves the checkpoint, so that no second copy stays in memory.
+    ///
     /// # Errors
-    /// If they do not fit the architecture.
-    pub fn load_trunk(&self, device: &Device) -> Result<Gpt, CheckpointError> {
-        let HostModel { config, tensors, .. } = &self.model;
-        match self.model.head {
-            Head::Lm => self.build(|| Gpt::from_named(config, tensors.clone(), device)),
-            Head::Score { .. } => {
-                self.build(|| Ok(ScalarGpt::from_named(config, tensors.clone(), 0.0, device)?.into_trunk()))
-            }
-        }
+    /// If they do not fit the architecture, or were taken before.
+    pub fn take_trunk(&mut self, device: &Device) -> Result<Gpt, CheckpointError> {
+        let tensors = std::mem::take(&mut self.model.tensors);
+        let HostModel { config, head, .. } = &self.model;
+        self.build(|| match head {
+            Head::Lm => Gpt::from_named(config, tensors, device),
+            Head::Score { .. } => Ok(ScalarGpt::from_named(config, tensors, 0.0, device)?.into_trunk()),
+        })
+    }
+
+    /// Frees the weights, once the models that need them are on their device; of an adapter those of its base.
+    pub fn release(&mut self) {
+        self.model.tensors = NamedTensors::new();
     }
 
     /// The adapter that PPO's value model is, on a trunk of the architecture `config`.

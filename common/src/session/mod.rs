@@ -489,9 +489,13 @@ fn restore<C: Configuration>(
 ) -> anyhow::Result<(Progress, Restored)> {
     let checkpoint = Checkpoint::open_on(&args.out, args.runtime.base());
     let checkpoint = checkpoint.and_then(|found| found.of_stage(&[plan.stage]));
-    let checkpoint = checkpoint.context("failed to resume")?;
+    let mut checkpoint = checkpoint.context("failed to resume")?;
     let state = checkpoint.state().context("failed to read what `--resume` needs")?;
     resume::check(&args.out, &checkpoint, plan, data)?;
+    if checkpoint.adapter().is_some() {
+        // The trunk is that of the checkpoint it began from.
+        checkpoint.release();
+    }
     let mut progress: Progress = serde_json::from_value(state.json)
         .context("`state/state.json` is damaged, or was written by another version")?;
     ensure!(
