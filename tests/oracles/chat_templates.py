@@ -4,8 +4,8 @@ pip install transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6 && python chat
 
 With KINDLING_SMOLLM2, the directory of a SmolLM2-135M-Instruct, its conversations are recorded anew, too.
 
-The templates have the structure of those in use (ChatML with a default system text, Llama 3, Qwen 3, Zephyr, nanochat),
-written anew and kept short, and what else of Jinja templates use.
+The templates have the structure of those in use (ChatML with a default system text, Llama 3, Qwen 2.5 and 3, Phi 3, DeepSeek R1,
+Zephyr, nanochat), written anew and kept short, and what else of Jinja templates use.
 """
 
 import json
@@ -188,6 +188,13 @@ LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %
 {%- if loop.index0 == 0 and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}{% else %}{% set content = m['content'] %}{% endif %}
 {%- if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
 {%- endfor %}"""
+PHI3 = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+R1 = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+{%- else %}{{ ('<｜User｜>' if m.role == 'user' else '') + m.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
 NANOCHAT = """{{- '<|bos|>' }}{%- set ns = namespace(system='') %}
 {%- for m in messages %}
 {%- if m.role == 'system' %}{%- set ns.system = m.content + '\\n\\n' %}
@@ -215,6 +222,13 @@ MARKED = {
     "zephyr": ZEPHYR.replace(
         "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n",
         "{{ '<|assistant|>\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}\n\n"),
+    "phi3": PHI3.replace(
+        "m.content + '<|end|>\\n' }}",
+        "'' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}"
+        "{% endif %}{{ '\\n' }}"),
+    "r1": R1.replace(
+        " + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}",
+        " }}{% generation %}{{ m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endgeneration %}"),
     "llama2": LLAMA2.replace(
         "{{ ' ' + content.strip() + ' ' + eos_token }}",
         "{% generation %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}"),
@@ -281,6 +295,12 @@ DIRECTORIES = [
     ("qwen2.5", "byte-level", QWEN25,
      {"special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"], "plain": [],
       "settings": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}),
+    ("phi3", "byte-level", PHI3,
+     {"special": ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], "plain": [],
+      "settings": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}}),
+    ("r1", "byte-level", R1,
+     {"special": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "plain": ["<think>", "</think>"],
+      "settings": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜end▁of▁sentence｜>"}}),
     ("zephyr", "sentencepiece-bpe", ZEPHYR, {"special": [], "plain": [], "settings": {"bos_token": "<s>", "eos_token": "</s>"}}),
     ("llama2", "sentencepiece-bpe", LLAMA2, {"special": [], "plain": [], "settings": {"bos_token": "<s>", "eos_token": "</s>"}}),
     ("nanochat", "byte-level", NANOCHAT,

@@ -239,12 +239,17 @@ impl Tokenizer {
 
     /// The token that begins a document: `<|bos|>`, or what a foreign `tokenizer_config.json` names.
     pub fn bos(&self) -> Option<u32> {
-        self.token_id(SPECIAL_TOKENS[0]).or_else(|| self.token_id(&self.configured("bos_token")?))
+        self.named(|specials| specials.bos, "bos_token")
     }
 
     /// The token that ends an answer: `<|end|>`, or what a foreign `tokenizer_config.json` names.
     pub fn eos(&self) -> Option<u32> {
-        self.token_id(SPECIAL_TOKENS[5]).or_else(|| self.token_id(&self.configured("eos_token")?))
+        self.named(|specials| specials.end, "eos_token")
+    }
+
+    /// One of the six special tokens where all are there, else the one under `key` of `tokenizer_config.json`.
+    fn named(&self, of_ours: impl Fn(&Specials) -> u32, key: &str) -> Option<u32> {
+        self.specials.as_ref().ok().map(of_ours).or_else(|| self.token_id(&self.configured(key)?))
     }
 
     /// The tokenizer with those of the special tokens that it lacked, and by how many ids its vocabulary grew.

@@ -34,8 +34,7 @@ impl Tokenizer {
 
     /// The id for padding: `<|pad|>`, or what a foreign `tokenizer_config.json` names unless that ends an answer.
     pub fn pad(&self) -> Option<u32> {
-        let own = self.specials.as_ref().ok().map(|specials| specials.pad);
-        own.or_else(|| self.token_id(&self.configured("pad_token")?).filter(|id| !self.end_ids().contains(id)))
+        self.named(|specials| specials.pad, "pad_token").filter(|id| !self.end_ids().contains(id))
     }
 
     /// The tokenizer with an id for [`pad`](Self::pad), and by how many ids its vocabulary grew.

@@ -290,9 +290,10 @@ impl Tokenizer {
     /// Where in `text`, rendered from `messages`, message `i` stands, the assistant's: after the prompt before it, up to
     /// and with the mark that ends the turn.
     ///
-    /// That is what the message adds to the prompt. Where a turn is written in another way once others follow it (Qwen 3
-    /// leaves out the reasoning), it ends as it does alone, after the last character of the message, and begins with
-    /// the first if not after the prompt.
+    /// The end is the first mark behind the last character of the message, if the template writes it there for the
+    /// message alone, too: what else follows it may be for the end of the conversation, or the next turn. Without such
+    /// a mark, or where the template changes the text of the message, it is all that the message adds. A prompt that ends
+    /// in another way than the turn begins (reasoning that is left out later) does not count.
     fn answer(
         &self,
         chat: &Chat,
@@ -307,21 +308,30 @@ impl Tokenizer {
             before => before?,
         };
         let alone = self.render_chat_template(&messages[..=i], false)?;
-        let mut range = if alone.starts_with(&before) && text.starts_with(&alone) {
-            before.len()..alone.len()
-        } else {
-            let after_prompt = text.starts_with(&before).then_some(before.len());
-            let begin = after_prompt.or_else(|| chat.edge(messages, i, text, false));
-            let end = chat.edge(messages, i, text, true).zip(chat.edge(&messages[..=i], i, &alone, true));
-            let end = end.filter(|(end, of_alone)| text[*end..].starts_with(&alone[*of_alone..]));
-            let end = end.map(|(end, of_alone)| end + alone.len() - of_alone);
-            let range = begin.zip(end).filter(|(begin, end)| begin < end);
-            let (begin, end) = range.ok_or_else(|| TokenizerError::NoAnswer(i + 1))?;
-            begin..end
+        let is_blank = |range: Range<usize>| text[range].trim().is_empty();
+        let end = match chat.edge(messages, i, text, true).zip(chat.edge(&messages[..=i], i, &alone, true)) {
+            Some((last, last_alone)) => {
+                let added = &alone[last_alone..];
+                let mark = marks.iter().find(|mark| last <= mark.at.start).map(|mark| mark.at.clone());
+                let mark = mark.filter(|at| is_blank(last..at.start) && added.starts_with(&text[last..at.end]));
+                let after_all = || text[last..].starts_with(added).then_some(last + added.len());
+                mark.map(|at| at.end).or_else(after_all)
+            }
+            None => text.starts_with(&alone).then_some(alone.len()),
         };
+        let begin = if text.starts_with(&before) {
+            before.len()
+        } else {
+            let first = chat.edge(messages, i, text, false);
+            let content = messages[i].1;
+            let blank = &content[..content.len() - content.trim_start().len()];
+            let first = first.map(|first| text[..first].strip_suffix(blank).map_or(first, str::len));
+            first.unwrap_or_else(|| common_prefix(text, &before))
+        };
+        let mut range = begin..end.filter(|end| begin < *end).ok_or(TokenizerError::NoAnswer(i + 1))?;
         // The text after the end of the turn is the template's.
         let inside = marks.iter().rev().find(|mark| range.start <= mark.at.start && mark.at.end <= range.end);
-        if let Some(mark) = inside.filter(|mark| text[mark.at.end..range.end].trim().is_empty()) {
+        if let Some(mark) = inside.filter(|mark| is_blank(mark.at.end..range.end)) {
             range.end = mark.at.end;
         }
         Ok(range)
@@ -392,6 +402,11 @@ impl Shadows {
         }
         (lifted, was_shadow)
     }
+}
+
+/// How many bytes of their beginning two texts have in common, in whole characters.
+fn common_prefix(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum()
 }
 
 fn encode(library: &Library, text: &str) -> Result<Encoding, TokenizerError> {

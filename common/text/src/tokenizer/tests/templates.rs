@@ -135,6 +135,8 @@ fn without_generation_blocks_an_answer_and_its_end_are_trained_on() {
         ("zephyr", "</s>"),
         ("qwen3", "<|im_end|>"),
         ("qwen2.5", "<|im_end|>"),
+        ("phi3", "<|end|>"),
+        ("r1", "<｜end▁of▁sentence｜>"),
     ] {
         let tokenizer = directory(name);
         let chat = [Message::new(Role::User, "hi"), Message::new(Role::Assistant, "the cat")];
@@ -144,7 +146,13 @@ fn without_generation_blocks_an_answer_and_its_end_are_trained_on() {
         let text = tokenizer.decode_with_specials(&trained);
         assert!(text.ends_with(&format!("the cat{end}")), "{name}: {text:?}");
         assert_eq!(tokenizer.end_of_turn(), tokenizer.token_id(end), "{name}");
-        assert_eq!(encode_response(&tokenizer, "the cat").unwrap(), trained, "{name}");
+        let response = encode_response(&tokenizer, "the cat").unwrap();
+        assert_eq!(response, trained, "{name}");
+        // Byte-level tokens of a line break depend on what follows two, and one prompt opens a block that is left out.
+        if !["llama3", "r1"].contains(&name) {
+            let row = [encode_prompt(&tokenizer, &chat[..1]).unwrap(), response].concat();
+            assert!(encoded.ids.starts_with(&row), "{name}");
+        }
     }
 }
 
