@@ -35,7 +35,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
 const EDGES: [(&str, &[&str]); 14] = [
     ("backend", &["config", "kernels"]),
-    ("capacity", &["model"]),
+    ("capacity", &["model", "kernels", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "model", "rng", "tokenizer"]),
     ("cli", &["backend", "config", "kernels", "logging", "out_dir", "runtime"]),
     ("config", &["files"]),
@@ -49,6 +49,7 @@ const EDGES: [(&str, &[&str]); 14] = [
     (
         "session",
         &[
+            "capacity",
             "checkpoint",
             "cli",
             "config",
@@ -56,6 +57,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "files",
             "hf",
             "interrupt",
+            "kernels",
             "metrics",
             "model",
             "optim",

@@ -2,12 +2,12 @@
 
 use std::num::NonZeroUsize;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
 use crate::backend::{self, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::hf::HostAdapter;
-use crate::kernels::{Kernels, Precision};
+use crate::kernels::{self, Kernels, Precision};
 use crate::model::params::Output;
 use crate::model::{Gpt, GptConfig, LoraConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
@@ -54,6 +54,17 @@ impl Runtime {
     #[must_use]
     pub fn training(&self, checkpoint_activations: bool) -> Self {
         Self { checkpoint_activations, ..self.autodiff() }
+    }
+
+    /// Whether models are in the host's memory, as those of the CPU backends are.
+    pub fn is_on_host(&self) -> bool {
+        kernels::is_on_host(&Tensor::<1>::zeros([1], &self.device))
+    }
+
+    /// The operations that run: fused ones are there for f32 on the flex backend.
+    pub fn effective_kernels(&self) -> Kernels {
+        let is_fused = self.precision == Precision::F32 && self.label.starts_with("flex");
+        if is_fused { self.kernels } else { Kernels::Plain }
     }
 
     /// The language model of a checkpoint.

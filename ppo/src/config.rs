@@ -1,6 +1,7 @@
 //! The configuration of this stage.
 
 use anyhow::ensure;
+use common::capacity::Settings;
 use common::cli::StageArgs;
 use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
@@ -241,6 +242,14 @@ impl PpoConfig {
             "`train.micro_batch_size` {micro} does not divide the {minibatch} responses of a minibatch"
         );
         Ok(())
+    }
+
+    /// The settings that decide how much memory an update needs.
+    pub fn memory(&self) -> Settings {
+        Settings {
+            micro_batch_size: self.micro_batch_size(),
+            checkpoint_activations: self.train.checkpoint_activations,
+        }
     }
 
     /// Responses computed at a time.

@@ -26,6 +26,7 @@ mod learner;
 pub mod loss;
 mod measured;
 mod models;
+mod needs;
 pub mod rewards;
 pub mod targets;
 mod train;
@@ -38,6 +39,7 @@ pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
 pub use models::Models;
+pub use needs::{lengths, needs};
 pub use train::{open_models, train};
 pub use update::{UpdateMetrics, ValueMetrics};
 

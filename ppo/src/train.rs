@@ -21,6 +21,7 @@ use crate::kl::AdaptiveController;
 use crate::learner::Learner;
 use crate::measured::{HeldOut, Measured};
 use crate::models::Models;
+use crate::needs;
 use crate::targets::Experience;
 
 /// Every sampled response, in the output directory.
@@ -35,6 +36,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
+    needs::check(&config, args, &runtime)?;
     let (mut initial, mut reward_model) = open_models(args)?;
     initial.check_lora(config.lora.as_ref())?;
     let tokenizer = &initial.require_tokenizer()?.clone();

@@ -3,8 +3,7 @@
 use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::tensor::Tensor;
-use common::capacity;
-use common::checkpoint::{self, Checkpoint, Stage};
+use common::checkpoint::{self, Checkpoint, Preview, Stage};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::interrupt::Interrupt;
 use common::loss;
@@ -12,6 +11,7 @@ use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
 use common::rng::{Rng, Streams};
+use common::runtime::Runtime;
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
 use common::tokenizer::Tokenizer;
 use serde_json::json;
@@ -20,6 +20,7 @@ use crate::cli::TrainArgs;
 use crate::config::PretrainConfig;
 use crate::data::{Corpus, Windows};
 use crate::eval;
+use crate::needs;
 
 /// Trains a language model on text.
 ///
@@ -29,7 +30,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let config = PretrainConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
-    let (tokenizer, init) = starting_point(args, &config)?;
+    let (tokenizer, init) = starting_point(args, &config, &runtime)?;
     let model_config = if let Some(init) = &init {
         init.model_config().clone()
     } else {
@@ -37,7 +38,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         resolved.with_context(|| format!("invalid config `{}`", args.stage.config.display()))?
     };
     let seq_len = config.seq_len(&model_config)?;
-    capacity::check_training(&model_config, config.train.amount().micro(), seq_len)?;
+    if init.is_none() {
+        needs::check(&config, &model_config, false, &runtime)?;
+    }
     let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.process.quiet)?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {
@@ -170,9 +173,17 @@ pub fn gradients(
 }
 
 /// The tokenizer, and the checkpoint to start from if there is one.
-fn starting_point(args: &TrainArgs, config: &PretrainConfig) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
+fn starting_point(
+    args: &TrainArgs,
+    config: &PretrainConfig,
+    runtime: &Runtime,
+) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
+            // What is wrong with the initial model is said where it is loaded.
+            if let Ok(initial) = Preview::open(dir, args.stage.runtime.base()) {
+                needs::check(config, &initial.config, true, runtime)?;
+            }
             let init = checkpoint::init_from(dir, args.stage.runtime.base())
                 .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]))
                 .context("failed to load the initial model")?

@@ -33,6 +33,8 @@ pub struct Cli {
 pub enum Command {
     /// Run every stage of a recipe in turn, then write report.html and report.json
     Run(RunArgs),
+    /// Print how much memory each stage of a recipe will need, and whether this machine has it
+    Plan(PlanArgs),
     /// Write a small recipe for your own files
     New(NewArgs),
     /// Run a recipe on several backends and compare every level, from single operations to whole curves
@@ -102,6 +104,40 @@ pub struct RunArgs {
     /// Print every configuration of the recipe with defaults and comments, then exit; no other flag is needed
     #[arg(long)]
     pub print_config: bool,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `recipe plan`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Nothing is trained or written. Lengths of conversations, pairs and prompts are counted where data and tokenizer \
+        are there already; otherwise each is taken to be as long as the model's context.\n\nExample:\n  \
+        recipe plan configs/tiny\n  \
+        recipe plan configs/stories --data DATA --set sft.train.micro_batch_size=4 --set sft.train.checkpoint_activations=true"
+)]
+pub struct PlanArgs {
+    /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
+    #[arg(value_name = "RECIPE")]
+    pub recipe: String,
+
+    /// Directory of a run of the recipe, whose tokenizer and generated data are used
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Folder that $DATA/ stands for in the paths of the recipe [env: KINDLING_DATA]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+
+    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.` (repeatable)
+    #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
+    pub overrides: Vec<String>,
+
+    /// Print one JSON object, in bytes
+    #[arg(long)]
+    pub json: bool,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

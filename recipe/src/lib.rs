@@ -6,7 +6,7 @@
 //!
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config` and `folder` (the recipe's files), `setup` (everything read and checked), `run`,
-//! `plan` with [`inputs`] and [`record`] (when a step has to run again), `print` (`--print-config`), `check` (what can be found wrong at once),
+//! `plan` with [`inputs`] and [`record`] (when a step has to run again), `print` (`--print-config`), `memory` (what each stage needs), `check` (what can be found wrong at once),
 //! `collect`, `evaluate`, [`report`], [`gold`] (what an answer is really worth), [`toy`] (the generated data of
 //! `configs/tiny`), [`bench`] (how fast all of it is here) and [`compare`] (whether backends
 //! agree).
@@ -23,6 +23,7 @@ mod evaluate;
 mod folder;
 pub mod gold;
 pub mod inputs;
+mod memory;
 mod new;
 mod plan;
 mod print;
@@ -33,7 +34,7 @@ mod run;
 mod setup;
 pub mod steps;
 
-pub use cli::{Cli, Command, NewArgs, RunArgs, WorldArgs};
+pub use cli::{Cli, Command, NewArgs, PlanArgs, RunArgs, WorldArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, RecipeConfig};
 pub use folder::Recipe;
 pub use run::run;
@@ -56,6 +57,10 @@ pub fn execute(cli: Cli) -> Result<()> {
         Command::Run(args) if args.print_config => print::print_config(&args),
         Command::Run(args) => {
             session::run(&args.runtime, "run the same command again to continue", |interrupt| run(&args, interrupt))
+        }
+        Command::Plan(args) => {
+            args.runtime.start()?;
+            memory::print_plan(&args)
         }
         Command::New(args) => {
             common::logging::init(0, false);

@@ -45,6 +45,7 @@ fn help_has_an_example_and_version_a_number() {
     for (name, args) in [
         ("help.txt", vec!["--help"]),
         ("run-help.txt", vec!["run", "--help"]),
+        ("plan-help.txt", vec!["plan", "--help"]),
         ("compare-help.txt", vec!["compare", "--help"]),
         ("world-help.txt", vec!["world", "--help"]),
         ("bench-train-help.txt", vec!["bench", "train", "--help"]),

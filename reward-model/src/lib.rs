@@ -15,6 +15,7 @@ mod config;
 mod data;
 mod eval;
 pub mod loss;
+mod needs;
 mod normalisation;
 mod score;
 mod train;
@@ -23,6 +24,7 @@ pub use cli::{Cli, Command, EvalArgs, ScoreArgs, TrainArgs};
 pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
 pub use data::check_data;
 pub use eval::{Evaluation, evaluate};
+pub use needs::{lengths, needs};
 pub use train::train;
 
 use common::cli::ConfigSource;

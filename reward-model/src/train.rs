@@ -24,6 +24,7 @@ use crate::config::{BestBy, RewardModelConfig};
 use crate::data::{Batch, EncodedPair, Pairs};
 use crate::eval;
 use crate::loss::{centring_penalty, pairwise_loss};
+use crate::needs;
 use crate::normalisation::{Normalisation, score_samples};
 
 /// Trains a reward model on preference pairs.
@@ -38,6 +39,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let config = RewardModelConfig::load(&args.stage)?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
+    needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let streams = Streams::new(config.seed);
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))

@@ -12,12 +12,14 @@ mod cli;
 mod config;
 mod data;
 mod eval;
+mod needs;
 mod train;
 
 pub use cli::{Cli, Command, EvalArgs, TrainArgs};
 pub use config::{SftConfig, TooLong, TrainConfig};
 pub use data::check_data;
 pub use eval::Evaluation;
+pub use needs::{lengths, needs};
 pub use train::train;
 
 use common::cli::ConfigSource;

@@ -21,6 +21,7 @@ use crate::cli::TrainArgs;
 use crate::config::SftConfig;
 use crate::data::{Batch, Conversations};
 use crate::eval;
+use crate::needs;
 
 /// Fine-tunes a language model on conversations.
 ///
@@ -30,6 +31,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let config = SftConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
+    needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
         .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?

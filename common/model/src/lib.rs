@@ -6,6 +6,7 @@ mod adapter;
 mod block;
 mod cache;
 mod config;
+pub mod footprint;
 pub mod generate;
 mod gpt;
 pub mod hf;

@@ -6,6 +6,7 @@ use super::{Checkpoint, CheckpointError};
 use crate::hf::HostModel;
 use crate::model::NamedTensors;
 use crate::model::params::{Role, role_of};
+use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Opens the directory of `--init`: a checkpoint of ours, or one in Hugging Face layout.
 ///
@@ -21,9 +22,7 @@ pub fn init_from(dir: &Path, base: Option<&Path>) -> Result<Checkpoint, Checkpoi
     let mut checkpoint = Checkpoint::open_on(dir, base)?;
     let Some(tokenizer) = checkpoint.tokenizer.take() else { return Ok(checkpoint) };
     let n_old = tokenizer.vocab_size();
-    let writes_by_template = tokenizer.writes_by_template();
-    let (tokenizer, n_added) =
-        if writes_by_template { tokenizer.with_pad_token()? } else { tokenizer.with_special_tokens_added()? };
+    let (tokenizer, n_added) = prepared(tokenizer)?;
     if n_added > 0 {
         add_tokens(&mut checkpoint.model, n_old, tokenizer.vocab_size());
         tracing::info!(
@@ -33,6 +32,11 @@ pub fn init_from(dir: &Path, base: Option<&Path>) -> Result<Checkpoint, Checkpoi
     }
     checkpoint.tokenizer = Some(tokenizer);
     Ok(checkpoint)
+}
+
+/// `tokenizer` with the special tokens that training needs, and how many were added.
+pub(super) fn prepared(tokenizer: Tokenizer) -> Result<(Tokenizer, usize), TokenizerError> {
+    if tokenizer.writes_by_template() { tokenizer.with_pad_token() } else { tokenizer.with_special_tokens_added() }
 }
 
 /// Gives `model` the tokens `n_old..n_new`, as [`grow_vocab`] does.

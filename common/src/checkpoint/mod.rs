@@ -15,6 +15,7 @@ mod adapter;
 mod error;
 mod init;
 mod manifest;
+mod preview;
 mod save;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use adapter::Adapted;
 pub use error::CheckpointError;
 pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
+pub use preview::Preview;
 pub use save::save;
 
 use crate::files::FileError;

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::resume;
+use crate::capacity::Settings;
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::data::files::one_or_many;
@@ -29,11 +30,21 @@ pub struct RunConfig {
     pub keep_best: bool,
     /// Number of evaluations without a new best after which training stops early; 0 never stops early.
     pub patience: u64,
+    /// Whether a run that needs more memory than there is stops before it begins.
+    pub check_memory: bool,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { log_every: 10, eval_every: 100, save_every: 500, save_every_minutes: 5.0, keep_best: false, patience: 0 }
+        Self {
+            log_every: 10,
+            eval_every: 100,
+            save_every: 500,
+            save_every_minutes: 5.0,
+            keep_best: false,
+            patience: 0,
+            check_memory: true,
+        }
     }
 }
 
@@ -53,6 +64,7 @@ impl RunConfig {
             save_every_minutes: Option<f64>,
             keep_best: Option<bool>,
             patience: Option<u64>,
+            check_memory: Option<bool>,
         }
         let given = Given::deserialize(deserializer)?;
         Ok(Self {
@@ -62,6 +74,7 @@ impl RunConfig {
             save_every_minutes: given.save_every_minutes.unwrap_or(self.save_every_minutes),
             keep_best: given.keep_best.unwrap_or(self.keep_best),
             patience: given.patience.unwrap_or(self.patience),
+            check_memory: given.check_memory.unwrap_or(self.check_memory),
         })
     }
 
@@ -189,6 +202,11 @@ impl Amount {
     pub fn n_steps(&self, n: usize) -> u64 {
         let of_epochs = || self.epochs.unwrap_or(1).saturating_mul(n as u64).div_ceil(self.batch_size as u64);
         self.steps.unwrap_or_else(of_epochs)
+    }
+
+    /// The settings that decide how much memory a step needs.
+    pub fn memory(&self, checkpoint_activations: bool) -> Settings {
+        Settings { micro_batch_size: self.micro(), checkpoint_activations }
     }
 
     /// Items computed at a time.

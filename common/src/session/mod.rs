@@ -462,6 +462,7 @@ impl Session {
             tracing::info!("done at step {step}; the checkpoint is in `{out}`");
         }
         self.recorder.finish();
+        tracing::debug!("{} MiB of memory at most", crate::kernels::memory::usage().peak_bytes >> 20);
         Ok(if interrupted { Outcome::Interrupted } else { Outcome::Finished })
     }
 

@@ -98,7 +98,7 @@ impl Shape {
         set(&mut model.vocab_size, self.vocab_size);
         model.d_ff = 4 * model.d_model;
         model.validate().map_err(|error| UsageError(error.to_string()))?;
-        capacity::check_training(&model, 1, 1).map_err(|error| UsageError(error.to_string()))?;
+        capacity::check_model(&model).map_err(|error| UsageError(error.to_string()))?;
         Ok(model)
     }
 

@@ -255,6 +255,15 @@ pub fn read(dir: &Path) -> Result<(HostModel, TokenIds, String), HfError> {
     Ok((HostModel { config, head, tensors }, tokens, sha256))
 }
 
+/// The architecture that config.json describes; only the weights tell whether tied embeddings are written out, and
+/// whether positions are sinusoidal.
+///
+/// # Errors
+/// If the file is missing or damaged, or asks for what the model cannot do.
+pub fn read_config(dir: &Path) -> Result<GptConfig, HfError> {
+    Ok(Parsed::read(dir)?.config)
+}
+
 /// Checks that the weights are those of the model that config.json describes, before any is read.
 fn check_shapes(
     path: &Path,

@@ -1,0 +1,88 @@
+//! Memory that a run needs.
+
+use common::capacity::{self, Lengths, Needs, Settings, Trained};
+use common::checkpoint::Preview;
+use common::kernels::Kernels;
+use common::model::footprint::{self, Batch};
+use common::model::params::Output;
+use common::runtime::Runtime;
+
+use crate::cli::TrainArgs;
+use crate::config::PpoConfig;
+
+/// Refuses a run that needs more memory than there is, before the weights of policy and reward model are read.
+///
+/// # Errors
+/// If it does not fit.
+pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, runtime: &Runtime) -> anyhow::Result<()> {
+    let (true, true) = (config.run.check_memory, runtime.is_on_host()) else { return Ok(()) };
+    // What is wrong with a model is said where it is loaded.
+    let preview = |dir| Preview::open(dir, args.stage.runtime.base());
+    let (Ok(policy), Ok(reward_model)) = (preview(&args.policy), preview(&args.reward_model)) else {
+        return Ok(());
+    };
+    let kernels = runtime.effective_kernels();
+    capacity::check_run(
+        config.train.batch_size / config.ppo.minibatches,
+        config.memory(),
+        policy.config.max_seq_len,
+        || lengths(config, &policy),
+        |lengths, settings| needs(config, [&policy, &reward_model], lengths, kernels, settings),
+    )
+}
+
+/// The lengths of the training prompts.
+///
+/// # Errors
+/// If they cannot be read.
+pub fn lengths(config: &PpoConfig, policy: &Preview) -> anyhow::Result<Lengths> {
+    let context = policy.config.max_seq_len;
+    let Some(tokenizer) = &policy.tokenizer else { return Ok(Lengths::unknown(context)) };
+    let prompts = config.read_prompts(&config.data.train, tokenizer, context)?;
+    Ok(Lengths::of(context, prompts.encoded.iter().map(|prompt| prompt.ids.len()).collect()))
+}
+
+/// What PPO needs with such a policy and reward model: both and the frozen reference, the value model, the answers as they
+/// are decoded. With `[lora]` policy and reference share a trunk, as do
+/// reward and value model, and all four where they stand on one base.
+pub fn needs(
+    config: &PpoConfig,
+    [policy, reward_model]: [&Preview; 2],
+    lengths: &Lengths,
+    kernels: Kernels,
+    settings: Settings,
+) -> Needs {
+    let is_shared = config.lora.is_some() && policy.weights_dir == reward_model.weights_dir;
+    let (policy, reward_model) = (&policy.config, &reward_model.config);
+    let seq = (lengths.longest() + config.ppo.response_length).min(policy.max_seq_len);
+    let batch = Batch { rows: settings.micro_batch_size as f64, seq: seq as f64 };
+    let trained = |model, output| Trained {
+        config: model,
+        output,
+        lora: config.lora.as_ref(),
+        kernels,
+        checkpoint_activations: settings.checkpoint_activations,
+        batch,
+        accumulates: settings.micro_batch_size < config.train.batch_size / config.ppo.minibatches,
+    };
+    let actor = trained(policy, Output::Logits);
+    let mut needs = actor.needs();
+    let (of_policy, of_reward_model) =
+        (footprint::weights(policy, Output::Logits), footprint::weights(reward_model, Output::Score));
+    if config.ppo.estimator.has_critic() {
+        let critic = trained(reward_model, Output::Score).needs();
+        // It is saved once: nothing is handed on in its place. A trunk that it shares is the reward model's.
+        let shared = if config.lora.is_some() { of_reward_model } else { 0.0 };
+        needs += Needs { weights: critic.weights - shared, saving: critic.saving - critic.moments / 2.0, ..critic };
+    }
+    let rows = config.train.rollout_batch_size.min(config.train.batch_size);
+    needs += Needs {
+        weights: if config.lora.is_some() { 0.0 } else { of_policy } + if is_shared { 0.0 } else { of_reward_model },
+        loading: of_policy + of_reward_model,
+        cache: footprint::cache(policy, rows, seq) + footprint::inference(policy, actor.computation(), batch),
+        data: capacity::vocabulary(policy.vocab_size)
+            + capacity::records(config.data.train.iter().chain(&config.data.val)),
+        ..Needs::default()
+    };
+    needs
+}
