@@ -248,7 +248,7 @@ fn check_within(
     if !settings.checkpoint_activations {
         would_fit.extend(smaller(true));
     }
-    Err(TooLarge { needed, available, settings, would_fit })
+    Err(TooLarge { needed: Box::new(needed), available, settings, would_fit })
 }
 
 /// A run that needs more memory than there is.
@@ -258,7 +258,7 @@ fn check_within(
     needed.peak() / GIB, available / GIB, self.hint()
 )]
 pub struct TooLarge {
-    needed: Needs,
+    needed: Box<Needs>,
     available: f64,
     settings: Settings,
     /// Settings with which it would fit.
