@@ -16,9 +16,11 @@
 // Without the flex backend there is nothing to choose.
 #![cfg_attr(not(feature = "flex"), allow(unused_variables))]
 
+mod attention;
 mod block;
 mod checkpoint;
 pub mod fault;
+mod gated;
 mod kept;
 mod plain;
 mod precision;
@@ -44,8 +46,12 @@ mod autodiff;
 
 use burn::tensor::{Device, Int, Tensor};
 
+pub use attention::{Angles, Heads, attention, attention_cached, rotate};
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
 pub use checkpoint::{Leaves, checkpointed};
+pub use gated::{
+    GatedWeights, add_rms_norm, gate, gated_mlp_add_rms_norm, project_add_rms_norm, rms_norm, rms_norm_keeping,
+};
 pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 
 use tap::{Call, Operation};
@@ -201,30 +207,6 @@ pub fn activate<const D: usize>(x: Tensor<D>, activation: Activation) -> Tensor<
     plain::activate(x, activation)
 }
 
-/// Root-mean-square normalisation over the last axis: `x / √(mean(x²) + eps) · γ`.
-///
-/// # Shapes
-/// - `x`: `[.., d]`, `gamma`: `[d]`
-///
-/// # Source
-/// Zhang & Sennrich, arXiv:1910.07467.
-pub fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, eps: f64) -> Tensor<D> {
-    plain::rms_norm(x, gamma, eps)
-}
-
-/// Turns pairs of channels by the angle of their position: channel `i` with channel `i + n/2` of the first `n`, where `n`
-/// is twice the width of the tables; the channels behind stay.
-///
-/// # Shapes
-/// - `x`: `[batch, seq, n_heads, d_head]`
-/// - `cos`, `sin`: `[batch or 1, seq, 1, n / 2]`
-///
-/// # Source
-/// Su et al., arXiv:2104.09864, with the pairs of transformers' `rotate_half`.
-pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
-    plain::rotate(x, cos, sin)
-}
-
 /// Layer normalisation over the last axis: `(x − mean) / √(var + eps) · γ + β`.
 ///
 /// # Shapes
@@ -284,82 +266,6 @@ pub fn add_layer_norm<const D: usize>(
     }
     let sum = x + residual;
     (plain::layer_norm(sum.clone(), gamma, beta, eps), sum)
-}
-
-/// Causal multi-head self-attention over the packed projection.
-///
-/// Query `t` of row `b` sees keys `first_key[b][t]..=t`: 0 for a row padded behind, the start of the document in a packed
-/// one. Scores are divided by `√d_head`.
-///
-/// # Shapes
-/// - `qkv`: `[batch, seq, 3 · d_model]`, queries, keys and values side by side, each `[n_heads, d_head]`
-/// - `first_key`: `[batch, seq]`, at most `t` in column `t`; `None` = 0 everywhere
-/// - `dropout`: `[batch, n_heads, seq, seq]`, factors on the attention weights (0 or `1 / (1 − p)`); always plain
-/// - returns `[batch, seq, d_model]`
-///
-/// # Panics
-/// If the shapes do not fit; fused, also if `first_key[b][t] > t`, where plain gives NaN rather than wait for the device.
-///
-/// # Source
-/// Vaswani et al., arXiv:1706.03762. The fused version keeps a tile of scores at a time and recomputes them in the
-/// backward from the saved log-sum-exp, as Dao et al., arXiv:2205.14135.
-pub fn attention(
-    kernels: Kernels,
-    qkv: Tensor<3>,
-    first_key: Option<Tensor<2, Int>>,
-    n_heads: usize,
-    dropout: Option<Tensor<4>>,
-) -> Tensor<3> {
-    let [batch, seq, width] = qkv.dims();
-    assert_eq!(width % (3 * n_heads), 0, "{width} columns do not hold queries, keys and values of {n_heads} heads");
-    if let Some(first_key) = &first_key {
-        assert_eq!(first_key.dims(), [batch, seq], "first_key does not fit qkv");
-    }
-    tap::call(|| Call::new(Operation::Attention { first_key: first_key.clone(), n_heads }, [(&qkv).into()]));
-    #[cfg(feature = "flex")]
-    if dropout.is_none() && is_fused(kernels, &qkv) {
-        let first_key = first_key.map_or_else(|| vec![0; batch * seq], first_keys);
-        return Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), first_key, n_heads));
-    }
-    plain::attention(&qkv, first_key, n_heads, dropout)
-}
-
-/// Attention of new positions over a cache of keys and values, for decoding; not differentiable.
-///
-/// The keys and values of row `b`'s new positions are written at indices `cached[b]..cached[b] + new`, in place if
-/// nobody else holds the cache. New position `i` then sees keys `0..=cached[b] + i` of its row.
-///
-/// # Shapes
-/// - `qkv`: `[batch, new, 3 · d_model]`
-/// - `keys`: `[batch, n_heads, d_head, capacity]`, `values`: `[batch, n_heads, capacity, d_head]`; what lies beyond a
-///   row's positions has no weight, but must be finite
-/// - `cached`: `[batch]`, how many positions each row holds already
-/// - returns `([batch, new, d_model], keys, values)`
-///
-/// # Panics
-/// If the shapes do not fit or a row's `cached + new > capacity`.
-pub fn attention_cached(
-    kernels: Kernels,
-    qkv: Tensor<3>,
-    keys: Tensor<4>,
-    values: Tensor<4>,
-    cached: &[usize],
-) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
-    let [batch, new, width] = qkv.dims();
-    let [_, n_heads, d_head, capacity] = keys.dims();
-    assert_eq!(width, 3 * n_heads * d_head, "qkv does not fit the cache");
-    assert_eq!(keys.dims(), [batch, n_heads, d_head, capacity], "the cache has another batch");
-    assert_eq!(values.dims(), [batch, n_heads, capacity, d_head], "keys and values do not fit each other");
-    assert_eq!(cached.len(), batch, "one number of cached positions a row");
-    let longest = cached.iter().max().copied().unwrap_or(0);
-    assert!(longest + new <= capacity, "{longest} + {new} positions do not fit a cache of {capacity}");
-    #[cfg(feature = "flex")]
-    if is_fused(kernels, &qkv) {
-        let (out, keys, values) =
-            Dispatch::fused_attention_cached(qkv.into_dispatch(), keys.into_dispatch(), values.into_dispatch(), cached);
-        return (Tensor::from_dispatch(out), Tensor::from_dispatch(keys), Tensor::from_dispatch(values));
-    }
-    plain::attention_cached(&qkv, keys, values, cached)
 }
 
 /// Runs `body` with worker threads that wait awake: for many short operations in a row, such as decoding token by token.
@@ -433,6 +339,23 @@ pub fn embed(
     plain::embed(tokens, position_table, ids, positions, start)
 }
 
+/// The embedding of tokens without positions: `out[b][t] = tokens[ids[b][t]]`.
+///
+/// # Shapes
+/// - `tokens`: `[vocab_size, d]`, `ids`: `[batch, seq]`
+/// - returns `[batch, seq, d]`
+///
+/// # Panics
+/// If an id has no row.
+pub fn lookup(kernels: Kernels, tokens: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
+    tap::call(|| Call::new(Operation::Lookup { ids: ids.clone() }, [(&tokens).into()]));
+    #[cfg(feature = "flex")]
+    if is_fused(kernels, &tokens) {
+        return Tensor::from_dispatch(Dispatch::fused_lookup(tokens.into_dispatch(), ids.into_dispatch()));
+    }
+    burn::tensor::module::embedding(tokens, ids)
+}
+
 /// One `AdamW` step of many parameters: where fused, in one pass that the threads share.
 ///
 /// With `g = grad · grad_scale`: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
@@ -496,21 +419,6 @@ fn is_flex(device: &Device) -> bool {
         DispatchDevice::Autodiff(device) => matches!(**device, DispatchDevice::Flex(_)),
         device => matches!(device, DispatchDevice::Flex(_)),
     }
-}
-
-/// The first key of each position on the host.
-///
-/// # Panics
-/// If a query's first key comes after the query.
-#[cfg(feature = "flex")]
-fn first_keys(first_key: Tensor<2, Int>) -> Vec<usize> {
-    let [_, seq] = first_key.dims();
-    let check = |(i, first): (usize, i64)| {
-        let query = i % seq;
-        assert!((0..=query as i64).contains(&first), "query {query} with first key {first} sees no key");
-        first as usize
-    };
-    first_key.into_data().iter::<i64>().enumerate().map(check).collect()
 }
 
 #[cfg(all(test, feature = "flex"))]

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Bool, DType, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData, activation, module, s};
 
+use super::attention::{Angles, Heads};
 use super::fault::{self, Fault};
 use super::{Activation, AdamWParam};
 
@@ -35,15 +36,20 @@ pub(super) fn rms_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, eps: f64)
     x / (mean_square + eps).sqrt() * gamma.unsqueeze()
 }
 
-pub(super) fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
-    let ([_, _, _, d_head], [_, _, _, half]) = (x.dims(), cos.dims());
+pub(super) fn rotate(qkv: &Tensor<3>, heads: Heads, angles: &Angles) -> Tensor<3> {
+    let ([batch, seq, width], [n_rows, _, half]) = (qkv.dims(), angles.cos.dims());
+    let d_head = heads.d_head(width);
+    let n_turned = heads.queries + heads.keys;
+    let x = qkv.clone().slice(s![.., .., 0..n_turned * d_head]).reshape([batch, seq, n_turned, d_head]);
+    let [cos, sin] = [&angles.cos, &angles.sin].map(|table| table.clone().reshape([n_rows, seq, 1, half]));
     let a = x.clone().slice(s![.., .., .., 0..half]);
     let b = x.clone().slice(s![.., .., .., half..2 * half]);
     let mut parts = vec![a.clone() * cos.clone() - b.clone() * sin.clone(), b * cos + a * sin];
     if 2 * half < d_head {
         parts.push(x.slice(s![.., .., .., 2 * half..d_head]));
     }
-    Tensor::cat(parts, 3)
+    let turned = Tensor::cat(parts, 3).reshape([batch, seq, n_turned * d_head]);
+    Tensor::cat(vec![turned, qkv.clone().slice(s![.., .., n_turned * d_head..width])], 2)
 }
 
 pub(super) fn layer_norm<const D: usize>(x: Tensor<D>, gamma: Tensor<1>, beta: Tensor<1>, eps: f64) -> Tensor<D> {
@@ -75,12 +81,13 @@ pub(super) fn embed(
 pub(super) fn attention(
     qkv: &Tensor<3>,
     first_key: Option<Tensor<2, Int>>,
-    n_heads: usize,
+    heads: Heads,
     dropout: Option<Tensor<4>>,
 ) -> Tensor<3> {
     let [batch, seq, _] = qkv.dims();
-    let device = qkv.device();
-    let [queries, keys, values] = split_heads(qkv, n_heads); // [batch, n_heads, seq, d_head]
+    let (device, n_heads) = (qkv.device(), heads.queries);
+    let [queries, keys, values] = split_heads(qkv, heads); // [batch, heads, seq, d_head]
+    let [keys, values] = [keys, values].map(|x| for_each_query(x, heads));
     let columns = Tensor::<1, Int>::arange(0..seq as i64, &device).reshape([1, 1, seq]);
     let rows = columns.clone().reshape([1, seq, 1]);
     let mut hidden = columns.clone().greater(rows.expand([1, seq, seq])); // [1, seq, seq]
@@ -99,11 +106,11 @@ pub(super) fn attention_cached(
     keys: Tensor<4>,
     values: Tensor<4>,
     cached: &[usize],
+    heads: Heads,
 ) -> (Tensor<3>, Tensor<4>, Tensor<4>) {
     let [batch, new, _] = qkv.dims();
-    let [_, n_heads, _, _] = values.dims();
     let device = qkv.device();
-    let [queries, new_keys, new_values] = split_heads(qkv, n_heads); // [batch, n_heads, new, d_head]
+    let [queries, new_keys, new_values] = split_heads(qkv, heads); // [batch, heads, new, d_head]
     let (keys, values) = append(keys, values, new_keys, new_values, cached);
     let n_keys = cached.iter().max().map_or(0, |&longest| longest + new);
     let hidden: Vec<bool> = cached
@@ -112,9 +119,9 @@ pub(super) fn attention_cached(
         .collect();
     let hidden = Tensor::<3, Bool>::from_data(TensorData::new(hidden, [batch, new, n_keys]), &device)
         .reshape([batch, 1, new, n_keys])
-        .expand([batch, n_heads, new, n_keys]);
-    let seen_keys = keys.clone().slice(s![.., .., .., 0..n_keys]).transpose();
-    let seen_values = values.clone().slice(s![.., .., 0..n_keys, ..]);
+        .expand([batch, heads.queries, new, n_keys]);
+    let seen_keys = for_each_query(keys.clone().slice(s![.., .., .., 0..n_keys]).transpose(), heads);
+    let seen_values = for_each_query(values.clone().slice(s![.., .., 0..n_keys, ..]), heads);
     (weigh(queries, seen_keys, seen_values, hidden, None), keys, values)
 }
 
@@ -151,16 +158,31 @@ fn append(
     (keys, values.scatter_nd(of_values, new_values.reshape([n, d_head]), IndexingUpdateOp::Assign))
 }
 
-/// `[batch, seq, 3 · d_model]` to queries, keys and values, each `[batch, n_heads, seq, d_head]`.
-fn split_heads(qkv: &Tensor<3>, n_heads: usize) -> [Tensor<4>; 3] {
+/// The packed projection to queries, keys and values, each `[batch, heads, seq, d_head]` with its own number of heads.
+fn split_heads(qkv: &Tensor<3>, heads: Heads) -> [Tensor<4>; 3] {
     let [batch, seq, width] = qkv.dims();
-    let d_model = width / 3;
-    [0, 1, 2].map(|part| {
+    let d_head = heads.d_head(width);
+    let Heads { queries, keys } = heads;
+    [(0, queries), (queries, keys), (queries + keys, keys)].map(|(first, n_heads)| {
         qkv.clone()
-            .slice(s![.., .., part * d_model..(part + 1) * d_model])
-            .reshape([batch, seq, n_heads, d_model / n_heads])
+            .slice(s![.., .., first * d_head..(first + n_heads) * d_head])
+            .reshape([batch, seq, n_heads, d_head])
             .swap_dims(1, 2)
     })
+}
+
+/// Keys or values, `[batch, heads, n, d_head]`, once for each head of queries.
+fn for_each_query(x: Tensor<4>, heads: Heads) -> Tensor<4> {
+    let ([batch, n_heads, n, d_head], group) = (x.dims(), heads.group());
+    if group == 1 {
+        return x;
+    }
+    x.reshape([batch, n_heads, 1, n, d_head]).expand([batch, n_heads, group, n, d_head]).reshape([
+        batch,
+        heads.queries,
+        n,
+        d_head,
+    ])
 }
 
 /// Softmax attention; `hidden` marks what a query does not see. Returns `[batch, queries, d_model]`.

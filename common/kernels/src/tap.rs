@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor};
 
-use super::{Activation, Affine, Kernels, NormWeights};
+use super::{Activation, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights};
 
 /// An operand or a result: its numbers in one row, and its shape.
 #[derive(Debug, Clone)]
@@ -41,6 +41,11 @@ pub enum Operation {
         /// Position of the first token.
         start: usize,
     },
+    /// [`lookup`](super::lookup)
+    Lookup {
+        /// `[batch, seq]`
+        ids: Tensor<2, Int>,
+    },
     /// [`linear`](super::linear), with or without a bias
     Linear,
     /// [`bias_activation`](super::bias_activation)
@@ -67,12 +72,41 @@ pub enum Operation {
         /// Added to the variance.
         eps: f64,
     },
+    /// [`rms_norm`](super::rms_norm)
+    RmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// [`add_rms_norm`](super::add_rms_norm)
+    AddRmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// [`project_add_rms_norm`](super::project_add_rms_norm)
+    ProjectAddRmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// [`gate`](super::gate)
+    Gate(Activation),
+    /// [`gated_mlp_add_rms_norm`](super::gated_mlp_add_rms_norm)
+    GatedMlpAddRmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
     /// [`attention`](super::attention), without dropout
     Attention {
         /// `[batch, seq]`
         first_key: Option<Tensor<2, Int>>,
-        /// Heads.
-        n_heads: usize,
+        /// Of queries and keys.
+        heads: Heads,
+    },
+    /// [`rotate`](super::rotate)
+    Rotate {
+        /// Of queries and keys.
+        heads: Heads,
+        /// Of the positions.
+        angles: Angles,
     },
     /// [`logits`](super::logits)
     Logits,
@@ -166,14 +200,20 @@ impl Operation {
     /// As tables call it.
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::Embed { .. } => "embedding",
+            Self::Embed { .. } | Self::Lookup { .. } => "embedding",
             Self::Linear => "linear",
             Self::BiasActivation(_) => "activation",
             Self::LayerNorm { .. } => "layer norm",
             Self::AddLayerNorm { .. } => "addition and layer norm",
             Self::ProjectAddNorm { .. } => "projection, addition and layer norm",
             Self::MlpAddNorm { .. } => "feed-forward, addition and layer norm",
+            Self::RmsNorm { .. } => "root-mean-square norm",
+            Self::AddRmsNorm { .. } => "addition and root-mean-square norm",
+            Self::ProjectAddRmsNorm { .. } => "projection, addition and root-mean-square norm",
+            Self::Gate(_) => "gate",
+            Self::GatedMlpAddRmsNorm { .. } => "gated feed-forward, addition and root-mean-square norm",
             Self::Attention { .. } => "attention",
+            Self::Rotate { .. } => "rotary positions",
             Self::Logits => "logits",
             Self::TokenLogProbs { .. } => "token log-probabilities",
             Self::CrossEntropy { .. } => "cross-entropy",
@@ -198,6 +238,7 @@ impl Operation {
                 let embedded = super::embed(kernels, x(0).tensor(), x(1).tensor(), ids, positions.as_deref(), *start);
                 vec![(&embedded).into()]
             }
+            Self::Lookup { ids } => vec![(&super::lookup(kernels, x(0).tensor(), on(ids, &device))).into()],
             Self::Linear => {
                 let bias = operands.get(2).map(Operand::tensor);
                 vec![(&super::linear(kernels, x(0).rows(), x(1).tensor(), bias)).into()]
@@ -221,9 +262,32 @@ impl Operation {
                 let out = super::mlp_add_norm(kernels, x(0).rows(), up, *activation, down, x(5).rows(), norm);
                 pair(out, &x(5).shape)
             }
-            Self::Attention { first_key, n_heads } => {
+            Self::RmsNorm { eps } => vec![(&super::rms_norm(kernels, x(0).rows(), x(1).tensor(), *eps)).into()],
+            Self::AddRmsNorm { eps } => {
+                pair(super::add_rms_norm(kernels, x(0).rows(), x(1).rows(), x(2).tensor(), *eps), &x(1).shape)
+            }
+            Self::ProjectAddRmsNorm { eps } => {
+                let (residual, gamma) = (x(2).rows(), x(3).tensor());
+                let out = super::project_add_rms_norm(kernels, x(0).rows(), x(1).tensor(), residual, gamma, *eps);
+                pair(out, &x(2).shape)
+            }
+            Self::Gate(activation) => {
+                vec![(&super::gate(kernels, x(0).rows(), x(1).rows(), *activation)).into()]
+            }
+            Self::GatedMlpAddRmsNorm { eps } => {
+                let weights = GatedWeights { gate: x(1).tensor(), up: x(2).tensor(), down: x(3).tensor() };
+                let (residual, gamma) = (x(4).rows(), x(5).tensor());
+                let out = super::gated_mlp_add_rms_norm(kernels, x(0).rows(), weights, residual, gamma, *eps);
+                pair(out, &x(4).shape)
+            }
+            Self::Attention { first_key, heads } => {
                 let first_key = first_key.as_ref().map(|first_key| on(first_key, &device));
-                vec![(&super::attention(kernels, x(0).tensor(), first_key, *n_heads, None)).into()]
+                vec![(&super::attention(kernels, x(0).tensor(), first_key, *heads, None)).into()]
+            }
+            Self::Rotate { heads, angles } => {
+                let table = |table: &Tensor<3>| Tensor::from_data(table.to_data(), &device);
+                let angles = Angles { cos: table(&angles.cos), sin: table(&angles.sin) };
+                vec![(&super::rotate(kernels, x(0).tensor(), *heads, &angles)).into()]
             }
             Self::Logits => vec![(&super::logits(kernels, x(0).tensor(), x(1).tensor())).into()],
             Self::TokenLogProbs { targets, temperature } => {

@@ -5,10 +5,12 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 mod batch;
+mod gated;
+mod heads;
 use super::{
     Activation, AdamWParam, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention,
-    attention_cached, bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits,
-    mlp_add_norm, project_add_norm, sum_of_squares, token_log_probs, token_log_probs_and_entropy,
+    bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits, mlp_add_norm,
+    project_add_norm, sum_of_squares, token_log_probs, token_log_probs_and_entropy,
 };
 use base::rng::Streams;
 
@@ -182,27 +184,6 @@ fn mlp_leaves(seed: u64, [n, d, d_ff]: [usize; 3]) -> Vec<Vec<f32>> {
     vec![normals(seed, n * d), up, normals(seed ^ 2, d_ff), down, bias, gamma, beta, normals(seed ^ 7, n * d)]
 }
 
-fn attention_op(
-    batch: usize,
-    seq: usize,
-    n_heads: usize,
-    d_head: usize,
-    first: Option<Vec<usize>>,
-    transposed: bool,
-) -> impl Fn(Kernels, &[Tensor<1>]) -> Tensor<1> + Sync {
-    move |kernels, leaves| {
-        let device = leaves[0].device();
-        let first = first.as_ref().map(|first| int_tensor(first, [batch, seq], &device));
-        let width = 3 * n_heads * d_head;
-        let qkv = if transposed {
-            leaves[0].clone().reshape([seq, batch, width]).swap_dims(0, 1)
-        } else {
-            leaves[0].clone().reshape([batch, seq, width])
-        };
-        attention(kernels, qkv, first, n_heads, None).reshape([batch * seq * n_heads * d_head])
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -317,40 +298,6 @@ proptest! {
             x.reshape([n * width])
         };
         assert_agrees(&op, &[normals(seed, n_tokens * d), normals(seed ^ 2, n_positions * d)]);
-    }
-
-    #[test]
-    fn fused_attention_agrees(
-        batch in 1usize..4, seq in edge(), n_heads in 1usize..4, d_head in prop_oneof![Just(1), Just(8), Just(17), Just(64)],
-        rows in rows(), transposed: bool, seed: u64,
-    ) {
-        let first = first_keys(rows, seed, batch, seq);
-        let op = attention_op(batch, seq, n_heads, d_head, first, transposed);
-        assert_agrees(&op, &[normals(seed, batch * seq * 3 * n_heads * d_head)]);
-    }
-
-    #[test]
-    fn decoding_agrees_with_attention_over_the_whole_sequence(
-        batch in 1usize..4, prompt in edge(), n_heads in 1usize..4, d_head in prop_oneof![Just(3), Just(16), Just(40)],
-        kernels in prop_oneof![Just(Kernels::Plain), Just(Kernels::Fused)], seed: u64,
-    ) {
-        let device = Device::flex();
-        let (seq, width) = (prompt + 3, 3 * n_heads * d_head);
-        let qkv = leaf(&normals(seed, batch * seq * width), &device).reshape([batch, seq, width]);
-        let whole = attention(Kernels::Plain, qkv.clone(), None, n_heads, None);
-        let mut keys = Tensor::<4>::full([batch, n_heads, d_head, seq + 2], 7.0, &device);
-        let mut values = keys.clone().transpose();
-        // Row `b` has `prompts[b]` tokens; padding behind them is overwritten by what comes after the prompt.
-        let prompts: Vec<usize> = integers(seed, batch, prompt).into_iter().map(|n| n + 1).collect();
-        let mut cached = vec![0; batch];
-        for new in [prompt, 1, 2] {
-            let of_row = |x: &Tensor<3>, row: usize| x.clone().slice([row..row + 1, cached[row]..cached[row] + new]);
-            let of_rows = |x: &Tensor<3>| Tensor::cat((0..batch).map(|row| of_row(x, row)).collect(), 0);
-            let (out, new_keys, new_values) = attention_cached(kernels, of_rows(&qkv), keys, values, &cached);
-            (keys, values) = (new_keys, new_values);
-            assert_near("decoded", &host(out), &host(of_rows(&whole)), VALUE * 10.0);
-            cached = if new == prompt && cached[0] == 0 { prompts.clone() } else { cached.iter().map(|n| n + new).collect() };
-        }
     }
 
     #[test]
@@ -490,8 +437,6 @@ fn results_do_not_depend_on_the_number_of_threads() {
         embed(kernels, tokens, leaves[1].clone().reshape([4 * d, d]), ids, None, 3).reshape([n * d])
     };
     assert_independent_of_threads(&embedded, &leaves[..2]);
-    let first = first_keys(Rows::Packed, 5, 3, 200);
-    assert_independent_of_threads(&attention_op(3, 200, 4, 24, first, false), &[normals(5, 3 * 200 * 3 * 96)]);
 }
 
 #[test]

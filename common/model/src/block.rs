@@ -8,7 +8,7 @@ use super::adapter::{Adapter, Adapters};
 use super::cache::LayerCache;
 use super::{Activation, Cache, GptConfig, NormKind};
 use base::rng::Rng;
-use kernels::{self, Affine, Kernels, NormWeights, Precision};
+use kernels::{self, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision};
 
 /// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`](super::NormPlacement)'s.
 #[derive(Module, Debug)]
@@ -28,8 +28,8 @@ struct Attention {
     q_norm: Option<Norm>,
     k_norm: Option<Norm>,
     proj: Linear,
-    n_heads: usize,
-    n_kv_heads: usize,
+    #[module(skip)]
+    heads: Heads,
     d_head: usize,
 }
 
@@ -70,8 +70,8 @@ pub(super) struct Pass<'a> {
     /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped
     /// and no adapter stands between.
     pub(super) in_blocks: bool,
-    /// Cosines and sines of the angles of rotary positions, `[batch or 1, seq, 1, n_rotated / 2]`.
-    pub(super) rotary: Option<(Tensor<4>, Tensor<4>)>,
+    /// Of rotary positions.
+    pub(super) rotary: Option<Angles>,
 }
 
 /// Dropout whose masks come from a host stream, so that every backend drops the same numbers.
@@ -107,8 +107,7 @@ impl Block {
                 q_norm: config.qk_norm.then(|| norm(d_head)),
                 k_norm: config.qk_norm.then(|| norm(d_head)),
                 proj: linear(config.n_heads * d_head, d_model, config.proj_bias),
-                n_heads: config.n_heads,
-                n_kv_heads: config.n_kv_heads(),
+                heads: Heads { queries: config.n_heads, keys: config.n_kv_heads() },
                 d_head,
             },
             norm_2: norm(d_model),
@@ -207,11 +206,12 @@ impl Attention {
     /// - returns `[batch, seq, n_heads·d_head]`
     fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
         let qkv = self.placed(qkv, pass);
-        let [batch, seq, width] = qkv.dims();
+        let [batch, seq, _] = qkv.dims();
+        let n_heads = self.heads.queries;
         let mixed = match cache {
             None => {
-                let dropout_mask = pass.mask::<4>(pass.probability(), [batch, self.n_heads, seq, seq], &qkv.device());
-                kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.n_heads, dropout_mask)
+                let dropout_mask = pass.mask::<4>(pass.probability(), [batch, n_heads, seq, seq], &qkv.device());
+                kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.heads, dropout_mask)
             }
             Some(cache) => {
                 let LayerCache { keys_values } = &mut cache.layers[layer];
@@ -221,46 +221,30 @@ impl Attention {
                 mixed
             }
         };
-        assert_shape!(mixed, [batch, seq, width / 3]);
+        assert_shape!(mixed, [batch, seq, n_heads * self.d_head]);
         mixed
     }
 
-    /// Queries and keys normalised and turned to their positions, and keys and values once for each head of queries.
-    ///
-    /// # Shapes
-    /// - `qkv`: `[batch, seq, (n_heads + 2·n_kv_heads)·d_head]`
-    /// - returns `[batch, seq, 3·n_heads·d_head]`
+    /// Queries and keys normalised and turned to their positions, where the model does so; the shape stays.
     fn placed(&self, qkv: Tensor<3>, pass: &Pass<'_>) -> Tensor<3> {
-        let (n_heads, n_kv_heads, d_head) = (self.n_heads, self.n_kv_heads, self.d_head);
-        if pass.rotary.is_none() && self.q_norm.is_none() && n_kv_heads == n_heads {
+        if pass.rotary.is_none() && self.q_norm.is_none() {
             return qkv;
         }
-        let [batch, seq, _] = qkv.dims();
-        let mut start = 0;
-        let mut part = |n: usize| {
-            let end = start + n * d_head;
-            let heads = qkv.clone().slice(s![.., .., start..end]).reshape([batch, seq, n, d_head]);
-            start = end;
-            heads
-        };
-        let (queries, keys, values) = (part(n_heads), part(n_kv_heads), part(n_kv_heads));
-        let place = |x: Tensor<4>, norm: &Option<Norm>| {
-            let mut x = pass.precision.widen(x);
-            if let Some(norm) = norm {
-                x = norm.forward(x, pass);
-            }
-            if let Some((cos, sin)) = &pass.rotary {
-                x = kernels::rotate(x, cos.clone(), sin.clone());
-            }
-            pass.precision.narrow(x)
-        };
-        let shared = |x: Tensor<4>| {
-            let n_each = n_heads / n_kv_heads;
-            x.reshape([batch, seq, n_kv_heads, 1, d_head]).expand([batch, seq, n_kv_heads, n_each, d_head])
-        };
-        let flat = |x: Tensor<5>| x.reshape([batch, seq, n_heads * d_head]);
-        let queries = place(queries, &self.q_norm).reshape([batch, seq, n_heads * d_head]);
-        Tensor::cat(vec![queries, flat(shared(place(keys, &self.k_norm))), flat(shared(values))], 2)
+        let mut qkv = pass.precision.widen(qkv);
+        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
+            let ([batch, seq, width], Heads { queries, keys }) = (qkv.dims(), self.heads);
+            let part = |first: usize, n: usize| {
+                let columns = first * self.d_head..(first + n) * self.d_head;
+                qkv.clone().slice(s![.., .., columns]).reshape([batch, seq, n, self.d_head])
+            };
+            let (queries, keys, values) = (part(0, queries), part(queries, keys), part(queries + keys, keys));
+            let parts = vec![q_norm.forward(queries, pass), k_norm.forward(keys, pass), values];
+            qkv = Tensor::cat(parts, 2).reshape([batch, seq, width]);
+        }
+        if let Some(angles) = &pass.rotary {
+            qkv = kernels::rotate(pass.kernels, qkv, self.heads, angles);
+        }
+        pass.precision.narrow(qkv)
     }
 
     /// The output projection, what it is added to, and the norm after that: see [`Norm::add`].
@@ -272,7 +256,12 @@ impl Attention {
         pass: &mut Pass<'_>,
     ) -> (Tensor<3>, Tensor<3>) {
         if pass.in_blocks {
-            return kernels::project_add_norm(pass.kernels, mixed, self.proj.weights(), residual, norm.weights(pass));
+            if norm.beta.is_some() {
+                let (proj, norm) = (self.proj.weights(), norm.weights(pass));
+                return kernels::project_add_norm(pass.kernels, mixed, proj, residual, norm);
+            }
+            let (proj, gamma) = (self.proj.weight.val(), norm.gamma.val());
+            return kernels::project_add_rms_norm(pass.kernels, mixed, proj, residual, gamma, pass.eps);
         }
         let projected = pass.precision.widen(self.proj.forward(mixed, pass));
         norm.add(pass.drop(projected), residual, pass)
@@ -290,6 +279,11 @@ impl Mlp {
         pass: &mut Pass<'_>,
     ) -> (Tensor<3>, Tensor<3>) {
         if pass.in_blocks {
+            if let Some(gate) = &self.gate {
+                let [gate, up, down] = [gate, &self.up, &self.down].map(|layer| layer.weight.val());
+                let (weights, gamma) = (GatedWeights { gate, up, down }, norm.gamma.val());
+                return kernels::gated_mlp_add_rms_norm(pass.kernels, x, weights, residual, gamma, pass.eps);
+            }
             let (up, down, norm) = (self.up.weights(), self.down.weights(), norm.weights(pass));
             return kernels::mlp_add_norm(pass.kernels, x, up, activation, down, residual, norm);
         }
@@ -303,7 +297,9 @@ impl Mlp {
         let x = precision.narrow(x);
         // [batch, seq, d_ff]
         let active = match (&self.gate, &self.up.bias) {
-            (Some(gate), _) => kernels::activate(gate.forward(x.clone(), pass), activation) * self.up.forward(x, pass),
+            (Some(gate), _) => {
+                kernels::gate(kernels, gate.forward(x.clone(), pass), self.up.forward(x, pass), activation)
+            }
             (None, Some(bias)) if self.up.adapter.is_none() => {
                 let up = kernels::linear(kernels, x, precision.narrow(self.up.weight.val()), None);
                 kernels::bias_activation(kernels, up, precision.narrow(bias.val()), activation)
@@ -358,7 +354,7 @@ impl Norm {
     fn forward<const D: usize>(&self, x: Tensor<D>, pass: &Pass<'_>) -> Tensor<D> {
         match &self.beta {
             Some(beta) => kernels::layer_norm(pass.kernels, x, self.gamma.val(), beta.val(), pass.eps),
-            None => kernels::rms_norm(x, self.gamma.val(), pass.eps),
+            None => kernels::rms_norm(pass.kernels, x, self.gamma.val(), pass.eps),
         }
     }
 
@@ -366,7 +362,7 @@ impl Norm {
     pub(super) fn forward_keeping(&self, x: Tensor<3>, pass: &Pass<'_>) -> (Tensor<3>, Tensor<3>) {
         match &self.beta {
             Some(_) => kernels::layer_norm_keeping(pass.kernels, x, self.weights(pass)),
-            None => (self.forward(x.clone(), pass), x),
+            None => kernels::rms_norm_keeping(pass.kernels, x, self.gamma.val(), pass.eps),
         }
     }
 
@@ -375,8 +371,7 @@ impl Norm {
         if let Some(beta) = &self.beta {
             return kernels::add_layer_norm(pass.kernels, branch, residual, self.gamma.val(), beta.val(), pass.eps);
         }
-        let sum = branch + residual;
-        (self.forward(sum.clone(), pass), sum)
+        kernels::add_rms_norm(pass.kernels, branch, residual, self.gamma.val(), pass.eps)
     }
 }
 

@@ -18,7 +18,7 @@ pub struct Cache {
     capacity: usize,
 }
 
-/// One layer's part of a [`Cache`]: keys `[n_rows, n_heads, d_head, capacity]`, values `[n_rows, n_heads, capacity,
+/// One layer's part of a [`Cache`]: keys `[n_rows, n_kv_heads, d_head, capacity]`, values `[n_rows, n_kv_heads, capacity,
 /// d_head]`.
 #[derive(Debug, Clone)]
 pub(super) struct LayerCache {
@@ -34,7 +34,7 @@ impl Cache {
     pub fn new(gpt: &Gpt, n_rows: usize, capacity: usize) -> Self {
         let config = gpt.config();
         assert!(capacity <= config.max_seq_len, "{capacity} positions exceed the context of {}", config.max_seq_len);
-        let (n_heads, d_head) = (config.n_heads, config.d_head());
+        let (n_heads, d_head) = (config.n_kv_heads(), config.d_head());
         let room = capacity.next_multiple_of(ALIGNED);
         let device = gpt.device();
         let zeros = |shape: [usize; 4]| gpt.precision().narrow(Tensor::zeros(shape, &device));
@@ -125,6 +125,26 @@ impl Cache {
                 }
                 (keys, values)
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::GptConfig;
+    use base::rng::Streams;
+    use burn::tensor::Device;
+
+    #[test]
+    fn the_cache_holds_each_head_of_keys_once() {
+        let config = GptConfig { d_model: 48, n_heads: 6, n_kv_heads: Some(2), n_layers: 2, ..GptConfig::llama(20) };
+        let gpt = Gpt::new(&config, &Streams::new(1), &Device::flex());
+        let mut cache = Cache::new(&gpt, 3, 32);
+        let _ = gpt.decode(Tensor::from_data([[1, 2], [3, 4], [5, 6]], &gpt.device()), &mut cache);
+        for layer in &cache.layers {
+            let (keys, values) = layer.keys_values.as_ref().expect("put back after use");
+            assert_eq!((keys.dims(), values.dims()), ([3, 2, 8, 32], [3, 2, 32, 8]));
         }
     }
 }

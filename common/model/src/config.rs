@@ -448,7 +448,14 @@ impl GptConfig {
         (self.d_head() as f64 * self.rotary.fraction) as usize
     }
 
-    /// Whether a block is that of the presets `transformer` and `gpt2`, which has fused bodies.
+    /// Whether a branch of a block and what follows it have a fused body: those of `llama` and its relatives have.
+    pub(crate) fn has_fused_blocks(&self) -> bool {
+        let layers = self.norm_kind == NormKind::RmsNorm && self.gated && self.activation == Activation::Silu;
+        let plain = !self.proj_bias && !self.mlp_bias && !self.parallel && self.norm == NormPlacement::Pre;
+        self.has_gpt_blocks() || layers && plain
+    }
+
+    /// Whether a block is that of the presets `transformer` and `gpt2`.
     pub fn has_gpt_blocks(&self) -> bool {
         let same_heads = self.n_kv_heads() == self.n_heads && self.d_head() * self.n_heads == self.d_model;
         let biases = self.qkv_bias && self.proj_bias && self.mlp_bias;

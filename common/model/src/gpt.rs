@@ -1,7 +1,6 @@
 //! The decoder-only transformer.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
@@ -12,7 +11,7 @@ use super::positions::sinusoid_table;
 use super::recompute::recomputed;
 use super::{Cache, GptConfig, HostTensor, Layout, NamedError, NamedTensors, NormPlacement, Positions};
 use base::rng::{Rng, Streams};
-use kernels::{self, Kernels, Precision};
+use kernels::{self, Angles, Kernels, Precision};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
@@ -138,7 +137,7 @@ impl Gpt {
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
             in_blocks: dropout.is_none()
                 && self.precision == Precision::F32
-                && self.config.has_gpt_blocks()
+                && self.config.has_fused_blocks()
                 && self.adapters.is_none(),
             dropout,
             rotary: self.rotary(positions.as_deref(), 0, [batch, seq], &ids.device()),
@@ -320,7 +319,7 @@ impl Gpt {
         let position_table = match (&self.position_embedding, &self.sinusoids) {
             (Some(learned), _) => learned.val(),
             (None, Some(fixed)) => fixed.clone(),
-            (None, None) => return embedding(self.token_embedding.val(), ids),
+            (None, None) => return kernels::lookup(self.kernels, self.token_embedding.val(), ids),
         };
         kernels::embed(self.kernels, self.token_embedding.val(), position_table, ids, positions, start)
     }
@@ -332,7 +331,7 @@ impl Gpt {
         start: usize,
         [batch, seq]: [usize; 2],
         device: &Device,
-    ) -> Option<(Tensor<4>, Tensor<4>)> {
+    ) -> Option<Angles> {
         if self.config.positions != Positions::Rotary {
             return None;
         }
@@ -344,9 +343,9 @@ impl Gpt {
         let table = |of: fn(f64) -> f64| {
             let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f64 * f));
             let numbers: Vec<f32> = angles.map(|angle| of(angle) as f32).collect();
-            Tensor::from_data(TensorData::new(numbers, [n_rows, seq, 1, frequencies.len()]), device)
+            Tensor::from_data(TensorData::new(numbers, [n_rows, seq, frequencies.len()]), device)
         };
-        Some((table(f64::cos), table(f64::sin)))
+        Some(Angles { cos: table(f64::cos), sin: table(f64::sin) })
     }
 
     /// All blocks and the final norm.

@@ -33,9 +33,9 @@ pub struct GemmBenchArgs {
 /// Times the backend's own product, for the linear layers and the output layer of a training step.
 pub fn measure(args: &GemmBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
-    let (rows, d) = (args.shape.size.batch() * model.max_seq_len, model.d_model);
-    let shapes =
-        [(rows, d, 3 * d), (rows, d, 4 * d), (rows, 4 * d, d), (rows, d, model.vocab_size), (1024, 1024, 1024)];
+    let (rows, d, d_ff) = (args.shape.size.batch() * model.max_seq_len, model.d_model, model.d_ff);
+    let d_qkv = model.qkv_widths().iter().sum();
+    let shapes = [(rows, d, d_qkv), (rows, d, d_ff), (rows, d_ff, d), (rows, d, model.vocab_size), (1024, 1024, 1024)];
     let mut results = Vec::new();
     let mut best = 0f64;
     for (n, d_in, d_out) in shapes {

@@ -3,11 +3,11 @@
 use clap::{Args, ValueEnum};
 use common::capacity;
 use common::exit::UsageError;
-use common::model::GptConfig;
+use common::model::{GptConfig, Rotary};
 use serde_json::{Map, Value, json};
 use std::num::NonZeroUsize;
 
-/// A model of the preset `gpt2`, and how much it trains on at a time.
+/// A model, of the preset `gpt2` or `llama`, and how much it trains on at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Size {
     /// 4 layers, 4 heads, width 128, context 256, vocabulary 4096; 16 rows a step
@@ -16,6 +16,10 @@ pub enum Size {
     B,
     /// GPT-2 (124M): 12 layers, 12 heads, width 768, context 256, vocabulary 50257; 2 rows a step
     C,
+    /// Llama: 8 layers, 8 heads (4 of keys), width 256, context 256, vocabulary 8192; 2 rows a step
+    M,
+    /// SmolLM2-135M (Llama): 30 layers, 9 heads (3 of keys), width 576, context 256, vocabulary 49152; 2 rows a step
+    S,
 }
 
 impl Size {
@@ -25,6 +29,8 @@ impl Size {
             Self::A => (4, 4, 128, 4096),
             Self::B => (6, 6, 384, 8192),
             Self::C => (12, 12, 768, 50257),
+            Self::M => return Self::llama([8, 8, 4, 256, 704, 8192]),
+            Self::S => return Self::llama([30, 9, 3, 576, 1536, 49152]),
         };
         GptConfig {
             n_layers,
@@ -37,12 +43,25 @@ impl Size {
         }
     }
 
+    fn llama([n_layers, n_heads, n_kv_heads, d_model, d_ff, vocab_size]: [usize; 6]) -> GptConfig {
+        GptConfig {
+            n_layers,
+            n_heads,
+            n_kv_heads: Some(n_kv_heads),
+            d_model,
+            d_ff,
+            max_seq_len: 256,
+            rotary: Rotary { theta: 1e5, ..Rotary::default() },
+            ..GptConfig::llama(vocab_size)
+        }
+    }
+
     /// Rows of a training step.
     pub const fn batch(self) -> usize {
         match self {
             Self::A => 16,
             Self::B => 8,
-            Self::C => 2,
+            Self::C | Self::M | Self::S => 2,
         }
     }
 
@@ -51,6 +70,8 @@ impl Size {
             Self::A => "a",
             Self::B => "b",
             Self::C => "c",
+            Self::M => "m",
+            Self::S => "s",
         }
     }
 }
@@ -96,7 +117,7 @@ impl Shape {
         set(&mut model.d_model, self.d_model);
         set(&mut model.max_seq_len, self.max_seq_len);
         set(&mut model.vocab_size, self.vocab_size);
-        model.d_ff = 4 * model.d_model;
+        model.d_ff = model.d_ff * model.d_model / self.size.model().d_model;
         model.validate().map_err(|error| UsageError(error.to_string()))?;
         capacity::check_model(&model).map_err(|error| UsageError(error.to_string()))?;
         Ok(model)

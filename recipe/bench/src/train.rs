@@ -7,6 +7,7 @@ use burn::module::Module;
 use clap::Args;
 use common::cli::{RuntimeArgs, at_least_1};
 use common::kernels::memory;
+use common::model::{GptConfig, Positions};
 use common::optim::OptimizerConfig;
 use common::rng::Streams;
 use common::runtime::Runtime;
@@ -89,6 +90,7 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
     let own = [
         ("batch", json!(batch)),
         ("params", json!(n_params)),
+        ("trained", json!(n_params)),
         ("first_step_s", rounded(first_step, 3)),
         ("steps", json!(args.steps)),
         ("ms_per_step", rounded(median * 1e3, 3)),
@@ -106,14 +108,15 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
     Ok(fields)
 }
 
-/// Floating-point operations of a trained token: `6·N + 12·n_layers·d_model·seq`, where `N` leaves out the positions and
-/// counts the tied table once, as the output layer.
+/// Floating-point operations of a trained token: `6·N + 12·n_layers·n_heads·d_head·seq`, where `N` leaves out the
+/// positions and counts the tied table once, as the output layer.
 ///
 /// # Source
 /// nanoGPT's `estimate_mfu`; causality is not taken off the attention's part.
-fn flops_of_token(n_params: usize, model: &common::model::GptConfig) -> f64 {
-    let (seq, d_model) = (model.max_seq_len as f64, model.d_model as f64);
-    6.0 * (n_params as f64 - seq * d_model) + 12.0 * model.n_layers as f64 * d_model * seq
+fn flops_of_token(n_params: usize, model: &GptConfig) -> f64 {
+    let n_positions = if model.positions == Positions::Learned { model.max_seq_len * model.d_model } else { 0 };
+    let of_scores = model.n_layers * model.qkv_widths()[0] * model.max_seq_len;
+    6.0 * (n_params - n_positions) as f64 + 12.0 * of_scores as f64
 }
 
 #[cfg(test)]
@@ -127,5 +130,7 @@ mod tests {
         let n = |layers: usize, d: usize, vocab: usize| vocab * d + 256 * d + layers * (12 * d * d + 13 * d) + 2 * d;
         assert_eq!(flops_of_token(n(4, 128, 4096), &Size::A.model()), 6.0 * 1_317_632.0 + 1_572_864.0);
         assert_eq!(n(12, 768, 50257) - 256 * 768, 123_653_376);
+        // As transformers counts SmolLM2-135M.
+        assert_eq!(flops_of_token(134_515_008, &Size::S.model()), 6.0 * 134_515_008.0 + 53_084_160.0);
     }
 }

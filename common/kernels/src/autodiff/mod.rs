@@ -3,6 +3,7 @@
 //! Only the forward operations are part of the trait. Their gradients are computed by the functions of `flex`, called
 //! from the steps registered here, and are themselves not differentiable.
 
+mod gated;
 mod steps;
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -11,14 +12,19 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Flex, backend_extension};
 use burn_flex::FlexTensor;
 
-use super::Activation;
 use super::flex::branch::{self, Affine, NormState};
+use super::flex::rotary::{self, Direction};
 use super::flex::{activation, attention, decode, embedding, linear, log_probs, norm};
+use super::{Activation, Heads};
 use crate::kept::KeptBackward;
+use gated::{
+    AddRmsNormBackward, GateBackward, GatedMlpBackward, GatedMlpState, ProjectAddRmsNormBackward, RmsNormBackward,
+};
 use steps::{
     AddLayerNormBackward, AttentionBackward, AttentionState, BiasActivationBackward, CrossEntropyBackward,
     EmbedBackward, EmbedState, Kept, LayerNormBackward, LinearBackward, LinearNoBiasBackward, LogProbsBackward,
-    LogProbsState, LogitsBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
+    LogProbsState, LogitsBackward, LookupBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
+    RotateBackward,
 };
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
@@ -73,6 +79,9 @@ pub trait FusedOps: Backend {
         positions: Vec<usize>,
     ) -> FloatTensor<Self>;
 
+    /// See [`super::lookup`].
+    fn fused_lookup(tokens: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
+
     /// See [`super::bias_activation`].
     fn fused_bias_activation(
         x: FloatTensor<Self>,
@@ -97,8 +106,54 @@ pub trait FusedOps: Backend {
         eps: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
+    /// See [`super::rms_norm_keeping`].
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::add_rms_norm`].
+    fn fused_add_rms_norm(
+        x: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::project_add_norm`], without bias and offset.
+    fn fused_project_add_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`super::gate`], of the sigmoid linear unit.
+    fn fused_gate(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`super::gated_mlp_add_norm`], of the sigmoid linear unit, without biases and offset.
+    fn fused_gated_mlp_add_rms_norm(
+        x: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
     /// See [`super::attention`]; `first_key` has `batch · seq` entries.
-    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, n_heads: usize) -> FloatTensor<Self>;
+    fn fused_attention(qkv: FloatTensor<Self>, first_key: Vec<usize>, heads: Heads) -> FloatTensor<Self>;
+
+    /// See [`super::rotate`].
+    fn fused_rotate(
+        qkv: FloatTensor<Self>,
+        heads: Heads,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 
     /// See [`super::attention_cached`].
     fn fused_attention_cached(
@@ -172,10 +227,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         eps: f64,
     ) -> (Traced, Traced) {
         let kept = Kept::default();
-        let layer = Affine { weight: weight.primitive(), bias: bias.primitive() };
-        let norm = branch::Norm { gamma: gamma.primitive(), beta: beta.primitive(), eps };
+        let layer = Affine { weight: weight.primitive(), bias: Some(bias.primitive()) };
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: Some(beta.primitive()), eps };
         let (out, sum) = branch::project(x.primitive(), &layer, residual.primitive(), &norm);
-        let norm = NormState { sum: sum.clone(), gamma: gamma.primitive().clone(), statistics: out.statistics };
+        let norm = NormState::new(&sum, gamma.primitive(), out.statistics, true);
         let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
         let normed = finish!(ProjectAddNormBackward, [x, weight, bias, residual, gamma, beta], state, out.normed);
         let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
@@ -195,9 +250,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         eps: f64,
     ) -> (Traced, Traced) {
         let kept = Kept::default();
-        let up = Affine { weight: up_weight.primitive(), bias: up_bias.primitive() };
-        let down = Affine { weight: down_weight.primitive(), bias: down_bias.primitive() };
-        let norm = branch::Norm { gamma: gamma.primitive(), beta: beta.primitive(), eps };
+        let up = Affine { weight: up_weight.primitive(), bias: Some(up_bias.primitive()) };
+        let down = Affine { weight: down_weight.primitive(), bias: Some(down_bias.primitive()) };
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: Some(beta.primitive()), eps };
         let (out, sum, hidden) = branch::mlp(x.primitive(), &up, activation, &down, residual.primitive(), &norm);
         let state = MlpState {
             x: x.primitive().clone(),
@@ -205,7 +260,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             activation,
             hidden,
             same: x.id() == residual.id(),
-            norm: NormState { sum: sum.clone(), gamma: gamma.primitive().clone(), statistics: out.statistics },
+            norm: NormState::new(&sum, gamma.primitive(), out.statistics, true),
             kept: kept.clone(),
         };
         let parents = [x, up_weight, up_bias, down_weight, down_bias, residual, gamma, beta];
@@ -230,6 +285,16 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         }
     }
 
+    fn fused_lookup(tokens: Traced, ids: FlexTensor) -> Traced {
+        let [n_rows, _] = tokens.primitive().layout().shape().dims();
+        let rows = embedding::rows_of(&ids, n_rows);
+        let out = embedding::lookup(tokens.primitive(), &rows, ids.layout().shape().dims());
+        match LookupBackward.prepare::<C>([tokens.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((tokens, rows), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
     fn fused_linear_no_bias(x: Traced, weight: Traced) -> Traced {
         let out = linear::forward(x.primitive(), weight.primitive(), None);
         let state = (x.primitive().clone(), weight.primitive().clone());
@@ -244,7 +309,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
 
     fn fused_layer_norm(x: Traced, gamma: Traced, beta: Traced, eps: f64) -> (Traced, Traced) {
         let kept = Kept::default();
-        let out = norm::forward(x.primitive(), gamma.primitive(), beta.primitive(), eps);
+        let out = norm::forward(x.primitive(), gamma.primitive(), Some(beta.primitive()), eps);
         let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics, kept.clone());
         let normed = finish!(LayerNormBackward, [x, gamma, beta], state, out.normed);
         let x = finish!(KeptBackward::<Flex>::NEW, [normed], kept, x.into_primitive());
@@ -254,17 +319,94 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     fn fused_add_layer_norm(x: Traced, residual: Traced, gamma: Traced, beta: Traced, eps: f64) -> (Traced, Traced) {
         let kept = Kept::default();
         let (out, sum) =
-            norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), beta.primitive(), eps);
+            norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), Some(beta.primitive()), eps);
         let state = (sum.clone(), gamma.primitive().clone(), out.statistics, kept.clone());
         let normed = finish!(AddLayerNormBackward, [x, residual, gamma, beta], state, out.normed);
         let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }
 
-    fn fused_attention(qkv: Traced, first_key: Vec<usize>, n_heads: usize) -> Traced {
-        let (out, lse) = attention::forward(qkv.primitive(), &first_key, n_heads);
-        let state = AttentionState { qkv: qkv.primitive().clone(), first_key, n_heads, out: out.clone(), lse };
+    fn fused_rms_norm(x: Traced, gamma: Traced, eps: f64) -> (Traced, Traced) {
+        let kept = Kept::default();
+        let out = norm::forward(x.primitive(), gamma.primitive(), None, eps);
+        let state = (x.primitive().clone(), gamma.primitive().clone(), out.statistics, kept.clone());
+        let normed = finish!(RmsNormBackward, [x, gamma], state, out.normed);
+        let x = finish!(KeptBackward::<Flex>::NEW, [normed], kept, x.into_primitive());
+        (normed, x)
+    }
+
+    fn fused_add_rms_norm(x: Traced, residual: Traced, gamma: Traced, eps: f64) -> (Traced, Traced) {
+        let kept = Kept::default();
+        let (out, sum) = norm::add_forward(x.primitive(), residual.primitive(), gamma.primitive(), None, eps);
+        let state = (sum.clone(), gamma.primitive().clone(), out.statistics, kept.clone());
+        let normed = finish!(AddRmsNormBackward, [x, residual, gamma], state, out.normed);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
+        (normed, sum)
+    }
+
+    fn fused_project_add_rms_norm(
+        x: Traced,
+        weight: Traced,
+        residual: Traced,
+        gamma: Traced,
+        eps: f64,
+    ) -> (Traced, Traced) {
+        let kept = Kept::default();
+        let layer = Affine { weight: weight.primitive(), bias: None };
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: None, eps };
+        let (out, sum) = branch::project(x.primitive(), &layer, residual.primitive(), &norm);
+        let norm = NormState::new(&sum, gamma.primitive(), out.statistics, false);
+        let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
+        let normed = finish!(ProjectAddRmsNormBackward, [x, weight, residual, gamma], state, out.normed);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
+        (normed, sum)
+    }
+
+    fn fused_gate(gate: Traced, up: Traced) -> Traced {
+        let out = activation::gate(gate.primitive(), up.primitive());
+        let state = (gate.primitive().clone(), up.primitive().clone());
+        finish!(GateBackward, [gate, up], state, out)
+    }
+
+    fn fused_gated_mlp_add_rms_norm(
+        x: Traced,
+        gate: Traced,
+        up: Traced,
+        down: Traced,
+        residual: Traced,
+        gamma: Traced,
+        eps: f64,
+    ) -> (Traced, Traced) {
+        let kept = Kept::default();
+        let norm = branch::Norm { gamma: gamma.primitive(), beta: None, eps };
+        let weights = [&gate, &up, &down].map(Traced::primitive);
+        let (out, sum, hidden) = branch::gated_mlp(x.primitive(), weights, residual.primitive(), &norm);
+        let state = GatedMlpState {
+            x: x.primitive().clone(),
+            weights: weights.map(Clone::clone),
+            hidden,
+            norm: NormState::new(&sum, gamma.primitive(), out.statistics, false),
+            kept: kept.clone(),
+        };
+        let normed = finish!(GatedMlpBackward, [x, gate, up, down, residual, gamma], state, out.normed);
+        let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
+        (normed, sum)
+    }
+
+    fn fused_attention(qkv: Traced, first_key: Vec<usize>, heads: Heads) -> Traced {
+        let (out, lse) = attention::forward(qkv.primitive(), &first_key, heads);
+        let state = AttentionState { qkv: qkv.primitive().clone(), first_key, heads, out: out.clone(), lse };
         finish!(AttentionBackward, [qkv], state, out)
+    }
+
+    fn fused_rotate(qkv: Traced, heads: Heads, cos: Traced, sin: Traced) -> Traced {
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        let node = qkv.node();
+        let out = rotary::rotate(qkv.into_primitive(), heads, &cos, &sin, Direction::Forward);
+        match RotateBackward.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((heads, cos, sin), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
     }
 
     fn fused_attention_cached(qkv: Traced, keys: Traced, values: Traced, cached: &[usize]) -> (Traced, Traced, Traced) {

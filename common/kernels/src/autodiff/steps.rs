@@ -1,15 +1,17 @@
 //! The backward steps of the fused operations: what each saves, and which function of `flex` computes its gradients.
 
 use burn::backend::Flex;
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops};
 use burn_flex::FlexTensor;
 
 use super::Traced;
-use crate::Activation;
 use crate::flex::branch::{self, NormState};
+use crate::flex::rotary::{self, Direction};
 use crate::flex::{self, activation, attention, embedding, linear, log_probs, norm};
+use crate::{Activation, Heads};
 
 /// Gives `grad()` to a parent that needs a gradient.
 macro_rules! register {
@@ -19,6 +21,7 @@ macro_rules! register {
         }
     };
 }
+pub(super) use register;
 
 /// Gives each parent that needs a gradient its own, in the order of the parents.
 macro_rules! register_all {
@@ -28,6 +31,7 @@ macro_rules! register_all {
         }
     };
 }
+pub(super) use register_all;
 
 /// The gradient of a tensor handed on, on the only backend that has fused operations.
 pub(super) type Kept = crate::kept::Kept<Flex>;
@@ -94,13 +98,38 @@ impl Backward<Flex, 2> for EmbedBackward {
         let [tokens_node, positions_node] = ops.parents;
         let EmbedState { tokens, position_table, ids, positions } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        for (node, table, rows) in [(tokens_node, tokens, ids), (positions_node, position_table, positions)] {
-            if let Some(node) = node {
-                let [n_rows, _] = table.primitive().layout().shape().dims();
-                let earlier = grads.remove::<Flex>(&table);
-                grads.register::<Flex>(node.id, embedding::backward(n_rows, earlier, &rows, &grad));
-            }
-        }
+        register_rows(grads, tokens_node.map(|node| node.id), &tokens, &ids, &grad);
+        register_rows(grads, positions_node.map(|node| node.id), &position_table, &positions, &grad);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LookupBackward;
+
+impl Backward<Flex, 1> for LookupBackward {
+    /// The table, for the reason that [`EmbedState`] has, and its rows.
+    type State = (Traced, embedding::Rows);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node] = ops.parents;
+        let (tokens, ids) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register_rows(grads, node.map(|node| node.id), &tokens, &ids, &grad);
+    }
+}
+
+/// Adds row `i` of `grad` to row `rows_i` of the table's gradient, if the table needs one.
+fn register_rows(
+    grads: &mut Gradients,
+    node: Option<NodeId>,
+    table: &Traced,
+    rows: &embedding::Rows,
+    grad: &FlexTensor,
+) {
+    if let Some(node) = node {
+        let [n_rows, _] = table.primitive().layout().shape().dims();
+        let earlier = grads.remove::<Flex>(table);
+        grads.register::<Flex>(node, embedding::backward(n_rows, earlier, rows, grad));
     }
 }
 
@@ -180,8 +209,8 @@ impl Backward<Flex, 3> for LayerNormBackward {
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (x, gamma, statistics, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (x_grad, gamma_grad, beta_grad) = norm::backward(&x, &gamma, &statistics, &grad, kept.take());
-        register_all!(grads, ops.parents, [x_grad, gamma_grad, beta_grad]);
+        let (x_grad, gamma_grad, beta_grad) = norm::backward(&x, &gamma, &statistics, &grad, kept.take(), true);
+        register_all!(grads, ops.parents, [x_grad, gamma_grad].into_iter().chain(beta_grad));
     }
 }
 
@@ -196,8 +225,8 @@ impl Backward<Flex, 4> for AddLayerNormBackward {
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (sum, gamma, statistics, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (sum_grad, gamma_grad, beta_grad) = norm::backward(&sum, &gamma, &statistics, &grad, kept.take());
-        register_all!(grads, ops.parents, [sum_grad.clone(), sum_grad, gamma_grad, beta_grad]);
+        let (sum_grad, gamma_grad, beta_grad) = norm::backward(&sum, &gamma, &statistics, &grad, kept.take(), true);
+        register_all!(grads, ops.parents, [sum_grad.clone(), sum_grad, gamma_grad].into_iter().chain(beta_grad));
     }
 }
 
@@ -209,9 +238,24 @@ impl Backward<Flex, 1> for AttentionBackward {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [node] = ops.parents;
-        let AttentionState { qkv, first_key, n_heads, out, lse } = ops.state;
+        let AttentionState { qkv, first_key, heads, out, lse } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        register!(grads, node, attention::backward(&qkv, &first_key, n_heads, &out, &lse, &grad));
+        register!(grads, node, attention::backward(&qkv, &first_key, heads, &out, &lse, &grad));
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct RotateBackward;
+
+impl Backward<Flex, 1> for RotateBackward {
+    /// The heads, and the cosines and sines of the angles.
+    type State = (Heads, FlexTensor, FlexTensor);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node] = ops.parents;
+        let (heads, cos, sin) = ops.state;
+        let grad = grads.consume::<Flex>(&ops.node);
+        register!(grads, node, rotary::rotate(grad, heads, &cos, &sin, Direction::Back));
     }
 }
 
@@ -220,7 +264,7 @@ impl Backward<Flex, 1> for AttentionBackward {
 pub(super) struct AttentionState {
     pub(super) qkv: FlexTensor,
     pub(super) first_key: Vec<usize>,
-    pub(super) n_heads: usize,
+    pub(super) heads: Heads,
     pub(super) out: FlexTensor,
     pub(super) lse: FlexTensor,
 }

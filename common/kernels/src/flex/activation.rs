@@ -1,15 +1,20 @@
-//! `act(x + b)` and its gradients, the bias gradient in the same pass.
+//! `act(x + b)` and its gradients, the bias gradient in the same pass; and a gate times what it lets through.
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::gemm::SharedMut;
 use super::linear::add_in_order;
 use super::simd::{fma, sigmoid, simd};
-use super::{contiguous, floats, matrix_dims, tensor, unset};
+use super::workers::for_each;
+use super::{contiguous, exclusive, floats, matrix_dims, tensor, unset};
 use crate::Activation;
 
 /// Rows handled by one task.
 const ROWS: usize = 64;
+
+/// Numbers of a gate handled by one task.
+const GATED: usize = 1 << 13;
 
 /// `2 · √(2/π)`: GELU is `x · σ(SLOPE · (x + CUBIC · x³))`, as `(1 + tanh u) / 2 = σ(2u)`.
 const SLOPE: f32 = 1.595_769;
@@ -29,6 +34,31 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
         Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
     });
     tensor(out, shape)
+}
+
+/// `silu(gate) · up`.
+pub fn gate(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
+    let shape = gate.layout().shape().clone();
+    let (gate, up) = (contiguous(gate), contiguous(up));
+    let (gate, up) = (floats(&gate), floats(&up));
+    let mut out = unset(gate.len());
+    let shared = SharedMut::new(&mut out);
+    for_each(gate.len().div_ceil(GATED), |i| {
+        let (first, n) = (i * GATED, GATED.min(gate.len() - i * GATED));
+        // SAFETY: tasks have different numbers.
+        silu_gate(unsafe { shared.slice(first, n) }, &gate[first..first + n], &up[first..first + n]);
+    });
+    tensor(out, shape)
+}
+
+/// Gradients of `gate` and `up`.
+pub fn gate_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> [FlexTensor; 2] {
+    let [mut gate, mut up, mut grad] = [gate, up, grad].map(exclusive);
+    let gates = gate.storage_mut::<f32>().par_chunks_mut(GATED).zip(up.storage_mut::<f32>().par_chunks_mut(GATED));
+    grad.storage_mut::<f32>().par_chunks_mut(GATED).zip(gates).for_each(|(grad, (gate, up))| {
+        silu_gate_backward(grad, gate, up);
+    });
+    [gate, up]
 }
 
 /// Gradients of `x` and of the bias.
@@ -97,6 +127,18 @@ impl Function for Gelu {
     }
 }
 
+struct Silu;
+
+impl Silu {
+    #[inline(always)]
+    fn value_and_slope(x: f32) -> (f32, f32) {
+        let s = sigmoid(x);
+        let value = x * s;
+        // σ + x σ (1 − σ)
+        (value, fma(value, 1.0 - s, s))
+    }
+}
+
 impl Gelu {
     #[inline(always)]
     fn value_and_slope(x: f32) -> (f32, f32) {
@@ -145,6 +187,24 @@ simd! {
                 *bias_grad += *grad;
                 *x = value;
             }
+        }
+    }
+
+    /// `silu(gate) · up`.
+    pub fn silu_gate(out: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            *out = gate * sigmoid(*gate) * up;
+        }
+    }
+
+    /// Turns gradients of `silu(gate) · up` into its values, and `gate` and `up` into their gradients.
+    pub fn silu_gate_backward(grad: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+        for ((grad, gate), up) in grad.iter_mut().zip(gate).zip(up) {
+            let (value, slope) = Silu::value_and_slope(*gate);
+            let active = value * *up;
+            *gate = *grad * *up * slope;
+            *up = *grad * value;
+            *grad = active;
         }
     }
 

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::gemm::{Mat, MatMut, Output, SharedMut, Threads, gemm};
 use super::simd::{dot, exp, simd};
 use super::{contiguous, floats, tensor, unset, with_scratch};
+use crate::Heads;
 
 /// Queries in a tile.
 pub const QUERIES: usize = 64;
@@ -19,18 +20,31 @@ pub const QUERIES: usize = 64;
 struct Dims {
     batch: usize,
     seq: usize,
-    n_heads: usize,
+    heads: Heads,
     d_head: usize,
 }
 
 impl Dims {
-    fn new(qkv: &FlexTensor, n_heads: usize) -> Self {
+    fn new(qkv: &FlexTensor, heads: Heads) -> Self {
         let [batch, seq, width] = qkv.layout().shape().dims();
-        Self { batch, seq, n_heads, d_head: width / 3 / n_heads }
+        Self { batch, seq, heads, d_head: heads.d_head(width) }
     }
 
-    fn d_model(self) -> usize {
-        self.n_heads * self.d_head
+    /// Width of the output, and of the queries.
+    fn d_out(self) -> usize {
+        self.heads.queries * self.d_head
+    }
+
+    /// Width of the projection, the distance between its rows.
+    fn stride(self) -> usize {
+        (self.heads.queries + 2 * self.heads.keys) * self.d_head
+    }
+
+    /// The first columns of a head of queries and of the keys and values that it meets.
+    fn columns(self, head: usize) -> [usize; 3] {
+        let Heads { queries, keys } = self.heads;
+        let of_keys = queries + head / self.heads.group();
+        [head, of_keys, of_keys + keys].map(|head| head * self.d_head)
     }
 
     fn scale(self) -> f32 {
@@ -38,10 +52,10 @@ impl Dims {
     }
 
     /// Queries, keys and values of head `head` of row `row`, each in a slice that starts there; rows are
-    /// `3 · d_model` apart.
+    /// [`stride`](Self::stride) apart.
     fn head(self, qkv: &[f32], row: usize, head: usize) -> [&[f32]; 3] {
-        let start = row * self.seq * 3 * self.d_model() + head * self.d_head;
-        [0, 1, 2].map(|part| &qkv[start + part * self.d_model()..])
+        let start = row * self.seq * self.stride();
+        self.columns(head).map(|column| &qkv[start + column..])
     }
 }
 
@@ -68,7 +82,8 @@ impl Tile<'_> {
         self.first_query + self.n_queries()
     }
 
-    fn n_keys(&self) -> usize {
+    /// From the first to the last of them.
+    pub fn n_keys(&self) -> usize {
         self.end() - self.start()
     }
 
@@ -85,31 +100,30 @@ impl Tile<'_> {
 }
 
 /// Attention of all positions; returns the output and the log-sum-exp of the scores, `[batch, seq, n_heads]`.
-pub fn forward(qkv: &FlexTensor, first_key: &[usize], n_heads: usize) -> (FlexTensor, FlexTensor) {
-    let dims = Dims::new(qkv, n_heads);
+pub fn forward(qkv: &FlexTensor, first_key: &[usize], heads: Heads) -> (FlexTensor, FlexTensor) {
+    let dims = Dims::new(qkv, heads);
     let Dims { batch, seq, d_head, .. } = dims;
-    let d_model = dims.d_model();
+    let (n_heads, d_out, stride) = (heads.queries, dims.d_out(), dims.stride());
     let qkv = contiguous(qkv);
     let qkv = floats(&qkv);
-    let (mut out, mut lse) = (unset(batch * seq * d_model), unset(batch * seq * n_heads));
-    let rows = out.par_chunks_mut((seq * d_model).max(1)).zip(lse.par_chunks_mut((seq * n_heads).max(1)));
+    let (mut out, mut lse) = (unset(batch * seq * d_out), unset(batch * seq * n_heads));
+    let rows = out.par_chunks_mut((seq * d_out).max(1)).zip(lse.par_chunks_mut((seq * n_heads).max(1)));
     rows.enumerate().for_each(|(row, (out, lse))| {
-        let tiles = out.par_chunks_mut(QUERIES * d_model).zip(lse.par_chunks_mut(QUERIES * n_heads));
+        let tiles = out.par_chunks_mut(QUERIES * d_out).zip(lse.par_chunks_mut(QUERIES * n_heads));
         tiles.enumerate().for_each(|(i, (out, lse))| {
             let first_query = i * QUERIES;
-            let n_queries = out.len() / d_model;
+            let n_queries = out.len() / d_out;
             let tile = Tile { first_query, first: &first_key[row * seq + first_query..][..n_queries] };
             let mut tile_lse = [0.0; QUERIES];
             with_scratch(tile.n_keys() * n_queries, |scores| {
                 for head in 0..n_heads {
                     let [queries, keys, values] = dims.head(qkv, row, head);
-                    let stride = 3 * d_model;
                     attend(
                         &tile,
                         Mat::rows(&queries[first_query * stride..], n_queries, d_head, stride),
                         (keys, values, stride),
                         scores,
-                        MatMut::rows(&mut out[head * d_head..], n_queries, d_head, d_model),
+                        MatMut::rows(&mut out[head * d_head..], n_queries, d_head, d_out),
                         &mut tile_lse,
                     );
                     for (lse, tile_lse) in lse.chunks_exact_mut(n_heads).zip(&tile_lse) {
@@ -119,7 +133,7 @@ pub fn forward(qkv: &FlexTensor, first_key: &[usize], n_heads: usize) -> (FlexTe
             });
         });
     });
-    (tensor(out, [batch, seq, d_model]), tensor(lse, [batch, seq, n_heads]))
+    (tensor(out, [batch, seq, d_out]), tensor(lse, [batch, seq, n_heads]))
 }
 
 /// One tile of queries of one head.
@@ -202,26 +216,27 @@ simd! {
 pub fn backward(
     qkv: &FlexTensor,
     first_key: &[usize],
-    n_heads: usize,
+    heads: Heads,
     out: &FlexTensor,
     lse: &FlexTensor,
     grad: &FlexTensor,
 ) -> FlexTensor {
-    let dims = Dims::new(qkv, n_heads);
+    let dims = Dims::new(qkv, heads);
     let Dims { batch, seq, .. } = dims;
-    let d_model = dims.d_model();
     let (qkv, out, lse, grad) = (contiguous(qkv), contiguous(out), contiguous(lse), contiguous(grad));
     let saved = Saved { qkv: floats(&qkv), out: floats(&out), lse: floats(&lse), grad: floats(&grad) };
-    let mut qkv_grad = unset(batch * seq * 3 * d_model);
+    let mut qkv_grad = unset(batch * seq * dims.stride());
     let shared = SharedMut::new(&mut qkv_grad);
-    (0..batch * n_heads).into_par_iter().for_each(|i| {
-        let (row, head) = (i / n_heads, i % n_heads);
-        // SAFETY: each task has its own row and head, and writes only the columns of that head in that row.
-        unsafe {
-            backward_head(dims, &saved, &first_key[row * seq..(row + 1) * seq], row, head, shared);
+    (0..batch * heads.keys).into_par_iter().for_each(|i| {
+        let (row, of_keys) = (i / heads.keys, i % heads.keys);
+        let first_key = &first_key[row * seq..(row + 1) * seq];
+        for head in of_keys * heads.group()..(of_keys + 1) * heads.group() {
+            // SAFETY: each task has its own row and head of keys with the heads of queries that meet it, and writes only
+            // their columns in that row.
+            unsafe { backward_head(dims, &saved, first_key, row, head, shared) };
         }
     });
-    tensor(qkv_grad, [batch, seq, 3 * d_model])
+    tensor(qkv_grad, [batch, seq, dims.stride()])
 }
 
 /// Inputs of the backward.
@@ -232,10 +247,10 @@ struct Saved<'a> {
     grad: &'a [f32],
 }
 
-/// The gradient of one head of one row.
+/// The gradient of one head of queries of one row, added to those of its keys and values unless it is their first.
 ///
 /// # Safety
-/// Nobody else touches the columns of head `head` in row `row` of `qkv_grad`.
+/// Nobody else touches the columns of the head, and of the keys and values that it meets, in row `row` of `qkv_grad`.
 unsafe fn backward_head(
     dims: Dims,
     saved: &Saved<'_>,
@@ -244,32 +259,32 @@ unsafe fn backward_head(
     head: usize,
     qkv_grad: SharedMut<'_>,
 ) {
-    let Dims { seq, n_heads, d_head, .. } = dims;
-    let d_model = dims.d_model();
-    let stride = 3 * d_model;
+    let Dims { seq, heads, d_head, .. } = dims;
+    let (n_heads, d_out, stride) = (heads.queries, dims.d_out(), dims.stride());
     let [queries, keys, values] = dims.head(saved.qkv, row, head);
-    let offset = row * seq * stride + head * d_head;
-    // SAFETY: within the columns of this head, which are ours; each result is dropped before the next is made.
+    // SAFETY: within the columns of these heads, which are ours; each result is dropped before the next is made.
     let part = |part: usize, start: usize, n: usize| unsafe {
-        qkv_grad.mat(offset + part * d_model + start * stride, n, d_head, stride)
+        qkv_grad.mat((row * seq + start) * stride + dims.columns(head)[part], n, d_head, stride)
     };
-    for kind in [1, 2] {
-        let mut all = part(kind, 0, seq);
-        (0..seq).for_each(|position| all.row(position).fill(0.0));
+    if head.is_multiple_of(heads.group()) {
+        for kind in [1, 2] {
+            let mut all = part(kind, 0, seq);
+            (0..seq).for_each(|position| all.row(position).fill(0.0));
+        }
     }
     for first_query in (0..seq).step_by(QUERIES) {
         let n_queries = QUERIES.min(seq - first_query);
         let tile = Tile { first_query, first: &first_key[first_query..first_query + n_queries] };
         let (start, n_keys) = (tile.start(), tile.n_keys());
         let position = row * seq + first_query;
-        let grad = &saved.grad[position * d_model + head * d_head..];
-        let out = &saved.out[position * d_model + head * d_head..];
+        let grad = &saved.grad[position * d_out + head * d_head..];
+        let out = &saved.out[position * d_out + head * d_head..];
         let (mut lse, mut delta) = ([0.0; QUERIES], [0.0; QUERIES]);
         for (query, lse) in lse[..n_queries].iter_mut().enumerate() {
             *lse = saved.lse[(position + query) * n_heads + head];
         }
-        dot_rows(&mut delta[..n_queries], grad, out, d_head, d_model);
-        let grad = Mat::rows(grad, n_queries, d_head, d_model);
+        dot_rows(&mut delta[..n_queries], grad, out, d_head, d_out);
+        let grad = Mat::rows(grad, n_queries, d_head, d_out);
         let queries = Mat::rows(&queries[first_query * stride..], n_queries, d_head, stride);
         let keys = Mat::rows(&keys[start * stride..], n_keys, d_head, stride);
         let values = Mat::rows(&values[start * stride..], n_keys, d_head, stride);

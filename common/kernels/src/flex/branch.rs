@@ -25,14 +25,19 @@ fn rows_of_blocks(n: usize) -> usize {
 /// Weight and bias of a linear layer.
 pub struct Affine<'a> {
     pub weight: &'a FlexTensor,
-    pub bias: &'a FlexTensor,
+    pub bias: Option<&'a FlexTensor>,
 }
 
-/// Gain, offset and ε of a layer norm.
+/// Gain, offset and ε of a norm; without an offset it is the root mean square that is 1.
 pub struct Norm<'a> {
     pub gamma: &'a FlexTensor,
-    pub beta: &'a FlexTensor,
+    pub beta: Option<&'a FlexTensor>,
     pub eps: f64,
+}
+
+/// A product is added to the bias, if there is one.
+fn onto(bias: Option<&FlexTensor>) -> Output<'_> {
+    bias.map_or(Output::Overwrite, |bias| Output::AddRow(floats(bias)))
 }
 
 /// The rows of a matrix with `d` columns in blocks.
@@ -63,12 +68,12 @@ fn packed(weight: &FlexTensor, transposed: bool) -> Packed {
 /// `x W + b + residual` and its layer norm.
 pub fn project(x: &FlexTensor, layer: &Affine<'_>, residual: &FlexTensor, norm: &Norm<'_>) -> (Normed, FlexTensor) {
     let (_, d_in) = matrix_dims(x);
-    let (weight, bias, x) = (packed(layer.weight, false), contiguous(layer.bias), contiguous(x));
+    let (weight, bias, x) = (packed(layer.weight, false), layer.bias.map(contiguous), contiguous(x));
     let x = floats(&x);
     add_and_norm(residual, norm, |first_row, n, out| {
         let (_, d) = matrix_dims(residual);
         let x = &x[first_row * d_in..][..n * d_in];
-        times(out, Output::AddRow(floats(&bias)), x, &weight, d_in, d);
+        times(out, onto(bias.as_deref()), x, &weight, d_in, d);
     })
 }
 
@@ -85,7 +90,7 @@ pub fn mlp(
     let (n, d) = matrix_dims(x);
     let (_, d_ff) = matrix_dims(up.weight);
     let (up_weight, down_weight) = (packed(up.weight, false), packed(down.weight, false));
-    let (up_bias, down_bias, x) = (contiguous(up.bias), contiguous(down.bias), contiguous(x));
+    let (up_bias, down_bias, x) = (up.bias.map(contiguous), down.bias.map(contiguous), contiguous(x));
     let x = floats(&x);
     let mut saved = unset(n * d_ff);
     let shared = SharedMut::new(&mut saved);
@@ -93,8 +98,8 @@ pub fn mlp(
         // SAFETY: blocks have different rows.
         let saved = unsafe { shared.slice(first_row * d_ff, n * d_ff) };
         let x = &x[first_row * d..][..n * d];
-        times(saved, Output::AddRow(floats(&up_bias)), x, &up_weight, d, d_ff);
-        let mut finish = |active: &[f32]| times(out, Output::AddRow(floats(&down_bias)), active, &down_weight, d_ff, d);
+        times(saved, onto(up_bias.as_deref()), x, &up_weight, d, d_ff);
+        let mut finish = |active: &[f32]| times(out, onto(down_bias.as_deref()), active, &down_weight, d_ff, d);
         match activation {
             Activation::Relu => {
                 activation::relu(saved);
@@ -110,6 +115,34 @@ pub fn mlp(
     (normed, sum, tensor(saved, [n, d_ff]))
 }
 
+/// `(silu(x G) · x U) W + residual` and its norm; also `x G` and `x U`, which the backward needs.
+pub fn gated_mlp(
+    x: &FlexTensor,
+    weights: [&FlexTensor; 3],
+    residual: &FlexTensor,
+    norm: &Norm<'_>,
+) -> (Normed, FlexTensor, [FlexTensor; 2]) {
+    let (n, d) = matrix_dims(x);
+    let (_, d_ff) = matrix_dims(weights[0]);
+    let [gate_weight, up_weight, down_weight] = weights.map(|weight| packed(weight, false));
+    let x = contiguous(x);
+    let x = floats(&x);
+    let (mut gate, mut up) = (unset(n * d_ff), unset(n * d_ff));
+    let shared = [&mut gate[..], &mut up[..]].map(SharedMut::new);
+    let (normed, sum) = add_and_norm(residual, norm, |first_row, n, out| {
+        // SAFETY: blocks have different rows.
+        let [gate, up] = shared.map(|all| unsafe { all.slice(first_row * d_ff, n * d_ff) });
+        let x = &x[first_row * d..][..n * d];
+        times(gate, Output::Overwrite, x, &gate_weight, d, d_ff);
+        times(up, Output::Overwrite, x, &up_weight, d, d_ff);
+        with_scratch(gate.len(), |active| {
+            activation::silu_gate(active, gate, up);
+            times(out, Output::Overwrite, active, &down_weight, d_ff, d);
+        });
+    });
+    (normed, sum, [gate, up].map(|hidden| tensor(hidden, [n, d_ff])))
+}
+
 /// For each block of rows: `branch` computes what is added to `residual`, then the sum is normalised.
 ///
 /// `branch` gets the first row, the number of rows, and where to write them.
@@ -121,8 +154,8 @@ fn add_and_norm(
     let shape = residual.layout().shape().clone();
     let (n, d) = matrix_dims(residual);
     let rows = rows_of_blocks(n);
-    let (residual, gamma, beta) = (contiguous(residual), contiguous(norm.gamma), contiguous(norm.beta));
-    let (gamma, beta) = (floats(&gamma), floats(&beta));
+    let (residual, gamma, beta) = (contiguous(residual), contiguous(norm.gamma), norm.beta.map(contiguous));
+    let (gamma, beta) = (floats(&gamma), beta.as_deref().map(floats));
     let (mut normed, mut sum, mut statistics) = (unset(n * d), unset(n * d), unset(n * 2));
     blocks_mut(&mut normed, rows, d)
         .zip(blocks_mut(&mut sum, rows, d))
@@ -144,6 +177,14 @@ pub struct NormState {
     pub sum: FlexTensor,
     pub gamma: FlexTensor,
     pub statistics: FlexTensor,
+    /// Whether the norm has an offset.
+    pub has_offset: bool,
+}
+
+impl NormState {
+    pub fn new(sum: &FlexTensor, gamma: &FlexTensor, statistics: FlexTensor, has_offset: bool) -> Self {
+        Self { sum: sum.clone(), gamma: gamma.clone(), statistics, has_offset }
+    }
 }
 
 /// Gradients of the layer norm's gain and offset, and of the sum that it normalised.
@@ -239,6 +280,38 @@ pub fn mlp_backward(
     ([up, down], norm)
 }
 
+/// Gradients of [`gated_mlp`]: of `x`, of the three weights, of gamma and of the sum, from that of the norm and, if there
+/// is one, that of the sum by other ways.
+///
+/// `saved`: what the forward gave.
+pub fn gated_mlp_backward(
+    x: &FlexTensor,
+    weights: [&FlexTensor; 3],
+    saved: [FlexTensor; 2],
+    state: NormState,
+    grad: &FlexTensor,
+    sum_grad: Option<FlexTensor>,
+) -> (FlexTensor, [FlexTensor; 3], NormGrads) {
+    let x_shape = x.layout().shape().clone();
+    let (n, d) = matrix_dims(x);
+    let (_, d_ff) = matrix_dims(weights[0]);
+    let [gate_weight, up_weight, down_weight] = weights.map(|weight| packed(weight, true));
+    let rows = rows_of_blocks(n);
+    let [mut gate, mut up] = saved.map(exclusive);
+    let (mut active, mut x_grad) = (unset(n * d_ff), unset(n * d));
+    let hidden = blocks_mut(gate.storage_mut::<f32>(), rows, d_ff).zip(blocks_mut(up.storage_mut::<f32>(), rows, d_ff));
+    let outs = hidden.zip(blocks_mut(&mut active, rows, d_ff)).zip(blocks_mut(&mut x_grad, rows, d));
+    let (norm, _) = through_norm(state, grad, sum_grad, 0, outs, |(((gate, up), active), x_grad), grad, _| {
+        times(active, Output::Overwrite, grad, &down_weight, d, d_ff);
+        activation::silu_gate_backward(active, gate, up);
+        times(x_grad, Output::Overwrite, gate, &gate_weight, d_ff, d);
+        times(x_grad, Output::Accumulate, up, &up_weight, d_ff, d);
+    });
+    let down_grad = backward_weight(&tensor(active, [n, d_ff]), &norm.sum);
+    let weights = [backward_weight(x, &gate), backward_weight(x, &up), down_grad];
+    (tensor(x_grad, x_shape), weights, norm)
+}
+
 /// The gradient through the layer norm and the addition, and on through `branch`, a block of rows at a time.
 ///
 /// `branch` gets its block of `outs`, the gradient of the sum in these rows, and room for `width` sums over rows.
@@ -273,7 +346,7 @@ where
             // The gradients of gamma and beta, room for two rows, the sums of the sum's gradient and of the branch.
             let mut sums = vec![0.0; 5 * d + width];
             let (of_norm, others) = sums.split_at_mut(4 * d);
-            norm::backward_rows(total, of_norm, sum, floats(&gamma), statistics, grad);
+            norm::backward_rows(total, of_norm, sum, floats(&gamma), statistics, grad, state.has_offset);
             if let Some(other) = other {
                 add_numbers(total, &other[i * rows * d..][..total.len()]);
             }

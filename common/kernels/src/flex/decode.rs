@@ -25,63 +25,79 @@ pub fn attention_cached(
     cached: &[usize],
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let [batch, new, width] = qkv.layout().shape().dims();
-    let [_, n_heads, d_head, capacity] = keys.layout().shape().dims();
-    let d_model = width / 3;
+    let [_, n_kv_heads, d_head, capacity] = keys.layout().shape().dims();
+    let n_heads = width / d_head - 2 * n_kv_heads;
+    let (group, d_out) = (n_heads / n_kv_heads, n_heads * d_head);
     let qkv = contiguous(qkv);
     let qkv = floats(&qkv);
     let [mut keys, mut values] = [keys, values].map(exclusive);
-    let mut out = unset(batch * new * d_model);
+    let mut out = unset(batch * new * d_out);
     let shared = [&mut out[..], keys.storage_mut::<f32>(), values.storage_mut::<f32>()].map(SharedMut::new);
     let longest = cached.iter().max().copied().unwrap_or(0) + new;
-    let work = (2 * new * longest * d_head).max(1);
+    let work = (2 * new * longest * d_head * group).max(1);
     let n_each = (TASK / work).max(1);
-    for_each((batch * n_heads).div_ceil(n_each), |task| {
-        for i in task * n_each..(batch * n_heads).min((task + 1) * n_each) {
-            let (row, head) = (i / n_heads, i % n_heads);
+    for_each((batch * n_kv_heads).div_ceil(n_each), |task| {
+        for i in task * n_each..(batch * n_kv_heads).min((task + 1) * n_each) {
+            let (row, of_keys) = (i / n_kv_heads, i % n_kv_heads);
             let cached = cached[row];
             let of_cache = i * capacity * d_head;
-            let start = row * new * d_model + head * d_head;
+            let first_head = of_keys * group;
+            let start = row * new * d_out + first_head * d_head;
             // SAFETY: each task has its own rows and heads, and touches only these numbers of the two caches.
             let (keys, values) =
                 unsafe { (shared[1].slice(of_cache, capacity * d_head), shared[2].slice(of_cache, capacity * d_head)) };
-            let qkv = &qkv[row * new * width + head * d_head..];
-            append(qkv, (d_model, width), (keys, values), cached, new, d_head);
+            let qkv = &qkv[row * new * width..];
+            let columns = [n_heads + of_keys, n_heads + n_kv_heads + of_keys].map(|head| head * d_head);
+            append(qkv, (columns, width), (keys, values), cached, new, d_head);
+            let queries = &qkv[first_head * d_head..];
             if new == 1 {
-                // SAFETY: as above, of that head's numbers of that row's output.
-                let out = unsafe { shared[0].slice(start, d_head) };
+                // SAFETY: as above, of these heads' numbers of that row's output.
+                let out = unsafe { shared[0].slice(start, group * d_head) };
                 let values = &values[..(cached + 1) * d_head];
-                with_scratch(cached + 1, |weights| attend_one(&qkv[..d_head], keys, capacity, values, weights, out));
+                with_scratch(cached + 1, |weights| {
+                    for (query, out) in queries.chunks_exact(d_head).zip(out.chunks_exact_mut(d_head)) {
+                        attend_one(query, keys, capacity, values, weights, out);
+                    }
+                });
                 continue;
             }
-            for first_query in (0..new).step_by(QUERIES) {
-                let n_queries = QUERIES.min(new - first_query);
-                let tile = Tile { first_query: cached + first_query, first: &[0; QUERIES][..n_queries] };
-                let queries = Mat::rows(&qkv[first_query * width..], n_queries, d_head, width);
-                // SAFETY: as above.
-                let out = unsafe { shared[0].mat(start + first_query * d_model, n_queries, d_head, d_model) };
-                let n_keys = cached + new;
-                with_scratch(n_keys * (n_queries + d_head), |scratch| {
-                    let (rows, scores) = scratch.split_at_mut(n_keys * d_head);
+            let n_keys = cached + new;
+            with_scratch(n_keys * (QUERIES.min(new) + d_head), |scratch| {
+                let (rows, scores) = scratch.split_at_mut(n_keys * d_head);
+                // Of a row that begins here, keys and values lie in the projection as they are needed.
+                let keys_values = if cached == 0 {
+                    (&qkv[columns[0]..], &qkv[columns[1]..], width)
+                } else {
                     for (position, row) in rows.chunks_exact_mut(d_head).enumerate() {
                         row.iter_mut()
                             .zip(keys[position..].iter().step_by(capacity))
                             .for_each(|(to, from)| *to = *from);
                     }
-                    attend(&tile, queries, (rows, values, d_head), scores, out, &mut [0.0; QUERIES]);
-                });
-            }
+                    (&*rows, &*values, d_head)
+                };
+                for (head, first_query) in (0..group).flat_map(|h| (0..new).step_by(QUERIES).map(move |q| (h, q))) {
+                    let n_queries = QUERIES.min(new - first_query);
+                    let tile = Tile { first_query: cached + first_query, first: &[0; QUERIES][..n_queries] };
+                    let queries = Mat::rows(&queries[first_query * width + head * d_head..], n_queries, d_head, width);
+                    let start = start + first_query * d_out + head * d_head;
+                    // SAFETY: as above.
+                    let out = unsafe { shared[0].mat(start, n_queries, d_head, d_out) };
+                    let scores = &mut scores[..tile.n_keys() * n_queries];
+                    attend(&tile, queries, keys_values, scores, out, &mut [0.0; QUERIES]);
+                }
+            });
         }
     });
-    (tensor(out, [batch, new, d_model]), keys, values)
+    (tensor(out, [batch, new, d_out]), keys, values)
 }
 
 /// Copies keys and values of `new` positions into one head's cache, from position `cached` on.
 ///
-/// `qkv` begins at the head's first query; `strides`: from its query to its key and from its key to its value, and from
-/// one position to the next.
+/// `qkv` begins at the row's first position; `place`: the first columns of the key and the value, and the distance from one
+/// position to the next.
 fn append(
     qkv: &[f32],
-    strides: (usize, usize),
+    ([of_key, of_value], stride): ([usize; 2], usize),
     (keys, values): (&mut [f32], &mut [f32]),
     cached: usize,
     new: usize,
@@ -89,8 +105,8 @@ fn append(
 ) {
     let capacity = keys.len() / d_head;
     for position in 0..new {
-        let key = &qkv[position * strides.1 + strides.0..][..d_head];
-        let value = &qkv[position * strides.1 + 2 * strides.0..][..d_head];
+        let key = &qkv[position * stride + of_key..][..d_head];
+        let value = &qkv[position * stride + of_value..][..d_head];
         for (column, number) in keys.chunks_exact_mut(capacity).zip(key) {
             column[cached + position] = *number;
         }

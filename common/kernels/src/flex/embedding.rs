@@ -1,4 +1,4 @@
-//! The sum of two rows of tables for each token, and its gradients.
+//! A row of a table for each token, or the sum of two, and the gradients.
 
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
@@ -46,6 +46,18 @@ pub fn forward(
             add_numbers(out, &position_table[position * d..][..d]);
         }
     });
+    tensor(out, [shape[0], shape[1], d])
+}
+
+/// `out_i = tokens[ids_i]`, of the shape `[batch, seq, d]`.
+pub fn lookup(tokens: &FlexTensor, ids: &Rows, shape: [usize; 2]) -> FlexTensor {
+    let (_, d) = matrix_dims(tokens);
+    let tokens = contiguous(tokens);
+    let tokens = floats(&tokens);
+    let mut out = Vec::with_capacity(ids.len() * d);
+    for id in ids {
+        out.extend_from_slice(&tokens[id * d..][..d]);
+    }
     tensor(out, [shape[0], shape[1], d])
 }
 

@@ -14,6 +14,7 @@ mod gemm;
 pub mod linear;
 pub mod log_probs;
 pub mod norm;
+pub mod rotary;
 pub mod simd;
 mod tile;
 mod transpose;
@@ -29,8 +30,9 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use self::branch::{Affine, Norm};
-use super::Activation;
+use self::rotary::Direction;
 use super::autodiff::FusedOps;
+use super::{Activation, Heads};
 
 impl FusedOps for Flex {
     fn fused_linear(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
@@ -54,8 +56,8 @@ impl FusedOps for Flex {
         beta: FlexTensor,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
-        let norm = Norm { gamma: &gamma, beta: &beta, eps };
-        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: &bias }, &residual, &norm);
+        let norm = Norm { gamma: &gamma, beta: Some(&beta), eps };
+        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: Some(&bias) }, &residual, &norm);
         (out.normed, sum)
     }
 
@@ -71,9 +73,9 @@ impl FusedOps for Flex {
         beta: FlexTensor,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
-        let up = Affine { weight: &up_weight, bias: &up_bias };
-        let down = Affine { weight: &down_weight, bias: &down_bias };
-        let norm = Norm { gamma: &gamma, beta: &beta, eps };
+        let up = Affine { weight: &up_weight, bias: Some(&up_bias) };
+        let down = Affine { weight: &down_weight, bias: Some(&down_bias) };
+        let norm = Norm { gamma: &gamma, beta: Some(&beta), eps };
         let (out, sum, _) = branch::mlp(&x, &up, activation, &down, &residual, &norm);
         (out.normed, sum)
     }
@@ -89,12 +91,17 @@ impl FusedOps for Flex {
         embedding::forward(&tokens, &position_table, &rows, &positions, ids.layout().shape().dims())
     }
 
+    fn fused_lookup(tokens: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        let (n_rows, _) = matrix_dims(&tokens);
+        embedding::lookup(&tokens, &embedding::rows_of(&ids, n_rows), ids.layout().shape().dims())
+    }
+
     fn fused_bias_activation(x: FlexTensor, bias: FlexTensor, activation: Activation) -> FlexTensor {
         activation::forward(&x, &bias, activation)
     }
 
     fn fused_layer_norm(x: FlexTensor, gamma: FlexTensor, beta: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
-        (norm::forward(&x, &gamma, &beta, eps).normed, x)
+        (norm::forward(&x, &gamma, Some(&beta), eps).normed, x)
     }
 
     fn fused_add_layer_norm(
@@ -104,12 +111,60 @@ impl FusedOps for Flex {
         beta: FlexTensor,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
-        let (out, sum) = norm::add_forward(&x, &residual, &gamma, &beta, eps);
+        let (out, sum) = norm::add_forward(&x, &residual, &gamma, Some(&beta), eps);
         (out.normed, sum)
     }
 
-    fn fused_attention(qkv: FlexTensor, first_key: Vec<usize>, n_heads: usize) -> FlexTensor {
-        attention::forward(&qkv, &first_key, n_heads).0
+    fn fused_rms_norm(x: FlexTensor, gamma: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
+        (norm::forward(&x, &gamma, None, eps).normed, x)
+    }
+
+    fn fused_add_rms_norm(
+        x: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        eps: f64,
+    ) -> (FlexTensor, FlexTensor) {
+        let (out, sum) = norm::add_forward(&x, &residual, &gamma, None, eps);
+        (out.normed, sum)
+    }
+
+    fn fused_project_add_rms_norm(
+        x: FlexTensor,
+        weight: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        eps: f64,
+    ) -> (FlexTensor, FlexTensor) {
+        let norm = Norm { gamma: &gamma, beta: None, eps };
+        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: None }, &residual, &norm);
+        (out.normed, sum)
+    }
+
+    fn fused_gate(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        activation::gate(&gate, &up)
+    }
+
+    fn fused_gated_mlp_add_rms_norm(
+        x: FlexTensor,
+        gate: FlexTensor,
+        up: FlexTensor,
+        down: FlexTensor,
+        residual: FlexTensor,
+        gamma: FlexTensor,
+        eps: f64,
+    ) -> (FlexTensor, FlexTensor) {
+        let norm = Norm { gamma: &gamma, beta: None, eps };
+        let (out, sum, _) = branch::gated_mlp(&x, [&gate, &up, &down], &residual, &norm);
+        (out.normed, sum)
+    }
+
+    fn fused_attention(qkv: FlexTensor, first_key: Vec<usize>, heads: Heads) -> FlexTensor {
+        attention::forward(&qkv, &first_key, heads).0
+    }
+
+    fn fused_rotate(qkv: FlexTensor, heads: Heads, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
+        rotary::rotate(qkv, heads, &cos, &sin, Direction::Forward)
     }
 
     fn fused_attention_cached(

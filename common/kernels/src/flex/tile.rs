@@ -206,11 +206,14 @@ unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
     // SAFETY: all reads and writes are those the caller allows; arrays of f32 need the alignment of f32 only.
     unsafe {
         let (mut b, scale) = (block.panel.as_ptr(), block.scale);
-        let mut factors = a.as_ptr().add(row * a_row);
+        // The compiler may not know how the rows lie: it would find each from the one before, a chain of additions that takes
+        // longer than the multiplications of AVX2's tile.
+        let rows: [*const f32; ROWS] = std::hint::black_box(std::array::from_fn(|i| a.as_ptr().add((row + i) * a_row)));
+        let mut at = 0;
         for _ in 0..k {
             let b_row = *b.cast::<[[f32; LANES]; WIDTH]>();
             unrolled!(i, totals, totals_of_row => {
-                let factor = *factors.add(i * a_row);
+                let factor = *rows[i].add(at);
                 for j in 0..WIDTH {
                     for lane in 0..LANES {
                         totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
@@ -218,7 +221,7 @@ unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
                 }
             });
             b = b.wrapping_add(WIDTH * LANES);
-            factors = factors.wrapping_add(a_col);
+            at += a_col;
         }
         unrolled!(i, totals, totals_of_row => {
             let to = &mut *to.add(i * row_stride).cast::<[[f32; LANES]; WIDTH]>();
