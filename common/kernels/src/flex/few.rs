@@ -1,7 +1,11 @@
 //! Products of few rows with a matrix: decoding.
 //!
-//! Of up to [`STREAMED`] rows, reading the matrix is the work, so it is read once, in the order it lies in memory. More
-//! rows are a small matrix product whose operands fit the caches as they are, so none of them is rearranged.
+//! Of up to [`STREAMED`] rows, reading the matrix is the work, so it is read once, in the order it lies in memory. So it is
+//! for up to [`SIDE_BY_SIDE`] rows if it does not fit the second cache. More rows are a small matrix product, a tile at a
+//! time; of a large matrix some rows are put together first. Whichever it is, products of more than [`STREAMED`] rows are
+//! added in the order of the matrix's rows.
+
+use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -29,6 +33,30 @@ const RUNS: usize = 64;
 /// Multiplications that are worth handing to another thread.
 const WORK: usize = 1 << 18;
 
+/// Most rows whose results are all kept near while the matrix is read once.
+const SIDE_BY_SIDE: usize = 16;
+
+/// Results kept in the first cache, beside the rows of the matrix that are added to them.
+const NEAREST: usize = 2048;
+
+/// Rows of the matrix that are put together at a time.
+const DEPTH: usize = 64;
+
+/// Columns of the matrix that are put together at a time.
+const BLOCK: usize = 256;
+
+/// Numbers of a matrix that stays in the second cache, so that the order in which it is read matters little.
+const NEAR: usize = 1 << 17;
+
+/// Rows of the matrix that are asked for before they are needed.
+const AHEAD: usize = 8;
+
+/// Numbers in a cache line.
+const LINE: usize = 16;
+
+/// Fewest results of a row that a matrix is cut into.
+const PIECE: usize = 256;
+
 /// Columns of the largest tile, two AVX-512 registers: pieces of results are cut at its multiples.
 const COLUMNS: usize = 32;
 
@@ -41,14 +69,34 @@ pub fn times_matrix(x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_out: usiz
         stream_matrix(&mut out, x, weight, bias, d_in);
         return out;
     }
-    let n_columns = (WORK / (n * d_in).max(1)).max(1).next_multiple_of(COLUMNS);
+    let n_columns = (WORK / (n * d_in).max(1)).max(PIECE);
+    let n_tasks = d_out.div_ceil(n_columns);
+    // An even number, for an even number of threads.
+    let n_columns = d_out.div_ceil(if n_tasks > 1 { n_tasks.next_multiple_of(2) } else { 1 }).next_multiple_of(COLUMNS);
     let shared = SharedMut::new(&mut out);
     for_each(d_out.div_ceil(n_columns), |i| {
         let first = i * n_columns;
         let n_columns = n_columns.min(d_out - first);
         let bias = bias.map(|bias| &bias[first..first + n_columns]);
-        let product = Product { out: shared, out_start: first, out_stride: d_out, x, d_in };
-        arch().dispatch(Tiles { product, weight: &weight[first..], stride: d_out, n_columns, bias });
+        let is_near = weight.len() <= NEAR;
+        if n <= SIDE_BY_SIDE && !is_near {
+            // SAFETY: each task has its own columns of each row.
+            let mut rows: Vec<&mut [f32]> =
+                (0..n).map(|row| unsafe { shared.slice(row * d_out + first, n_columns) }).collect();
+            for row in &mut rows {
+                match bias {
+                    Some(bias) => row.copy_from_slice(bias),
+                    None => row.fill(0.0),
+                }
+            }
+            return add_products_of_rows(&mut rows, x, &weight[first..], d_out, d_in);
+        }
+        let (weight, out_start, out_stride) = (&weight[first..], first, d_out);
+        with_scratch((DEPTH + 1) * BLOCK, |panel| {
+            let panel = (!is_near || !d_out.is_multiple_of(lanes())).then_some(panel);
+            let (stride, out) = (d_out, shared);
+            arch().dispatch(Tiles { x, d_in, weight, stride, n_columns, bias, out, out_start, out_stride, panel });
+        });
     });
     out
 }
@@ -64,6 +112,15 @@ fn arch() -> Arch {
     }
 }
 
+/// Numbers in a register of [`arch`].
+fn lanes() -> usize {
+    match simd::level() {
+        simd::Level::V4 => 16,
+        simd::Level::V3 => 8,
+        simd::Level::Baseline => 4,
+    }
+}
+
 /// `x · matrixᵀ` with `x: [n, d]` and `matrix: [n_out, d]`; returns `[n, n_out]`.
 ///
 /// Of more than [`STREAMED`] rows it is `matrix · xᵀ` that is computed, and the result, smaller than the matrix, that is
@@ -74,9 +131,15 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
     let mut out = unset(n * n_out);
     let n_rows = (TASK / d.max(1)).max(n_out.div_ceil(RUNS)).next_multiple_of(COLUMNS);
     let shared = SharedMut::new(&mut out);
-    let mut columns = unset(if n > STREAMED { x.len() } else { 0 });
-    if n > STREAMED {
+    // Filled up with zeros to whole registers.
+    let width = n.next_multiple_of(lanes());
+    let mut columns = vec![0.0; if n > STREAMED { d * width } else { 0 }];
+    if n == width {
         transpose_columns(&mut columns, x, n, d, 0);
+    } else {
+        for (to, i) in columns.chunks_exact_mut(width).zip(0..) {
+            to.iter_mut().zip(x[i..].iter().step_by(d)).for_each(|(to, from)| *to = *from);
+        }
     }
     for_each(n_out.div_ceil(n_rows), |i| {
         let first = i * n_rows;
@@ -90,13 +153,25 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
             }
             return;
         }
-        with_scratch(n_rows * n, |results| {
-            let product = Product { out: SharedMut::new(results), out_start: 0, out_stride: n, x: matrix, d_in: d };
-            arch().dispatch(Tiles { product, weight: &columns, stride: n, n_columns: n, bias: None });
-            for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * n)) {
+        with_scratch(n_rows * width, |results| {
+            let (x, weight, out_start) = (matrix, &columns[..], 0);
+            let shared = SharedMut::new(results);
+            arch().dispatch(Tiles {
+                x,
+                d_in: d,
+                weight,
+                stride: width,
+                n_columns: width,
+                bias: None,
+                out: shared,
+                out_start,
+                out_stride: width,
+                panel: None,
+            });
+            for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * width)) {
                 for row in 0..n {
-                    let out = &mut out(row)[start..start + results.len() / n];
-                    for (out, results) in out.iter_mut().zip(results.chunks_exact(n)) {
+                    let out = &mut out(row)[start..start + results.len() / width];
+                    for (out, results) in out.iter_mut().zip(results.chunks_exact(width)) {
                         *out = results[row];
                     }
                 }
@@ -170,6 +245,44 @@ simd! {
         }
     }
 
+    /// Adds to rows of `out` the products of the rows of `x` with columns of `weight`, whose rows lie `stride` apart.
+    fn add_products_of_rows(out: &mut [&mut [f32]], x: &[f32], weight: &[f32], stride: usize, d_in: usize) {
+        let n_columns = out[0].len();
+        let piece = (NEAREST / out.len()).next_multiple_of(COLUMNS);
+        for first in (0..n_columns).step_by(piece) {
+            let columns = first..n_columns.min(first + piece);
+            for k in (0..d_in / 4 * 4).step_by(4) {
+                let rows: [&[f32]; 4] = std::array::from_fn(|i| &weight[(k + i) * stride..][columns.clone()]);
+                let (pairs, last) = out.as_chunks_mut::<2>();
+                let (x_pairs, x_last) = x.split_at(pairs.len() * 2 * d_in);
+                for ([out_0, out_1], x) in pairs.iter_mut().zip(x_pairs.chunks_exact(2 * d_in)) {
+                    let (x_0, x_1) = (&x[k..k + 4], &x[d_in + k..d_in + k + 4]);
+                    let (out_0, out_1) = (&mut out_0[columns.clone()], &mut out_1[columns.clone()]);
+                    let weights = rows[0].iter().zip(rows[1]).zip(rows[2]).zip(rows[3]);
+                    for ((out_0, out_1), (((w_0, w_1), w_2), w_3)) in out_0.iter_mut().zip(out_1).zip(weights) {
+                        *out_0 = fma(x_0[3], *w_3, fma(x_0[2], *w_2, fma(x_0[1], *w_1, fma(x_0[0], *w_0, *out_0))));
+                        *out_1 = fma(x_1[3], *w_3, fma(x_1[2], *w_2, fma(x_1[1], *w_1, fma(x_1[0], *w_0, *out_1))));
+                    }
+                }
+                for out in last {
+                    let x = &x_last[k..k + 4];
+                    let weights = rows[0].iter().zip(rows[1]).zip(rows[2]).zip(rows[3]);
+                    for (out, (((w_0, w_1), w_2), w_3)) in out[columns.clone()].iter_mut().zip(weights) {
+                        *out = fma(x[3], *w_3, fma(x[2], *w_2, fma(x[1], *w_1, fma(x[0], *w_0, *out))));
+                    }
+                }
+            }
+            for k in d_in / 4 * 4..d_in {
+                let row = &weight[k * stride..][columns.clone()];
+                for (out, x) in out.iter_mut().zip(x.chunks_exact(d_in)) {
+                    for (out, weight) in out[columns.clone()].iter_mut().zip(row) {
+                        *out = fma(x[k], *weight, *out);
+                    }
+                }
+            }
+        }
+    }
+
     /// `out_i = x · row_i` of `matrix`.
     fn dots(out: &mut [f32], x: &[f32], matrix: &[f32]) {
         const N: usize = 16;
@@ -194,103 +307,186 @@ simd! {
     }
 }
 
-/// The left operand `x: [n, d_in]` and where the results of some columns go.
-#[derive(Clone, Copy)]
-struct Product<'a> {
-    out: SharedMut<'a>,
-    /// Where the first row's results begin.
-    out_start: usize,
-    /// From one row's results to the next's.
-    out_stride: usize,
-    x: &'a [f32],
-    d_in: usize,
-}
-
 /// Some columns of `x W + b`, a tile of rows and columns at a time. Products are added in the order of the rows of `W`,
 /// whatever the tile and the registers.
 struct Tiles<'a> {
-    product: Product<'a>,
+    /// `[n, d_in]`
+    x: &'a [f32],
+    d_in: usize,
     /// Begins at the first column; rows are `stride` apart.
     weight: &'a [f32],
     stride: usize,
     n_columns: usize,
     bias: Option<&'a [f32]>,
+    /// Where the first row's results begin, and from one row's results to the next's.
+    out: SharedMut<'a>,
+    out_start: usize,
+    out_stride: usize,
+    /// Room for [`DEPTH`] rows of [`BLOCK`] columns, where a part of the weight is put together before it is used: as it
+    /// lies, each piece of a tile would be far from the one before. Without it the columns fill registers.
+    panel: Option<&'a mut [f32]>,
+}
+
+/// Two registers of columns, or one, of some rows of the weight.
+struct Strip<'a> {
+    /// Begins at the first row and column; rows are `stride` apart.
+    weight: &'a [f32],
+    stride: usize,
+    depth: Range<usize>,
+    /// The first column, and how many there are.
+    column: usize,
+    n_columns: usize,
 }
 
 impl WithSimd for Tiles<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn with_simd<S: Simd>(mut self, simd: S) {
         let width = 2 * S::F32_LANES;
-        let n = self.product.x.len() / self.product.d_in.max(1);
-        for column in (0..self.n_columns).step_by(width) {
-            if column + width <= self.n_columns {
-                self.tiles::<S, true>(simd, n, column);
-            } else {
-                self.tiles::<S, false>(simd, n, column);
+        let Some(panel) = self.panel.take() else {
+            for column in (0..self.n_columns).step_by(width) {
+                let n_columns = width.min(self.n_columns - column);
+                let (weight, stride) = (&self.weight[column..], self.stride);
+                self.strip(simd, &Strip { weight, stride, depth: 0..self.d_in, column, n_columns });
+            }
+            return;
+        };
+        for first in (0..self.d_in.max(1)).step_by(DEPTH) {
+            let depth = first..self.d_in.min(first + DEPTH);
+            for block in (0..self.n_columns).step_by(BLOCK) {
+                let n_columns = BLOCK.min(self.n_columns - block);
+                self.rearrange::<S>(panel, &depth, block, n_columns);
+                for column in (0..n_columns).step_by(width) {
+                    let weight = &panel[column * (depth.len() + 1)..][..width * depth.len()];
+                    let n_columns = width.min(n_columns - column);
+                    let column = block + column;
+                    self.strip(simd, &Strip { weight, stride: width, depth: depth.clone(), column, n_columns });
+                }
             }
         }
     }
 }
 
 impl Tiles<'_> {
-    /// All rows of the columns from `column` on, as many at a time as there are registers for their results.
+    /// Writes strips of columns, two registers wide, one after the other; the last is filled up with zeros.
     #[inline(always)]
-    fn tiles<S: Simd, const FULL: bool>(&self, simd: S, n: usize, column: usize) {
+    fn rearrange<S: Simd>(&self, panel: &mut [f32], depth: &Range<usize>, column: usize, n_columns: usize) {
+        let width = 2 * S::F32_LANES;
+        for (i, k) in depth.clone().enumerate() {
+            let row = &self.weight[k * self.stride + column..][..n_columns];
+            for line in (0..n_columns).step_by(LINE) {
+                prefetch(row.as_ptr().wrapping_add(AHEAD * self.stride + line));
+            }
+            for (strip, from) in row.chunks(width).enumerate() {
+                // A row more, lest the strips' pieces of a row compete for the same place in the cache.
+                let to = &mut panel[(strip * (depth.len() + 1) + i) * width..][..width];
+                if from.len() == width {
+                    let (to, from) = (S::as_mut_simd_f32s(to).0, S::as_simd_f32s(from).0);
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = *from;
+                    }
+                } else {
+                    to[..from.len()].copy_from_slice(from);
+                    to[from.len()..].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// All rows, as many at a time as there are registers for their results.
+    #[inline(always)]
+    fn strip<S: Simd>(&self, simd: S, strip: &Strip<'_>) {
+        let n = strip.n_columns / S::F32_LANES;
+        match (n, n * S::F32_LANES == strip.n_columns) {
+            (2, true) => self.rows::<S, 2, true>(simd, strip),
+            (1, true) => self.rows::<S, 1, true>(simd, strip),
+            _ => self.rows::<S, 2, false>(simd, strip),
+        }
+    }
+
+    #[inline(always)]
+    fn rows<S: Simd, const W: usize, const FULL: bool>(&self, simd: S, strip: &Strip<'_>) {
+        let n = self.x.len() / self.d_in.max(1);
         let mut row = 0;
-        while S::F32_LANES >= 16 && row + 8 <= n {
-            self.tile::<S, 8, FULL>(simd, row, column);
+        while (S::F32_LANES >= 16 || W == 1) && row + 8 <= n {
+            self.tile::<S, 8, W, FULL>(simd, row, strip);
             row += 8;
         }
         while row + 4 <= n {
-            self.tile::<S, 4, FULL>(simd, row, column);
+            self.tile::<S, 4, W, FULL>(simd, row, strip);
             row += 4;
         }
         while row < n {
-            self.tile::<S, 1, FULL>(simd, row, column);
+            self.tile::<S, 1, W, FULL>(simd, row, strip);
             row += 1;
         }
     }
 
-    /// `R` rows from `row` on, two registers of columns from `column` on; fewer columns unless `FULL`.
+    /// `R` rows from `row` on, `W` registers of columns: adds the products of some rows of the weight to what is there, or to
+    /// the bias if they are the first. Fewer columns unless `FULL`.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const FULL: bool>(&self, simd: S, row: usize, column: usize) {
-        let (d_in, stride) = (self.product.d_in, self.stride);
-        let n_columns = if FULL { 2 * S::F32_LANES } else { self.n_columns - column };
-        let n_first = n_columns.min(S::F32_LANES);
-        let load = |from: &[f32]| -> [S::f32s; 2] {
-            if FULL {
-                let (registers, _) = S::as_simd_f32s(&from[..2 * S::F32_LANES]);
-                [registers[0], registers[1]]
-            } else {
-                let (first, second) = from[..n_columns].split_at(n_first);
-                [simd.partial_load_f32s(first), simd.partial_load_f32s(second)]
-            }
-        };
-        let start = self.bias.map_or([simd.splat_f32s(0.0); 2], |bias| load(&bias[column..]));
-        let mut totals = [start; R];
-        let x: [&[f32]; R] = std::array::from_fn(|r| &self.product.x[(row + r) * d_in..][..d_in]);
-        for (k, weight) in self.weight[column..].chunks(stride).take(d_in).enumerate() {
-            let [first, second] = load(weight);
-            for r in 0..R {
-                let x = simd.splat_f32s(x[r][k]);
-                totals[r] = [simd.mul_add_f32s(x, first, totals[r][0]), simd.mul_add_f32s(x, second, totals[r][1])];
-            }
-        }
-        for (r, [first, second]) in totals.into_iter().enumerate() {
-            let start = self.product.out_start + (row + r) * self.product.out_stride + column;
-            // SAFETY: the maker of the product gave it these columns of each row to itself.
-            let out = unsafe { self.product.out.slice(start, n_columns) };
-            if FULL {
-                let (registers, _) = S::as_mut_simd_f32s(out);
-                (registers[0], registers[1]) = (first, second);
-            } else {
-                let (out_first, out_second) = out.split_at_mut(n_first);
-                simd.partial_store_f32s(out_first, first);
-                simd.partial_store_f32s(out_second, second);
+    fn tile<S: Simd, const R: usize, const W: usize, const FULL: bool>(&self, simd: S, row: usize, strip: &Strip<'_>) {
+        let Strip { weight, stride, column, n_columns, .. } = *strip;
+        let (depth, width) = (strip.depth.clone(), W * S::F32_LANES);
+        assert!(depth.is_empty() || weight.len() >= (depth.len() - 1) * stride + width, "columns out of bounds");
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * self.d_in..][depth.clone()]);
+        // SAFETY: the maker of the tiles has these columns of each row to itself.
+        let mut out: [&mut [f32]; R] = std::array::from_fn(|r| unsafe {
+            self.out.slice(self.out_start + (row + r) * self.out_stride + column, n_columns)
+        });
+        let start =
+            self.bias.map_or([simd.splat_f32s(0.0); W], |bias| load::<S, W, FULL>(&bias[column..][..n_columns]));
+        let mut totals: [[S::f32s; W]; R] =
+            std::array::from_fn(|r| if depth.start == 0 { start } else { load::<S, W, FULL>(out[r]) });
+        // As in `tile.rs`: not a chain of additions.
+        let x = std::hint::black_box(x.map(<[f32]>::as_ptr));
+        for k in 0..depth.len() {
+            // SAFETY: row `k` of the weight has these columns, as just compared, and each row of `x` has a number `k`.
+            unsafe {
+                let numbers = std::slice::from_raw_parts(weight.as_ptr().add(k * stride), width);
+                let numbers = load::<S, W, true>(numbers);
+                for r in 0..R {
+                    let factor = simd.splat_f32s(*x[r].add(k));
+                    for j in 0..W {
+                        totals[r][j] = simd.mul_add_f32s(factor, numbers[j], totals[r][j]);
+                    }
+                }
             }
         }
+        for (out, totals) in out.iter_mut().zip(totals) {
+            if FULL {
+                S::as_mut_simd_f32s(out).0[..W].copy_from_slice(&totals);
+            } else {
+                let mut buffer = [0.0; COLUMNS];
+                S::as_mut_simd_f32s(&mut buffer).0[..W].copy_from_slice(&totals);
+                out.copy_from_slice(&buffer[..n_columns]);
+            }
+        }
+    }
+}
+
+/// `W` registers of numbers, filled up with zeros unless `FULL`.
+#[inline(always)]
+fn load<S: Simd, const W: usize, const FULL: bool>(numbers: &[f32]) -> [S::f32s; W] {
+    let mut buffer = [0.0; COLUMNS];
+    let numbers = if FULL {
+        numbers
+    } else {
+        buffer[..numbers.len()].copy_from_slice(numbers);
+        &buffer
+    };
+    let (registers, _) = S::as_simd_f32s(numbers);
+    std::array::from_fn(|j| registers[j])
+}
+
+/// Asks for the cache line at `address`, which need not exist.
+#[inline(always)]
+fn prefetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
     }
 }
 
@@ -307,7 +503,7 @@ mod tests {
     const REORDERED: f64 = 1e-4;
 
     /// Rows, length of a row, results of a row.
-    const SIZES: [(usize, usize, usize); 10] = [
+    const SIZES: [(usize, usize, usize); 15] = [
         (1, 1, 1),
         (1, 7, 5),
         (3, 33, 130),
@@ -318,6 +514,12 @@ mod tests {
         (13, 64, 97),
         (32, 128, 512),
         (64, 200, 65),
+        // Beyond the second cache.
+        (5, 301, 520),
+        (8, 500, 515),
+        (16, 260, 1000),
+        (17, 300, 520),
+        (40, 257, 701),
     ];
 
     #[test]

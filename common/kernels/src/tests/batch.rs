@@ -14,6 +14,8 @@ fn rows_keep_their_bits_in_any_batch_within_the_range() {
         let n_rows = rows.len();
         let x = leaf(&normals(1, n * d), &device).reshape([n, d]).slice([rows.clone()]);
         let weight = leaf(&normals(2, d * d_out), &device);
+        // More than the second cache holds.
+        let large = leaf(&normals(8, d * 2 * d_out), &device).reshape([d, 2 * d_out]);
         let bias = leaf(&normals(3, d_out), &device);
         let qkv = leaf(&normals(4, n * 3 * d), &device).reshape([n, 1, 3 * d]).slice([rows.clone()]);
         let keys = leaf(&normals(6, n * d * 48), &device).reshape([n, n_heads, d / n_heads, 48]).slice([rows.clone()]);
@@ -22,6 +24,7 @@ fn rows_keep_their_bits_in_any_batch_within_the_range() {
         let mixed = attention_cached(Kernels::Fused, qkv, keys, values, &cached[rows]).0;
         [
             host(linear(Kernels::Fused, x.clone(), weight.clone().reshape([d, d_out]), Some(bias))),
+            host(linear(Kernels::Fused, x.clone(), large, None)),
             host(logits(Kernels::Fused, x, weight.reshape([d_out, d]))),
             host(mixed.reshape([n_rows * d])),
         ]
