@@ -480,6 +480,29 @@ fn a_model_with_a_template_gets_a_padding_row_and_no_marks() {
 }
 
 #[test]
+fn an_adapter_on_a_base_that_was_given_tokens_finds_their_embeddings_again() {
+    for n_spare in [0, 2] {
+        let dir = tempfile::tempdir().expect("a directory");
+        write_templated(dir.path(), n_spare);
+        let init = init_from(dir.path(), None).expect("opens");
+        let lora = crate::model::LoraConfig::default();
+        let output = crate::model::params::Output::Logits;
+        let adapter = init.adapter_to_train(&lora, output, &Streams::new(1)).expect("fits");
+        let out = dir.path().join("out");
+        let tokenizer = init.require_tokenizer().expect("there");
+        let weights = Weights::Adapter { adapter, config: init.model_config().clone(), base: init.base() };
+        let (value, state) = (None, None);
+        save(&out, &Snapshot { weights, value, state, ..snapshot(1, tokenizer) }).expect("saves");
+        let again = Checkpoint::open(&out).expect("opens");
+        assert_eq!((again.base(), again.model_config()), (init.base(), init.model_config()));
+        let named = |of: &Checkpoint| of.load_gpt(&Device::flex()).expect("loads").to_named();
+        // A new adapter adds nothing.
+        assert_eq!(named(&again), named(&init));
+        ensure_same_tokenizer(&init, &again).expect("the same");
+    }
+}
+
+#[test]
 fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     let dir = tempfile::tempdir().expect("a directory");
     fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2, \"<|endoftext|>\": 3}").expect("writes");

@@ -72,6 +72,11 @@ pub(super) fn import(class: Class, config: &GptConfig, output: Output, mut their
             let their_data = &theirs[name].data;
             span.for_each_pair(&shape, |our_index, their_index| data[our_index] = their_data[their_index]);
         }
+        for (name, _) in &spans {
+            if is_read_by(&spans, name) {
+                theirs.remove(name); // lest the model be in memory twice
+            }
+        }
         ours.insert(parameter.path(), HostTensor { shape, data });
     }
     ours
@@ -108,6 +113,14 @@ pub(super) fn export<'a>(
     }
     assert_eq!(n_parameters, ours.len(), "the tensors are not those of {config:?}");
     theirs
+}
+
+/// Whether `spans` hold the whole tensor `name`, so that no other parameter is in it.
+fn is_read_by(spans: &[(String, Span)], name: &str) -> bool {
+    let of_tensor = || spans.iter().filter(|(of, _)| of == name).map(|(_, span)| span);
+    let n_read: usize = of_tensor().map(|span| span.theirs.len()).sum();
+    let d_out = |span: &Span| if span.transposed { span.shape.first() } else { span.shape.last() }.copied();
+    of_tensor().next().and_then(d_out) == Some(n_read)
 }
 
 /// Whether a parameter and the tensor are the same numbers in the same order.
