@@ -6,7 +6,7 @@
 use kernels::{Activation, Kernels};
 
 use crate::params::{Output, parameters, score_head};
-use crate::{Adapters, GptConfig, NormKind, NormPlacement, Positions};
+use crate::{Adapters, GptConfig, NormPlacement, Positions};
 
 /// Bytes of a number.
 const F32: f64 = 4.0;
@@ -29,9 +29,9 @@ pub fn adapters(config: &GptConfig, output: Output, adapters: &Adapters) -> f64 
     F32 * (places + head) as f64
 }
 
-/// Bytes of the keys and values of `rows` sequences of up to `capacity` tokens, each key head once for each query head.
+/// Bytes of the keys and values of `rows` sequences of up to `capacity` tokens, each key head once.
 pub fn cache(config: &GptConfig, rows: usize, capacity: usize) -> f64 {
-    F32 * 2.0 * (rows * capacity) as f64 * (config.n_layers * config.n_heads * config.d_head()) as f64
+    F32 * 2.0 * (rows * capacity) as f64 * (config.n_layers * config.n_kv_heads() * config.d_head()) as f64
 }
 
 /// How a model is computed.
@@ -72,12 +72,12 @@ pub struct Activations {
 
 /// The activations of a training step.
 ///
-/// Per block and token, in numbers, with `A = n_heads · d_head`:
-/// - the inputs of the two branches `2d`; each norm `d` (`LayerNorm`, fused), else `2d`
-/// - queries, keys and values as attention reads them, and its result: `4A`; normalised queries and keys
-///   `2 · (n_heads + n_kv_heads) · d_head` more
+/// Per block and token, in numbers, with `A = n_heads · d_head` and `K = n_kv_heads · d_head`:
+/// - the inputs of the two branches `2d`; each norm `d` fused, else `2d`
+/// - queries, keys and values as attention reads them, and its result: `2A + 2K` fused, else `4A`; normalised queries and
+///   keys `2 · (A + K)` more
 /// - weights of attention, plain `3 · n_heads · seq`, with dropout `4 · n_heads · seq`; fused without dropout none
-/// - the feed-forward layer `f`, `2f`, `4f`, `5f` or `6f`, see [`kept_by_mlp`]
+/// - the feed-forward layer `f` to `6f`, see [`kept_by_mlp`]
 /// - masks of dropout `2d`
 ///
 /// Outside the blocks: embedding, last norm and loss `5d`; plain, `3 · vocab_size` for the logits. With checkpoints a
@@ -105,8 +105,9 @@ fn kept_by_block(config: &GptConfig, computation: Computation, seq: f64) -> f64 
     let (d, f) = (config.d_model as f64, config.d_ff as f64);
     let (heads, of_heads) = (config.n_heads as f64, (config.n_heads * config.d_head()) as f64);
     let (fused, drops) = (computation.kernels == Kernels::Fused, config.dropout > 0.0);
-    let in_one_piece = fused && !drops && !computation.has_adapters && config.has_gpt_blocks();
-    let norm = if fused && config.norm_kind == NormKind::LayerNorm { d } else { 2.0 * d };
+    let in_one_piece = fused && !drops && !computation.has_adapters && config.has_fused_blocks();
+    let norm = if fused { d } else { 2.0 * d };
+    let of_keys = if fused && !drops { (config.n_kv_heads() * config.d_head()) as f64 } else { of_heads };
     let scores = match (fused, drops) {
         (_, true) => 4.0 * heads * seq,
         (true, false) => 0.0,
@@ -115,12 +116,20 @@ fn kept_by_block(config: &GptConfig, computation: Computation, seq: f64) -> f64 
     let qk_norm =
         if config.qk_norm { 2.0 * ((config.n_heads + config.n_kv_heads()) * config.d_head()) as f64 } else { 0.0 };
     let masks = if drops { 2.0 * d } else { 0.0 };
-    2.0 * d + 2.0 * norm + 4.0 * of_heads + qk_norm + scores + masks + kept_by_mlp(config, fused, in_one_piece) * f
+    2.0 * d
+        + 2.0 * norm
+        + 2.0 * (of_heads + of_keys)
+        + qk_norm
+        + scores
+        + masks
+        + kept_by_mlp(config, fused, in_one_piece) * f
 }
 
 /// How many tensors as wide as the feed-forward layer it keeps.
 fn kept_by_mlp(config: &GptConfig, fused: bool, in_one_piece: bool) -> f64 {
     match config.activation {
+        _ if config.gated && in_one_piece => 2.0,
+        Activation::Silu if config.gated && fused => 3.0,
         _ if config.gated => 5.0,
         Activation::Relu | Activation::GeluTanh if in_one_piece => 1.0,
         Activation::Relu => 2.0,
