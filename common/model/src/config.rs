@@ -7,7 +7,7 @@ use thiserror::Error;
 pub use kernels::Activation;
 
 use crate::params::{Output, Parameter, parameters};
-use crate::positions::{RopeScaling, Rotary};
+use crate::positions::{RopeScaling, RopeScalingError, RopeScalingSection, Rotary};
 
 /// How the position of a token enters the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -180,6 +180,9 @@ pub struct ModelSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1e12))]
     pub rope_theta: Option<f64>,
+    /// Change of the rotary angles for long contexts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScalingSection>,
     /// Share of each head's channels that rotary positions turn; 1 by default, 0.25 in `gpt-neox`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
@@ -241,7 +244,7 @@ impl ModelSection {
             rotary: Rotary {
                 theta: self.rope_theta.unwrap_or(base.rotary.theta),
                 fraction: self.rotary_fraction.unwrap_or(base.rotary.fraction),
-                scaling: base.rotary.scaling,
+                scaling: self.rope_scaling.unwrap_or_default().resolve()?,
             },
             gated: base.gated,
             qkv_bias: self.attention_bias.unwrap_or(base.qkv_bias),
@@ -298,6 +301,9 @@ pub enum ModelConfigError {
         /// The angles.
         rotary: Rotary,
     },
+    /// A key of the scaling that is missing or has no use.
+    #[error(transparent)]
+    Scaling(#[from] RopeScalingError),
     /// Post-norm is defined for the branches in turn.
     #[error("model: parallel branches need pre-norm")]
     ParallelPostNorm,

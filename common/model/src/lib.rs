@@ -28,5 +28,5 @@ pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormKind
 pub use gpt::Gpt;
 pub use layout::Layout;
 pub use named::{HostTensor, NamedError, NamedTensors, param_paths};
-pub use positions::{RopeScaling, Rotary, sinusoid_table};
+pub use positions::{RopeScaling, RopeScalingError, RopeScalingSection, RopeType, Rotary, sinusoid_table};
 pub use scalar::ScalarGpt;
