@@ -83,18 +83,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
 
-    /// Model to start from, a checkpoint or a Hugging Face directory, instead of the recipe's `init`
-    #[arg(long, value_name = "DIR")]
-    pub init: Option<PathBuf>,
-
     /// Run these steps only
     #[arg(long, alias = "stage", value_name = "STEPS", value_delimiter = ',')]
     pub stages: Vec<Step>,
 
-    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.`; VALUE is TOML, or else a string
-    /// (repeatable)
-    #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
-    pub overrides: Vec<String>,
+    /// Changes to the recipe's files
+    #[command(flatten)]
+    pub changes: ChangeArgs,
 
     /// Run finished steps again whose settings or inputs changed, and all that depends on them; or replace the run of another
     /// recipe in --out
@@ -116,6 +111,7 @@ pub struct RunArgs {
     after_help = "Nothing is trained or written. Lengths of conversations, pairs and prompts are counted where data and tokenizer \
         are there already; otherwise each is taken to be as long as the model's context.\n\nExample:\n  \
         recipe plan configs/tiny\n  \
+        recipe plan configs/smollm2 --data DATA --init models/SmolLM2-135M-Instruct\n  \
         recipe plan configs/stories --data DATA --set sft.train.micro_batch_size=4 --set sft.train.checkpoint_activations=true"
 )]
 pub struct PlanArgs {
@@ -131,9 +127,9 @@ pub struct PlanArgs {
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
-    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.` (repeatable)
-    #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
-    pub overrides: Vec<String>,
+    /// Changes to the recipe's files
+    #[command(flatten)]
+    pub changes: ChangeArgs,
 
     /// Print one JSON object, in bytes
     #[arg(long)]
@@ -178,12 +174,25 @@ pub struct NewArgs {
     pub init: Option<PathBuf>,
 }
 
-impl RunArgs {
+/// Flags that change what the recipe's files say.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// Model to start from, a checkpoint or a Hugging Face directory, instead of the recipe's `init`
+    #[arg(long, value_name = "DIR")]
+    pub init: Option<PathBuf>,
+
+    /// Override a key of a stage's configuration, or of recipe.toml with `recipe.`; VALUE is TOML, or else a string
+    /// (repeatable)
+    #[arg(long = "set", value_name = "STAGE.KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+impl ChangeArgs {
     /// What is laid over the recipe's files: `--set`, and `--init` as the key that it stands for.
     ///
     /// # Errors
     /// If the working directory is unknown.
-    pub fn all_overrides(&self) -> Result<Vec<String>> {
+    pub fn all(&self) -> Result<Vec<String>> {
         let mut all = self.overrides.clone();
         if let Some(init) = &self.init {
             let path = std::path::absolute(init).context("the working directory is unknown")?;

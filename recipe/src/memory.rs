@@ -28,7 +28,7 @@ const MIB: f64 = (1_u64 << 20) as f64;
 /// If the recipe is not valid, the initial model cannot be read, or stdout is closed.
 pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
-    let recipe = Recipe::open(&args.recipe, &out, args.data.as_deref(), &args.overrides, None)?;
+    let recipe = Recipe::open(&args.recipe, &out, args.data.as_deref(), &args.changes.all()?, None)?;
     let setup = Setup::open(recipe, args.runtime.precision.name())?;
     let runtime = args.runtime.open()?;
     let needs = Planner::open(setup, runtime.effective_kernels(), args.runtime.base())?.stages()?;

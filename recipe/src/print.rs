@@ -15,7 +15,7 @@ use crate::steps::Step;
 /// # Errors
 /// If the recipe is not valid, or stdout is closed.
 pub fn print_config(args: &RunArgs) -> Result<()> {
-    let mut recipe = Recipe::read(&args.recipe, &args.out, args.data.as_deref(), &args.all_overrides()?, args.seed)?;
+    let mut recipe = Recipe::read(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
     let StageConfigs { pretrain, sft, reward_model, ppo } = StageConfigs::load(&recipe)?;
     let resolver = recipe.own_resolver();
     for path in recipe.config.paths_mut() {

@@ -34,7 +34,7 @@ use crate::steps::Step;
 /// # Errors
 /// If the recipe is not valid or a step fails; what was finished before stays and is skipped the next time.
 pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
-    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.all_overrides()?, args.seed)?;
+    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
     let _lock = OutLock::take_inside(&args.out)?;
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
