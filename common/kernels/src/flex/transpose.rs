@@ -11,7 +11,7 @@ pub const SIDE: usize = 16;
 pub fn transpose_on_all_threads(to: &mut [f32], from: &[f32], rows: usize, cols: usize) {
     /// Numbers handled by one task.
     const TASK: usize = 1 << 14;
-    let n_cols = (TASK / rows.max(1)).next_multiple_of(SIDE);
+    let n_cols = (TASK / rows.max(1)).max(1).next_multiple_of(SIDE);
     to.par_chunks_mut((n_cols * rows).max(1)).enumerate().for_each(|(i, to)| {
         transpose_columns(to, from, rows, cols, i * n_cols);
     });
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn odd_shapes_are_transposed() {
-        for (rows, cols) in [(16, 16), (1, 1), (32, 48), (17, 40), (5, 100), (100, 5), (200, 333)] {
+        for (rows, cols) in [(16, 16), (1, 1), (32, 48), (17, 40), (5, 100), (100, 5), (200, 333), (20_000, 70)] {
             let from: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
             let mut to = vec![f32::NAN; rows * cols];
             transpose_on_all_threads(&mut to, &from, rows, cols);
