@@ -14,7 +14,8 @@ use common::cli::{RuntimeArgs, StageArgs, at_least_1};
     arg_required_else_help = true,
     after_help = "Example:\n  \
         ppo train --config configs/stories/ppo.toml --data DATA --policy runs/sft --reward-model runs/rm --out runs/ppo\n  \
-        ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data prompts.jsonl"
+        ppo eval --checkpoint runs/ppo --reference runs/sft --reward-model runs/rm --data prompts.jsonl\n  \
+        ppo doctor --policy runs/sft --reward-model runs/rm --data prompts.jsonl"
 )]
 pub struct Cli {
     /// The command
@@ -29,6 +30,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Compare a policy with its reference on held-out prompts
     Eval(EvalArgs),
+    /// Examine what a run would start from, before it starts
+    Doctor(DoctorArgs),
 }
 
 /// Flags of `ppo train`.
@@ -88,6 +91,50 @@ pub struct EvalArgs {
     /// Answers computed at once
     #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_1)]
     pub batch_size: NonZeroUsize,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `ppo doctor`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exits with 1 if a check fails. Where the files of pairs are not given, those are read that the reward model's own \
+        config.toml names.\n\nExample:\n  ppo doctor --config configs/tiny/ppo.toml --policy runs/sft --reward-model runs/rm --data data/tiny/prompts.train.jsonl"
+)]
+pub struct DoctorArgs {
+    /// Checkpoint of the initial policy: stage sft
+    #[arg(long, value_name = "DIR")]
+    pub policy: PathBuf,
+
+    /// Checkpoint of the reward model
+    #[arg(long, value_name = "DIR")]
+    pub reward_model: PathBuf,
+
+    /// Prompts of the run (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+
+    /// Configuration of the run (TOML) [default: every key's default]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Override a key of the configuration; VALUE is TOML, or else a string (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+
+    /// Preference pairs that the reward model was not trained on
+    #[arg(long, value_name = "FILE")]
+    pub pairs: Option<PathBuf>,
+
+    /// Preference pairs that the reward model was trained on
+    #[arg(long, value_name = "FILE")]
+    pub train_pairs: Option<PathBuf>,
+
+    /// Print one JSON object in place of a line a check
+    #[arg(long)]
+    pub json: bool,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

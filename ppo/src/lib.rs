@@ -7,7 +7,7 @@
 //! In reading order: `train` is the loop, [`Iteration`] one step of it. A step samples and scores with
 //! [`common::score`]; [`targets`] turns that into rewards and advantages, from [`advantage`], [`rewards`] and [`kl`], plain
 //! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, and [`loss`]
-//! is their objective, on tensors.
+//! is their objective, on tensors. [`doctor`] examines what a run would start from.
 //!
 //! # Source
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
@@ -19,6 +19,7 @@ pub mod advantage;
 mod cli;
 mod config;
 mod data;
+pub mod doctor;
 mod eval;
 mod iteration;
 pub mod kl;
@@ -32,7 +33,7 @@ pub mod targets;
 mod train;
 mod update;
 
-pub use cli::{Cli, Command, EvalArgs, TrainArgs};
+pub use cli::{Cli, Command, DoctorArgs, EvalArgs, TrainArgs};
 pub use common::score::{Gold, TooLong};
 pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
 pub use eval::{Evaluation, evaluate};
@@ -56,6 +57,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             session::run(&args.stage.runtime, "continue with `--resume`", |interrupt| train(&args, interrupt, None))
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
+        Command::Doctor(args) => args.runtime.run(|| doctor::run(&args)),
     }
 }
 

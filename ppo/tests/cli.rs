@@ -208,7 +208,7 @@ fn evaluation_of_the_reference_itself_is_a_draw() {
 fn help_and_version_are_as_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let mut all = String::new();
-    for args in [&["--help"][..], &["train", "--help"], &["eval", "--help"]] {
+    for args in [&["--help"][..], &["train", "--help"], &["eval", "--help"], &["doctor", "--help"]] {
         let (code, stdout, _) = run(PROGRAM, args, dir.path());
         assert_eq!(code, 0, "{args:?}");
         write!(all, "$ ppo {}\n{stdout}\n", args.join(" ")).unwrap();

@@ -4,6 +4,7 @@ use anyhow::ensure;
 use common::cli::StageArgs;
 use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
+pub use common::score::PairTooLong as TooLong;
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -49,20 +50,6 @@ impl Default for RewardModelConfig {
             run: RunConfig::default(),
         }
     }
-}
-
-/// Treatment of a pair whose prompt and longer answer do not fit into the model's context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum TooLong {
-    /// Cut off the beginning of the prompt (after `<|bos|>`), the same for both answers. The score is read at the end of
-    /// the answer, so the answer stays whole; a pair whose answer alone does not fit is left out.
-    #[default]
-    TruncatePrompt,
-    /// Leave the pair out.
-    Skip,
-    /// Stop with an error.
-    Fail,
 }
 
 /// `[train]`.

@@ -1,38 +1,14 @@
 //! Preference pairs to batches.
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use common::conversation;
 use common::data::collate;
-use common::data::records::{self, Pair};
-use common::logging::counted;
+use common::score::{EncodedPair, Pairs, ScoreError};
 use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
 use crate::config::TooLong;
-
-/// A pair as the model reads it.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct EncodedPair {
-    /// Prompt and preferred answer, the mark that ends it last.
-    pub(crate) chosen: Vec<u32>,
-    /// Prompt and rejected answer, the mark that ends it last.
-    pub(crate) rejected: Vec<u32>,
-    /// How many tokens of both are the prompt.
-    pub(crate) n_prompt: usize,
-    /// How much higher the chosen answer should score.
-    pub(crate) margin: Option<f32>,
-}
-
-/// Tokenised pairs.
-pub(crate) struct Pairs {
-    pub(crate) encoded: Vec<EncodedPair>,
-    /// Which of `encoded` come from one record: one pair, or all pairs of a ranked list. A batch holds them together.
-    pub(crate) records: Vec<Range<usize>>,
-}
 
 /// The answers of some pairs in one right-padded batch: all chosen ones, then all rejected ones.
 pub(crate) struct Batch {
@@ -53,104 +29,18 @@ pub fn check_data(
     tokenizer: &Tokenizer,
     max_seq_len: usize,
     data: &DataConfig<TooLong>,
-) -> anyhow::Result<()> {
-    Pairs::read(files, tokenizer, max_seq_len, data).map(drop)
+) -> Result<(), ScoreError> {
+    read(files, tokenizer, max_seq_len, data).map(drop)
 }
 
-impl Pairs {
-    /// Reads and tokenises `files`.
-    pub(crate) fn read(
-        files: &[PathBuf],
-        tokenizer: &Tokenizer,
-        max_seq_len: usize,
-        data: &DataConfig<TooLong>,
-    ) -> anyhow::Result<Self> {
-        let mut all = Self { encoded: Vec::new(), records: Vec::new() };
-        let (mut n_cut, mut n_left_out) = (0, 0);
-        for file in files {
-            let mut last = None;
-            for pair in records::read_pairs(file, data.read_options())? {
-                let encoded = EncodedPair::new(&pair, tokenizer).with_context(|| in_file(file))?;
-                let fitting = if encoded.len() <= max_seq_len {
-                    Some(encoded)
-                } else {
-                    match data.on_too_long {
-                        TooLong::TruncatePrompt => encoded.with_prompt_cut(max_seq_len).inspect(|_| n_cut += 1),
-                        TooLong::Skip => None,
-                        TooLong::Fail => bail!(
-                            "a pair of `{}` has {} tokens, the context {max_seq_len}\nhint: set `data.on_too_long` to \
-                             \"truncate-prompt\" or \"skip\"",
-                            file.display(),
-                            encoded.len()
-                        ),
-                    }
-                };
-                let Some(encoded) = fitting else {
-                    n_left_out += 1;
-                    continue;
-                };
-                all.encoded.push(encoded);
-                let n = all.encoded.len();
-                match all.records.last_mut() {
-                    Some(record) if last == Some(pair.record) => record.end = n,
-                    _ => all.records.push(n - 1..n),
-                }
-                last = Some(pair.record);
-            }
-        }
-        for (n, done) in [(n_cut, "the beginning of the prompt is cut off"), (n_left_out, "left out")] {
-            if n > 0 {
-                let are = counted(n, "pair is", "pairs are");
-                tracing::warn!("{are} longer than {max_seq_len} tokens: {done} (data.on_too_long)");
-            }
-        }
-        ensure!(!all.encoded.is_empty(), "no pair is left to use");
-        Ok(all)
-    }
-}
-
-fn in_file(file: &Path) -> String {
-    format!("failed to encode a pair of `{}`", file.display())
-}
-
-impl EncodedPair {
-    /// Tokenises a pair.
-    pub(crate) fn new(pair: &Pair, tokenizer: &Tokenizer) -> anyhow::Result<Self> {
-        let prompt = conversation::encode_prompt(tokenizer, &pair.prompt)?;
-        let answer = |text: &str| -> anyhow::Result<Vec<u32>> {
-            let mut ids = prompt.clone();
-            ids.extend(conversation::encode_response(tokenizer, text)?);
-            Ok(ids)
-        };
-        Ok(Self {
-            chosen: answer(&pair.chosen)?,
-            rejected: answer(&pair.rejected)?,
-            n_prompt: prompt.len(),
-            margin: pair.margin,
-        })
-    }
-
-    /// Tokens of the longer row.
-    pub(crate) fn len(&self) -> usize {
-        self.chosen.len().max(self.rejected.len())
-    }
-
-    /// The pair without as much of its prompt's beginning as makes it fit; `None` if the answer alone does not.
-    ///
-    /// The first token of the prompt and the last, which the answer follows, stay.
-    pub(crate) fn with_prompt_cut(&self, max_seq_len: usize) -> Option<Self> {
-        let n_cut = self.len().saturating_sub(max_seq_len);
-        if n_cut + 2 > self.n_prompt {
-            return None;
-        }
-        let cut = |ids: &[u32]| [&ids[..1], &ids[1 + n_cut..]].concat();
-        Some(Self {
-            chosen: cut(&self.chosen),
-            rejected: cut(&self.rejected),
-            n_prompt: self.n_prompt - n_cut,
-            margin: self.margin,
-        })
-    }
+/// Reads and tokenises `files`.
+pub(crate) fn read(
+    files: &[PathBuf],
+    tokenizer: &Tokenizer,
+    max_seq_len: usize,
+    data: &DataConfig<TooLong>,
+) -> Result<Pairs, ScoreError> {
+    Pairs::read(files, tokenizer, max_seq_len, data.read_options(), data.on_too_long)
 }
 
 impl Batch {
@@ -195,16 +85,6 @@ mod tests {
 
     fn pair(chosen: &[u32], rejected: &[u32], n_prompt: usize, margin: Option<f32>) -> EncodedPair {
         EncodedPair { chosen: chosen.to_vec(), rejected: rejected.to_vec(), n_prompt, margin }
-    }
-
-    #[test]
-    fn cutting_keeps_the_first_token_and_the_end_of_the_prompt() {
-        let long = pair(&[0, 1, 2, 3, 4, 90, 91], &[0, 1, 2, 3, 4, 80], 5, Some(0.5));
-        let cut = long.with_prompt_cut(5).expect("it fits");
-        assert_eq!(cut, pair(&[0, 3, 4, 90, 91], &[0, 3, 4, 80], 3, Some(0.5)));
-        assert_eq!(long.with_prompt_cut(7), Some(long.clone()));
-        assert_eq!(long.with_prompt_cut(4).map(|cut| cut.n_prompt), Some(2));
-        assert_eq!(long.with_prompt_cut(3), None);
     }
 
     #[test]

@@ -9,9 +9,10 @@ use common::model::GptConfig;
 use common::model::footprint::{self, Batch};
 use common::model::params::Output;
 use common::runtime::Runtime;
+use common::score::EncodedPair;
 
 use crate::config::RewardModelConfig;
-use crate::data::{EncodedPair, Pairs};
+use crate::data;
 
 /// Refuses a run that needs more memory than there is, before the weights in `init` are read.
 ///
@@ -46,7 +47,7 @@ pub(crate) fn check(
 pub fn lengths(config: &RewardModelConfig, initial: &Preview) -> anyhow::Result<Lengths> {
     let context = initial.config.max_seq_len;
     let Some(tokenizer) = &initial.tokenizer else { return Ok(Lengths::unknown(context)) };
-    let training = Pairs::read(&config.data.train, tokenizer, context, &config.data)?;
+    let training = data::read(&config.data.train, tokenizer, context, &config.data)?;
     Ok(Lengths::of(context, training.encoded.iter().map(EncodedPair::len).collect()))
 }
 

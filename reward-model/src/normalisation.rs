@@ -4,11 +4,10 @@ use anyhow::{Context, ensure};
 use common::data::order::Order;
 use common::model::{Gpt, ScalarGpt};
 use common::rng::Streams;
-use common::score::{Sampling, score_rows};
+use common::score::{Pairs, Sampling, score_rows};
 use common::tokenizer::Tokenizer;
 
 use crate::config::NormalisationConfig;
-use crate::data::Pairs;
 
 /// Below this the answers do not differ, and a gain would only blow up rounding.
 const LEAST_DEVIATION: f64 = 1e-6;
@@ -85,10 +84,10 @@ pub(crate) fn score_samples(
 #[cfg(test)]
 mod tests {
     use burn::tensor::Device;
+    use common::score::EncodedPair;
     use common::testing::{assert_close, byte_tokenizer, tiny_config};
 
     use super::*;
-    use crate::data::EncodedPair;
 
     #[test]
     fn normalised_scores_have_mean_zero_and_deviation_one() {

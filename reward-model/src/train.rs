@@ -15,13 +15,13 @@ use common::model::{Gpt, Layout, ScalarGpt};
 use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::runtime::Runtime;
-use common::score::by_length;
+use common::score::{EncodedPair, Pairs, by_length};
 use common::session::{Contents, Exported, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::win;
 
 use crate::cli::TrainArgs;
 use crate::config::{BestBy, RewardModelConfig};
-use crate::data::{Batch, EncodedPair, Pairs};
+use crate::data::{self, Batch};
 use crate::eval;
 use crate::loss::{centring_penalty, pairwise_loss};
 use crate::needs;
@@ -48,7 +48,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     init.check_lora(config.lora.as_ref())?;
     let tokenizer = init.require_tokenizer()?;
     let max_seq_len = init.model_config().max_seq_len;
-    let read = |files: &[PathBuf]| Pairs::read(files, tokenizer, max_seq_len, &config.data);
+    let read = |files: &[PathBuf]| data::read(files, tokenizer, max_seq_len, &config.data);
     let training = read(&config.data.train).context("failed to read the training pairs")?;
     let held_out = read(&config.data.val).context("failed to read the held-out pairs")?;
     let total_steps = config.train.amount().n_steps(training.records.len());

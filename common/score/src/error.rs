@@ -39,6 +39,31 @@ pub enum ScoreError {
         /// Tokens of the longest prompt.
         longest: usize,
     },
+    /// A pair cannot be encoded.
+    #[error("failed to encode a pair of `{path}`", path = path.display())]
+    EncodePair {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: ConversationError,
+    },
+    /// A pair is longer than the context.
+    #[error(
+        "a pair of `{path}` has {n_tokens} tokens, the context {max_seq_len}\nhint: set `data.on_too_long` to \
+         \"truncate-prompt\" or \"skip\"",
+        path = path.display()
+    )]
+    PairTooLong {
+        /// The file.
+        path: PathBuf,
+        /// Tokens of its prompt and longer answer.
+        n_tokens: usize,
+        /// The context, in tokens.
+        max_seq_len: usize,
+    },
+    /// The files hold no pair that can be used.
+    #[error("no pair is left to use")]
+    NoPair,
     /// The files hold no prompt that can be used.
     #[error("no prompt is left to use")]
     NoPrompt,

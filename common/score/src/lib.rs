@@ -5,7 +5,8 @@
 //! the [`Response`]s: log-probabilities under the reference policy, a score, their divergence ([`kl`]). Below these,
 //! [`ResponseBatch`] holds prompts with given responses as one batch, [`log_probs`] and [`values`] are tensors of one
 //! number a response token, with gradient where the model has one; [`of_response_tokens`] reads such numbers to the
-//! host; [`score_rows`] reads a reward model at the last token of each row.
+//! host; [`score_rows`] reads a reward model at the last token of each row. [`Pairs`] are preferences read from files, and
+//! [`Agreement`] says how far a reward model's scores order them as people did.
 //!
 //! # Invariants
 //! - No number depends on padding: rows are padded behind, and no position that is read comes after a padding token.
@@ -16,6 +17,7 @@
 
 mod error;
 pub mod kl;
+mod pairs;
 mod prompts;
 mod rollout;
 mod rows;
@@ -23,6 +25,7 @@ mod sampling;
 mod tokens;
 
 pub use error::ScoreError;
+pub use pairs::{Agreement, EncodedPair, PairTooLong, Pairs, distance, longer_wins, negative_log_sigmoid, score_pairs};
 pub use prompts::{EncodedPrompt, Prompts, TooLong};
 pub use rollout::{FrozenModels, Gold, Rollout};
 pub use rows::{by_length, score_rows};

@@ -3,6 +3,7 @@
 use model::{Gpt, ScalarGpt};
 
 use crate::kl::k1;
+use crate::pairs::finite;
 use crate::{EncodedPrompt, Response, ScoreError, log_probs, of_response_tokens, score_rows};
 
 /// The true reward of a response to a prompt, both as text; `None` for a prompt that it does not know.
@@ -74,10 +75,7 @@ impl FrozenModels<'_> {
             || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature)),
             || score_rows(reward_model, &rows, batch_size),
         );
-        let (ref_log_probs, scores) = (ref_log_probs?, scores?);
-        if !scores.iter().all(|score| score.is_finite()) {
-            return Err(ScoreError::NotFinite);
-        }
+        let (ref_log_probs, scores) = (ref_log_probs?, finite(scores)?);
         let scored = prompts.iter().zip(responses).zip(scores).zip(ref_log_probs);
         Ok(scored
             .map(|(((prompt, response), score), ref_log_probs)| Rollout {

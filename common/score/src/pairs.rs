@@ -1,0 +1,260 @@
+//! Preference pairs from files to token ids, and how far scores agree with them.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use base::stats::win;
+use burn::tensor::TensorReadError;
+use model::ScalarGpt;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use text::conversation::{self, ConversationError};
+use text::data::records::{self, Pair, ReadOptions};
+use text::tokenizer::Tokenizer;
+
+use crate::{ScoreError, score_rows};
+
+/// A pair as the model reads it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EncodedPair {
+    /// Prompt and preferred answer, the mark that ends it last.
+    pub chosen: Vec<u32>,
+    /// Prompt and rejected answer, the mark that ends it last.
+    pub rejected: Vec<u32>,
+    /// How many tokens of both are the prompt.
+    pub n_prompt: usize,
+    /// How much higher the chosen answer should score.
+    pub margin: Option<f32>,
+}
+
+/// Tokenised pairs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pairs {
+    /// In the order of the files; at least one.
+    pub encoded: Vec<EncodedPair>,
+    /// Which of `encoded` come from one record: one pair, or all pairs of a ranked list. A batch holds them together.
+    pub records: Vec<Range<usize>>,
+}
+
+/// Treatment of a pair whose prompt and longer answer do not fit into the model's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PairTooLong {
+    /// Cut off the beginning of the prompt (after `<|bos|>`), the same for both answers. The score is read at the end of
+    /// the answer, so the answer stays whole; a pair whose answer alone does not fit is left out.
+    #[default]
+    TruncatePrompt,
+    /// Leave the pair out.
+    Skip,
+    /// Stop with an error.
+    Fail,
+}
+
+impl Pairs {
+    /// Reads and tokenises `files` for a model that reads `max_seq_len` tokens.
+    ///
+    /// # Errors
+    /// If a file or record cannot be used, a pair is too long and not to be cut or skipped, or none is left.
+    pub fn read(
+        files: &[PathBuf],
+        tokenizer: &Tokenizer,
+        max_seq_len: usize,
+        options: ReadOptions,
+        on_too_long: PairTooLong,
+    ) -> Result<Self, ScoreError> {
+        let mut all = Self { encoded: Vec::new(), records: Vec::new() };
+        let (mut n_cut, mut n_left_out) = (0, 0);
+        for file in files {
+            let mut last = None;
+            for pair in records::read_pairs(file, options)? {
+                let encoded = EncodedPair::new(&pair, tokenizer)
+                    .map_err(|source| ScoreError::EncodePair { path: file.clone(), source })?;
+                let fitting = if encoded.len() <= max_seq_len {
+                    Some(encoded)
+                } else {
+                    match on_too_long {
+                        PairTooLong::TruncatePrompt => encoded.with_prompt_cut(max_seq_len).inspect(|_| n_cut += 1),
+                        PairTooLong::Skip => None,
+                        PairTooLong::Fail => return Err(too_long(file, encoded.len(), max_seq_len)),
+                    }
+                };
+                let Some(encoded) = fitting else {
+                    n_left_out += 1;
+                    continue;
+                };
+                all.encoded.push(encoded);
+                let n = all.encoded.len();
+                match all.records.last_mut() {
+                    Some(record) if last == Some(pair.record) => record.end = n,
+                    _ => all.records.push(n - 1..n),
+                }
+                last = Some(pair.record);
+            }
+        }
+        for (n, done) in [(n_cut, "the beginning of the prompt is cut off"), (n_left_out, "left out")] {
+            if n > 0 {
+                let are = if n == 1 { "pair is" } else { "pairs are" };
+                tracing::warn!("{n} {are} longer than {max_seq_len} tokens: {done} (data.on_too_long)");
+            }
+        }
+        if all.encoded.is_empty() { Err(ScoreError::NoPair) } else { Ok(all) }
+    }
+}
+
+fn too_long(file: &Path, n_tokens: usize, max_seq_len: usize) -> ScoreError {
+    ScoreError::PairTooLong { path: file.to_owned(), n_tokens, max_seq_len }
+}
+
+impl EncodedPair {
+    /// Tokenises a pair.
+    ///
+    /// # Errors
+    /// If a text cannot be encoded.
+    pub fn new(pair: &Pair, tokenizer: &Tokenizer) -> Result<Self, ConversationError> {
+        let prompt = conversation::encode_prompt(tokenizer, &pair.prompt)?;
+        let answer = |text: &str| -> Result<Vec<u32>, ConversationError> {
+            let mut ids = prompt.clone();
+            ids.extend(conversation::encode_response(tokenizer, text)?);
+            Ok(ids)
+        };
+        Ok(Self {
+            chosen: answer(&pair.chosen)?,
+            rejected: answer(&pair.rejected)?,
+            n_prompt: prompt.len(),
+            margin: pair.margin,
+        })
+    }
+
+    /// Tokens of the longer row.
+    #[allow(clippy::len_without_is_empty)] // a row has at least the prompt's tokens
+    pub fn len(&self) -> usize {
+        self.chosen.len().max(self.rejected.len())
+    }
+
+    /// The pair without as much of its prompt's beginning as makes it fit; `None` if the answer alone does not.
+    ///
+    /// The first token of the prompt and the last, which the answer follows, stay.
+    pub fn with_prompt_cut(&self, max_seq_len: usize) -> Option<Self> {
+        let n_cut = self.len().saturating_sub(max_seq_len);
+        if n_cut + 2 > self.n_prompt {
+            return None;
+        }
+        let cut = |ids: &[u32]| [&ids[..1], &ids[1 + n_cut..]].concat();
+        Some(Self {
+            chosen: cut(&self.chosen),
+            rejected: cut(&self.rejected),
+            n_prompt: self.n_prompt - n_cut,
+            margin: self.margin,
+        })
+    }
+}
+
+/// The scores of each pair's chosen and rejected answer, `batch_size` answers at a time.
+///
+/// # Errors
+/// If the device cannot be read, or a score is not finite.
+///
+/// # Panics
+/// As [`score_rows`].
+pub fn score_pairs(model: &ScalarGpt, pairs: &[EncodedPair], batch_size: usize) -> Result<Vec<[f32; 2]>, ScoreError> {
+    let rows: Vec<&[u32]> = pairs.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
+    let scores = finite(score_rows(model, &rows, batch_size))?;
+    Ok(scores.chunks_exact(2).map(|of_pair| [of_pair[0], of_pair[1]]).collect())
+}
+
+/// Scores that were read, if all of them are finite.
+pub(crate) fn finite(scores: Result<Vec<f32>, TensorReadError>) -> Result<Vec<f32>, ScoreError> {
+    let scores = scores?;
+    if scores.iter().all(|score| score.is_finite()) { Ok(scores) } else { Err(ScoreError::NotFinite) }
+}
+
+/// A reward model's agreement with labelled pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Agreement {
+    /// Fraction of pairs whose chosen answer scores higher; equal scores count half.
+    pub accuracy: f64,
+    /// Mean pairwise loss in nats, margins included where the pairs have them; of the scores as the checkpoint gives them,
+    /// which training normalises after its last `val/loss`.
+    pub loss: f64,
+    /// Mean of `score_chosen − score_rejected`.
+    pub margin_mean: f64,
+    /// The accuracy of preferring whichever answer has more tokens; equal lengths count half.
+    pub longer_wins_accuracy: f64,
+    /// Number of pairs.
+    pub pairs: usize,
+}
+
+impl Agreement {
+    /// Compares the scores of [`score_pairs`] with the order of the pairs.
+    ///
+    /// # Panics
+    /// If there are not as many scores as pairs, or none.
+    pub fn of(pairs: &[EncodedPair], scores: &[[f32; 2]]) -> Self {
+        assert_eq!(pairs.len(), scores.len(), "two scores a pair");
+        assert!(!pairs.is_empty(), "no pair has no mean");
+        let (mut accuracy, mut loss, mut margin_mean) = (0.0, 0.0, 0.0);
+        for (pair, scores) in pairs.iter().zip(scores) {
+            let distance = distance(*scores);
+            accuracy += win(distance, 0.0);
+            loss += negative_log_sigmoid(distance - f64::from(pair.margin.unwrap_or(0.0)));
+            margin_mean += distance;
+        }
+        let n = pairs.len() as f64;
+        Self {
+            accuracy: accuracy / n,
+            loss: loss / n,
+            margin_mean: margin_mean / n,
+            longer_wins_accuracy: pairs.iter().map(longer_wins).sum::<f64>() / n,
+            pairs: pairs.len(),
+        }
+    }
+}
+
+/// By how much a pair's chosen answer scores higher.
+pub fn distance([chosen, rejected]: [f32; 2]) -> f64 {
+    f64::from(chosen) - f64::from(rejected)
+}
+
+/// Whether the longer answer is the preferred one: 1, 0, or ½ for answers of equal length.
+pub fn longer_wins(pair: &EncodedPair) -> f64 {
+    win(pair.chosen.len() as f64, pair.rejected.len() as f64)
+}
+
+/// `−log σ(x)` in nats, stable on both sides: the pairwise loss of a distance `x`.
+pub fn negative_log_sigmoid(x: f64) -> f64 {
+    (-x).max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(chosen: &[u32], rejected: &[u32], n_prompt: usize, margin: Option<f32>) -> EncodedPair {
+        EncodedPair { chosen: chosen.to_vec(), rejected: rejected.to_vec(), n_prompt, margin }
+    }
+
+    #[test]
+    fn cutting_keeps_the_first_token_and_the_end_of_the_prompt() {
+        let long = pair(&[0, 1, 2, 3, 4, 90, 91], &[0, 1, 2, 3, 4, 80], 5, Some(0.5));
+        let cut = long.with_prompt_cut(5).expect("it fits");
+        assert_eq!(cut, pair(&[0, 3, 4, 90, 91], &[0, 3, 4, 80], 3, Some(0.5)));
+        assert_eq!(long.with_prompt_cut(7), Some(long.clone()));
+        assert_eq!(long.with_prompt_cut(4).map(|cut| cut.n_prompt), Some(2));
+        assert_eq!(long.with_prompt_cut(3), None);
+    }
+
+    #[test]
+    fn equal_lengths_count_half_for_the_longer() {
+        let pairs = [pair(&[0, 1, 2], &[0, 1], 1, None), pair(&[0, 1], &[0, 2], 1, None)];
+        let agreement = Agreement::of(&pairs, &[[1.0, 0.0], [0.0, 0.0]]);
+        assert_eq!((agreement.longer_wins_accuracy, agreement.accuracy), (0.75, 0.75));
+    }
+
+    #[test]
+    fn negative_log_sigmoid_is_stable_on_both_sides() {
+        assert!((negative_log_sigmoid(0.0) - std::f64::consts::LN_2).abs() < 1e-15);
+        assert_eq!(negative_log_sigmoid(-1e4), 1e4);
+        assert_eq!(negative_log_sigmoid(1e4), 0.0);
+        assert!((negative_log_sigmoid(3.0_f64.ln()) - (4.0_f64 / 3.0).ln()).abs() < 1e-15);
+    }
+}
