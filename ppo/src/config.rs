@@ -157,6 +157,19 @@ pub struct PpoSection {
     /// alone.
     #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub ratio_tolerance: f64,
+    /// What an alarm does: a metric beyond its limit, of those that docs/doctor.md lists.
+    pub on_alarm: OnAlarm,
+}
+
+/// What an alarm does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnAlarm {
+    /// Warn, and go on.
+    #[default]
+    Warn,
+    /// Save, and end the run with an error.
+    Stop,
 }
 
 /// Estimator of the advantages.
@@ -206,6 +219,7 @@ impl Default for PpoSection {
             value_clip_range: 0.2,
             value_init: ValueInit::default(),
             ratio_tolerance: 1e-3,
+            on_alarm: OnAlarm::default(),
         }
     }
 }

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod advantage;
+mod alarms;
 mod cli;
 mod config;
 mod data;
@@ -35,7 +36,7 @@ mod update;
 
 pub use cli::{Cli, Command, DoctorArgs, EvalArgs, TrainArgs};
 pub use common::score::{Gold, TooLong};
-pub use config::{Estimator, PpoConfig, PpoSection, TrainConfig, ValueInit};
+pub use config::{Estimator, OnAlarm, PpoConfig, PpoSection, TrainConfig, ValueInit};
 pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};

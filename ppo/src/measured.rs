@@ -8,8 +8,10 @@ use common::score::{FrozenModels, Prompts, Rollout, Sampling};
 use common::session::{Exported, Session};
 
 use crate::advantage::explained_variance;
+use crate::alarms::{N_ORDERED, repetition};
 use crate::config::PpoConfig;
 use crate::data;
+use crate::doctor::{Answered, orders};
 use crate::iteration::StepOutput;
 use crate::rewards::score_of_ended;
 
@@ -20,6 +22,7 @@ struct Means {
     gold: Option<f64>,
     response_length: f64,
     eos_rate: f64,
+    repetition: f64,
 }
 
 impl Means {
@@ -35,6 +38,7 @@ impl Means {
             gold: (!golds.is_empty()).then(|| golds.iter().sum::<f64>() / golds.len() as f64),
             response_length: mean(&|rollout, _| rollout.response.ids.len() as f64),
             eos_rate: mean(&|rollout, _| f64::from(u8::from(rollout.response.ended))),
+            repetition: mean(&|rollout, _| repetition(&rollout.response.ids)),
         }
     }
 }
@@ -70,6 +74,7 @@ impl Measured {
             (names::POLICY_ENTROPY, update.entropy),
             (names::ROLLOUT_RESPONSE_LENGTH, means.response_length),
             (names::ROLLOUT_EOS_RATE, means.eos_rate),
+            (names::ROLLOUT_REPETITION, means.repetition),
             (names::TIMING_ROLLOUT, seconds.rollout),
             (names::TIMING_SCORE, seconds.score),
             (names::TIMING_UPDATE, seconds.update),
@@ -123,6 +128,7 @@ impl HeldOut<'_> {
             (names::VAL_RESPONSE_LENGTH, means.response_length),
             (names::VAL_EOS_RATE, means.eos_rate),
         ];
+        metrics.extend(self.order_accuracy(&rollouts)?.map(|accuracy| (names::VAL_ORDER_ACCURACY, accuracy)));
         metrics.extend(means.gold.map(|gold| (names::GOLD_VAL_SCORE, gold)));
         session.log(&metrics)?;
         for rollout in rollouts.iter().take(self.config.train.n_samples) {
@@ -131,5 +137,15 @@ impl HeldOut<'_> {
         }
         session.note_evaluation(self.config.ppo.kl_coef * means.kl - means.score, Exported::Lm(policy));
         Ok(())
+    }
+
+    /// How often the reward model puts the answers above damaged forms of them; `None` where no answer ended.
+    fn order_accuracy(&self, rollouts: &[Rollout]) -> anyhow::Result<Option<f64>> {
+        let mut answered = Answered::ended(rollouts);
+        answered.truncate(N_ORDERED);
+        let FrozenModels { reward_model, batch_size, .. } = self.frozen;
+        let wins = orders(reward_model, self.sampling.tokenizer, &answered, *batch_size)?;
+        let wins: Vec<f64> = wins.into_iter().flat_map(|(_, wins)| wins).collect();
+        Ok((!wins.is_empty()).then(|| wins.iter().sum::<f64>() / wins.len() as f64))
     }
 }

@@ -12,10 +12,13 @@ use common::optim::GradNorm;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts};
 use common::session::{Contents, Outcome, Plan, Session, Step, Training};
+use common::stats::Interval;
 
+use crate::alarms::Alarms;
 use crate::cli::TrainArgs;
-use crate::config::PpoConfig;
+use crate::config::{OnAlarm, PpoConfig};
 use crate::data;
+use crate::doctor::About;
 use crate::iteration::{Iteration, StepOutput};
 use crate::kl::AdaptiveController;
 use crate::learner::Learner;
@@ -62,6 +65,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
         metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
     }
+    let mut alarms = Alarms::new(config.train.batch_size);
+    if restored.is_some() {
+        alarms.replay(&args.stage.out)?;
+    }
     let models = Models::load(&config, &mut initial, &mut reward_model, restored, &runtime)?;
     let Models { learner, reference, reward_model } = models;
     let frozen = FrozenModels { reference, reward_model, gold, batch_size: config.micro_batch_size() };
@@ -75,6 +82,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     session.drive(Ppo {
         learner,
         kl_coef,
+        alarms,
+        kl_error: 0.0,
         controller: config
             .ppo
             .kl_target
@@ -110,6 +119,9 @@ struct Ppo<'a> {
     learner: Learner,
     /// Reward per nat away from the reference, at present.
     kl_coef: f32,
+    alarms: Alarms,
+    /// Standard error of the last step's mean divergence.
+    kl_error: f64,
     controller: Option<AdaptiveController>,
     iteration: Iteration<'a>,
     held_out: HeldOut<'a>,
@@ -137,6 +149,8 @@ impl Training for Ppo<'_> {
         if let Some(controller) = &mut self.controller {
             self.kl_coef = controller.update(measured.kl as f32, batch.len());
         }
+        let divergences: Vec<f64> = batch.iter().map(|experience| experience.rollout.kl()).collect();
+        self.kl_error = Interval::of(&divergences).map_or(0.0, |kl| kl.standard_error());
         let n_tokens: usize = batch.iter().map(Experience::n_tokens).sum();
         let step = Step {
             tokens: n_tokens as u64,
@@ -153,6 +167,17 @@ impl Training for Ppo<'_> {
     /// The policy that training starts from is evaluated too.
     fn begin(&self, session: &mut Session) -> anyhow::Result<()> {
         self.evaluate(session)
+    }
+
+    fn watch(&mut self, step: u64, logged: &[(&str, f64)]) -> Option<String> {
+        let mut ends = None;
+        for alarm in self.alarms.hear(step, logged, self.kl_error) {
+            let (says, About { stage, meaning, hint, .. }) = (alarm.says(), alarm.about);
+            tracing::warn!("{says} (stage {stage}). {meaning} {hint}");
+            ends = ends
+                .or_else(|| Some(format!("{says}, and `ppo.on_alarm` is \"stop\"; this step is saved\nhint: {hint}")));
+        }
+        ends.filter(|_| self.config.ppo.on_alarm == OnAlarm::Stop)
     }
 
     fn contents(&self) -> Contents<'_> {

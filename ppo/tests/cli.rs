@@ -168,6 +168,40 @@ fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
     assert_eq!(metrics(&a), metrics(&b));
 }
 
+/// A learning rate that no policy survives.
+const TOO_HIGH: [&str; 4] = ["--set", "optimizer.lr=1.0", "--set", "train.steps=4"];
+
+#[test]
+fn an_alarm_warns_with_number_and_limit_or_saves_and_stops_and_changes_no_byte() {
+    let dir = workplace();
+    let (code, _, stderr) = train(dir.path(), "warned", &TOO_HIGH);
+    assert_eq!(code, 0, "{stderr}");
+    let line =
+        stderr.lines().find(|line| line.contains("alarm `approx-kl` at step 1")).unwrap_or_else(|| panic!("{stderr}"));
+    assert!(line.contains("`policy/approx_kl` is ") && line.contains("limit 0.250 (stage ppo)"), "{line}");
+    assert!(line.contains("Lower `optimizer.lr`"), "{line}");
+    let stop = [&TOO_HIGH[..], &["--set", "ppo.on_alarm=stop"]].concat();
+    let (code, _, stderr) = train(dir.path(), "stopped", &stop);
+    assert_eq!(code, 1, "{stderr}");
+    let error = &stderr[stderr.find("error: ").unwrap_or_else(|| panic!("{stderr}"))..];
+    assert!(error.starts_with("error: alarm `") && error.contains("`ppo.on_alarm` is \"stop\""), "{error}");
+    assert!(error.contains("\nhint: "), "{error}");
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("stopped/manifest.json")).unwrap()).unwrap();
+    assert_eq!((&manifest["step"], &manifest["finished"]), (&json!(1), &json!(false)));
+
+    // Resuming goes on past the alarms that were heard, and ends as the run that was only warned.
+    let (code, _, stderr) =
+        train(dir.path(), "stopped", &[&stop[..], &["--resume", "--set", "ppo.on_alarm=warn"]].concat());
+    assert_eq!(code, 0, "{stderr}");
+    assert!(!stderr.contains("alarm `approx-kl` at step 1"), "{stderr}");
+    for file in ["model.safetensors", "value/model.safetensors", "rollouts.jsonl"] {
+        let [a, b] = ["warned", "stopped"].map(|out| std::fs::read(dir.path().join(out).join(file)).unwrap());
+        assert!(a == b, "{file} differs");
+    }
+    assert_eq!(metrics(&dir.path().join("warned")), metrics(&dir.path().join("stopped")));
+}
+
 #[test]
 fn micro_batches_add_up_to_the_minibatch() {
     let dir = workplace();

@@ -19,8 +19,8 @@ const ABSENT: &str = "absent";
 /// Prefix of the name of a checkpoint's weights.
 const WEIGHTS: &str = "weights of ";
 
-/// Settings that say when a run writes something and not what it computes.
-const WITHOUT_EFFECT: [&str; 3] = ["run.log_every", "run.save_every", "run.save_every_minutes"];
+/// Settings that say when a run writes something or gives up, and not what it computes.
+const WITHOUT_EFFECT: [&str; 4] = ["run.log_every", "run.save_every", "run.save_every_minutes", "ppo.on_alarm"];
 
 /// Names and values: settings as `--set` takes them, hashes of files and of the weights a step starts from.
 ///

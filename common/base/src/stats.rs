@@ -61,6 +61,11 @@ impl Interval {
         Some(Self { mean: rate, low, high, n: values.len() })
     }
 
+    /// Standard error of a mean of [`of`](Self::of).
+    pub fn standard_error(&self) -> f64 {
+        (self.high - self.low) / (2.0 * Z_95)
+    }
+
     /// Whether there are values enough to say how far the mean may be off.
     pub const fn has_width(&self) -> bool {
         self.n > 1

@@ -43,6 +43,9 @@ names! {
     VAL_RESPONSE_LENGTH = "val/response_length";
     /// `rollout/eos_rate` of answers to held-out prompts.
     VAL_EOS_RATE = "val/eos_rate";
+    /// Share of comparisons in which an answer to a held-out prompt scores above a damaged form of it: empty, cut, repeated or to
+    /// another prompt.
+    VAL_ORDER_ACCURACY = "val/order_accuracy";
     /// KL divergence from the reference policy, summed over the tokens of a response (estimator k1), averaged over responses.
     OBJECTIVE_KL = "objective/kl";
     /// KL coefficient: reward lost per nat of divergence.
@@ -81,6 +84,8 @@ names! {
     ROLLOUT_RESPONSE_LENGTH = "rollout/response_length";
     /// Fraction of the responses that end with `<|end|>`.
     ROLLOUT_EOS_RATE = "rollout/eos_rate";
+    /// Share of a response's pieces of 4 tokens that occurred in it before, averaged over responses.
+    ROLLOUT_REPETITION = "rollout/repetition";
     /// Seconds spent sampling.
     TIMING_ROLLOUT = "timing/rollout";
     /// Seconds spent on log-probabilities of the reference, scores and values.

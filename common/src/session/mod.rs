@@ -106,6 +106,11 @@ pub trait Training: Sized {
         Ok(())
     }
 
+    /// Looks at the metrics of a step or an evaluation once they are logged; a message ends the run, saved, with that error.
+    fn watch(&mut self, _step: u64, _logged: &[(&str, f64)]) -> Option<String> {
+        None
+    }
+
     /// Whether [`complete`](Self::complete) does something: then the trained weights are saved before it.
     fn is_incomplete(&self) -> bool {
         false
@@ -294,17 +299,21 @@ impl Session {
         }
         if !self.resumed {
             training.begin(&mut self)?;
+            self.watched(&mut training, &[], true)?;
         }
         while self.goes_on() {
             let step;
             (training, step) = training.step(self.progress.step, &self.recorder)?;
             self.count(step.tokens, step.grad_norm)?;
-            if self.logs() {
-                self.log(&(step.metrics)()?)?;
+            let logged = if self.logs() { (step.metrics)()? } else { Vec::new() };
+            if !logged.is_empty() {
+                self.log(&logged)?;
             }
-            if self.evaluates() {
+            let evaluates = self.evaluates();
+            if evaluates {
                 training.evaluate(&mut self)?;
             }
+            self.watched(&mut training, &logged, evaluates)?;
             if self.saves() {
                 self.save(training.contents())?;
             }
@@ -317,6 +326,26 @@ impl Session {
             training.complete(&self)?;
         }
         self.finish(training.contents())
+    }
+
+    /// Shows the training what was logged of a step, and of an evaluation after it; saves where that ends the run.
+    fn watched<T: Training>(
+        &mut self,
+        training: &mut T,
+        logged: &[(&'static str, f64)],
+        evaluated: bool,
+    ) -> anyhow::Result<()> {
+        let mut seen: Vec<(&str, f64)> = logged.to_vec();
+        if evaluated {
+            let held_out = self.recorder.last().iter().filter(|(name, _)| name.starts_with("val/"));
+            seen.extend(held_out.map(|(name, &value)| (name.as_str(), value)));
+        }
+        if seen.is_empty() {
+            return Ok(());
+        }
+        let Some(message) = training.watch(self.progress.step, &seen) else { return Ok(()) };
+        self.save(training.contents())?;
+        bail!(message)
     }
 
     /// Whether another step should be made.

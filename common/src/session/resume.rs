@@ -95,7 +95,7 @@ impl Restored {
 ///
 /// Data files may have moved; their content is compared instead.
 fn may_change(key: &str) -> bool {
-    const EXACTLY: [&str; 9] = [
+    const EXACTLY: [&str; 10] = [
         "train.epochs",
         "train.steps",
         "train.micro_batch_size",
@@ -103,6 +103,7 @@ fn may_change(key: &str) -> bool {
         "train.rollout_batch_size",
         "train.n_samples",
         "ppo.ratio_tolerance",
+        "ppo.on_alarm",
         "data.train",
         "data.val",
     ];

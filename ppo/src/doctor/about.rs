@@ -59,9 +59,9 @@ pub struct About {
 /// Declares each check as a constant, and `ALL` of them in order.
 macro_rules! checks {
     ($($name:ident = $id:literal, $stage:ident, $limit:literal, $meaning:literal, $hint:literal, $source:literal;)+) => {
-        $(pub(crate) const $name: About = About {
+        $(pub(crate) const $name: $crate::doctor::About = $crate::doctor::About {
             id: $id,
-            stage: crate::doctor::about::Blame::$stage,
+            stage: $crate::doctor::Blame::$stage,
             limit: $limit,
             meaning: $meaning,
             hint: $hint,
@@ -69,9 +69,10 @@ macro_rules! checks {
         };)+
 
         /// Every check, in the order of the reports.
-        pub const ALL: &[About] = &[$($name),+];
+        pub const ALL: &[$crate::doctor::About] = &[$($name),+];
     };
 }
+pub(crate) use checks;
 
 checks! {
     POLICY_LOADS = "policy-loads", Sft,
@@ -135,7 +136,7 @@ checks! {
         "Try `--kernels plain`; with adapters or another `--precision`, raise `ppo.ratio_tolerance` only if the difference is rounding.",
         "trlx issue 107, TRL issue 454: positions or masks that differ with the cache";
     RATIO = "ratio-is-one", Ppo,
-        "largest |ratio − 1| before the first update: `ppo.ratio_tolerance`",
+        "largest distance of a probability ratio from 1 before the first update: `ppo.ratio_tolerance`",
         "PPO would begin to optimise a ratio of two different models: dropout is on, or a temperature, position or mask differs.",
         "Use one `ppo.temperature` everywhere and no dropout in PPO; `ppo train` stops at the same limit.",
         "Huang et al., \"The 37 Implementation Details of Proximal Policy Optimization\", 2022, on debugging: the ratio is 1 in the first minibatch";
@@ -249,14 +250,16 @@ mod tests {
     #[test]
     fn the_page_of_checks_lists_every_one() {
         let page = include_str!("page.md").replace("{before}\n", &table(ALL));
+        let page = page.replace("{during}\n", &table(crate::doctor::ALARMS));
         common::testing::assert_snapshot(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/doctor.md"), &page);
     }
 
     #[test]
     fn names_are_unique_and_every_sentence_ends() {
-        let ids: BTreeSet<&str> = ALL.iter().map(|about| about.id).collect();
-        assert_eq!(ids.len(), ALL.len());
-        for about in ALL {
+        let all = [ALL, crate::doctor::ALARMS].concat();
+        let ids: BTreeSet<&str> = all.iter().map(|about| about.id).collect();
+        assert_eq!(ids.len(), all.len());
+        for about in all {
             assert!(about.meaning.ends_with('.') && about.hint.ends_with('.'), "{}", about.id);
         }
     }

@@ -29,8 +29,12 @@ use common::score::{
 };
 use common::tokenizer::Tokenizer;
 
+pub use crate::alarms::ALL as ALARMS;
+pub(crate) use about::checks;
 pub use about::{ALL, About, Blame};
+pub(crate) use report::significant;
 pub use report::{Check, Report, Verdict};
+pub(crate) use scores::{Answered, orders};
 
 use crate::cli::DoctorArgs;
 use crate::config::PpoConfig;
@@ -38,7 +42,7 @@ use crate::learner::Learner;
 use crate::models::Models;
 use crate::needs;
 use preferences::{Scored, Sources};
-use scores::{Answered, BEST_OF};
+use scores::BEST_OF;
 use tokens::chain;
 
 /// Prompts that are answered once each, for rates over independent answers.
