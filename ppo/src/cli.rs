@@ -112,9 +112,9 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "DIR")]
     pub reward_model: PathBuf,
 
-    /// Prompts of the run (.jsonl, also .gz)
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// Prompts of the run (.jsonl, also .gz; repeatable)
+    #[arg(long, value_name = "FILE", required = true)]
+    pub data: Vec<PathBuf>,
 
     /// Configuration of the run (TOML) [default: every key's default]
     #[arg(long, value_name = "FILE")]

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::doctor::DoctorConfig;
 use crate::gold::GoldConfig;
 use crate::steps::Step;
 use toy::WorldConfig;
@@ -39,6 +40,8 @@ pub struct RecipeConfig {
     /// them instead of the files in `reward-model.toml`. Needs `[gold]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub collect: Option<CollectConfig>,
+    /// Examination of SFT model, reward model and data before PPO, as `ppo doctor` makes it; its checks are in the report.
+    pub doctor: DoctorConfig,
     /// Evaluation of the base model, the SFT model and the PPO policy on held-out prompts, for the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<EvaluateConfig>,

@@ -19,6 +19,7 @@ mod cli;
 mod collect;
 mod comparison;
 mod config;
+mod doctor;
 mod evaluate;
 mod folder;
 pub mod gold;

@@ -15,6 +15,7 @@ use common::session::Outcome;
 use crate::check;
 use crate::cli::RunArgs;
 use crate::collect::{Collector, PairFiles};
+use crate::doctor::{self, DOCTOR_FILE};
 use crate::evaluate::{Evaluator, GOLD_ORDER_FILE};
 use crate::folder::Recipe;
 use crate::gold::GoldKind;
@@ -109,6 +110,7 @@ impl<'a> Run<'a> {
             match step {
                 Step::World => files.extend(toy::FILES.map(|name| self.setup.data_dir().join(name))),
                 Step::Collect => files.push(PairFiles::in_out(out).test),
+                Step::Ppo => files.push(out.join(DOCTOR_FILE)),
                 Step::Evaluate => files.push(out.join(GOLD_ORDER_FILE)),
                 _ => {}
             }
@@ -252,7 +254,12 @@ impl<'a> Run<'a> {
                 interrupt: self.interrupt,
             }
             .run(),
-            stage => self.train(stage, self.stage_args(stage, goes_on)?),
+            stage => {
+                if stage == Step::Ppo && !goes_on {
+                    doctor::run(&self.setup, &self.args.runtime)?;
+                }
+                self.train(stage, self.stage_args(stage, goes_on)?)
+            }
         }
     }
 

@@ -35,7 +35,11 @@ fn a_recipe_runs_once_skips_what_is_unchanged_and_redoes_what_is_not() {
     for policy in ["base", "sft", "ppo"] {
         assert_eq!(report["gold"][policy]["n"], 5, "{report}");
     }
+    // Models that have learned nothing are examined too, and PPO runs all the same.
+    assert_eq!((&report["doctor"]["verdict"], &lab.json("doctor.json")["verdict"]), (&"fail".into(), &"fail".into()));
+    assert!(said.contains("warning: the doctor: `answers-end` failed, look at sft: "), "{said}");
     let html = fs::read_to_string(lab.out("report.html")).unwrap();
+    assert!(html.contains("id=\"doctor\"") && html.contains("<td>answers-end</td>"), "{html}");
     assert!(html.contains("Micro") && html.contains("id=\"answers\""));
     let pairs = fs::read_to_string(lab.out("data/pairs.train.jsonl")).unwrap();
     let config = fs::read_to_string(lab.out("reward-model/config.toml")).unwrap();
@@ -56,6 +60,19 @@ fn a_recipe_runs_once_skips_what_is_unchanged_and_redoes_what_is_not() {
     let changed = lab.fail(&["--set", "ppo.ppo.kl_coef=0.5"]);
     assert!(changed.contains("the content of `sft.data.train[0]` changed"), "{changed}");
     assert_eq!(n_skipped(&lab.run(&["--set", "ppo.ppo.kl_coef=0.5", "--overwrite"])), 3);
+}
+
+#[test]
+fn a_failed_check_of_the_doctor_ends_a_recipe_that_says_so() {
+    let lab = Lab::new();
+    lab.write("micro/recipe.toml", &format!("{}\n[doctor]\non_fail = \"stop\"\n", lab::RECIPE));
+    let error = lab.fail(&[]);
+    assert!(
+        error.contains("error: the step `ppo` failed: ") && error.contains("checks of the doctor failed"),
+        "{error}"
+    );
+    assert!(error.contains("\nhint: mend what they name, or set `doctor.on_fail` to \"warn\""), "{error}");
+    assert!(lab.out("doctor.json").is_file() && !lab.out("ppo/manifest.json").exists());
 }
 
 #[test]

@@ -32,8 +32,7 @@ use common::tokenizer::Tokenizer;
 pub use crate::alarms::ALL as ALARMS;
 pub(crate) use about::checks;
 pub use about::{ALL, About, Blame};
-pub(crate) use report::significant;
-pub use report::{Check, Report, Verdict};
+pub use report::{Check, Report, Verdict, significant};
 pub(crate) use scores::{Answered, orders};
 
 use crate::cli::DoctorArgs;
@@ -90,8 +89,8 @@ fn config(args: &DoctorArgs) -> anyhow::Result<PpoConfig> {
         Some(path) => common::config::load(path, &args.overrides)?,
         None => common::config::parse("", std::path::Path::new("the defaults"), &args.overrides)?,
     };
-    config.data.train = vec![args.data.clone()];
-    config.data.val = vec![args.data.clone()];
+    config.data.train.clone_from(&args.data);
+    config.data.val.clone_from(&args.data);
     config.validate().context("invalid config")?;
     Ok(config)
 }
@@ -109,7 +108,7 @@ impl Examination<'_> {
         let Some((mut policy, mut reward_model)) = self.open() else { return Ok(()) };
         let tokenizer = policy.require_tokenizer()?.clone();
         let max_seq_len = policy.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
-        let read = tokens::prompts(self.config, &self.args.data, &tokenizer, max_seq_len);
+        let read = tokens::prompts(self.config, &tokenizer, max_seq_len);
         self.checks.push(read.check);
         let texts: Vec<String> = read.messages.iter().flatten().map(|message| message.content.clone()).collect();
         self.checks.push(tokens::round_trip(&tokenizer, &texts));

@@ -176,7 +176,7 @@ impl Report {
 }
 
 /// A number with three significant digits.
-pub(crate) fn significant(number: f64) -> String {
+pub fn significant(number: f64) -> String {
     if number == 0.0 || (0.01..10_000.0).contains(&number.abs()) {
         let decimals = if number.abs() >= 100.0 { 0 } else { 3 };
         format!("{number:.decimals$}")

@@ -113,7 +113,7 @@ fn pad_of_config(dir: &Path) -> Option<u64> {
     serde_json::from_str::<Value>(&text).ok()?["pad_token_id"].as_u64()
 }
 
-/// The prompts of `file`, the messages of the first of them, and what is to be said of them.
+/// The prompts of the run, the messages of the first of them, and what is to be said of them.
 pub(super) struct Read {
     /// As PPO takes them; `None` where none can be used.
     pub(super) prompts: Option<Prompts>,
@@ -124,11 +124,11 @@ pub(super) struct Read {
 }
 
 /// Reads prompts as PPO does, and measures the longest with its answer.
-pub(super) fn prompts(config: &PpoConfig, file: &Path, tokenizer: &Tokenizer, max_seq_len: usize) -> Read {
+pub(super) fn prompts(config: &PpoConfig, tokenizer: &Tokenizer, max_seq_len: usize) -> Read {
     let about = &about::PROMPTS_FIT;
-    let files = [file.to_owned()];
     let (length, options) = (config.ppo.response_length, config.data.read_options());
-    let read = |on_too_long| Prompts::read(&files, tokenizer, max_seq_len, length, options, on_too_long);
+    let files = &config.data.train;
+    let read = |on_too_long| Prompts::read(files, tokenizer, max_seq_len, length, options, on_too_long);
     let of_total = |total: usize| (total as f64, max_seq_len as f64);
     let (prompts, check) = match read(TooLong::Fail) {
         Ok(prompts) => {
@@ -149,8 +149,8 @@ pub(super) fn prompts(config: &PpoConfig, file: &Path, tokenizer: &Tokenizer, ma
         }
         Err(error) => (None, Check::stated(about, Verdict::Fail, chain(error))),
     };
-    let messages = read_prompts(file, OnBadRecord::Skip).unwrap_or_default().into_iter().take(MAX_TEXTS);
-    Read { prompts, messages: messages.map(|prompt| prompt.messages).collect(), check }
+    let messages = files.iter().flat_map(|file| read_prompts(file, OnBadRecord::Skip).unwrap_or_default());
+    Read { prompts, messages: messages.take(MAX_TEXTS).map(|prompt| prompt.messages).collect(), check }
 }
 
 /// An error without its hints.

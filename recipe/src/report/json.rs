@@ -6,7 +6,7 @@ use super::Source;
 use crate::steps::Step;
 use common::stats;
 
-/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, and of the answers to
+/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, `doctor` as `ppo doctor --json` prints it, and of the answers to
 /// held-out prompts `gold` where it is known, `score` where there is a reward model, `words` and `ended`.
 ///
 /// `metrics` are the last values of `metrics.jsonl`; those measured afterwards on the test files are added under the names
@@ -38,6 +38,9 @@ pub fn report(source: &Source) -> Value {
         "stages": stages,
         "total_seconds": source.total_seconds(),
     });
+    if let Some(doctor) = &source.doctor {
+        report["doctor"] = doctor.clone();
+    }
     if let Some(results) = &source.results {
         if !results.gold.is_empty() {
             report["gold"] = json!(results.gold);

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use common::files::{read_if_there, write_whole};
 use common::metrics::MetricsLog;
+use serde_json::Value;
 
+use crate::doctor;
 use crate::record::{RunRecord, StepRecord};
 use crate::results::{AnswerRow, Results};
 use crate::steps::Step;
@@ -24,6 +26,8 @@ pub use text::duration;
 struct Source {
     record: RunRecord,
     stages: Vec<StageSource>,
+    /// What `doctor::run` found before PPO.
+    doctor: Option<Value>,
     results: Option<Results>,
     answers: Vec<AnswerRow>,
 }
@@ -73,7 +77,8 @@ impl Source {
         } else {
             (None, Vec::new())
         };
-        Ok(Self { record, stages, results, answers })
+        let doctor = if record.current(Step::Ppo).is_some() { doctor::read(out)? } else { None };
+        Ok(Self { record, stages, doctor, results, answers })
     }
 
     /// Wall seconds of all steps together.

@@ -7,6 +7,7 @@ use minijinja::Environment;
 use minijinja::value::Serde;
 use plot::thousands;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::stages::{self, Section};
 use super::text::{compact, counted, duration, mean_of, percent, policy_title, signed, title};
@@ -26,6 +27,7 @@ struct Page {
     facts: Vec<String>,
     comparison: Option<Comparison>,
     overview: Vec<OverviewRow>,
+    doctor: Option<DoctorView>,
     stages: Vec<Section>,
     answers: Vec<PromptView>,
     answers_lede: String,
@@ -71,6 +73,25 @@ struct OverviewRow {
     result: String,
 }
 
+/// The checks before PPO.
+#[derive(Serialize)]
+struct DoctorView {
+    lede: String,
+    rows: Vec<CheckRow>,
+}
+
+#[derive(Serialize)]
+struct CheckRow {
+    verdict: String,
+    stage: String,
+    id: String,
+    value: String,
+    limit: String,
+    reason: String,
+    /// What it means and what to do, where it did not pass.
+    advice: String,
+}
+
 #[derive(Serialize)]
 struct PromptView {
     prompt: String,
@@ -108,6 +129,7 @@ pub fn render(source: &Source) -> Result<String> {
         facts,
         comparison: source.results.as_ref().map(|results| comparison(results, record.gold.as_deref())),
         overview: overview(source),
+        doctor: source.doctor.as_ref().map(doctor_view),
         stages: sections,
         answers: source.answers.iter().take(N_ANSWERS).map(prompt_view).collect(),
         answers_lede: answers_lede(source),
@@ -135,6 +157,34 @@ fn overview(source: &Source) -> Vec<OverviewRow> {
         });
     }
     rows
+}
+
+/// The examination before PPO, what did not pass first.
+fn doctor_view(report: &Value) -> DoctorView {
+    let text = |check: &Value, key: &str| check[key].as_str().unwrap_or_default().to_owned();
+    let number = |value: &Value| value.as_f64().map_or_else(String::new, ppo::doctor::significant);
+    let checks = report["checks"].as_array().map_or(&[][..], Vec::as_slice);
+    let with = |verdict: &str| checks.iter().filter(|check| check["verdict"] == verdict).collect::<Vec<_>>();
+    let [failed, warned, passed] = ["fail", "warn", "pass"].map(with);
+    let lede = format!(
+        "What ppo doctor found before PPO began: {} passed, {} warned, {} failed.",
+        counted(passed.len(), "check"),
+        warned.len(),
+        failed.len()
+    );
+    let rows = [failed, warned, passed].concat().into_iter().map(|check| {
+        let verdict = text(check, "verdict");
+        CheckRow {
+            stage: text(check, "stage"),
+            id: text(check, "id"),
+            value: number(&check["value"]),
+            limit: number(&check["limit"]),
+            reason: text(check, "reason"),
+            advice: if verdict == "pass" { String::new() } else { text(check, "meaning") + " " + &text(check, "hint") },
+            verdict,
+        }
+    });
+    DoctorView { lede, rows: rows.collect() }
 }
 
 fn note(source: &Source, step: Step) -> String {
