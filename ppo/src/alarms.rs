@@ -33,10 +33,10 @@ crate::doctor::checks! {
         "Lower `optimizer.lr`, or make fewer updates a step (`ppo.epochs`, `ppo.minibatches`).",
         "Schulman et al., arXiv:1707.06347, section 3; the limit is ours: `configs/tiny` stays below 0.15";
     EXPLAINED_VARIANCE = "explained-variance", Ppo,
-        "`value/explained_variance`: not below 0 for 5 logged steps in a row",
+        "`value/explained_variance`: not below 0 for 10 logged steps in a row",
         "The values are worse than a constant, so they add noise to the advantages.",
         "Raise `value_optimizer.lr`, or set `ppo.value_init` to \"zero-head\".",
-        "openai/baselines, `explained_variance`: below 0 is worse than predicting nothing; the 5 steps are ours";
+        "openai/baselines, `explained_variance`: below 0 is worse than predicting nothing; the 10 steps are ours";
     ENDS_DRIFT = "ends-drift", Ppo,
         "`rollout/eos_rate`: not 0.2, and 4 standard errors, below the first step's, for 2 logged steps in a row",
         "Fewer and fewer answers end: the policy runs into the length limit.",
@@ -173,7 +173,7 @@ const RULES: [Rule; 10] = [
     Rule {
         about: &EXPLAINED_VARIANCE,
         metric: names::VALUE_EXPLAINED_VARIANCE,
-        patience: 5,
+        patience: 10,
         read: |look| look.within(names::VALUE_EXPLAINED_VARIANCE, 0.0, f64::INFINITY),
     },
     Rule {
@@ -329,14 +329,14 @@ mod tests {
     #[test]
     fn patience_counts_steps_in_a_row() {
         let variance = |value: f64| [(names::VALUE_EXPLAINED_VARIANCE, value)];
-        let mut values = vec![-1.0; 4];
+        let mut values = vec![-1.0; 9];
         values.push(0.1);
-        values.extend([-1.0; 5]);
+        values.extend([-1.0; 10]);
         let steps: Vec<[(&str, f64); 1]> = values.into_iter().map(variance).collect();
         let steps: Vec<&[(&str, f64)]> = steps.iter().map(<[_; 1]>::as_slice).collect();
         let heard = heard(&steps);
-        assert!(heard[..9].iter().all(Vec::is_empty), "{heard:?}");
-        assert_eq!(heard[9], ["explained-variance"]);
+        assert!(heard[..19].iter().all(Vec::is_empty), "{heard:?}");
+        assert_eq!(heard[19], ["explained-variance"]);
     }
 
     #[test]

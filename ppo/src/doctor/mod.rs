@@ -32,6 +32,7 @@ use common::tokenizer::Tokenizer;
 pub use crate::alarms::ALL as ALARMS;
 pub(crate) use about::checks;
 pub use about::{ALL, About, Blame};
+pub use policy::{cached_is_uncached, kl_of_itself, ratio_is_one, values_finite};
 pub use report::{Check, Report, Verdict, significant};
 pub(crate) use scores::{Answered, orders};
 

@@ -28,7 +28,7 @@ pub(crate) fn answers_end<'a>(responses: impl IntoIterator<Item = &'a Response>)
 }
 
 /// Whether the policy diverges from its own reference: k1 of the sampled tokens, mean per token.
-pub(crate) fn kl_of_itself(rollouts: &[Rollout], tolerance: f64) -> Check {
+pub fn kl_of_itself(rollouts: &[Rollout], tolerance: f64) -> Check {
     let n_tokens: usize = rollouts.iter().map(|rollout| rollout.response.ids.len()).sum();
     let kl = rollouts.iter().map(Rollout::kl).sum::<f64>() / n_tokens.max(1) as f64;
     let reason = format!("{kl:.1e} nats a token over {} answers", rollouts.len());
@@ -37,14 +37,20 @@ pub(crate) fn kl_of_itself(rollouts: &[Rollout], tolerance: f64) -> Check {
 }
 
 /// Whether log-probabilities of the whole rows are those that were sampled by, token by token through the cache.
-pub(crate) fn cached_is_uncached(sampled: &[&[f32]], uncached: &[Vec<f32>], tolerance: f64) -> Check {
+///
+/// # Panics
+/// If there are not two numbers for each token.
+pub fn cached_is_uncached(sampled: &[&[f32]], uncached: &[Vec<f32>], tolerance: f64) -> Check {
     let largest = largest(sampled, uncached, |sampled, uncached| (uncached - sampled).abs());
     let reason = format!("log-probabilities of {} answers differ by {largest:.1e} nats at most", sampled.len());
     Check::at_most(&about::CACHED, largest, tolerance, reason)
 }
 
 /// Whether the ratio is 1 before the first update: log-probabilities as training takes them against those sampled by.
-pub(crate) fn ratio_is_one(sampled: &[&[f32]], trained: &[Vec<f32>], tolerance: f64) -> Check {
+///
+/// # Panics
+/// If there are not two numbers for each token.
+pub fn ratio_is_one(sampled: &[&[f32]], trained: &[Vec<f32>], tolerance: f64) -> Check {
     let largest = largest(sampled, trained, |sampled, trained| ((trained - sampled).exp() - 1.0).abs());
     let reason = format!("ratios of {} answers are 1 ± {largest:.1e} before the first update", sampled.len());
     Check::at_most(&about::RATIO, largest, tolerance, reason)
@@ -67,7 +73,7 @@ fn largest(a: &[&[f32]], b: &[Vec<f32>], difference: fn(f64, f64) -> f64) -> f64
 }
 
 /// Whether the value model gives every response token a number.
-pub(crate) fn values_finite(values: &[Vec<f32>]) -> Check {
+pub fn values_finite(values: &[Vec<f32>]) -> Check {
     let n = values.iter().map(Vec::len).sum::<usize>();
     let n_finite = values.iter().flatten().filter(|value| value.is_finite()).count();
     let verdict = if n_finite == n { Verdict::Pass } else { Verdict::Fail };

@@ -16,9 +16,6 @@ use crate::config::PpoConfig;
 /// Prompts that the checks of texts look at.
 const MAX_TEXTS: usize = 256;
 
-/// An answer for the check of the template, of marks that structure no conversation.
-const ANSWER: &str = "A short answer.";
-
 /// Whether text comes back from its tokens.
 pub(super) fn round_trip(tokenizer: &Tokenizer, texts: &[String]) -> Check {
     let letters = |text: &str| text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect();
@@ -67,13 +64,15 @@ pub(super) fn template(tokenizer: &Tokenizer, prompts: &[Vec<Message>]) -> Check
 
 /// What is wrong with one conversation.
 fn template_fault(tokenizer: &Tokenizer, messages: &[Message]) -> Option<String> {
-    let whole = [messages, &[Message::new(Role::Assistant, ANSWER)]].concat();
+    // The question as the answer: a text of this data, which a tokenizer of its characters knows.
+    let answer = messages.last().map_or("", |message| message.content.as_str());
+    let whole = [messages, &[Message::new(Role::Assistant, answer)]].concat();
     let encoded = conversation::encode(tokenizer, &whole)
         .and_then(|whole| Ok((whole, conversation::encode_prompt(tokenizer, messages)?)))
-        .and_then(|(whole, prompt)| Ok((whole, prompt, conversation::encode_response(tokenizer, ANSWER)?)));
+        .and_then(|(whole, prompt)| Ok((whole, prompt, conversation::encode_response(tokenizer, answer)?)));
     let (whole, prompt, response) = match encoded {
         Ok(encoded) => encoded,
-        Err(error) => return Some(error.to_string()),
+        Err(error) => return Some(chain(error)),
     };
     let n = prompt.len() + response.len();
     // A template may write more after a turn, such as a newline.
