@@ -25,6 +25,8 @@ use serde_json::{Value, json};
 
 #[path = "parity/adapters.rs"]
 mod adapters;
+#[path = "parity/smollm2.rs"]
+mod smollm2;
 
 /// Logits, losses and scores: f32 against the oracle's f64 over numbers of size ten.
 const ABSOLUTE: f64 = 1e-4;
