@@ -48,8 +48,8 @@ struct Model {
 impl Model {
     fn open(setup: &Setup, due: &[Step]) -> Result<Self> {
         if let Some(init) = &setup.recipe.config.init {
-            let model =
-                checkpoint::init_from(init, None).and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
+            let model = checkpoint::init_from(init, setup.adapter_base.as_deref())
+                .and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
             let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
                 context: Some((model.model_config().max_seq_len, format!("`{}`", init.display()))),

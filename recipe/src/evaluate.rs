@@ -103,8 +103,11 @@ impl Evaluator<'_> {
             Policy::Ppo => self.setup.dir(Step::Ppo),
         };
         let failed = || format!("failed to load `{}`", dir.display());
-        if policy == Policy::Base { checkpoint::init_from(&dir, None) } else { Checkpoint::open(&dir) }
-            .with_context(failed)
+        match policy {
+            Policy::Base => checkpoint::init_from(&dir, self.setup.adapter_base.as_deref()),
+            Policy::Sft | Policy::Ppo => Checkpoint::open(&dir),
+        }
+        .with_context(failed)
     }
 
     /// Answers of one model with the reward model's scores; `None` if the user asked to stop.

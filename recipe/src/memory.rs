@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use common::capacity::{self, Lengths, Needs};
@@ -29,9 +29,9 @@ const MIB: f64 = (1_u64 << 20) as f64;
 pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
     let recipe = Recipe::open(&args.recipe, &out, args.data.as_deref(), &args.changes.all()?, None)?;
-    let setup = Setup::open(recipe, args.runtime.precision.name())?;
+    let setup = Setup::open(recipe, &args.runtime)?;
     let runtime = args.runtime.open()?;
-    let needs = Planner::open(setup, runtime.effective_kernels(), args.runtime.base())?.stages()?;
+    let needs = Planner::open(setup, runtime.effective_kernels())?.stages()?;
     let available = if runtime.is_on_host() { capacity::available() } else { None };
     if args.json {
         let stages: Map<_, _> = needs
@@ -83,7 +83,8 @@ struct Planner {
 }
 
 impl Planner {
-    fn open(setup: Setup, kernels: Kernels, base: Option<&Path>) -> Result<Self> {
+    fn open(setup: Setup, kernels: Kernels) -> Result<Self> {
+        let base = setup.adapter_base.as_deref();
         let model = match (&setup.recipe.config.init, &setup.configs.pretrain) {
             (Some(init), _) => Preview::open(init, base).context("failed to load `recipe.init`")?,
             (None, Some(config)) => {

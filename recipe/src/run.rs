@@ -39,7 +39,7 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let _lock = OutLock::take_inside(&args.out)?;
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
-    let setup = Setup::open(recipe, args.runtime.precision.name())?;
+    let setup = Setup::open(recipe, &args.runtime)?;
     let mut run = Run::start(args, setup, earlier, interrupt)?;
     let outcome = run.steps()?;
     if outcome == Outcome::Finished {

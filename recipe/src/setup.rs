@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use common::checkpoint::Manifest;
+use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
@@ -76,6 +77,8 @@ pub struct Setup {
     pub gold: Option<GoldScorer>,
     /// Float type of the computations, by name.
     pub precision: &'static str,
+    /// Base of the initial model, if that is an adapter, in place of the one that it names.
+    pub adapter_base: Option<PathBuf>,
     /// Of the stages in the recipe.
     pub configs: StageConfigs,
 }
@@ -85,11 +88,12 @@ impl Setup {
     ///
     /// # Errors
     /// If a configuration is not valid, or the gold scorer's words cannot be read.
-    pub fn open(recipe: Recipe, precision: &'static str) -> Result<Self> {
+    pub fn open(recipe: Recipe, runtime: &RuntimeArgs) -> Result<Self> {
         let gold = recipe.config.gold.as_ref().map(GoldConfig::open).transpose();
         let gold = gold.context("failed to open the gold scorer")?;
         let configs = StageConfigs::load(&recipe)?;
-        Ok(Self { gold, out: recipe.out.clone(), precision, configs, recipe })
+        let (precision, adapter_base) = (runtime.precision.name(), runtime.base().map(Path::to_owned));
+        Ok(Self { gold, out: recipe.out.clone(), precision, adapter_base, configs, recipe })
     }
 
     /// The initial model and the data files of all steps, as far as they are there.

@@ -132,3 +132,16 @@ fn a_recipe_starts_from_a_model_that_is_there() {
     lab.run(&["--init", "a \"model\""]);
     assert_eq!(lab.json("pretrain/manifest.json")["parents"][0]["weights_sha256"], weights);
 }
+
+#[test]
+fn a_recipe_starts_from_an_adapter_whose_base_lies_elsewhere() {
+    let first = Lab::with_own_data("seed = 3\nstages = [\"pretrain\", \"sft\"]\n");
+    first.run(&["--set", "sft.lora.rank=2"]);
+    std::fs::rename(first.out("pretrain"), first.path("moved")).unwrap();
+    let adapter = first.out("sft");
+    let lab = Lab::with_own_data(&format!("init = \"{}\"\n{EVALUATE}", adapter.display()));
+    assert!(lab.fail(&[]).contains("pretrain"));
+    lab.run(&["--base", first.path("moved").to_str().unwrap()]);
+    let report = assert_reported(&lab, &["sft", "reward-model", "ppo"]);
+    assert!(report["score"]["base"].is_object(), "{report}");
+}
