@@ -162,8 +162,8 @@ pub fn check_precision(name: &str, device: &Device, precision: Precision) -> Res
     }
 }
 
-/// Whether the backend computes on the host without a driver of any kind.
-fn is_host(name: &str) -> bool {
+/// Whether the backend computes on the host without a driver of any kind, and so in f32 only.
+pub fn is_host(name: &str) -> bool {
     ["flex", "ndarray"].contains(&name)
 }
 

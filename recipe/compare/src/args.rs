@@ -15,7 +15,8 @@ use common::kernels::fault::Fault;
     after_help = "The first backend is the reference; each runs in a process of its own. Exits with 1 if a budget is exceeded.\n\n\
         Example:\n  \
         recipe compare configs/tiny --backends flex,ndarray --steps 20\n  \
-        recipe compare configs/tiny --backends flex,wgpu --stages pretrain --set pretrain.model.n_layers=2"
+        recipe compare configs/tiny --backends flex,wgpu --stages pretrain --set pretrain.model.n_layers=2\n  \
+        recipe compare configs/tiny --backends flex,cuda --precision bf16"
 )]
 pub struct CompareArgs {
     /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
@@ -59,7 +60,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "BACKEND=OPERATION", hide = true)]
     pub plant: Option<String>,
 
-    /// Threads, kernels and precision of every backend
+    /// Threads, kernels and precision of every backend but the CPU's, which compute in f32 whatever it is
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 }

@@ -1,6 +1,7 @@
 //! Two backends' records side by side: how far apart, within which budget, and where the first excess is.
 
 use common::checkpoint::Stage;
+use common::kernels::Precision;
 use serde::Serialize;
 
 use super::record::{Level, Records};
@@ -20,6 +21,8 @@ pub enum Budget {
     Relative(f64),
     /// Same tokens, but for choices nearer than this.
     Tokens(f64),
+    /// Any distance, which is reported.
+    None,
 }
 
 /// Two candidates nearer than this in logits are a near tie.
@@ -33,7 +36,15 @@ impl Budget {
     /// size, so the relative error of each *number* becomes one of the step, also where that number is next to nothing
     /// beside the rest of its tensor. PPO's clip is a step function: a token whose ratio lies on its edge counts on one
     /// backend and not on the other, and the updates after it see that.
-    pub const fn of(level: Level) -> Self {
+    pub const fn of(level: Level, precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::of_f32(level),
+            Precision::Bf16 => Self::of_16_bits(level, 1.0 / 256.0),
+            Precision::F16 => Self::of_16_bits(level, 1.0 / 2048.0),
+        }
+    }
+
+    const fn of_f32(level: Level) -> Self {
         match level {
             Level::InitialWeights | Level::Activations | Level::Margins => Self::Exact,
             Level::Operations => Self::Scaled(1e-5),
@@ -49,6 +60,25 @@ impl Budget {
         }
     }
 
+    /// Of a backend that computes in 16 bits, where the reference has 32; `unit` is the largest relative error of a rounded
+    /// number.
+    ///
+    /// The numbers between two operations are rounded, and the operations of a model follow each other, so a few dozen
+    /// roundings meet in a logit and more in a gradient. Steps of AdamW and whole iterations of PPO magnify that without
+    /// bound where a gradient is next to nothing, so there the distance is only reported.
+    const fn of_16_bits(level: Level, unit: f64) -> Self {
+        match level {
+            Level::InitialWeights | Level::Activations | Level::Margins => Self::Exact,
+            Level::Operations | Level::Logits | Level::Scores | Level::PpoIteration => Self::Scaled(16.0 * unit),
+            Level::Loss => Self::Absolute(4.0 * unit),
+            Level::OperationGradients => Self::Relative(16.0 * unit),
+            Level::Gradients => Self::Relative(64.0 * unit),
+            Level::Tokens => Self::Tokens(64.0 * unit),
+            Level::Curve => Self::Absolute(64.0 * unit),
+            Level::OneStep | Level::TenSteps | Level::PpoUpdates | Level::PpoRatios => Self::None,
+        }
+    }
+
     /// For people.
     pub fn text(self) -> String {
         match self {
@@ -57,6 +87,7 @@ impl Budget {
             Self::Scaled(most) => format!("{most:.0e} of largest"),
             Self::Relative(most) => format!("{most:.0e} rel"),
             Self::Tokens(most) => format!("ties < {most:.0e}"),
+            Self::None => "none".to_owned(),
         }
     }
 
@@ -67,6 +98,7 @@ impl Budget {
             Self::Scaled(most) => distance.absolute <= most * distance.largest.max(1.0),
             Self::Relative(most) => distance.relative <= most,
             Self::Tokens(_) => false,
+            Self::None => distance.absolute.is_finite(),
         }
     }
 }
@@ -96,8 +128,8 @@ pub struct Row {
     pub note: Option<String>,
 }
 
-/// Compares what a backend computed with what the reference did, in the order of the reference.
-pub fn check(reference: &Records, backend: &str, found: &Records, stages: &[Stage]) -> Vec<Row> {
+/// Compares what a backend computed in `precision` with what the reference did, in the order of the reference.
+pub fn check(reference: &Records, backend: &str, found: &Records, stages: &[Stage], precision: Precision) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     let compared = |level: Level| !matches!(level, Level::Activations | Level::Margins);
     for entry in reference.entries.iter().filter(|entry| stages.contains(&entry.stage) && compared(entry.level)) {
@@ -110,7 +142,7 @@ pub fn check(reference: &Records, backend: &str, found: &Records, stages: &[Stag
                 n_tensors: 0,
                 max_absolute: 0.0,
                 max_relative: 0.0,
-                budget: Budget::of(level),
+                budget: Budget::of(level, precision),
                 passed: true,
                 first_excess: None,
                 note: None,
@@ -225,7 +257,7 @@ mod tests {
     }
 
     fn one(reference: &Records, found: &Records) -> Row {
-        let mut rows = check(reference, "b", found, &[Stage::Pretrain]);
+        let mut rows = check(reference, "b", found, &[Stage::Pretrain], Precision::F32);
         assert_eq!(rows.len(), 1);
         rows.remove(0)
     }
@@ -240,6 +272,21 @@ mod tests {
         assert_eq!((row.passed, row.n_tensors), (false, 2));
         assert_eq!(row.first_excess.as_deref(), Some("b [1]: 4.01, reference 4"));
         assert!((row.max_relative - 0.002).abs() < 1e-6 && (row.max_absolute - 0.01).abs() < 1e-6, "{row:?}");
+    }
+
+    #[test]
+    fn sixteen_bits_have_budgets_of_their_own() {
+        let reference = records(&[(Level::Logits, "logits", &[8.0, 2.0]), (Level::OneStep, "w", &[1e-3, 1e-3])]);
+        let found = records(&[(Level::Logits, "logits", &[8.05, 2.0]), (Level::OneStep, "w", &[1e-3, -1e-3])]);
+        let passed = |precision, found: &Records| {
+            let rows = check(&reference, "b", found, &[Stage::Pretrain], precision);
+            rows.iter().map(|row| row.passed).collect::<Vec<_>>()
+        };
+        assert_eq!(passed(Precision::F32, &found), [false, false]);
+        assert_eq!(passed(Precision::F16, &found), [true, true]);
+        let wrong = records(&[(Level::Logits, "logits", &[8.1, 2.0]), (Level::OneStep, "w", &[1e-3, f32::NAN])]);
+        assert_eq!(passed(Precision::F16, &wrong), [false, false]);
+        assert_eq!(passed(Precision::Bf16, &wrong), [true, false]);
     }
 
     #[test]

@@ -32,7 +32,7 @@ use common::backend;
 use common::checkpoint::Stage;
 use common::exit::UsageError;
 use common::files::is_filled;
-use common::kernels::Kernels;
+use common::kernels::{Kernels, Precision};
 
 use serde::{Deserialize, Serialize};
 
@@ -79,8 +79,10 @@ pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepare
         return Err(UsageError(format!("`--backends` names `{}` twice", twice.1)).into());
     }
     // A backend that is not compiled in or has no device is refused before anything is computed.
-    for name in &args.backends {
-        backend::open(name)?;
+    let precisions = args.backends.iter().map(|name| precision_of(name, args.runtime.precision));
+    let precisions = precisions.collect::<Result<Vec<Precision>>>()?;
+    if let Some(name) = args.backends.last().filter(|_| !precisions.contains(&args.runtime.precision)) {
+        backend::check_precision(name, &backend::open(name)?, args.runtime.precision)?;
     }
     let recipe_name =
         Path::new(&args.recipe).file_name().map_or_else(|| "recipe".into(), |name| name.to_string_lossy());
@@ -92,10 +94,10 @@ pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepare
 
     let mut runs: Vec<Run> = Vec::new();
     let reference = out.join(directory(&args.backends[0]));
-    for (i, name) in args.backends.iter().enumerate() {
+    for (i, (name, precision)) in args.backends.iter().zip(&precisions).enumerate() {
         tracing::info!("[{}/{}] {name}", i + 1, args.backends.len());
         let dir = out.join(directory(name));
-        let failure = run_probe(args, name, &plan_path, &dir, (i > 0).then_some(&reference))?;
+        let failure = run_probe(args, name, *precision, &plan_path, &dir, (i > 0).then_some(&reference))?;
         let records = Records::read(&dir)?;
         let log = dir.join("log.txt");
         if i == 0
@@ -107,11 +109,15 @@ pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepare
         if let Some(failure) = &failure {
             tracing::warn!("`{name}` {failure}");
         }
-        runs.push(Run { name: name.clone(), records, failure });
+        runs.push(Run { name: name.clone(), precision: *precision, records, failure });
     }
     let rows = runs[1..]
         .iter()
-        .flat_map(|run| budget::check(&runs[0].records, &run.name, &run.records, &plan.stages))
+        .flat_map(|run| {
+            // Two in 16 bits are hardly further apart than one of them is from f32.
+            let coarser = if run.precision == Precision::F32 { runs[0].precision } else { run.precision };
+            budget::check(&runs[0].records, &run.name, &run.records, &plan.stages, coarser)
+        })
         .collect();
     let comparison =
         Comparison { recipe: recipe_name.into_owned(), steps: args.steps, stages: plan.stages, runs, rows };
@@ -119,6 +125,16 @@ pub fn compare(args: &CompareArgs, prepare: impl FnOnce(&Path) -> Result<Prepare
     std::io::stdout().write_all(comparison.table().as_bytes()).context("failed to write the result")?;
     tracing::info!("the tables are in `{}`", out.join("compare.md").display());
     if comparison.passed() { Ok(()) } else { Err(anyhow!("the backends differ by more than the budgets allow")) }
+}
+
+/// The precision that a backend computes in: the CPU's know one only, and are what the others are compared with.
+fn precision_of(name: &str, wanted: Precision) -> Result<Precision> {
+    let device = backend::open(name)?;
+    if backend::is_host(name) {
+        return Ok(Precision::F32);
+    }
+    backend::check_precision(name, &device, wanted)?;
+    Ok(wanted)
 }
 
 /// Makes `out` an empty directory; an earlier comparison goes if `overwrite` says so.
@@ -158,6 +174,7 @@ fn plan(args: &CompareArgs, out: &Path, prepare: impl FnOnce(&Path) -> Result<Pr
 fn run_probe(
     args: &CompareArgs,
     name: &str,
+    precision: Precision,
     plan: &Path,
     dir: &Path,
     reference: Option<&PathBuf>,
@@ -173,7 +190,7 @@ fn run_probe(
     if let Some(threads) = args.runtime.process.threads {
         command.arg("--threads").arg(threads.to_string());
     }
-    command.args(["--precision", args.runtime.precision.name()]);
+    command.args(["--precision", precision.name()]);
     if args.runtime.kernels() == Kernels::Plain {
         command.args(["--kernels", "plain"]);
     }

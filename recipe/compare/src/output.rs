@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use common::checkpoint::Stage;
 use common::files::write_whole;
+use common::kernels::Precision;
 use plot::{Curve, Hue, Plot, Weight};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -17,6 +18,8 @@ use super::record::{Level, Records};
 pub struct Run {
     /// As `--backends` names it.
     pub name: String,
+    /// Of its computations.
+    pub precision: Precision,
     /// The records it left.
     pub records: Records,
     /// How its process ended, unless well.
@@ -140,7 +143,7 @@ impl Comparison {
         let backends: Vec<Value> = self
             .runs
             .iter()
-            .map(|run| json!({ "name": run.name, "device": run.records.backend, "failure": run.failure }))
+            .map(|run| json!({ "name": run.name, "device": run.records.backend, "precision": run.precision.name(), "failure": run.failure }))
             .collect();
         let curve = |run: &Run, stage: Stage| {
             let losses = run.records.find(stage, Level::Curve, "train/loss")?;
@@ -165,7 +168,7 @@ impl Comparison {
             let role = if i == 0 { ", the reference" } else { "" };
             let device = if run.records.backend.is_empty() { "no device" } else { &run.records.backend };
             let failure = run.failure.as_deref().map_or(String::new(), |failure| format!(": {failure}"));
-            let _ = writeln!(text, "- `{}`{role} ({device}){failure}", run.name);
+            let _ = writeln!(text, "- `{}`{role} ({device}; {}){failure}", run.name, run.precision.name());
         }
         let verdict = if self.passed() { "Every level is within its budget." } else { "**A budget is exceeded.**" };
         let _ = writeln!(text, "\n{verdict} Loss curves have {} steps.\n", self.steps);
