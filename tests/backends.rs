@@ -140,6 +140,55 @@ fn every_program_lists_the_backends() {
     assert!(!refused.stderr.is_empty());
 }
 
+/// A program that answers as `recipe` does, and whose PPO fails.
+const STAND_IN: &str = r#"#!/bin/sh
+case "$1 $2" in
+  "--backend list") printf 'backend  device        memory  precision\nflex     the CPU       1 GiB   f32\nwgpu     A card, 8 x   1 GiB   f32, bf16\n' ;;
+  "--version ") echo "recipe 9.9.9" ;;
+  "bench train") echo '{"ms_per_step":2.5,"tokens_per_s":100.5,"first_step_s":1.25,"loss_first":8.5,"loss_last":7.5,"resident_mib":[1.0,2.0],"device_mib":[3.0,3.5]}' ;;
+  "bench generate") echo '{"results":[{"batch":1,"ms_per_decode_step":0.75,"tokens_per_s":40.0}]}' ;;
+  "bench ppo") echo "out of memory" >&2; exit 3 ;;
+  "compare tiny")
+    while [ "$1" != --out ]; do shift; done
+    mkdir -p "$2"
+    printf '# Title\n\n- `wgpu` (A card)\n\nEvery level is within its budget.\n' >"$2/compare.md" ;;
+esac
+"#;
+
+#[cfg(unix)]
+#[test]
+fn the_check_of_a_card_reports_what_the_program_found() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let lab = Lab::new();
+    lab.write("recipe", STAND_IN);
+    std::fs::set_permissions(lab.path("recipe"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/gpu/check.sh");
+    let check = |args: &[&str]| {
+        let mut command = std::process::Command::new("bash");
+        command.arg(script).args(args).current_dir(lab.dir());
+        lab.finish(command)
+    };
+    let output = check(&["./recipe", "wgpu", "report.md"]);
+    assert_eq!(output.status.code(), Some(1), "a part failed: {}", output.stderr);
+    let report = String::from_utf8(lab.bytes("report.md")).unwrap();
+    for line in [
+        "## A card, 8 x, `wgpu`",
+        "| training, size a | 2.5 | 100.5 | 1.25 | 8.5 7.5 |",
+        "| training, size a, bf16 | 2.5 | 100.5 | 1.25 | 8.5 7.5 |",
+        "| decoding, size c, 1 row | 0.75 | 40.0 |  |   |",
+        "| PPO, size a | failed with 3: out of memory | | | |",
+        "Held after each hundred of the 500 steps, MiB: on the device [3.0,3.5], by the process [1.0,2.0].",
+        "### `recipe compare`, a small model, bf16",
+        "Every level is within its budget.",
+    ] {
+        assert!(report.lines().any(|found| found == line), "no `{line}` in:\n{report}");
+    }
+    assert!(report.contains("Failed: bench ppo --size a --steps 2."), "{report}");
+    let output = check(&["./recipe", "cuda"]);
+    assert!(output.status.code() == Some(1) && output.stderr.contains("cannot open `cuda`"), "{}", output.stderr);
+    assert_eq!(check(&[]).status.code(), Some(2));
+}
+
 #[cfg(feature = "wgpu")]
 mod wgpu {
     use super::{compare, lab};

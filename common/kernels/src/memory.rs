@@ -26,12 +26,14 @@ pub struct Usage {
     pub cpu_seconds: f64,
     /// The most memory that was resident at a time, in bytes.
     pub peak_bytes: usize,
+    /// What is resident now, in bytes.
+    pub resident_bytes: usize,
 }
 
 /// Asks the system.
 ///
-/// The peak is that of `/proc` where there is one: the other source counts on Linux what the parent held when it started
-/// this process.
+/// Peak and present size are those of `/proc` where there is one: the other source counts on Linux what the parent held
+/// when it started this process.
 pub fn usage() -> Usage {
     let [mut elapsed, mut user, mut system, mut rss, mut peak, mut commit, mut peak_commit, mut faults] = [0; 8];
     // SAFETY: eight valid pointers, each written once.
@@ -47,14 +49,17 @@ pub fn usage() -> Usage {
             &raw mut faults,
         );
     }
-    let peak_bytes = peak_of_proc().unwrap_or(peak);
-    Usage { cpu_seconds: (user + system) as f64 / 1e3, peak_bytes }
+    Usage {
+        cpu_seconds: (user + system) as f64 / 1e3,
+        peak_bytes: of_proc("VmHWM:").unwrap_or(peak),
+        resident_bytes: of_proc("VmRSS:").unwrap_or(rss),
+    }
 }
 
-/// `VmHWM` of `/proc/self/status`, in bytes.
-fn peak_of_proc() -> Option<usize> {
+/// A size in `/proc/self/status`, in bytes.
+fn of_proc(name: &str) -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -70,6 +75,7 @@ mod tests {
         assert_eq!(block.iter().map(|&x| usize::from(x)).sum::<usize>(), 64 << 20);
         let after = usage();
         assert!(after.peak_bytes >= 64 << 20, "{after:?}");
+        assert!(after.resident_bytes >= 64 << 20 && after.resident_bytes <= after.peak_bytes, "{after:?}");
         assert!(after.peak_bytes >= before.peak_bytes && after.cpu_seconds >= before.cpu_seconds);
     }
 }

@@ -49,7 +49,25 @@ pub struct TrainBenchArgs {
     pub runtime: RuntimeArgs,
 }
 
-/// Times single steps: the loss with its gradients, clipping by the global norm, AdamW, and reading the loss.
+/// Memory held along the way, in MiB.
+#[derive(Default)]
+struct Held {
+    /// By the process.
+    resident: Vec<Value>,
+    /// By the device's pools, where it has any.
+    device: Vec<Value>,
+}
+
+impl Held {
+    fn measure(&mut self, runtime: &Runtime) {
+        let mib = |bytes: u64| rounded(bytes as f64 / f64::from(1 << 20), 1);
+        self.resident.push(mib(memory::usage().resident_bytes as u64));
+        self.device.extend(runtime.device.memory_pool_usage().map(|usage| mib(usage.bytes_reserved)));
+    }
+}
+
+/// Times single steps: the loss with its gradients, clipping by the global norm, AdamW, and reading the loss. Memory is
+/// looked at five times, so that it shows whether it grows.
 pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<String, Value>> {
     let model = args.shape.model()?;
     let batch = args.batch.map_or(args.shape.size.batch(), NonZeroUsize::get);
@@ -67,9 +85,9 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
         .collect();
 
     let warmup = args.warmup.get();
-    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
-    let mut cpu_before = 0.0;
-    for i in 0..warmup + args.steps.get() {
+    let (mut seconds, mut losses, mut held) = (Vec::new(), Vec::new(), Held::default());
+    let (mut cpu_before, n_steps) = (0.0, warmup + args.steps.get());
+    for i in 0..n_steps {
         if i == warmup {
             cpu_before = memory::usage().cpu_seconds;
         }
@@ -78,6 +96,9 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
         (gpt, _) = adamw.step(gpt, grads, optimizer.lr);
         losses.push(loss.into_scalar::<f32>());
         seconds.push(clock.elapsed().as_secs_f64());
+        if i >= warmup && (n_steps - 1 - i) % args.steps.get().div_ceil(5) == 0 {
+            held.measure(runtime);
+        }
     }
     let cpu = memory::usage().cpu_seconds - cpu_before;
     let first_step = seconds[0];
@@ -103,6 +124,8 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
         ("gflops", rounded(flops / median / 1e9, 2)),
         ("loss_first", rounded(f64::from(losses[0]), 4)),
         ("loss_last", rounded(f64::from(losses[losses.len() - 1]), 4)),
+        ("resident_mib", Value::Array(held.resident)),
+        ("device_mib", Value::Array(held.device)),
     ];
     fields.extend(own.map(|(name, value)| (name.to_owned(), value)));
     Ok(fields)
