@@ -9,7 +9,7 @@ use burn::tensor::{Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::{RuntimeArgs, StageArgs};
 use common::interrupt::Interrupt;
-use common::kernels;
+use common::kernels::{self, Precision};
 use common::loss;
 use common::metrics::{MetricsLog, names};
 use common::model::{Gpt, HostTensor, Layout, NamedTensors};
@@ -208,7 +208,9 @@ impl Probe {
         let (ids, targets) = &batches[0];
         let input = || ids.tensor(&self.runtime.device.clone().autodiff());
         let hidden = gpt.hidden(input(), &Layout::right_padded());
-        self.operations(&gpt, ids, targets)?;
+        if self.runtime.precision == Precision::F32 {
+            self.operations(&gpt, ids, targets)?;
+        }
         let logits = HostTensor::of(&gpt.logits(hidden).inner());
         self.recorder.tensor(stage, Level::Logits, "logits", &logits)?;
 
