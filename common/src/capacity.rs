@@ -136,11 +136,12 @@ impl Trained<'_> {
     }
 
     /// How it is computed.
-    pub const fn computation(&self) -> Computation {
+    pub fn computation(&self) -> Computation {
         Computation {
             kernels: self.kernels,
             checkpoints: self.checkpoint_activations,
             has_adapters: self.lora.is_some(),
+            adapters_drop: self.lora.is_some_and(|lora| lora.dropout > 0.0),
         }
     }
 }

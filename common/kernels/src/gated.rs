@@ -7,7 +7,7 @@
 use burn::tensor::Tensor;
 
 use super::tap::{self, Call, Operation};
-use super::{Activation, Kernels, linear, plain};
+use super::{Activation, Adapted, Kernels, adapted_linear, plain};
 
 #[cfg(feature = "flex")]
 use super::autodiff::FusedOps as _;
@@ -101,31 +101,32 @@ pub fn add_rms_norm<const D: usize>(
 pub fn project_add_rms_norm<const D: usize>(
     kernels: Kernels,
     x: Tensor<D>,
-    weight: Tensor<2>,
+    layer: Adapted,
     residual: Tensor<D>,
     gamma: Tensor<1>,
     eps: f64,
 ) -> (Tensor<D>, Tensor<D>) {
     let call = tap::prepare(|| {
-        let operands = [(&x).into(), (&weight).into(), (&residual).into(), (&gamma).into()];
+        let operands = [(&x).into(), (&layer.weight).into(), (&residual).into(), (&gamma).into()];
         Call::new(Operation::ProjectAddRmsNorm { eps }, operands)
-    });
+    })
+    .filter(|_| layer.low_rank.is_none());
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) && !tap::is_active() {
         let [d] = gamma.dims();
-        assert_eq!(weight.dims(), [x.dims()[D - 1], d], "the weight does not lead from x to gamma");
+        assert_eq!(layer.weight.dims(), [x.dims()[D - 1], d], "the weight does not lead from x to gamma");
         assert_eq!(x.dims()[..D - 1], residual.dims()[..D - 1], "x and residual differ in rows");
         assert_eq!(residual.dims()[D - 1], d, "residual and gamma differ in width");
         let (normed, sum) = Dispatch::fused_project_add_rms_norm(
             x.into_dispatch(),
-            weight.into_dispatch(),
+            layer.into_dispatch(),
             residual.into_dispatch(),
             gamma.into_dispatch(),
             eps,
         );
         return (Tensor::from_dispatch(normed), Tensor::from_dispatch(sum));
     }
-    let out = add_rms_norm(kernels, linear(kernels, x, weight, None), residual, gamma, eps);
+    let out = add_rms_norm(kernels, adapted_linear(kernels, x, layer, None), residual, gamma, eps);
     tap::note(call);
     out
 }
@@ -151,11 +152,11 @@ pub fn gate<const D: usize>(kernels: Kernels, gate: Tensor<D>, up: Tensor<D>, ac
 #[derive(Debug, Clone)]
 pub struct GatedWeights {
     /// `G: [d, d_ff]`
-    pub gate: Tensor<2>,
+    pub gate: Adapted,
     /// `U: [d, d_ff]`
-    pub up: Tensor<2>,
+    pub up: Adapted,
     /// `D: [d_ff, d]`
-    pub down: Tensor<2>,
+    pub down: Adapted,
 }
 
 /// The gated feed-forward layer, the residual addition and the norm after it:
@@ -180,18 +181,20 @@ pub fn gated_mlp_add_rms_norm<const D: usize>(
 ) -> (Tensor<D>, Tensor<D>) {
     let GatedWeights { gate: gate_weight, up, down } = weights;
     let call = tap::prepare(|| {
-        let [gate, up, down] = [&gate_weight, &up, &down].map(Into::into);
+        let [gate, up, down] = [&gate_weight, &up, &down].map(|layer| (&layer.weight).into());
         Call::new(
             Operation::GatedMlpAddRmsNorm { eps },
             [(&x).into(), gate, up, down, (&residual).into(), (&gamma).into()],
         )
-    });
+    })
+    .filter(|_| [&gate_weight, &up, &down].iter().all(|layer| layer.low_rank.is_none()));
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) && !tap::is_active() {
-        let ([d], [_, d_ff]) = (gamma.dims(), up.dims());
+        let ([d], [_, d_ff]) = (gamma.dims(), up.weight.dims());
+        let shapes = [&gate_weight, &up, &down].map(|layer| layer.weight.dims());
         assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
         assert_eq!(x.dims()[D - 1], d, "gamma and the last axis of x disagree");
-        assert_eq!([gate_weight.dims(), up.dims(), down.dims()], [[d, d_ff], [d, d_ff], [d_ff, d]], "weights disagree");
+        assert_eq!(shapes, [[d, d_ff], [d, d_ff], [d_ff, d]], "weights disagree");
         let (normed, sum) = Dispatch::fused_gated_mlp_add_rms_norm(
             x.into_dispatch(),
             gate_weight.into_dispatch(),
@@ -203,9 +206,9 @@ pub fn gated_mlp_add_rms_norm<const D: usize>(
         );
         return (Tensor::from_dispatch(normed), Tensor::from_dispatch(sum));
     }
-    let gated = linear(kernels, x.clone(), gate_weight, None);
-    let active = gate(kernels, gated, linear(kernels, x, up, None), Activation::Silu);
-    let out = add_rms_norm(kernels, linear(kernels, active, down, None), residual, gamma, eps);
+    let gated = adapted_linear(kernels, x.clone(), gate_weight, None);
+    let active = gate(kernels, gated, adapted_linear(kernels, x, up, None), Activation::Silu);
+    let out = add_rms_norm(kernels, adapted_linear(kernels, active, down, None), residual, gamma, eps);
     tap::note(call);
     out
 }

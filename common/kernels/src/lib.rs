@@ -22,6 +22,7 @@ mod checkpoint;
 pub mod fault;
 mod gated;
 mod kept;
+mod low_rank;
 mod plain;
 mod precision;
 pub mod tap;
@@ -52,12 +53,13 @@ pub use checkpoint::{Leaves, checkpointed};
 pub use gated::{
     GatedWeights, add_rms_norm, gate, gated_mlp_add_rms_norm, project_add_rms_norm, rms_norm, rms_norm_keeping,
 };
+pub use low_rank::{Adapted, LowRank, adapted_linear};
 pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 
 use tap::{Call, Operation};
 
 #[cfg(feature = "flex")]
-use autodiff::FusedOps as _;
+use autodiff::{FusedOps as _, Weight};
 #[cfg(feature = "flex")]
 use burn::backend::Dispatch;
 
@@ -166,7 +168,7 @@ pub fn linear<const D: usize>(kernels: Kernels, x: Tensor<D>, weight: Tensor<2>,
     });
     #[cfg(feature = "flex")]
     if is_fused(kernels, &x) {
-        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        let (x, weight) = (x.into_dispatch(), Weight::Alone(weight.into_dispatch()));
         return Tensor::from_dispatch(match bias {
             Some(bias) => Dispatch::fused_linear(x, weight, bias.into_dispatch()),
             None => Dispatch::fused_linear_no_bias(x, weight),

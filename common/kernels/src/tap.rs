@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Int, Tensor};
 
-use super::{Activation, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights};
+use super::{Activation, Adapted, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights};
 
 /// An operand or a result: its numbers in one row, and its shape.
 #[derive(Debug, Clone)]
@@ -227,6 +227,7 @@ impl Operation {
     pub fn apply(&self, kernels: Kernels, operands: &[Operand]) -> Vec<Operand> {
         let device = operands[0].flat.device();
         let x = |i: usize| &operands[i];
+        let weight = |i: usize| Adapted::from(x(i).tensor());
         let affine = |i: usize| Affine { weight: x(i).tensor(), bias: x(i + 1).tensor() };
         let norm = |i: usize, eps| NormWeights { gamma: x(i).tensor(), beta: x(i + 1).tensor(), eps };
         let pair = |(normed, sum): (Tensor<2>, Tensor<2>), shape: &[usize]| {
@@ -268,14 +269,14 @@ impl Operation {
             }
             Self::ProjectAddRmsNorm { eps } => {
                 let (residual, gamma) = (x(2).rows(), x(3).tensor());
-                let out = super::project_add_rms_norm(kernels, x(0).rows(), x(1).tensor(), residual, gamma, *eps);
+                let out = super::project_add_rms_norm(kernels, x(0).rows(), weight(1), residual, gamma, *eps);
                 pair(out, &x(2).shape)
             }
             Self::Gate(activation) => {
                 vec![(&super::gate(kernels, x(0).rows(), x(1).rows(), *activation)).into()]
             }
             Self::GatedMlpAddRmsNorm { eps } => {
-                let weights = GatedWeights { gate: x(1).tensor(), up: x(2).tensor(), down: x(3).tensor() };
+                let weights = GatedWeights { gate: weight(1), up: weight(2), down: weight(3) };
                 let (residual, gamma) = (x(4).rows(), x(5).tensor());
                 let out = super::gated_mlp_add_rms_norm(kernels, x(0).rows(), weights, residual, gamma, *eps);
                 pair(out, &x(4).shape)

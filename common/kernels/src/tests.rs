@@ -7,6 +7,7 @@ use proptest::prelude::*;
 mod batch;
 mod gated;
 mod heads;
+mod low_rank;
 use super::{
     Activation, AdamWParam, AdamWStep, Affine, Kernels, NormWeights, adamw_update, add_layer_norm, attention,
     bias_activation, cross_entropy, embed, is_fused, layer_norm, linear, linear_keeping, logits, mlp_add_norm,

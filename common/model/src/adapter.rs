@@ -5,17 +5,18 @@ use std::fmt;
 use std::ops::Range;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Tensor, s};
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
-use crate::block::{Blank, Pass};
+use crate::block::Blank;
 use crate::params::{Output, Parameter, Role, parameters, role_of};
 use crate::{GptConfig, HostTensor, NamedTensors};
 use base::rng::Streams;
+use kernels::{LowRank, Precision};
 
 /// The target that stands for every linear layer but the output layer.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -227,38 +228,15 @@ impl Adapter {
         Self { a: blank.param(a), b: blank.param(b), parts: parts.to_vec(), scale: lora.scale(), dropout: lora.dropout }
     }
 
-    /// `y + scale·dropout(x)·A·B`.
-    ///
-    /// # Shapes
-    /// - `y`: `[batch, seq, d_out]`, what the layer gives for `x` by itself
-    /// - `x`: `[batch, seq, d_in]`
-    pub(crate) fn add(&self, y: Tensor<3>, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
-        let precision = pass.precision;
-        let x = if self.dropout > 0.0 { precision.narrow(pass.drop_at(self.dropout, precision.widen(x))) } else { x };
+    /// The matrices as a layer computes with them.
+    pub(crate) fn low_rank(&self, precision: Precision) -> LowRank {
         let [a, b] = [&self.a, &self.b].map(|matrix| precision.narrow(matrix.val()));
-        let hidden = kernels::linear(pass.kernels, x, a, None) * self.scale; // [batch, seq, n_parts·rank]
-        let [batch, seq, d_out] = y.dims();
-        if let [part] = &self.parts[..]
-            && part.len() == d_out
-        {
-            return y + kernels::linear(pass.kernels, hidden, b, None);
-        }
-        let rank = b.dims()[0];
-        let zeros = |width| Tensor::zeros([batch, seq, width], (&y.device(), y.dtype()));
-        let (mut added, mut end, mut column) = (Vec::new(), 0, 0);
-        for (i, part) in self.parts.iter().enumerate() {
-            if part.start > end {
-                added.push(zeros(part.start - end));
-            }
-            let hidden = hidden.clone().slice(s![.., .., i * rank..(i + 1) * rank]);
-            let b = b.clone().slice(s![.., column..column + part.len()]);
-            added.push(kernels::linear(pass.kernels, hidden, b, None));
-            (end, column) = (part.end, column + part.len());
-        }
-        if end < d_out {
-            added.push(zeros(d_out - end));
-        }
-        y + Tensor::cat(added, 2)
+        LowRank { a, b, parts: self.parts.clone(), scale: self.scale }
+    }
+
+    /// Probability of dropping an input in training.
+    pub(crate) const fn dropout(&self) -> f64 {
+        self.dropout
     }
 }
 

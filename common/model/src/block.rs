@@ -8,7 +8,7 @@ use super::adapter::{Adapter, Adapters};
 use super::cache::LayerCache;
 use super::{Activation, Cache, GptConfig, NormKind};
 use base::rng::Rng;
-use kernels::{self, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision};
+use kernels::{self, Adapted, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision};
 
 /// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`](super::NormPlacement)'s.
 #[derive(Module, Debug)]
@@ -67,8 +67,7 @@ pub(super) struct Pass<'a> {
     /// `[batch, seq]`
     pub(super) first_key: Option<Tensor<2, Int>>,
     pub(super) dropout: Option<Dropout<'a>>,
-    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped
-    /// and no adapter stands between.
+    /// Whether a branch and what follows it are computed together: for many rows, in f32, and where nothing is dropped.
     pub(super) in_blocks: bool,
     /// Of rotary positions.
     pub(super) rotary: Option<Angles>,
@@ -260,7 +259,7 @@ impl Attention {
                 let (proj, norm) = (self.proj.weights(), norm.weights(pass));
                 return kernels::project_add_norm(pass.kernels, mixed, proj, residual, norm);
             }
-            let (proj, gamma) = (self.proj.weight.val(), norm.gamma.val());
+            let (proj, gamma) = (self.proj.adapted(pass.precision), norm.gamma.val());
             return kernels::project_add_rms_norm(pass.kernels, mixed, proj, residual, gamma, pass.eps);
         }
         let projected = pass.precision.widen(self.proj.forward(mixed, pass));
@@ -280,7 +279,7 @@ impl Mlp {
     ) -> (Tensor<3>, Tensor<3>) {
         if pass.in_blocks {
             if let Some(gate) = &self.gate {
-                let [gate, up, down] = [gate, &self.up, &self.down].map(|layer| layer.weight.val());
+                let [gate, up, down] = [gate, &self.up, &self.down].map(|layer| layer.adapted(pass.precision));
                 let (weights, gamma) = (GatedWeights { gate, up, down }, norm.gamma.val());
                 return kernels::gated_mlp_add_rms_norm(pass.kernels, x, weights, residual, gamma, pass.eps);
             }
@@ -320,13 +319,23 @@ impl Linear {
         Affine { weight: self.weight.val(), bias: self.bias.as_ref().expect("blocks in one piece have biases").val() }
     }
 
+    fn adapted(&self, precision: Precision) -> Adapted {
+        let low_rank = self.adapter.as_ref().map(|adapter| adapter.low_rank(precision));
+        Adapted { weight: precision.narrow(self.weight.val()), low_rank }
+    }
+
     /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
-        let bias = self.bias.as_ref().map(|bias| pass.precision.narrow(bias.val()));
-        let weight = pass.precision.narrow(self.weight.val());
+        let Pass { kernels, precision, .. } = *pass;
+        let bias = self.bias.as_ref().map(|bias| precision.narrow(bias.val()));
+        let layer = self.adapted(precision);
         match &self.adapter {
-            None => kernels::linear(pass.kernels, x, weight, bias),
-            Some(adapter) => adapter.add(kernels::linear(pass.kernels, x.clone(), weight, bias), x, pass),
+            Some(adapter) if adapter.dropout() > 0.0 && pass.dropout.is_some() => {
+                let y = kernels::linear(kernels, x.clone(), layer.weight, bias);
+                let x = precision.narrow(pass.drop_at(adapter.dropout(), precision.widen(x)));
+                adapter.low_rank(precision).add(kernels, y, x)
+            }
+            _ => kernels::adapted_linear(kernels, x, layer, bias),
         }
     }
 

@@ -369,11 +369,12 @@ impl GptConfig {
         (self.d_head() as f64 * self.rotary.fraction) as usize
     }
 
-    /// Whether a branch of a block and what follows it have a fused body: those of `llama` and its relatives have.
-    pub(crate) fn has_fused_blocks(&self) -> bool {
+    /// Whether a branch of a block and what follows it have a fused body: those of `llama` and its relatives have, and
+    /// without adapters those of `gpt2` and `transformer`.
+    pub(crate) fn has_fused_blocks(&self, has_adapters: bool) -> bool {
         let layers = self.norm_kind == NormKind::RmsNorm && self.gated && self.activation == Activation::Silu;
         let plain = !self.proj_bias && !self.mlp_bias && !self.parallel && self.norm == NormPlacement::Pre;
-        self.has_gpt_blocks() || layers && plain
+        !has_adapters && self.has_gpt_blocks() || layers && plain
     }
 
     /// Whether a block is that of the presets `transformer` and `gpt2`.

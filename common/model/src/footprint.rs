@@ -43,6 +43,8 @@ pub struct Computation {
     pub checkpoints: bool,
     /// Whether there are adapters beside its linear layers.
     pub has_adapters: bool,
+    /// Whether they drop some of their inputs.
+    pub adapters_drop: bool,
 }
 
 /// A batch as a model reads it.
@@ -105,7 +107,8 @@ fn kept_by_block(config: &GptConfig, computation: Computation, seq: f64) -> f64 
     let (d, f) = (config.d_model as f64, config.d_ff as f64);
     let (heads, of_heads) = (config.n_heads as f64, (config.n_heads * config.d_head()) as f64);
     let (fused, drops) = (computation.kernels == Kernels::Fused, config.dropout > 0.0);
-    let in_one_piece = fused && !drops && !computation.has_adapters && config.has_fused_blocks();
+    let in_one_piece =
+        fused && !drops && !computation.adapters_drop && config.has_fused_blocks(computation.has_adapters);
     let norm = if fused { d } else { 2.0 * d };
     let of_keys = if fused && !drops { (config.n_kv_heads() * config.d_head()) as f64 } else { of_heads };
     let scores = match (fused, drops) {

@@ -137,8 +137,7 @@ impl Gpt {
             first_key: layout.first_key_tensor(batch, seq, &ids.device()),
             in_blocks: dropout.is_none()
                 && self.precision == Precision::F32
-                && self.config.has_fused_blocks()
-                && self.adapters.is_none(),
+                && self.config.has_fused_blocks(self.adapters.is_some()),
             dropout,
             rotary: self.rotary(positions.as_deref(), 0, [batch, seq], &ids.device()),
         };

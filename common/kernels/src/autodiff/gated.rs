@@ -6,8 +6,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops};
 use burn_flex::FlexTensor;
 
-use super::steps::{Kept, register, register_all};
-use crate::flex::branch::{self, NormState};
+use super::steps::{Kept, ProjectState, register, register_all, register_some};
+use crate::flex::branch::{self, GatedHidden, NormState};
+use crate::flex::thin::{Adapted, Wanted};
 use crate::flex::{activation, norm};
 
 #[derive(Debug)]
@@ -44,15 +45,15 @@ impl Backward<Flex, 3> for AddRmsNormBackward {
 #[derive(Debug)]
 pub(super) struct ProjectAddRmsNormBackward;
 
-impl Backward<Flex, 4> for ProjectAddRmsNormBackward {
-    /// `x`, the weight, the norm's state, and the gradient of the sum.
-    type State = (FlexTensor, FlexTensor, NormState, Kept);
+impl Backward<Flex, 6> for ProjectAddRmsNormBackward {
+    type State = ProjectState;
 
-    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (x, weight, state, kept) = ops.state;
+    fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<Flex>(&ops.node);
-        let (layer, norm) = branch::project_backward(&x, &weight, state, &grad, kept.take());
-        register_all!(grads, ops.parents, [layer.x, layer.weight, norm.sum, norm.gamma]);
+        let [x, weight, ..] = &ops.parents;
+        let (layer, norm) = ops.state.backward(&grad, Wanted { x: x.is_some(), weight: weight.is_some() });
+        let [a, b] = layer.thin;
+        register_some!(grads, ops.parents, [layer.x, layer.weight, Some(norm.sum), Some(norm.gamma), a, b]);
     }
 }
 
@@ -73,15 +74,20 @@ impl Backward<Flex, 2> for GateBackward {
 #[derive(Debug)]
 pub(super) struct GatedMlpBackward;
 
-impl Backward<Flex, 6> for GatedMlpBackward {
+impl Backward<Flex, 12> for GatedMlpBackward {
     type State = GatedMlpState;
 
-    fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let GatedMlpState { x, weights, hidden, norm, kept } = ops.state;
+    fn backward(self, ops: Ops<Self::State, 12>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let GatedMlpState { x, layers, hidden, norm, kept } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (x, [gate, up, down], norm) =
-            branch::gated_mlp_backward(&x, weights.each_ref(), hidden, norm, &grad, kept.take());
-        register_all!(grads, ops.parents, [x, gate, up, down, norm.sum, norm.gamma]);
+        let [wants_x, gate, up, down, ..] = ops.parents.each_ref().map(Option::is_some);
+        let kept = kept.take();
+        let weights = [gate, up, down];
+        let (of_mlp, norm) =
+            branch::gated_mlp_backward(&x, layers.each_ref(), hidden, norm, &grad, kept, wants_x, weights);
+        let ([gate, up, down], [[ga, gb], [ua, ub], [da, db]]) = (of_mlp.weights, of_mlp.thin);
+        let [sum, gamma] = [norm.sum, norm.gamma].map(Some);
+        register_some!(grads, ops.parents, [of_mlp.x, gate, up, down, sum, gamma, ga, gb, ua, ub, da, db]);
     }
 }
 
@@ -89,10 +95,9 @@ impl Backward<Flex, 6> for GatedMlpBackward {
 #[derive(Debug, Clone)]
 pub(super) struct GatedMlpState {
     pub(super) x: FlexTensor,
-    /// Of the gate, up and down.
-    pub(super) weights: [FlexTensor; 3],
-    /// The gate and what it lets through.
-    pub(super) hidden: [FlexTensor; 2],
+    /// The gate, up and down.
+    pub(super) layers: [Adapted; 3],
+    pub(super) hidden: GatedHidden,
     pub(super) norm: NormState,
     pub(super) kept: Kept,
 }

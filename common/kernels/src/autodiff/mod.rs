@@ -6,15 +6,18 @@
 mod gated;
 mod steps;
 
+use std::ops::Range;
+
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::ops::{Backward, OpsKind};
+use burn::backend::autodiff::ops::{Backward, NodeGuard, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend, Backend, Flex, backend_extension};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, ExtensionType, Flex, backend_extension};
 use burn_flex::FlexTensor;
 
 use super::flex::branch::{self, Affine, NormState};
 use super::flex::rotary::{self, Direction};
-use super::flex::{activation, attention, decode, embedding, linear, log_probs, norm};
+use super::flex::thin::{self, Adapted, Thin};
+use super::flex::{self, activation, attention, decode, embedding, linear, log_probs, norm};
 use super::{Activation, Heads};
 use crate::kept::KeptBackward;
 use gated::{
@@ -22,22 +25,26 @@ use gated::{
 };
 use steps::{
     AddLayerNormBackward, AttentionBackward, AttentionState, BiasActivationBackward, CrossEntropyBackward,
-    EmbedBackward, EmbedState, Kept, LayerNormBackward, LinearBackward, LinearNoBiasBackward, LogProbsBackward,
-    LogProbsState, LogitsBackward, LookupBackward, MlpAddNormBackward, MlpState, ProjectAddNormBackward,
-    RotateBackward,
+    EmbedBackward, EmbedState, Kept, LayerNormBackward, LinearBackward, LinearNoBiasBackward, LinearState,
+    LogProbsBackward, LogProbsState, LogitsBackward, LookupBackward, MlpAddNormBackward, MlpState,
+    ProjectAddNormBackward, ProjectState, RotateBackward,
 };
 
 /// The operations that have a fused body, on tensors whose shapes the functions of the parent module have checked.
 ///
-/// Every argument is one tensor or a plain value: the macro finds the tensors to convert by the type of the argument, so
-/// that no structure can hold them.
+/// Every argument is one tensor, a weight with what stands beside it, or a plain value: the macro finds the tensors to
+/// convert by the type of the argument.
 #[backend_extension(Flex, Autodiff)]
 pub trait FusedOps: Backend {
     /// See [`super::linear`].
-    fn fused_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] weight: Weight<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 
     /// See [`super::linear`], without a bias: a backend extension takes no optional tensors.
-    fn fused_linear_no_bias(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_linear_no_bias(x: FloatTensor<Self>, #[extension_type] weight: Weight<Self>) -> FloatTensor<Self>;
 
     /// See [`super::linear_keeping`].
     fn fused_linear_keeping(
@@ -124,7 +131,7 @@ pub trait FusedOps: Backend {
     /// See [`super::project_add_norm`], without bias and offset.
     fn fused_project_add_rms_norm(
         x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        #[extension_type] weight: Weight<Self>,
         residual: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
         eps: f64,
@@ -136,9 +143,9 @@ pub trait FusedOps: Backend {
     /// See [`super::gated_mlp_add_norm`], of the sigmoid linear unit, without biases and offset.
     fn fused_gated_mlp_add_rms_norm(
         x: FloatTensor<Self>,
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        down: FloatTensor<Self>,
+        #[extension_type] gate: Weight<Self>,
+        #[extension_type] up: Weight<Self>,
+        #[extension_type] down: Weight<Self>,
         residual: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
         eps: f64,
@@ -183,6 +190,43 @@ pub trait FusedOps: Backend {
     fn fused_logits(hidden: FloatTensor<Self>, head: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
+/// A weight alone, or with the thin matrices of [`super::LowRank`] beside it.
+#[derive(ExtensionType)]
+pub enum Weight<B: Backend> {
+    Alone(FloatTensor<B>),
+    Adapted { weight: FloatTensor<B>, a: FloatTensor<B>, b: FloatTensor<B>, parts: Vec<Range<usize>>, scale: f64 },
+}
+
+impl From<Weight<Flex>> for Adapted {
+    fn from(weight: Weight<Flex>) -> Self {
+        match weight {
+            Weight::Alone(weight) => Self { weight, thin: None },
+            Weight::Adapted { weight, a, b, parts, scale } => {
+                Self { weight, thin: Some(Thin { a, b, parts, scale: scale as f32 }) }
+            }
+        }
+    }
+}
+
+impl<C: CheckpointStrategy> Weight<Autodiff<Flex, C>> {
+    /// The numbers, and the places in the graph of the weight, `A` and `B`.
+    fn with_nodes(self) -> (Adapted, [NodeGuard; 3]) {
+        match self {
+            Self::Alone(weight) => {
+                // Parents are as many as if there were an adapter.
+                let none = untracked::<C>(flex::nothing());
+                let nodes = [weight.node(), none.node(), none.node()];
+                (Adapted { weight: weight.into_primitive(), thin: None }, nodes)
+            }
+            Self::Adapted { weight, a, b, parts, scale } => {
+                let nodes = [weight.node(), a.node(), b.node()];
+                let thin = Thin { a: a.into_primitive(), b: b.into_primitive(), parts, scale: scale as f32 };
+                (Adapted { weight: weight.into_primitive(), thin: Some(thin) }, nodes)
+            }
+        }
+    }
+}
+
 /// A tensor with its place in the graph, whatever the checkpointing.
 type Traced = FloatTensor<Autodiff<Flex>>;
 
@@ -194,7 +238,10 @@ fn untracked<C: CheckpointStrategy>(tensor: FlexTensor) -> FloatTensor<Autodiff<
 /// Registers `$backward` for an output that was computed from `$nodes`, with the state it needs if it is tracked.
 macro_rules! finish {
     ($backward:expr, [$($input:expr),+], $state:expr, $out:expr) => {
-        match $backward.prepare::<C>([$($input.node()),+]).compute_bound().stateful() {
+        finish!($backward, nodes [$($input.node()),+], $state, $out)
+    };
+    ($backward:expr, nodes $nodes:expr, $state:expr, $out:expr) => {
+        match $backward.prepare::<C>($nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish($state, $out),
             OpsKind::UnTracked(prep) => prep.finish($out),
         }
@@ -202,17 +249,19 @@ macro_rules! finish {
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
-    fn fused_linear(x: Traced, weight: Traced, bias: Traced) -> Traced {
-        let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
-        let state = (x.primitive().clone(), weight.primitive().clone(), Kept::default());
-        finish!(LinearBackward, [x, weight, bias], state, out)
+    fn fused_linear(x: Traced, weight: Weight<Self>, bias: Traced) -> Traced {
+        let (layer, [weight, a, b]) = weight.with_nodes();
+        let (out, hidden) = thin::forward(x.primitive(), &layer, Some(bias.primitive()));
+        let state = LinearState { x: x.primitive().clone(), layer, hidden, kept: Kept::default() };
+        finish!(LinearBackward, nodes [x.node(), weight, bias.node(), a, b], state, out)
     }
 
     fn fused_linear_keeping(x: Traced, weight: Traced, bias: Traced) -> (Traced, Traced) {
         let kept = Kept::default();
-        let out = linear::forward(x.primitive(), weight.primitive(), Some(bias.primitive()));
-        let state = (x.primitive().clone(), weight.primitive().clone(), kept.clone());
-        let out = finish!(LinearBackward, [x, weight, bias], state, out);
+        let (layer, [weight, a, b]) = Weight::<Self>::Alone(weight).with_nodes();
+        let (out, hidden) = thin::forward(x.primitive(), &layer, Some(bias.primitive()));
+        let state = LinearState { x: x.primitive().clone(), layer, hidden, kept: kept.clone() };
+        let out = finish!(LinearBackward, nodes [x.node(), weight, bias.node(), a, b], state, out);
         let x = finish!(KeptBackward::<Flex>::NEW, [out], kept, x.into_primitive());
         (out, x)
     }
@@ -227,11 +276,12 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         eps: f64,
     ) -> (Traced, Traced) {
         let kept = Kept::default();
-        let layer = Affine { weight: weight.primitive(), bias: Some(bias.primitive()) };
+        let layer = Adapted { weight: weight.primitive().clone(), thin: None };
         let norm = branch::Norm { gamma: gamma.primitive(), beta: Some(beta.primitive()), eps };
-        let (out, sum) = branch::project(x.primitive(), &layer, residual.primitive(), &norm);
+        let (out, sum, hidden) =
+            branch::project(x.primitive(), &layer, Some(bias.primitive()), residual.primitive(), &norm);
         let norm = NormState::new(&sum, gamma.primitive(), out.statistics, true);
-        let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
+        let state = ProjectState { x: x.primitive().clone(), layer, hidden, norm, kept: kept.clone() };
         let normed = finish!(ProjectAddNormBackward, [x, weight, bias, residual, gamma, beta], state, out.normed);
         let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
@@ -295,10 +345,11 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         }
     }
 
-    fn fused_linear_no_bias(x: Traced, weight: Traced) -> Traced {
-        let out = linear::forward(x.primitive(), weight.primitive(), None);
-        let state = (x.primitive().clone(), weight.primitive().clone());
-        finish!(LinearNoBiasBackward, [x, weight], state, out)
+    fn fused_linear_no_bias(x: Traced, weight: Weight<Self>) -> Traced {
+        let (layer, [weight, a, b]) = weight.with_nodes();
+        let (out, hidden) = thin::forward(x.primitive(), &layer, None);
+        let state = LinearState { x: x.primitive().clone(), layer, hidden, kept: Kept::default() };
+        finish!(LinearNoBiasBackward, nodes [x.node(), weight, a, b], state, out)
     }
 
     fn fused_bias_activation(x: Traced, bias: Traced, activation: Activation) -> Traced {
@@ -346,18 +397,19 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
 
     fn fused_project_add_rms_norm(
         x: Traced,
-        weight: Traced,
+        weight: Weight<Self>,
         residual: Traced,
         gamma: Traced,
         eps: f64,
     ) -> (Traced, Traced) {
         let kept = Kept::default();
-        let layer = Affine { weight: weight.primitive(), bias: None };
+        let (layer, [weight, a, b]) = weight.with_nodes();
         let norm = branch::Norm { gamma: gamma.primitive(), beta: None, eps };
-        let (out, sum) = branch::project(x.primitive(), &layer, residual.primitive(), &norm);
+        let (out, sum, hidden) = branch::project(x.primitive(), &layer, None, residual.primitive(), &norm);
         let norm = NormState::new(&sum, gamma.primitive(), out.statistics, false);
-        let state = (x.primitive().clone(), weight.primitive().clone(), norm, kept.clone());
-        let normed = finish!(ProjectAddRmsNormBackward, [x, weight, residual, gamma], state, out.normed);
+        let state = ProjectState { x: x.primitive().clone(), layer, hidden, norm, kept: kept.clone() };
+        let nodes = [x.node(), weight, residual.node(), gamma.node(), a, b];
+        let normed = finish!(ProjectAddRmsNormBackward, nodes nodes, state, out.normed);
         let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }
@@ -370,25 +422,28 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
 
     fn fused_gated_mlp_add_rms_norm(
         x: Traced,
-        gate: Traced,
-        up: Traced,
-        down: Traced,
+        gate: Weight<Self>,
+        up: Weight<Self>,
+        down: Weight<Self>,
         residual: Traced,
         gamma: Traced,
         eps: f64,
     ) -> (Traced, Traced) {
         let kept = Kept::default();
         let norm = branch::Norm { gamma: gamma.primitive(), beta: None, eps };
-        let weights = [&gate, &up, &down].map(Traced::primitive);
-        let (out, sum, hidden) = branch::gated_mlp(x.primitive(), weights, residual.primitive(), &norm);
+        let [(gate, of_gate), (up, of_up), (down, of_down)] = [gate, up, down].map(Weight::with_nodes);
+        let layers = [gate, up, down];
+        let (out, sum, hidden) = branch::gated_mlp(x.primitive(), layers.each_ref(), residual.primitive(), &norm);
         let state = GatedMlpState {
             x: x.primitive().clone(),
-            weights: weights.map(Clone::clone),
+            layers,
             hidden,
             norm: NormState::new(&sum, gamma.primitive(), out.statistics, false),
             kept: kept.clone(),
         };
-        let normed = finish!(GatedMlpBackward, [x, gate, up, down, residual, gamma], state, out.normed);
+        let ([g, ga, gb], [u, ua, ub], [d, da, db]) = (of_gate, of_up, of_down);
+        let nodes = [x.node(), g, u, d, residual.node(), gamma.node(), ga, gb, ua, ub, da, db];
+        let normed = finish!(GatedMlpBackward, nodes nodes, state, out.normed);
         let sum = finish!(KeptBackward::<Flex>::NEW, [normed], kept, sum);
         (normed, sum)
     }

@@ -8,8 +8,9 @@ use burn::backend::autodiff::ops::{Backward, Ops};
 use burn_flex::FlexTensor;
 
 use super::Traced;
-use crate::flex::branch::{self, NormState};
+use crate::flex::branch::{self, NormGrads, NormState};
 use crate::flex::rotary::{self, Direction};
+use crate::flex::thin::{self, Adapted, Wanted};
 use crate::flex::{self, activation, attention, embedding, linear, log_probs, norm};
 use crate::{Activation, Heads};
 
@@ -33,6 +34,18 @@ macro_rules! register_all {
 }
 pub(super) use register_all;
 
+/// [`register_all`], where gradients that nobody needs may not have been computed.
+macro_rules! register_some {
+    ($grads:expr, $parents:expr, $values:expr) => {
+        for (parent, grad) in $parents.into_iter().zip($values) {
+            if let Some(grad) = grad {
+                register!($grads, parent, grad);
+            }
+        }
+    };
+}
+pub(super) use register_some;
+
 /// The gradient of a tensor handed on, on the only backend that has fused operations.
 pub(super) type Kept = crate::kept::Kept<Flex>;
 
@@ -40,15 +53,33 @@ pub(super) type Kept = crate::kept::Kept<Flex>;
 pub(super) struct ProjectAddNormBackward;
 
 impl Backward<Flex, 6> for ProjectAddNormBackward {
-    /// `x`, the weight, the norm's state, and the gradient of the sum.
-    type State = (FlexTensor, FlexTensor, NormState, Kept);
+    type State = ProjectState;
 
     fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (x, weight, state, kept) = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
-        let (layer, norm) = branch::project_backward(&x, &weight, state, &grad, kept.take());
-        let values = [layer.x, layer.weight, layer.bias, norm.sum, norm.gamma, norm.beta];
-        register_all!(grads, ops.parents, values);
+        let [x, weight, ..] = &ops.parents;
+        let (layer, norm) = ops.state.backward(&grad, Wanted { x: x.is_some(), weight: weight.is_some() });
+        let values = [layer.x, layer.weight, Some(layer.bias), Some(norm.sum), Some(norm.gamma), Some(norm.beta)];
+        register_some!(grads, ops.parents, values);
+    }
+}
+
+/// State for the backward of a linear layer with the addition and the norm after it.
+#[derive(Debug, Clone)]
+pub(super) struct ProjectState {
+    pub(super) x: FlexTensor,
+    pub(super) layer: Adapted,
+    /// `x A` of what stands beside the weight.
+    pub(super) hidden: FlexTensor,
+    pub(super) norm: NormState,
+    /// The gradient of the sum.
+    pub(super) kept: Kept,
+}
+
+impl ProjectState {
+    pub(super) fn backward(self, grad: &FlexTensor, wanted: Wanted) -> (thin::Grads, NormGrads) {
+        let Self { x, layer, hidden, norm, kept } = self;
+        branch::project_backward(&x, &layer, &hidden, norm, grad, kept.take(), wanted)
     }
 }
 
@@ -149,38 +180,61 @@ pub(super) struct EmbedState {
 #[derive(Debug)]
 pub(super) struct LinearBackward;
 
-impl Backward<Flex, 3> for LinearBackward {
-    /// `x`, needed for the gradient of the weight, the weight, needed for that of `x`, and what else `x` gets.
-    type State = (FlexTensor, FlexTensor, Kept);
+impl Backward<Flex, 5> for LinearBackward {
+    type State = LinearState;
 
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (x, weight, kept) = ops.state;
+    fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let LinearState { x, layer, hidden, kept } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
         let kept = kept.take();
-        if let ([Some(x_node), None, None], None) = (&ops.parents, &kept) {
-            // Frozen.
-            grads.register::<Flex>(x_node.id, linear::backward_x(&weight, &grad));
+        if layer.thin.is_some() {
+            let [x_node, weight, ..] = &ops.parents;
+            let wanted = Wanted { x: x_node.is_some(), weight: weight.is_some() };
+            let thin::Grads { x, weight, bias, thin: [a, b] } = thin::backward(&x, &layer, &hidden, &grad, wanted);
+            register_some!(grads, ops.parents, [x, weight, Some(bias), a, b]);
             return;
         }
-        let affine = branch::affine_backward(&x, &weight, &grad, kept);
+        if let ([Some(x_node), None, None, ..], None) = (&ops.parents, &kept) {
+            // Frozen.
+            grads.register::<Flex>(x_node.id, linear::backward_x(&layer.weight, &grad));
+            return;
+        }
+        let affine = branch::affine_backward(&x, &layer.weight, &grad, kept);
         register_all!(grads, ops.parents, [affine.x, affine.weight, affine.bias]);
     }
+}
+
+/// State for the backward of a linear layer.
+#[derive(Debug, Clone)]
+pub(super) struct LinearState {
+    pub(super) x: FlexTensor,
+    pub(super) layer: Adapted,
+    /// `x A` of what stands beside the weight.
+    pub(super) hidden: FlexTensor,
+    /// What else `x` gets; nothing where something stands beside the weight.
+    pub(super) kept: Kept,
 }
 
 #[derive(Debug)]
 pub(super) struct LinearNoBiasBackward;
 
-impl Backward<Flex, 2> for LinearNoBiasBackward {
-    /// As [`LinearBackward`]'s.
-    type State = (FlexTensor, FlexTensor);
+impl Backward<Flex, 4> for LinearNoBiasBackward {
+    type State = LinearState;
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x_node, weight_node] = ops.parents;
-        let (x, weight) = ops.state;
+    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let LinearState { x, layer, hidden, .. } = ops.state;
         let grad = grads.consume::<Flex>(&ops.node);
+        if layer.thin.is_some() {
+            let [x_node, weight, ..] = &ops.parents;
+            let wanted = Wanted { x: x_node.is_some(), weight: weight.is_some() };
+            let thin::Grads { x, weight, thin: [a, b], .. } = thin::backward(&x, &layer, &hidden, &grad, wanted);
+            register_some!(grads, ops.parents, [x, weight, a, b]);
+            return;
+        }
+        let [x_node, weight_node, ..] = ops.parents;
         register!(grads, weight_node, linear::backward_weight(&x, &grad));
         drop(x);
-        register!(grads, x_node, linear::backward_x(&weight, &grad));
+        register!(grads, x_node, linear::backward_x(&layer.weight, &grad));
     }
 }
 

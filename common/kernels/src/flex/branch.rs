@@ -11,6 +11,7 @@ use super::activation;
 use super::gemm::{Mat, MatMut, Output, Packed, SharedMut, Threads, gemm_packed};
 use super::linear::{add_in_order, add_numbers, add_rows, backward_weight};
 use super::norm::{self, Normed};
+use super::thin::{self, Adapted, Wanted};
 use super::{contiguous, exclusive, floats, matrix_dims, tensor, unset, with_scratch};
 use crate::Activation;
 
@@ -18,7 +19,7 @@ use crate::Activation;
 const ROWS: usize = 128;
 
 /// Rows of each block, of `n` in all: enough blocks for a few threads.
-fn rows_of_blocks(n: usize) -> usize {
+pub fn rows_of_blocks(n: usize) -> usize {
     (n / 4).clamp(24, ROWS)
 }
 
@@ -41,40 +42,55 @@ fn onto(bias: Option<&FlexTensor>) -> Output<'_> {
 }
 
 /// The rows of a matrix with `d` columns in blocks.
-fn blocks(x: &[f32], rows: usize, d: usize) -> rayon::slice::Chunks<'_, f32> {
+pub fn blocks(x: &[f32], rows: usize, d: usize) -> rayon::slice::Chunks<'_, f32> {
     x.par_chunks((rows * d).max(1))
 }
 
 /// As [`blocks`], to write.
-fn blocks_mut(x: &mut [f32], rows: usize, d: usize) -> rayon::slice::ChunksMut<'_, f32> {
+pub fn blocks_mut(x: &mut [f32], rows: usize, d: usize) -> rayon::slice::ChunksMut<'_, f32> {
     x.par_chunks_mut((rows * d).max(1))
 }
 
+/// The first row of each block.
+fn first_rows(n: usize) -> impl IndexedParallelIterator<Item = usize> {
+    let rows = rows_of_blocks(n);
+    (0..n.div_ceil(rows)).into_par_iter().map(move |block| block * rows)
+}
+
 /// `out = x · weight (+ what output says)` for one block of rows.
-fn times(out: &mut [f32], output: Output<'_>, x: &[f32], weight: &Packed, d_in: usize, d_out: usize) {
+pub fn times(out: &mut [f32], output: Output<'_>, x: &[f32], weight: &Packed, d_in: usize, d_out: usize) {
     let n = out.len() / d_out;
     let x = Mat::rows(x, n, d_in, d_in);
     gemm_packed(MatMut::rows(out, n, d_out, d_out), output, x, weight, 1.0, Threads::One);
 }
 
 /// A weight `[d_in, d_out]`, rearranged for products with it, or with its transpose.
-fn packed(weight: &FlexTensor, transposed: bool) -> Packed {
+pub fn packed(weight: &FlexTensor, transposed: bool) -> Packed {
     let (d_in, d_out) = matrix_dims(weight);
     let weight = contiguous(weight);
     let weight = Mat::rows(floats(&weight), d_in, d_out, d_out);
     Packed::new(if transposed { weight.t() } else { weight }, Threads::All)
 }
 
-/// `x W + b + residual` and its layer norm.
-pub fn project(x: &FlexTensor, layer: &Affine<'_>, residual: &FlexTensor, norm: &Norm<'_>) -> (Normed, FlexTensor) {
-    let (_, d_in) = matrix_dims(x);
-    let (weight, bias, x) = (packed(layer.weight, false), layer.bias.map(contiguous), contiguous(x));
+/// `x W + b + residual` and its layer norm; also `x A` of what stands beside the weight.
+pub fn project(
+    x: &FlexTensor,
+    layer: &Adapted,
+    bias: Option<&FlexTensor>,
+    residual: &FlexTensor,
+    norm: &Norm<'_>,
+) -> (Normed, FlexTensor, FlexTensor) {
+    let ((n, d_in), n_hidden) = (matrix_dims(x), layer.n_hidden());
+    let (matrices, bias, x) = (layer.for_forward(), bias.map(contiguous), contiguous(x));
     let x = floats(&x);
-    add_and_norm(residual, norm, |first_row, n, out| {
-        let (_, d) = matrix_dims(residual);
-        let x = &x[first_row * d_in..][..n * d_in];
-        times(out, onto(bias.as_deref()), x, &weight, d_in, d);
-    })
+    let mut hidden = unset(n * n_hidden);
+    let shared = SharedMut::new(&mut hidden);
+    let (normed, sum) = add_and_norm(residual, norm, |first_row, n, out| {
+        // SAFETY: blocks have different rows.
+        let hidden = unsafe { shared.slice(first_row * n_hidden, n * n_hidden) };
+        matrices.forward(out, onto(bias.as_deref()), &x[first_row * d_in..][..n * d_in], hidden);
+    });
+    (normed, sum, tensor(hidden, [n, n_hidden]))
 }
 
 /// `act(x W₁ + b₁) W₂ + b₂ + residual` and its layer norm; also what the backward needs of the hidden layer: its
@@ -115,32 +131,68 @@ pub fn mlp(
     (normed, sum, tensor(saved, [n, d_ff]))
 }
 
-/// `(silu(x G) · x U) W + residual` and its norm; also `x G` and `x U`, which the backward needs.
+/// What the backward of [`gated_mlp`] needs of the hidden layer.
+#[derive(Debug, Clone)]
+pub struct GatedHidden {
+    /// `x G` and `x U`, `[n, d_ff]`
+    pub gates: [FlexTensor; 2],
+    /// `x A` of what stands beside the three weights.
+    pub thin: [FlexTensor; 3],
+}
+
+/// `(silu(x G) · x U) W + residual` and its norm; also what the backward needs.
 pub fn gated_mlp(
     x: &FlexTensor,
-    weights: [&FlexTensor; 3],
+    layers: [&Adapted; 3],
     residual: &FlexTensor,
     norm: &Norm<'_>,
-) -> (Normed, FlexTensor, [FlexTensor; 2]) {
+) -> (Normed, FlexTensor, GatedHidden) {
     let (n, d) = matrix_dims(x);
-    let (_, d_ff) = matrix_dims(weights[0]);
-    let [gate_weight, up_weight, down_weight] = weights.map(|weight| packed(weight, false));
+    let (_, d_ff) = matrix_dims(&layers[0].weight);
+    let [of_gate, of_up, of_down] = layers.map(Adapted::for_forward);
+    let widths = layers.map(Adapted::n_hidden);
     let x = contiguous(x);
     let x = floats(&x);
     let (mut gate, mut up) = (unset(n * d_ff), unset(n * d_ff));
+    let mut thin = widths.map(|width| unset(n * width));
     let shared = [&mut gate[..], &mut up[..]].map(SharedMut::new);
+    let shared_thin = SharedRows::new(&mut thin, widths);
     let (normed, sum) = add_and_norm(residual, norm, |first_row, n, out| {
         // SAFETY: blocks have different rows.
         let [gate, up] = shared.map(|all| unsafe { all.slice(first_row * d_ff, n * d_ff) });
+        // SAFETY: as above.
+        let [gate_hidden, up_hidden, down_hidden] = unsafe { shared_thin.rows(first_row, n) };
         let x = &x[first_row * d..][..n * d];
-        times(gate, Output::Overwrite, x, &gate_weight, d, d_ff);
-        times(up, Output::Overwrite, x, &up_weight, d, d_ff);
+        of_gate.forward(gate, Output::Overwrite, x, gate_hidden);
+        of_up.forward(up, Output::Overwrite, x, up_hidden);
         with_scratch(gate.len(), |active| {
             activation::silu_gate(active, gate, up);
-            times(out, Output::Overwrite, active, &down_weight, d_ff, d);
+            of_down.forward(out, Output::Overwrite, active, down_hidden);
         });
     });
-    (normed, sum, [gate, up].map(|hidden| tensor(hidden, [n, d_ff])))
+    let thin = [0, 1, 2].map(|i| tensor(std::mem::take(&mut thin[i]), [n, widths[i]]));
+    (normed, sum, GatedHidden { gates: [gate, up].map(|hidden| tensor(hidden, [n, d_ff])), thin })
+}
+
+/// Three matrices of which each block of rows is written by one task; some may have no columns.
+#[derive(Clone, Copy)]
+struct SharedRows<'a> {
+    data: [SharedMut<'a>; 3],
+    widths: [usize; 3],
+}
+
+impl<'a> SharedRows<'a> {
+    fn new(data: &'a mut [Vec<f32>; 3], widths: [usize; 3]) -> Self {
+        Self { data: data.each_mut().map(|data| SharedMut::new(data)), widths }
+    }
+
+    /// # Safety
+    /// While the result lives, nobody else reads or writes these rows.
+    unsafe fn rows(self, first: usize, n: usize) -> [&'a mut [f32]; 3] {
+        let Self { data, widths } = self;
+        // SAFETY: promised by the caller.
+        [0, 1, 2].map(|i| unsafe { data[i].slice(first * widths[i], n * widths[i]) })
+    }
 }
 
 /// For each block of rows: `branch` computes what is added to `residual`, then the sum is normalised.
@@ -201,26 +253,38 @@ pub struct AffineGrads {
     pub bias: FlexTensor,
 }
 
-/// Gradients of [`project`], from that of the norm and, if there is one, that of the sum by other ways.
+/// Gradients of [`project`], which gave `hidden`, from that of the norm and, if there is one, that of the sum by other ways.
 pub fn project_backward(
     x: &FlexTensor,
-    weight: &FlexTensor,
+    layer: &Adapted,
+    hidden: &FlexTensor,
     state: NormState,
     grad: &FlexTensor,
     sum_grad: Option<FlexTensor>,
-) -> (AffineGrads, NormGrads) {
+    wanted: Wanted,
+) -> (thin::Grads, NormGrads) {
     let x_shape = x.layout().shape().clone();
-    let (n, d_in) = matrix_dims(x);
-    let (_, d) = matrix_dims(weight);
-    let transposed = packed(weight, true);
-    let mut x_grad = unset(n * d_in);
-    let rows = rows_of_blocks(n);
-    let (norm, sums) = through_norm(state, grad, sum_grad, 0, blocks_mut(&mut x_grad, rows, d_in), |out, grad, _| {
-        times(out, Output::Overwrite, grad, &transposed, d, d_in);
+    let ((n, d_in), (_, d), n_hidden) = (matrix_dims(x), matrix_dims(&layer.weight), layer.n_hidden());
+    let x_width = if wanted.x { d_in } else { 0 };
+    let matrices = layer.for_backward();
+    let (mut x_grad, mut hidden_grad) = (unset(n * x_width), unset(n * n_hidden));
+    let shared = [&mut x_grad[..], &mut hidden_grad[..]].map(SharedMut::new);
+    let (norm, sums) = through_norm(state, grad, sum_grad, 0, first_rows(n), |first_row, grad, _| {
+        let (n, [all_x, all_hidden]) = (grad.len() / d, shared);
+        // SAFETY: blocks have different rows.
+        let x_grad = unsafe { all_x.slice(first_row * x_width, n * x_width) };
+        // SAFETY: as above.
+        let hidden_grad = unsafe { all_hidden.slice(first_row * n_hidden, n * n_hidden) };
+        matrices.backward(x_grad, Output::Overwrite, grad, hidden_grad);
     });
     let [bias, _] = sums;
-    let weight = backward_weight(x, &norm.sum);
-    (AffineGrads { x: tensor(x_grad, x_shape), weight, bias: tensor(bias, [d]) }, norm)
+    let grads = thin::Grads {
+        x: wanted.x.then(|| tensor(x_grad, x_shape)),
+        weight: wanted.weight.then(|| backward_weight(x, &norm.sum)),
+        bias: tensor(bias, [d]),
+        thin: layer.thin_grads(x, hidden, [&tensor(hidden_grad, [n, n_hidden]), &norm.sum]),
+    };
+    (grads, norm)
 }
 
 /// Gradients of [`mlp`], from that of the norm and, if there is one, that of the sum by other ways.
@@ -280,36 +344,66 @@ pub fn mlp_backward(
     ([up, down], norm)
 }
 
-/// Gradients of [`gated_mlp`]: of `x`, of the three weights, of gamma and of the sum, from that of the norm and, if there
-/// is one, that of the sum by other ways.
+/// Gradients of [`gated_mlp`].
+pub struct GatedGrads {
+    pub x: Option<FlexTensor>,
+    /// Of the gate, up and down.
+    pub weights: [Option<FlexTensor>; 3],
+    /// Of the `A` and `B` beside each.
+    pub thin: [[Option<FlexTensor>; 2]; 3],
+}
+
+/// Gradients of [`gated_mlp`] and of its norm, from that of the norm and, if there is one, that of the sum by other ways.
 ///
 /// `saved`: what the forward gave.
 pub fn gated_mlp_backward(
     x: &FlexTensor,
-    weights: [&FlexTensor; 3],
-    saved: [FlexTensor; 2],
+    layers: [&Adapted; 3],
+    saved: GatedHidden,
     state: NormState,
     grad: &FlexTensor,
     sum_grad: Option<FlexTensor>,
-) -> (FlexTensor, [FlexTensor; 3], NormGrads) {
+    wants_x: bool,
+    wants_weights: [bool; 3],
+) -> (GatedGrads, NormGrads) {
     let x_shape = x.layout().shape().clone();
-    let (n, d) = matrix_dims(x);
-    let (_, d_ff) = matrix_dims(weights[0]);
-    let [gate_weight, up_weight, down_weight] = weights.map(|weight| packed(weight, true));
+    let ((n, d), (_, d_ff)) = (matrix_dims(x), matrix_dims(&layers[0].weight));
+    let [of_gate, of_up, of_down] = layers.map(Adapted::for_backward);
+    let widths = layers.map(Adapted::n_hidden);
     let rows = rows_of_blocks(n);
-    let [mut gate, mut up] = saved.map(exclusive);
-    let (mut active, mut x_grad) = (unset(n * d_ff), unset(n * d));
+    let [mut gate, mut up] = saved.gates.map(exclusive);
+    let x_width = if wants_x { d } else { 0 };
+    let (mut active, mut x_grad) = (unset(n * d_ff), unset(n * x_width));
+    let mut thin = widths.map(|width| unset(n * width));
+    let (shared_x, shared_thin) = (SharedMut::new(&mut x_grad), SharedRows::new(&mut thin, widths));
     let hidden = blocks_mut(gate.storage_mut::<f32>(), rows, d_ff).zip(blocks_mut(up.storage_mut::<f32>(), rows, d_ff));
-    let outs = hidden.zip(blocks_mut(&mut active, rows, d_ff)).zip(blocks_mut(&mut x_grad, rows, d));
-    let (norm, _) = through_norm(state, grad, sum_grad, 0, outs, |(((gate, up), active), x_grad), grad, _| {
-        times(active, Output::Overwrite, grad, &down_weight, d, d_ff);
+    let outs = hidden.zip(blocks_mut(&mut active, rows, d_ff)).zip(first_rows(n));
+    let (norm, _) = through_norm(state, grad, sum_grad, 0, outs, |(((gate, up), active), first_row), grad, _| {
+        let n = grad.len() / d;
+        // SAFETY: blocks have different rows.
+        let x_grad = unsafe { shared_x.slice(first_row * x_width, n * x_width) };
+        // SAFETY: as above.
+        let [gate_hidden, up_hidden, down_hidden] = unsafe { shared_thin.rows(first_row, n) };
+        of_down.backward(active, Output::Overwrite, grad, down_hidden);
         activation::silu_gate_backward(active, gate, up);
-        times(x_grad, Output::Overwrite, gate, &gate_weight, d_ff, d);
-        times(x_grad, Output::Accumulate, up, &up_weight, d_ff, d);
+        of_gate.backward(x_grad, Output::Overwrite, gate, gate_hidden);
+        of_up.backward(x_grad, Output::Accumulate, up, up_hidden);
     });
-    let down_grad = backward_weight(&tensor(active, [n, d_ff]), &norm.sum);
-    let weights = [backward_weight(x, &gate), backward_weight(x, &up), down_grad];
-    (tensor(x_grad, x_shape), weights, norm)
+    let active = tensor(active, [n, d_ff]);
+    let operands = [(x, &gate), (x, &up), (&active, &norm.sum)];
+    let of_layers = [0, 1, 2].map(|i| {
+        let (x, grad) = operands[i];
+        let hidden_grad = tensor(std::mem::take(&mut thin[i]), [n, widths[i]]);
+        let weight = wants_weights[i].then(|| backward_weight(x, grad));
+        (weight, layers[i].thin_grads(x, &saved.thin[i], [&hidden_grad, grad]))
+    });
+    let [gate, up, down] = of_layers;
+    let grads = GatedGrads {
+        x: wants_x.then(|| tensor(x_grad, x_shape)),
+        weights: [gate.0, up.0, down.0],
+        thin: [gate.1, up.1, down.1],
+    };
+    (grads, norm)
 }
 
 /// The gradient through the layer norm and the addition, and on through `branch`, a block of rows at a time.

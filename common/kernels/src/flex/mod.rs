@@ -16,6 +16,7 @@ pub mod log_probs;
 pub mod norm;
 pub mod rotary;
 pub mod simd;
+pub mod thin;
 mod tile;
 mod transpose;
 pub mod workers;
@@ -31,16 +32,17 @@ use rayon::prelude::*;
 
 use self::branch::{Affine, Norm};
 use self::rotary::Direction;
-use super::autodiff::FusedOps;
+use self::thin::Adapted;
+use super::autodiff::{FusedOps, Weight};
 use super::{Activation, Heads};
 
 impl FusedOps for Flex {
-    fn fused_linear(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
-        linear::forward(&x, &weight, Some(&bias))
+    fn fused_linear(x: FlexTensor, weight: Weight<Self>, bias: FlexTensor) -> FlexTensor {
+        thin::forward(&x, &weight.into(), Some(&bias)).0
     }
 
-    fn fused_linear_no_bias(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-        linear::forward(&x, &weight, None)
+    fn fused_linear_no_bias(x: FlexTensor, weight: Weight<Self>) -> FlexTensor {
+        thin::forward(&x, &weight.into(), None).0
     }
 
     fn fused_linear_keeping(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> (FlexTensor, FlexTensor) {
@@ -57,7 +59,8 @@ impl FusedOps for Flex {
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
         let norm = Norm { gamma: &gamma, beta: Some(&beta), eps };
-        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: Some(&bias) }, &residual, &norm);
+        let layer = Adapted { weight, thin: None };
+        let (out, sum, _) = branch::project(&x, &layer, Some(&bias), &residual, &norm);
         (out.normed, sum)
     }
 
@@ -131,13 +134,13 @@ impl FusedOps for Flex {
 
     fn fused_project_add_rms_norm(
         x: FlexTensor,
-        weight: FlexTensor,
+        weight: Weight<Self>,
         residual: FlexTensor,
         gamma: FlexTensor,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
         let norm = Norm { gamma: &gamma, beta: None, eps };
-        let (out, sum) = branch::project(&x, &Affine { weight: &weight, bias: None }, &residual, &norm);
+        let (out, sum, _) = branch::project(&x, &weight.into(), None, &residual, &norm);
         (out.normed, sum)
     }
 
@@ -147,15 +150,16 @@ impl FusedOps for Flex {
 
     fn fused_gated_mlp_add_rms_norm(
         x: FlexTensor,
-        gate: FlexTensor,
-        up: FlexTensor,
-        down: FlexTensor,
+        gate: Weight<Self>,
+        up: Weight<Self>,
+        down: Weight<Self>,
         residual: FlexTensor,
         gamma: FlexTensor,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
         let norm = Norm { gamma: &gamma, beta: None, eps };
-        let (out, sum, _) = branch::gated_mlp(&x, [&gate, &up, &down], &residual, &norm);
+        let layers = [gate, up, down].map(Adapted::from);
+        let (out, sum, _) = branch::gated_mlp(&x, layers.each_ref(), &residual, &norm);
         (out.normed, sum)
     }
 
@@ -228,6 +232,11 @@ fn indices(tensor: &FlexTensor) -> Vec<usize> {
 /// A tensor of `data`, without copying it.
 fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(data, shape.into()))
+}
+
+/// A tensor without numbers.
+pub fn nothing() -> FlexTensor {
+    tensor(Vec::new(), [0])
 }
 
 /// Rows and columns of a tensor seen as a matrix: the last axis, and all before it.

@@ -19,7 +19,8 @@ fn weight(seed: u64, d_in: usize, d_out: usize) -> Vec<f32> {
 fn mlp_op(kernels: Kernels, leaves: &[Tensor<1>], [n, d, d_ff]: [usize; 3], uses_sum: bool) -> Tensor<1> {
     let x = leaves[0].clone().reshape([d, n]).transpose();
     let matrix = |i: usize, shape: [usize; 2]| leaves[i].clone().reshape(shape);
-    let weights = GatedWeights { gate: matrix(1, [d, d_ff]), up: matrix(2, [d, d_ff]), down: matrix(3, [d_ff, d]) };
+    let [gate, up, down] = [(1, [d, d_ff]), (2, [d, d_ff]), (3, [d_ff, d])].map(|(i, shape)| matrix(i, shape).into());
+    let weights = GatedWeights { gate, up, down };
     both(gated_mlp_add_rms_norm(kernels, x, weights, matrix(4, [n, d]), leaves[5].clone(), EPS), uses_sum)
 }
 
@@ -58,7 +59,7 @@ proptest! {
         let op = move |kernels, leaves: &[Tensor<1>]| {
             let x = leaves[0].clone().reshape([d_in, n]).transpose();
             let (weight, residual) = (leaves[1].clone().reshape([d_in, d]), leaves[2].clone().reshape([n, d]));
-            both(project_add_rms_norm(kernels, x, weight, residual, leaves[3].clone(), EPS), uses_sum)
+            both(project_add_rms_norm(kernels, x, weight.into(), residual, leaves[3].clone(), EPS), uses_sum)
         };
         let leaves = [normals(seed, n * d_in), weight(seed ^ 1, d_in, d), normals(seed ^ 2, n * d), normals(seed ^ 3, d)];
         assert_agrees(&op, &leaves);
@@ -115,7 +116,8 @@ fn gated_layers_do_not_depend_on_the_number_of_threads() {
     let steps = |kernels, leaves: &[Tensor<1>]| {
         let x = leaves[0].clone().reshape([n, d]);
         let (x, sum) = add_rms_norm(kernels, x.clone(), x, leaves[1].clone(), EPS);
-        let (x, sum) = project_add_rms_norm(kernels, x, leaves[2].clone().reshape([d, d]), sum, leaves[1].clone(), EPS);
+        let weight = leaves[2].clone().reshape([d, d]).into();
+        let (x, sum) = project_add_rms_norm(kernels, x, weight, sum, leaves[1].clone(), EPS);
         let (x, sum) = (x.reshape([n * d]), sum.reshape([n * d]));
         gate(kernels, x, sum, Activation::Silu)
     };

@@ -55,7 +55,13 @@ fn a_new_adapter_changes_nothing_and_a_merged_one_computes_the_same() {
         let new = adapters.initial(&config, Output::Logits, &Streams::new(1));
         let adapted = |named| trunk.clone().with_adapters(&adapters, named, &Device::flex()).expect("fits");
         let of_trunk = logits(&trunk);
-        assert!(largest_difference(&logits(&adapted(new)), &of_trunk) < ROUNDING);
+        let of_new = logits(&adapted(new));
+        if config.has_gpt_blocks() {
+            // In one piece only without adapters.
+            assert!(largest_difference(&of_new, &of_trunk) < ROUNDING);
+        } else {
+            assert_eq!(of_new, of_trunk, "to the bit: PPO's divergence from its start is zero");
+        }
         let of_adapted = logits(&adapted(tensors.clone()));
         assert!(largest_difference(&of_adapted, &of_trunk) > 0.1, "the adapter is to show");
         let mut merged = trunk.to_named();
