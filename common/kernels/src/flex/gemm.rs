@@ -307,14 +307,18 @@ pub fn gemm_packed(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: &Packed, 
         let a = a.part(rows.clone(), 0..a.cols);
         // SAFETY: tasks have different elements of the output.
         let mut out = unsafe { shared.block(rows, cols.clone()) };
-        for span in depths(a.cols) {
-            let a = a.part(0..a.rows, span.clone());
-            for col in cols.clone().step_by(widest()) {
-                let end = cols.end.min(col + widest());
-                let start = if span.start == 0 { output.start(col..end) } else { Start::Output };
-                let out = out.block(0..a.rows, col - cols.start..end - cols.start);
-                multiply_panel(out, start, scale, a, b.panel(&span, col));
-            }
+        let mut multiply = |span: Range<usize>, col: usize| {
+            let end = cols.end.min(col + widest());
+            let start = if span.start == 0 { output.start(col..end) } else { Start::Output };
+            let out = out.block(0..a.rows, col - cols.start..end - cols.start);
+            multiply_panel(out, start, scale, a.part(0..a.rows, span.clone()), b.panel(&span, col));
+        };
+        let columns = cols.clone().step_by(widest());
+        if widest() == LANES {
+            // A narrow panel's part of the output stays near until all its depths have been added.
+            columns.for_each(|col| depths(a.cols).for_each(|span| multiply(span, col)));
+        } else {
+            depths(a.cols).for_each(|span| columns.clone().for_each(|col| multiply(span.clone(), col)));
         }
     };
     let blocks = row_blocks(out.rows, out.cols, a.cols, threads);
