@@ -4,10 +4,12 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use burn::module::Module;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use common::cli::{RuntimeArgs, at_least_1};
+use common::hf;
 use common::kernels::memory;
-use common::model::{GptConfig, Positions};
+use common::model::params::Output;
+use common::model::{GptConfig, LoraConfig, Positions};
 use common::optim::OptimizerConfig;
 use common::rng::Streams;
 use common::runtime::Runtime;
@@ -19,14 +21,28 @@ use super::{Shape, median, quantile, rounded, smallest};
 /// Different batches, taken in turn.
 const N_BATCHES: usize = 8;
 
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Work {
+    /// All weights
+    Full,
+    /// Adapters of rank 16 beside all linear layers of the frozen model
+    Lora,
+}
+
 /// Flags of `recipe bench train`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  recipe bench train --size a --steps 20\n  \
+    recipe bench train --size s --work lora --steps 3\n  \
     recipe bench train --size c --steps 5 --kernels plain --threads 1")]
 pub struct TrainBenchArgs {
     /// The model
     #[command(flatten)]
     pub shape: Shape,
+
+    /// Weights that are trained
+    #[arg(long, value_enum, default_value = "full")]
+    pub work: Work,
 
     /// Rows of a step, instead of the size's
     #[arg(long, value_name = "N", value_parser = at_least_1)]
@@ -73,8 +89,16 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
     let batch = args.batch.map_or(args.shape.size.batch(), NonZeroUsize::get);
     let (seq, streams) = (model.max_seq_len, Streams::new(args.seed));
     let optimizer = OptimizerConfig { lr: 6e-4, ..OptimizerConfig::default() };
-    let mut gpt = runtime.autodiff().new_gpt(&model, &streams);
-    let n_params = gpt.num_params();
+    let mut gpt = match args.work {
+        Work::Full => runtime.autodiff().new_gpt(&model, &streams),
+        Work::Lora => {
+            let adapters = hf::adapters_of(&model, &LoraConfig::default())?;
+            let values = adapters.initial(&model, Output::Logits, &streams);
+            runtime.new_gpt(&model, &streams).with_adapters(&adapters, values, &runtime.autodiff().device)?
+        }
+    };
+    let (n_all, n_trained) = (gpt.num_params(), gpt.to_trained().values().map(|tensor| tensor.data.len()).sum());
+    let n_params = if args.work == Work::Lora { n_all - n_trained } else { n_all };
     let mut adamw = runtime.optimizer(&optimizer);
     let mut rng = streams.get("bench/tokens", 0);
     let batches: Vec<Windows> = (0..N_BATCHES)
@@ -105,13 +129,14 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
     let seconds = &seconds[warmup..];
 
     let tokens = (batch * seq) as f64;
-    let flops = tokens * flops_of_token(n_params, &model);
+    let flops = tokens * flops_of_token(n_params, n_trained, &model);
     let (median, smallest) = (median(seconds), smallest(seconds));
     let mut fields = args.shape.describe(&model);
     let own = [
+        ("work", json!(args.work.to_possible_value().map(|work| work.get_name().to_owned()))),
         ("batch", json!(batch)),
         ("params", json!(n_params)),
-        ("trained", json!(n_params)),
+        ("trained", json!(n_trained)),
         ("first_step_s", rounded(first_step, 3)),
         ("steps", json!(args.steps)),
         ("ms_per_step", rounded(median * 1e3, 3)),
@@ -132,14 +157,19 @@ pub fn measure(args: &TrainBenchArgs, runtime: &Runtime) -> anyhow::Result<Map<S
 }
 
 /// Floating-point operations of a trained token: `6·N + 12·n_layers·n_heads·d_head·seq`, where `N` leaves out the
-/// positions and counts the tied table once, as the output layer.
+/// positions and counts the tied table once, as the output layer. Of frozen weights there is no gradient: `4·N`, and 6 for
+/// each of the adapters' numbers, which are all that is trained.
 ///
 /// # Source
 /// nanoGPT's `estimate_mfu`; causality is not taken off the attention's part.
-fn flops_of_token(n_params: usize, model: &GptConfig) -> f64 {
+fn flops_of_token(n_params: usize, n_trained: usize, model: &GptConfig) -> f64 {
     let n_positions = if model.positions == Positions::Learned { model.max_seq_len * model.d_model } else { 0 };
-    let of_scores = model.n_layers * model.qkv_widths()[0] * model.max_seq_len;
-    6.0 * (n_params - n_positions) as f64 + 12.0 * of_scores as f64
+    let of_scores = 12.0 * (model.n_layers * model.qkv_widths()[0] * model.max_seq_len) as f64;
+    let n_params_in_products = (n_params - n_positions) as f64;
+    if n_trained == n_params {
+        return 6.0 * n_params_in_products + of_scores;
+    }
+    4.0 * n_params_in_products + 6.0 * n_trained as f64 + of_scores
 }
 
 #[cfg(test)]
@@ -151,9 +181,12 @@ mod tests {
     fn a_step_of_each_size_costs_what_the_formula_says() {
         // Parameters by hand: wte + wpe + layers·(12d² + 13d) + 2d.
         let n = |layers: usize, d: usize, vocab: usize| vocab * d + 256 * d + layers * (12 * d * d + 13 * d) + 2 * d;
-        assert_eq!(flops_of_token(n(4, 128, 4096), &Size::A.model()), 6.0 * 1_317_632.0 + 1_572_864.0);
+        let of_all = |n_params, size: Size| flops_of_token(n_params, n_params, &size.model());
+        assert_eq!(of_all(n(4, 128, 4096), Size::A), 6.0 * 1_317_632.0 + 1_572_864.0);
         assert_eq!(n(12, 768, 50257) - 256 * 768, 123_653_376);
         // As transformers counts SmolLM2-135M.
-        assert_eq!(flops_of_token(134_515_008, &Size::S.model()), 6.0 * 134_515_008.0 + 53_084_160.0);
+        assert_eq!(of_all(134_515_008, Size::S), 6.0 * 134_515_008.0 + 53_084_160.0);
+        let of_adapters = flops_of_token(134_515_008, 4_884_480, &Size::S.model());
+        assert_eq!(of_adapters, 4.0 * 134_515_008.0 + 6.0 * 4_884_480.0 + 53_084_160.0);
     }
 }
