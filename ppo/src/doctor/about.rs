@@ -151,12 +151,12 @@ checks! {
         "Let `reward-model train` finish with `normalisation.samples` above 0, from this SFT model.",
         "Ziegler et al., arXiv:1909.08593, section 2: mean 0 and variance 1 on samples of the initial policy; the limits are ours";
     MISSING_EOS = "missing-eos-score", Ppo,
-        "share of ended answers that score above `ppo.missing_eos_score`: it passes where the 95 % interval lies above 0.5",
+        "mean score of ended answers: it passes where the 95 % interval lies above `ppo.missing_eos_score`, fails where it lies below",
         "Being cut off pays better than ending, so PPO learns never to end.",
         "Lower `ppo.missing_eos_score` below the scores of ended answers, or normalise the reward model.",
         "Huang et al., arXiv:2403.17031, on the EOS trick: −1 is below the mean of normalised scores";
     HEADROOM = "headroom", Sft,
-        "gain of the best of 16 answers to a prompt over their mean, in deviations of all scores: at least 0.3 passes, below 0.05 fails; 1.77 for independent normal scores",
+        "gain of the best of 16 answers to a prompt over their mean, in deviations of all scores: at least 0.3 passes, below 0.15 fails; 1.77 for independent normal scores",
         "Answers to one prompt hardly differ in score, so PPO has nothing to prefer.",
         "Raise `ppo.temperature`, train SFT less, or look for prompts that allow more than one answer.",
         "Best-of-n: Nakano et al., arXiv:2112.09332; Gao et al., arXiv:2210.10760; the limits are ours";

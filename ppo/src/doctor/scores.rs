@@ -17,7 +17,7 @@ const DEVIATIONS: [[f64; 2]; 2] = [[0.5, 2.0], [0.1, 10.0]];
 const MEANS: [f64; 2] = [0.5, 5.0];
 
 /// Gain of the best answer, in deviations: below the first it warns, below the second it fails.
-const HEADROOM: [f64; 2] = [0.3, 0.05];
+const HEADROOM: [f64; 2] = [0.3, 0.15];
 
 /// Mean and population deviation.
 fn moments(values: &[f64]) -> (f64, f64) {
@@ -45,10 +45,9 @@ pub(crate) fn scale(scores: &[f64]) -> Check {
 /// Whether ending pays better than being cut off.
 pub(crate) fn missing_eos(scores_of_ended: &[f64], missing_eos_score: f64) -> Check {
     let about = &about::MISSING_EOS;
-    let above: Vec<f64> = scores_of_ended.iter().map(|&score| win(score, missing_eos_score)).collect();
-    let Some(share) = Interval::of_rate(&above) else { return Check::skipped(about, "no sampled answer ended") };
-    let reason = format!("of {} ended answers, {} score above {missing_eos_score}", share.n, interval(share));
-    Check::above(about, share, 0.5, reason)
+    let Some(mean) = Interval::of(scores_of_ended) else { return Check::skipped(about, "no sampled answer ended") };
+    let reason = format!("{} ended answers score {}, one that is cut off {missing_eos_score}", mean.n, interval(mean));
+    Check::above(about, mean, missing_eos_score, reason)
 }
 
 /// What the best of several answers to a prompt gains over their mean; `by_prompt` are the scores of each prompt's.
