@@ -6,10 +6,10 @@ use burn::tensor::Tensor;
 
 #[cfg(feature = "flex")]
 use super::autodiff::FusedOps as _;
-#[cfg(feature = "flex")]
-use super::is_fused;
 use super::tap::{self, Call, Operation};
 use super::{Activation, Kernels, add_layer_norm, bias_activation, linear, plain};
+#[cfg(feature = "flex")]
+use super::{check_frozen, is_fused};
 #[cfg(feature = "flex")]
 use burn::backend::Dispatch;
 
@@ -28,6 +28,7 @@ impl Affine {
         let [rows, d_out] = self.weight.dims();
         assert_eq!(rows, d_in, "the last axis of x is not the first of the weight");
         assert_eq!(self.bias.dims(), [d_out], "bias and weight disagree");
+        check_frozen(&self.weight, self.bias.dtype());
     }
 }
 

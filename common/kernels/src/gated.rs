@@ -12,7 +12,7 @@ use super::{Activation, Adapted, Kernels, adapted_linear, plain};
 #[cfg(feature = "flex")]
 use super::autodiff::FusedOps as _;
 #[cfg(feature = "flex")]
-use super::is_fused;
+use super::{check_frozen, is_fused};
 #[cfg(feature = "flex")]
 use burn::backend::Dispatch;
 
@@ -115,6 +115,7 @@ pub fn project_add_rms_norm<const D: usize>(
     if is_fused(kernels, &x) && !tap::is_active() {
         let [d] = gamma.dims();
         assert_eq!(layer.weight.dims(), [x.dims()[D - 1], d], "the weight does not lead from x to gamma");
+        check_frozen(&layer.weight, x.dtype());
         assert_eq!(x.dims()[..D - 1], residual.dims()[..D - 1], "x and residual differ in rows");
         assert_eq!(residual.dims()[D - 1], d, "residual and gamma differ in width");
         let (normed, sum) = Dispatch::fused_project_add_rms_norm(
@@ -194,6 +195,9 @@ pub fn gated_mlp_add_rms_norm<const D: usize>(
         let shapes = [&gate_weight, &up, &down].map(|layer| layer.weight.dims());
         assert_eq!(x.dims(), residual.dims(), "x and residual differ in shape");
         assert_eq!(x.dims()[D - 1], d, "gamma and the last axis of x disagree");
+        for layer in [&gate_weight, &up, &down] {
+            check_frozen(&layer.weight, x.dtype());
+        }
         assert_eq!(shapes, [[d, d_ff], [d, d_ff], [d_ff, d]], "weights disagree");
         let (normed, sum) = Dispatch::fused_gated_mlp_add_rms_norm(
             x.into_dispatch(),

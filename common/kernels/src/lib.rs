@@ -28,7 +28,7 @@ mod precision;
 pub mod tap;
 mod vocabulary;
 
-pub use precision::Precision;
+pub use precision::{Precision, TrunkPrecision};
 
 #[allow(unsafe_code)]
 pub mod memory;
@@ -45,7 +45,7 @@ mod flex;
 #[allow(clippy::too_many_arguments)]
 mod autodiff;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 
 pub use attention::{Angles, Heads, attention, attention_cached, rotate};
 pub use block::{Affine, NormWeights, layer_norm_keeping, linear_keeping, mlp_add_norm, project_add_norm};
@@ -147,18 +147,22 @@ impl AdamWStep {
 
 /// `x W + b` over the last axis.
 ///
+/// The weight may be in bf16 beside an `x` in f32, as any matrix of a model here may that is frozen: it is read as it lies
+/// and widened, so that the result is that of the same numbers in f32.
+///
 /// # Shapes
 /// - `x`: `[.., d_in]`, `weight`: `[d_in, d_out]`, `bias`: `[d_out]`
 /// - returns `[.., d_out]`
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not fit, or a weight in bf16 takes a gradient.
 pub fn linear<const D: usize>(kernels: Kernels, x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     let [d_in, d_out] = weight.dims();
     assert_eq!(x.dims()[D - 1], d_in, "the last axis of x is not the first of the weight");
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [d_out], "bias and weight disagree");
     }
+    check_frozen(&weight, x.dtype());
     tap::call(|| {
         let bias = bias.iter().map(Into::into);
         Call {
@@ -331,8 +335,9 @@ pub fn embed(
         let positions = positions.map(<[usize]>::to_vec);
         Call::new(Operation::Embed { ids: ids.clone(), positions, start }, [(&tokens).into(), (&position_table).into()])
     });
+    check_frozen(&tokens, position_table.dtype());
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &tokens) {
+    if is_fused(kernels, &position_table) {
         let positions =
             positions.map_or_else(|| (0..batch * seq).map(|i| start + i % seq).collect(), <[usize]>::to_vec);
         let (tokens, position_table) = (tokens.into_dispatch(), position_table.into_dispatch());
@@ -351,11 +356,12 @@ pub fn embed(
 /// If an id has no row.
 pub fn lookup(kernels: Kernels, tokens: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
     tap::call(|| Call::new(Operation::Lookup { ids: ids.clone() }, [(&tokens).into()]));
+    check_frozen(&tokens, DType::F32);
     #[cfg(feature = "flex")]
-    if is_fused(kernels, &tokens) {
+    if kernels == Kernels::Fused && matches!(tokens.dtype(), DType::F32 | DType::BF16) && is_flex(&tokens.device()) {
         return Tensor::from_dispatch(Dispatch::fused_lookup(tokens.into_dispatch(), ids.into_dispatch()));
     }
-    burn::tensor::module::embedding(tokens, ids)
+    plain::lookup(tokens, ids)
 }
 
 /// One `AdamW` step of many parameters: where fused, in one pass that the threads share.
@@ -408,10 +414,15 @@ pub fn is_on_host<const D: usize>(x: &Tensor<D>) -> bool {
     }
 }
 
+/// Checks that a weight of another type than what it is multiplied with is frozen.
+fn check_frozen(weight: &Tensor<2>, dtype: DType) {
+    assert!(weight.dtype() == dtype || !weight.is_tracked(), "a weight in {:?} is frozen", weight.dtype());
+}
+
 /// Whether `x` has a fused body: the flex backend, with or without autodiff, in f32.
 #[cfg(feature = "flex")]
 fn is_fused<const D: usize>(kernels: Kernels, x: &Tensor<D>) -> bool {
-    kernels == Kernels::Fused && x.dtype() == burn::tensor::DType::F32 && is_flex(&x.device())
+    kernels == Kernels::Fused && x.dtype() == DType::F32 && is_flex(&x.device())
 }
 
 #[cfg(feature = "flex")]

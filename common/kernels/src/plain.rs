@@ -7,6 +7,7 @@ use super::fault::{self, Fault};
 use super::{Activation, AdamWParam};
 
 pub(super) fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let weight = in_type(weight, x.dtype());
     burn::tensor::module::linear(x, weight, bias)
 }
 
@@ -75,7 +76,16 @@ pub(super) fn embed(
             module::embedding(position_table, positions)
         }
     };
-    module::embedding(tokens, ids) + placed
+    in_type(module::embedding(tokens, ids), placed.dtype()) + placed
+}
+
+pub(super) fn lookup(tokens: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
+    in_f32(module::embedding(tokens, ids))
+}
+
+/// `x` as it is, or in the type of what it is computed with.
+pub(super) fn in_type<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype { x } else { x.cast(FloatDType::from(dtype)) }
 }
 
 pub(super) fn attention(
@@ -209,12 +219,17 @@ fn weigh(
 
 /// `x`, or a copy of it in f32 where it has fewer bits: exponentials and long sums need them.
 fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if x.dtype() == DType::F32 { x } else { x.cast(FloatDType::F32) }
+    in_type(x, DType::F32)
+}
+
+pub(super) fn logits(hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
+    let head = in_type(head, hidden.dtype());
+    hidden.matmul(head.transpose())
 }
 
 /// `[n, vocab_size]`
 pub(super) fn log_probs(hidden: Tensor<2>, head: Tensor<2>, scale: f64) -> Tensor<2> {
-    let mut logits = in_f32(hidden.matmul(head.transpose()));
+    let mut logits = in_f32(self::logits(hidden, head));
     if scale != 1.0 {
         logits = logits * scale;
     }

@@ -46,3 +46,23 @@ impl Precision {
         if self == Self::F32 { x } else { x.cast(FloatDType::F32) }
     }
 }
+
+/// The float type in which matrices that are not trained lie in memory; computations are those of [`Precision`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum TrunkPrecision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits: half the memory, and half of what decoding reads.
+    Bf16,
+}
+
+impl TrunkPrecision {
+    /// Its name for `--trunk`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}

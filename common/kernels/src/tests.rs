@@ -5,6 +5,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 mod batch;
+mod bf16;
 mod gated;
 mod heads;
 mod low_rank;

@@ -6,7 +6,7 @@
 use burn::tensor::{Int, Tensor};
 
 use super::tap::{self, Call, Operation};
-use super::{Kernels, plain};
+use super::{Kernels, check_frozen, plain};
 
 #[cfg(feature = "flex")]
 use super::autodiff::FusedOps as _;
@@ -102,6 +102,7 @@ fn check_targets(hidden: &Tensor<2>, head: &Tensor<2>, targets: &Tensor<1, Int>)
     let ([n, d_model], [_, d_head]) = (hidden.dims(), head.dims());
     assert_eq!(d_model, d_head, "hidden and head differ in d_model");
     assert_eq!(targets.dims(), [n], "one target a row");
+    check_frozen(head, hidden.dtype());
 }
 
 /// Cross-entropy in nats: `−Σ_i log p_i[target_i] / denominator`, with `p` the softmax of `hidden · headᵀ`.
@@ -148,10 +149,11 @@ pub fn cross_entropy(
 /// If the shapes do not fit.
 pub fn logits(kernels: Kernels, hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
     assert_eq!(hidden.dims()[1], head.dims()[1], "hidden and head differ in d_model");
+    check_frozen(&head, hidden.dtype());
     tap::call(|| Call::new(Operation::Logits, [(&hidden).into(), (&head).into()]));
     #[cfg(feature = "flex")]
     if is_fused(kernels, &hidden) {
         return Tensor::from_dispatch(Dispatch::fused_logits(hidden.into_dispatch(), head.into_dispatch()));
     }
-    hidden.matmul(head.transpose())
+    plain::logits(hidden, head)
 }

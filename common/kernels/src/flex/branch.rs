@@ -11,6 +11,7 @@ use super::activation;
 use super::gemm::{Mat, MatMut, Output, Packed, SharedMut, Threads, gemm_packed};
 use super::linear::{add_in_order, add_numbers, add_rows, backward_weight};
 use super::norm::{self, Normed};
+use super::stored::with_numbers;
 use super::thin::{self, Adapted, Wanted};
 use super::{contiguous, exclusive, floats, matrix_dims, tensor, unset, with_scratch};
 use crate::Activation;
@@ -68,8 +69,10 @@ pub fn times(out: &mut [f32], output: Output<'_>, x: &[f32], weight: &Packed, d_
 pub fn packed(weight: &FlexTensor, transposed: bool) -> Packed {
     let (d_in, d_out) = matrix_dims(weight);
     let weight = contiguous(weight);
-    let weight = Mat::rows(floats(&weight), d_in, d_out, d_out);
-    Packed::new(if transposed { weight.t() } else { weight }, Threads::All)
+    with_numbers!(weight of weight => {
+        let weight = Mat::rows(weight, d_in, d_out, d_out);
+        Packed::new(if transposed { weight.t() } else { weight }, Threads::All)
+    })
 }
 
 /// `x W + b + residual` and its layer norm; also `x A` of what stands beside the weight.

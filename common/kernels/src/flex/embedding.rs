@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::gemm::SharedMut;
 use super::linear::add_numbers;
+use super::stored::{Stored, widen, with_numbers};
 use super::{contiguous, exclusive, floats, indices, matrix_dims, tensor, unset};
 
 /// Tokens handled by one task of the forward.
@@ -37,27 +38,32 @@ pub fn forward(
 ) -> FlexTensor {
     let (_, d) = matrix_dims(tokens);
     let (tokens, position_table) = (contiguous(tokens), contiguous(position_table));
-    let (tokens, position_table) = (floats(&tokens), floats(&position_table));
+    let out = with_numbers!(tokens of tokens => placed(tokens, floats(&position_table), d, ids, positions));
+    tensor(out, [shape[0], shape[1], d])
+}
+
+fn placed<T: Stored>(tokens: &[T], position_table: &[f32], d: usize, ids: &Rows, positions: &Rows) -> Vec<f32> {
     let mut out = unset(ids.len() * d);
     let rows = ids.par_chunks(TOKENS).zip(positions.par_chunks(TOKENS));
     out.par_chunks_mut((TOKENS * d).max(1)).zip(rows).for_each(|(out, (ids, positions))| {
         for ((out, id), position) in out.chunks_exact_mut(d).zip(ids).zip(positions) {
-            out.copy_from_slice(&tokens[id * d..][..d]);
+            widen(out, &tokens[id * d..][..d]);
             add_numbers(out, &position_table[position * d..][..d]);
         }
     });
-    tensor(out, [shape[0], shape[1], d])
+    out
 }
 
 /// `out_i = tokens[ids_i]`, of the shape `[batch, seq, d]`.
 pub fn lookup(tokens: &FlexTensor, ids: &Rows, shape: [usize; 2]) -> FlexTensor {
     let (_, d) = matrix_dims(tokens);
     let tokens = contiguous(tokens);
-    let tokens = floats(&tokens);
-    let mut out = Vec::with_capacity(ids.len() * d);
-    for id in ids {
-        out.extend_from_slice(&tokens[id * d..][..d]);
-    }
+    let mut out = unset(ids.len() * d);
+    with_numbers!(tokens of tokens => {
+        for (out, id) in out.chunks_exact_mut(d.max(1)).zip(ids) {
+            widen(out, &tokens[id * d..][..d]);
+        }
+    });
     tensor(out, [shape[0], shape[1], d])
 }
 

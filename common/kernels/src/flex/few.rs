@@ -11,6 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::gemm::SharedMut;
 use super::simd::{self, add_assign, add_up, fma, simd};
+use super::stored::{Stored, four_rows, widen_here, widened};
 use super::transpose::transpose_columns;
 use super::workers::for_each;
 use super::{unset, with_scratch};
@@ -48,11 +49,14 @@ const BLOCK: usize = 256;
 /// Numbers of a matrix that stays in the second cache, so that the order in which it is read matters little.
 const NEAR: usize = 1 << 17;
 
+/// Rows of the matrix whose products are added to a result while it is in a register.
+const TOGETHER: usize = 8;
+
 /// Rows of the matrix that are asked for before they are needed.
 const AHEAD: usize = 8;
 
-/// Numbers in a cache line.
-const LINE: usize = 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Fewest results of a row that a matrix is cut into.
 const PIECE: usize = 256;
@@ -60,8 +64,11 @@ const PIECE: usize = 256;
 /// Columns of the largest tile, two AVX-512 registers: pieces of results are cut at its multiples.
 const COLUMNS: usize = 32;
 
+/// Rows of a matrix in bf16 that are widened at a time, to be read from the second cache.
+const WIDENED: usize = 64;
+
 /// `x W + b` with `x: [n, d_in]` and `weight: [d_in, d_out]`.
-pub fn times_matrix(x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_out: usize) -> Vec<f32> {
+pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_out: usize) -> Vec<f32> {
     let d_in = weight.len() / d_out.max(1);
     let n = x.len() / d_in.max(1);
     let mut out = unset(n * d_out);
@@ -93,7 +100,8 @@ pub fn times_matrix(x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_out: usiz
         }
         let (weight, out_start, out_stride) = (&weight[first..], first, d_out);
         with_scratch((DEPTH + 1) * BLOCK, |panel| {
-            let panel = (!is_near || !d_out.is_multiple_of(lanes())).then_some(panel);
+            let as_it_lies = is_near && d_out.is_multiple_of(lanes()) && T::as_f32(weight).is_some();
+            let panel = (!as_it_lies).then_some(panel);
             let (stride, out) = (d_out, shared);
             arch().dispatch(Tiles { x, d_in, weight, stride, n_columns, bias, out, out_start, out_stride, panel });
         });
@@ -125,7 +133,7 @@ fn lanes() -> usize {
 ///
 /// Of more than [`STREAMED`] rows it is `matrix · xᵀ` that is computed, and the result, smaller than the matrix, that is
 /// transposed.
-pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
+pub fn times_transposed<T: Stored>(x: &[f32], matrix: &[T], d: usize) -> Vec<f32> {
     let n_out = matrix.len() / d.max(1);
     let n = x.len() / d.max(1);
     let mut out = unset(n * n_out);
@@ -153,26 +161,18 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
             }
             return;
         }
-        with_scratch(n_rows * width, |results| {
-            let (x, weight, out_start) = (matrix, &columns[..], 0);
-            let shared = SharedMut::new(results);
-            arch().dispatch(Tiles {
-                x,
-                d_in: d,
-                weight,
-                stride: width,
-                n_columns: width,
-                bias: None,
-                out: shared,
-                out_start,
-                out_stride: width,
-                panel: None,
-            });
-            for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * width)) {
-                for row in 0..n {
-                    let out = &mut out(row)[start..start + results.len() / width];
-                    for (out, results) in out.iter_mut().zip(results.chunks_exact(width)) {
-                        *out = results[row];
+        let n_at_a_time = if T::as_f32(matrix).is_some() { n_rows } else { WIDENED };
+        with_scratch(n_at_a_time * width, |results| {
+            for (first, matrix) in (0..n_rows).step_by(n_at_a_time).zip(matrix.chunks(n_at_a_time * d)) {
+                let n_rows = matrix.len() / d;
+                let results = &mut results[..n_rows * width];
+                widened(matrix, |matrix| multiply_tiles(results, matrix, d, &columns, width));
+                for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * width)) {
+                    for row in 0..n {
+                        let out = &mut out(row)[first + start..][..results.len() / width];
+                        for (out, results) in out.iter_mut().zip(results.chunks_exact(width)) {
+                            *out = results[row];
+                        }
                     }
                 }
             }
@@ -181,9 +181,26 @@ pub fn times_transposed(x: &[f32], matrix: &[f32], d: usize) -> Vec<f32> {
     out
 }
 
+/// `out = matrix · columns`, whose rows have `width` numbers, whole registers.
+fn multiply_tiles(out: &mut [f32], matrix: &[f32], d: usize, columns: &[f32], width: usize) {
+    let out = SharedMut::new(out);
+    arch().dispatch(Tiles {
+        x: matrix,
+        d_in: d,
+        weight: columns,
+        stride: width,
+        n_columns: width,
+        bias: None,
+        out,
+        out_start: 0,
+        out_stride: width,
+        panel: None,
+    });
+}
+
 /// `out = x W + b` for at most [`STREAMED`] rows. A large matrix is cut into groups of rows whose partial results are
 /// added in their order.
-fn stream_matrix(out: &mut [f32], x: &[f32], weight: &[f32], bias: Option<&[f32]>, d_in: usize) {
+fn stream_matrix<T: Stored>(out: &mut [f32], x: &[f32], weight: &[T], bias: Option<&[f32]>, d_in: usize) {
     let (n_out, d_out) = (out.len(), weight.len() / d_in.max(1));
     let begin = |out: &mut [f32]| match bias {
         Some(bias) => out.chunks_exact_mut(d_out.max(1)).for_each(|row| row.copy_from_slice(bias)),
@@ -222,37 +239,47 @@ simd! {
     }
 
     /// Adds to `out: [n, d_out]` the products of the columns of `x` from `first` on with the rows of `weight`.
-    fn add_products(out: &mut [f32], x: &[f32], weight: &[f32], d_in: usize, first: usize) {
+    fn add_products<T: Stored>(out: &mut [f32], x: &[f32], weight: &[T], d_in: usize, first: usize) {
         let n = x.len() / d_in;
         let d_out = out.len() / n;
         let n_rows = weight.len() / d_out;
         for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
             let x = &x[first..first + n_rows];
-            let (fours, rest) = x.as_chunks::<4>();
-            for (x, rows) in fours.iter().zip(weight.chunks_exact(4 * d_out)) {
-                let (row_0, rows) = rows.split_at(d_out);
-                let (row_1, rows) = rows.split_at(d_out);
-                let (row_2, row_3) = rows.split_at(d_out);
-                for ((((out, w_0), w_1), w_2), w_3) in out.iter_mut().zip(row_0).zip(row_1).zip(row_2).zip(row_3) {
-                    *out = fma(x[3], *w_3, fma(x[2], *w_2, fma(x[1], *w_1, fma(x[0], *w_0, *out))));
+            let (groups, rest) = x.as_chunks::<TOGETHER>();
+            for (x, rows) in groups.iter().zip(weight.chunks_exact(TOGETHER * d_out)) {
+                let rows: [&[T]; TOGETHER] = std::array::from_fn(|i| &rows[i * d_out..][..d_out]);
+                for (j, out) in out.iter_mut().enumerate() {
+                    for i in 0..TOGETHER {
+                        *out = fma(x[i], rows[i][j].widen(), *out);
+                    }
                 }
             }
-            for (x, row) in rest.iter().zip(weight[fours.len() * 4 * d_out..].chunks_exact(d_out)) {
+            for (x, row) in rest.iter().zip(weight[groups.len() * TOGETHER * d_out..].chunks_exact(d_out)) {
                 for (out, w) in out.iter_mut().zip(row) {
-                    *out = fma(*x, *w, *out);
+                    *out = fma(*x, w.widen(), *out);
                 }
             }
         }
     }
 
     /// Adds to rows of `out` the products of the rows of `x` with columns of `weight`, whose rows lie `stride` apart.
-    fn add_products_of_rows(out: &mut [&mut [f32]], x: &[f32], weight: &[f32], stride: usize, d_in: usize) {
+    fn add_products_of_rows<T: Stored>(out: &mut [&mut [f32]], x: &[f32], weight: &[T], stride: usize, d_in: usize) {
+        let mut buffer = [0.0; NEAREST];
         let n_columns = out[0].len();
         let piece = (NEAREST / out.len()).next_multiple_of(COLUMNS);
         for first in (0..n_columns).step_by(piece) {
             let columns = first..n_columns.min(first + piece);
             for k in (0..d_in / 4 * 4).step_by(4) {
-                let rows: [&[f32]; 4] = std::array::from_fn(|i| &weight[(k + i) * stride..][columns.clone()]);
+                let rows: [&[T]; 4] = std::array::from_fn(|i| &weight[(k + i) * stride..][columns.clone()]);
+                if T::as_f32(rows[0]).is_none() {
+                    // Pieces so short that the processor does not see the next ones coming.
+                    for line in (0..columns.len()).step_by(LINE / size_of::<T>()) {
+                        for row in rows {
+                            prefetch(row.as_ptr().wrapping_add(AHEAD * stride + line));
+                        }
+                    }
+                }
+                let rows = four_rows(rows, &mut buffer);
                 let (pairs, last) = out.as_chunks_mut::<2>();
                 let (x_pairs, x_last) = x.split_at(pairs.len() * 2 * d_in);
                 for ([out_0, out_1], x) in pairs.iter_mut().zip(x_pairs.chunks_exact(2 * d_in)) {
@@ -276,7 +303,7 @@ simd! {
                 let row = &weight[k * stride..][columns.clone()];
                 for (out, x) in out.iter_mut().zip(x.chunks_exact(d_in)) {
                     for (out, weight) in out[columns.clone()].iter_mut().zip(row) {
-                        *out = fma(x[k], *weight, *out);
+                        *out = fma(x[k], weight.widen(), *out);
                     }
                 }
             }
@@ -284,7 +311,7 @@ simd! {
     }
 
     /// `out_i = x · row_i` of `matrix`.
-    fn dots(out: &mut [f32], x: &[f32], matrix: &[f32]) {
+    fn dots<T: Stored>(out: &mut [f32], x: &[f32], matrix: &[T]) {
         const N: usize = 16;
         let d = x.len();
         let (x_chunks, x_rest) = x.as_chunks::<N>();
@@ -293,14 +320,14 @@ simd! {
             let (chunks, rest) = row.as_chunks::<N>();
             for (x, row) in x_chunks.iter().zip(chunks) {
                 for lane in 0..N {
-                    totals[lane] = fma(x[lane], row[lane], totals[lane]);
+                    totals[lane] = fma(x[lane], row[lane].widen(), totals[lane]);
                 }
             }
             // The compiler may see no further: it would choose the registers of the loop above for the sum below, in halves
             // and quarters, which took 70 % more instructions.
             let mut totals = std::hint::black_box(totals);
             for (total, (x, row)) in totals.iter_mut().zip(x_rest.iter().zip(rest)) {
-                *total = fma(*x, *row, *total);
+                *total = fma(*x, row.widen(), *total);
             }
             *out = add_up(totals);
         }
@@ -309,12 +336,12 @@ simd! {
 
 /// Some columns of `x W + b`, a tile of rows and columns at a time. Products are added in the order of the rows of `W`,
 /// whatever the tile and the registers.
-struct Tiles<'a> {
+struct Tiles<'a, T> {
     /// `[n, d_in]`
     x: &'a [f32],
     d_in: usize,
     /// Begins at the first column; rows are `stride` apart.
-    weight: &'a [f32],
+    weight: &'a [T],
     stride: usize,
     n_columns: usize,
     bias: Option<&'a [f32]>,
@@ -323,7 +350,8 @@ struct Tiles<'a> {
     out_start: usize,
     out_stride: usize,
     /// Room for [`DEPTH`] rows of [`BLOCK`] columns, where a part of the weight is put together before it is used: as it
-    /// lies, each piece of a tile would be far from the one before. Without it the columns fill registers.
+    /// lies, each piece of a tile would be far from the one before. Without it the columns fill registers, and the weight is
+    /// in f32.
     panel: Option<&'a mut [f32]>,
 }
 
@@ -338,16 +366,17 @@ struct Strip<'a> {
     n_columns: usize,
 }
 
-impl WithSimd for Tiles<'_> {
+impl<T: Stored> WithSimd for Tiles<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let width = 2 * S::F32_LANES;
         let Some(panel) = self.panel.take() else {
+            let weight = T::as_f32(self.weight).expect("what is read as it lies is in f32");
             for column in (0..self.n_columns).step_by(width) {
                 let n_columns = width.min(self.n_columns - column);
-                let (weight, stride) = (&self.weight[column..], self.stride);
+                let (weight, stride) = (&weight[column..], self.stride);
                 self.strip(simd, &Strip { weight, stride, depth: 0..self.d_in, column, n_columns });
             }
             return;
@@ -368,27 +397,30 @@ impl WithSimd for Tiles<'_> {
     }
 }
 
-impl Tiles<'_> {
+impl<T: Stored> Tiles<'_, T> {
     /// Writes strips of columns, two registers wide, one after the other; the last is filled up with zeros.
     #[inline(always)]
     fn rearrange<S: Simd>(&self, panel: &mut [f32], depth: &Range<usize>, column: usize, n_columns: usize) {
         let width = 2 * S::F32_LANES;
         for (i, k) in depth.clone().enumerate() {
             let row = &self.weight[k * self.stride + column..][..n_columns];
-            for line in (0..n_columns).step_by(LINE) {
+            for line in (0..n_columns).step_by(LINE / size_of::<T>()) {
                 prefetch(row.as_ptr().wrapping_add(AHEAD * self.stride + line));
             }
             for (strip, from) in row.chunks(width).enumerate() {
                 // A row more, lest the strips' pieces of a row compete for the same place in the cache.
                 let to = &mut panel[(strip * (depth.len() + 1) + i) * width..][..width];
-                if from.len() == width {
-                    let (to, from) = (S::as_mut_simd_f32s(to).0, S::as_simd_f32s(from).0);
-                    for (to, from) in to.iter_mut().zip(from) {
-                        *to = *from;
+                match T::as_f32(from) {
+                    Some(from) if from.len() == width => {
+                        let (to, from) = (S::as_mut_simd_f32s(to).0, S::as_simd_f32s(from).0);
+                        for (to, from) in to.iter_mut().zip(from) {
+                            *to = *from;
+                        }
                     }
-                } else {
-                    to[..from.len()].copy_from_slice(from);
-                    to[from.len()..].fill(0.0);
+                    _ => {
+                        widen_here(&mut to[..from.len()], from);
+                        to[from.len()..].fill(0.0);
+                    }
                 }
             }
         }
@@ -482,7 +514,7 @@ fn load<S: Simd, const W: usize, const FULL: bool>(numbers: &[f32]) -> [S::f32s;
 
 /// Asks for the cache line at `address`, which need not exist.
 #[inline(always)]
-fn prefetch(address: *const f32) {
+fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which reads nothing.
     unsafe {

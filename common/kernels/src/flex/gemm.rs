@@ -9,25 +9,26 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::stored::Stored;
 use super::tile::{LANES, Start, multiply_panel, pack_columns, pack_rows, widest};
 use super::{Numbers, initialise};
 
 /// A matrix to read: element `(i, j)` is `data[i · row_stride + j · col_stride]`.
 #[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    data: &'a [f32],
+pub struct Mat<'a, T = f32> {
+    data: &'a [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
 
-impl<'a> Mat<'a> {
+impl<'a, T> Mat<'a, T> {
     /// A matrix whose rows lie `row_stride` apart, each contiguous.
     ///
     /// # Panics
     /// If it does not lie within `data`.
-    pub fn rows(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+    pub fn rows(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(fits(data.len(), rows, cols, row_stride), "[{rows}, {cols}] by {row_stride} in {}", data.len());
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
@@ -43,7 +44,7 @@ impl<'a> Mat<'a> {
     }
 
     /// The first element. All others lie in the same slice.
-    pub fn as_ptr(self) -> *const f32 {
+    pub fn as_ptr(&self) -> *const T {
         self.data.as_ptr()
     }
 
@@ -248,7 +249,7 @@ pub struct Packed {
 
 impl Packed {
     /// Rearranges `b`.
-    pub fn new(b: Mat<'_>, threads: Threads) -> Self {
+    pub fn new<T: Stored>(b: Mat<'_, T>, threads: Threads) -> Self {
         let mut data = Buffer::new(b.rows * padded(b.cols));
         let panels = panels(data.numbers_mut(), b.rows, b.cols);
         if threads == Threads::All && b.rows * b.cols >= SMALL / 4 {
@@ -273,7 +274,7 @@ impl Packed {
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn gemm(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, threads: Threads) {
+pub fn gemm<T: Stored>(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_, T>, scale: f32, threads: Threads) {
     assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
     if threads == Threads::All && a.col_stride == 1 {
         gemm_packed(out, output, a, &Packed::new(b, threads), scale, threads);
@@ -330,7 +331,7 @@ pub fn gemm_packed(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: &Packed, 
 }
 
 /// One thread's product, for which it rearranges the operands a piece at a time.
-fn on_one_thread(mut out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32) {
+fn on_one_thread<T: Stored>(mut out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_, T>, scale: f32) {
     thread_local! {
         static BUFFERS: Cell<[Buffer; 2]> = const { Cell::new([Buffer::EMPTY, Buffer::EMPTY]) };
     }
@@ -417,7 +418,7 @@ fn padded(n: usize) -> usize {
 }
 
 /// Writes the panel of the rows `span` and the columns `cols` of `b`.
-fn pack(panel: &mut [f32], b: Mat<'_>, span: Range<usize>, cols: Range<usize>) {
+fn pack<T: Stored>(panel: &mut [f32], b: Mat<'_, T>, span: Range<usize>, cols: Range<usize>) {
     let (n, width) = (cols.len(), padded(cols.len()));
     let b = b.part(span, cols);
     if b.col_stride == 1 {

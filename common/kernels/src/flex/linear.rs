@@ -1,7 +1,8 @@
 //! `x W + b` and its gradients.
 
-use super::gemm::{Mat, MatMut, Output, Threads, gemm};
+use super::gemm::{Mat, MatMut, Output, Packed, Threads, gemm, gemm_packed};
 use super::simd::{add_assign, simd};
+use super::stored::{Stored, widened, with_numbers};
 use super::transpose::transpose_on_all_threads;
 use super::{contiguous, few, floats, matrix_dims, tensor, unset};
 use burn_flex::FlexTensor;
@@ -16,18 +17,17 @@ pub fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
     let (x, weight) = (contiguous(x), contiguous(weight));
     if n <= few::ROWS {
         let bias = bias.map(contiguous);
-        return tensor(few::times_matrix(floats(&x), floats(&weight), bias.as_deref().map(floats), d_out), shape);
+        let bias = bias.as_deref().map(floats);
+        let out = with_numbers!(weight of weight => few::times_matrix(floats(&x), weight, bias, d_out));
+        return tensor(out, shape);
     }
     let mut out = unset(n * d_out);
     let bias = bias.map(contiguous);
-    gemm(
-        MatMut::rows(&mut out, n, d_out, d_out),
-        bias.as_ref().map_or(Output::Overwrite, |bias| Output::AddRow(floats(bias))),
-        Mat::rows(floats(&x), n, d_in, d_in),
-        Mat::rows(floats(&weight), d_in, d_out, d_out),
-        1.0,
-        Threads::All,
-    );
+    let output = bias.as_ref().map_or(Output::Overwrite, |bias| Output::AddRow(floats(bias)));
+    let (to, x) = (MatMut::rows(&mut out, n, d_out, d_out), Mat::rows(floats(&x), n, d_in, d_in));
+    with_numbers!(weight of weight => {
+        gemm(to, output, x, Mat::rows(weight, d_in, d_out, d_out), 1.0, Threads::All);
+    });
     tensor(out, shape)
 }
 
@@ -39,22 +39,34 @@ pub fn logits(hidden: &FlexTensor, head: &FlexTensor) -> FlexTensor {
     let (n, d_model) = matrix_dims(hidden);
     let (vocab_size, _) = matrix_dims(head);
     let (hidden, head) = (contiguous(hidden), contiguous(head));
-    let (hidden, head) = (floats(&hidden), floats(&head));
+    let hidden = floats(&hidden);
     if n <= few::ROWS {
-        return tensor(few::times_transposed(hidden, head, d_model), [n, vocab_size]);
+        let out = with_numbers!(head of head => few::times_transposed(hidden, head, d_model));
+        return tensor(out, [n, vocab_size]);
     }
     let mut columns = unset(vocab_size * n);
     let mut out = unset(vocab_size * n);
-    gemm(
-        MatMut::rows(&mut columns, vocab_size, n, n),
-        Output::Overwrite,
-        Mat::rows(head, vocab_size, d_model, d_model),
-        Mat::rows(hidden, n, d_model, d_model).t(),
-        1.0,
-        Threads::All,
-    );
+    let hidden = Mat::rows(hidden, n, d_model, d_model).t();
+    with_numbers!(head of head => head_times(&mut columns, head, hidden));
     transpose_on_all_threads(&mut out, &columns, vocab_size, n);
     tensor(out, [n, vocab_size])
+}
+
+/// `out = head · hidden`, where a head that is not in f32 is widened a part at a time.
+fn head_times<T: Stored>(out: &mut [f32], head: &[T], hidden: Mat<'_>) {
+    /// Rows of such a part.
+    const ROWS: usize = 4096;
+    let (d_model, n) = hidden.dims();
+    let n_rows = if T::as_f32(head).is_some() { head.len() / d_model.max(1) } else { ROWS };
+    let hidden = Packed::new(hidden, Threads::All);
+    let parts = out.chunks_mut((n_rows * n).max(1)).zip(head.chunks((n_rows * d_model).max(1)));
+    for (out, head) in parts {
+        let n_rows = out.len() / n;
+        widened(head, |head| {
+            let head = Mat::rows(head, n_rows, d_model, d_model);
+            gemm_packed(MatMut::rows(out, n_rows, n, n), Output::Overwrite, head, &hidden, 1.0, Threads::All);
+        });
+    }
 }
 
 /// Gradient of `x`: `grad Wᵀ`.
@@ -66,14 +78,10 @@ pub fn backward_x(weight: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
     shape.as_mut_slice()[last] = d_in;
     let (weight, grad) = (contiguous(weight), contiguous(grad));
     let mut out = unset(n * d_in);
-    gemm(
-        MatMut::rows(&mut out, n, d_in, d_in),
-        Output::Overwrite,
-        Mat::rows(floats(&grad), n, d_out, d_out),
-        Mat::rows(floats(&weight), d_in, d_out, d_out).t(),
-        1.0,
-        Threads::All,
-    );
+    let (to, grad) = (MatMut::rows(&mut out, n, d_in, d_in), Mat::rows(floats(&grad), n, d_out, d_out));
+    with_numbers!(weight of weight => {
+        gemm(to, Output::Overwrite, grad, Mat::rows(weight, d_in, d_out, d_out).t(), 1.0, Threads::All);
+    });
     tensor(out, shape)
 }
 

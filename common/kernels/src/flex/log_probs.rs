@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Output, Packed, Threads, gemm, gemm_packed};
 use super::simd::{add_assign, exp, fma, simd};
+use super::stored::{Stored, widened, with_numbers};
 use super::{contiguous, floats, indices, matrix_dims, tensor, unset, with_scratch};
 
 /// Positions in a tile of the forward: two of the matrix kernel's 48.
@@ -44,7 +45,21 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
     let (vocab_size, _) = matrix_dims(head);
     let targets = target_ids(targets, vocab_size);
     let (hidden, head) = (contiguous(hidden), contiguous(head));
-    let (hidden, head) = (floats(&hidden), floats(&head));
+    let [of_targets, entropy, lse] =
+        with_numbers!(head of head => softmax_of_targets(floats(&hidden), head, d_model, &targets, scale as f32))
+            .map(|numbers| tensor(numbers, [n]));
+    LogProbs { of_targets, entropy, lse }
+}
+
+/// The three results of [`forward`].
+fn softmax_of_targets<T: Stored>(
+    hidden: &[f32],
+    head: &[T],
+    d_model: usize,
+    targets: &[usize],
+    scale: f32,
+) -> [Vec<f32>; 3] {
+    let n = targets.len();
     let (mut log_probs, mut entropy, mut lse) = (unset(n), unset(n), unset(n));
     log_probs
         .par_chunks_mut(POSITIONS)
@@ -63,14 +78,7 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
                 for (i, head) in head.chunks(TOKENS * d_model).enumerate() {
                     let n_tokens = head.len() / d_model;
                     let logits = &mut logits[..n_tokens * n]; // [n_tokens, n]
-                    gemm_packed(
-                        MatMut::rows(logits, n_tokens, n, n),
-                        Output::Overwrite,
-                        Mat::rows(head, n_tokens, d_model, d_model),
-                        &hidden,
-                        scale as f32,
-                        Threads::One,
-                    );
+                    logits_of_tile(logits, head, d_model, &hidden, scale);
                     add_tokens(&mut running, logits, n);
                     for (position, target) in targets.iter().enumerate() {
                         if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
@@ -87,7 +95,18 @@ pub fn forward(hidden: &FlexTensor, head: &FlexTensor, targets: &FlexTensor, sca
                 entropy[position] = log_total - running.weighted[position] / running.total[position];
             }
         });
-    LogProbs { of_targets: tensor(log_probs, [n]), entropy: tensor(entropy, [n]), lse: tensor(lse, [n]) }
+    [log_probs, entropy, lse]
+}
+
+/// `logits = scale · head · hidden` for some tokens of the vocabulary, `[n_tokens, n]`.
+fn logits_of_tile<T: Stored>(logits: &mut [f32], head: &[T], d_model: usize, hidden: &Packed, scale: f32) {
+    let n_tokens = head.len() / d_model;
+    let n = logits.len() / n_tokens;
+    let logits = MatMut::rows(logits, n_tokens, n, n);
+    widened(head, |head| {
+        let head = Mat::rows(head, n_tokens, d_model, d_model);
+        gemm_packed(logits, Output::Overwrite, head, hidden, scale, Threads::One);
+    });
 }
 
 simd! {
@@ -145,10 +164,27 @@ pub fn backward(
 ) -> (FlexTensor, Option<FlexTensor>) {
     let (n, d_model) = matrix_dims(hidden);
     let (vocab_size, _) = matrix_dims(head);
-    let scale = scale as f32;
     let targets = target_ids(targets, vocab_size);
     let (hidden, head, lse, grad) = (contiguous(hidden), contiguous(head), contiguous(lse), contiguous(grad));
-    let (hidden, head, lse, grad) = (floats(&hidden), floats(&head), floats(&lse), floats(&grad));
+    let (hidden, lse, grad) = (floats(&hidden), floats(&lse), floats(&grad));
+    let (hidden_grad, head_grad) = with_numbers!(head of head => {
+        gradients(hidden, head, d_model, &targets, scale as f32, lse, grad, learns)
+    });
+    (tensor(hidden_grad, [n, d_model]), head_grad.map(|grad| tensor(grad, [vocab_size, d_model])))
+}
+
+/// The two results of [`backward`].
+fn gradients<T: Stored>(
+    hidden: &[f32],
+    head: &[T],
+    d_model: usize,
+    targets: &[usize],
+    scale: f32,
+    lse: &[f32],
+    grad: &[f32],
+    learns: bool,
+) -> (Vec<f32>, Option<Vec<f32>>) {
+    let (n, vocab_size) = (targets.len(), head.len() / d_model);
     let mut hidden_grad = unset(n * d_model);
     let mut head_grad = if learns { vec![0.0; vocab_size * d_model] } else { Vec::new() };
     let block = block_of(n, vocab_size);
@@ -166,9 +202,7 @@ pub fn backward(
         slopes.par_chunks_mut(TOKENS * n).zip(head_grads).zip(head.par_chunks(TOKENS * d_model)).enumerate().for_each(
             |(i, ((slopes, head_grad), head))| {
                 let n_tokens = head.len() / d_model;
-                let head = Mat::rows(head, n_tokens, d_model, d_model);
-                let tile = MatMut::rows(slopes, n_tokens, n, n);
-                gemm_packed(tile, Output::Overwrite, head, &columns, scale, Threads::One);
+                logits_of_tile(slopes, head, d_model, &columns, scale);
                 slopes_of_logits(slopes, lse, grad, scale);
                 for (position, target) in targets.iter().enumerate() {
                     if (i * TOKENS..i * TOKENS + n_tokens).contains(target) {
@@ -190,7 +224,7 @@ pub fn backward(
             Threads::All,
         );
     }
-    (tensor(hidden_grad, [n, d_model]), learns.then(|| tensor(head_grad, [vocab_size, d_model])))
+    (hidden_grad, learns.then_some(head_grad))
 }
 
 /// Positions whose logits are held at once.
@@ -233,7 +267,26 @@ pub fn cross_entropy_with_gradients(
     let (vocab_size, _) = matrix_dims(head);
     let targets = target_ids(targets, vocab_size);
     let (hidden, head) = (contiguous(hidden), contiguous(head));
-    let (hidden, head) = (floats(&hidden), floats(&head));
+    let (loss, hidden_grad, head_grad) = with_numbers!(head of head => {
+        loss_with_gradients(floats(&hidden), head, d_model, &targets, weight, learns)
+    });
+    CrossEntropy {
+        loss: tensor(vec![loss as f32], [1]),
+        hidden_grad: tensor(hidden_grad, [n, d_model]),
+        head_grad: head_grad.map(|grad| tensor(grad, [vocab_size, d_model])),
+    }
+}
+
+/// The three results of [`cross_entropy_with_gradients`].
+fn loss_with_gradients<T: Stored>(
+    hidden: &[f32],
+    head: &[T],
+    d_model: usize,
+    targets: &[usize],
+    weight: f64,
+    learns: bool,
+) -> (f64, Vec<f32>, Option<Vec<f32>>) {
+    let (n, vocab_size) = (targets.len(), head.len() / d_model);
     let mut hidden_grad = unset(n * d_model);
     // Of a frozen head no more than room for a row, which `subtract_target` writes.
     let rows = if learns { vocab_size } else { 1 };
@@ -288,20 +341,16 @@ pub fn cross_entropy_with_gradients(
             subtract_target(hidden_grad, &mut head_grad[of_head], hidden, &head[span], factor, weight as f32);
         }
     }
-    CrossEntropy {
-        loss: tensor(vec![(sum * weight) as f32], [1]),
-        hidden_grad: tensor(hidden_grad, [n, d_model]),
-        head_grad: learns.then(|| tensor(head_grad, [vocab_size, d_model])),
-    }
+    (sum * weight, hidden_grad, learns.then_some(head_grad))
 }
 
 /// `exp(z − max z)` of a block's logits, `[vocab_size, n]`, and their sum over the vocabulary for each position.
 ///
 /// `exps` takes the former, `per_tile` has room for `[n_tiles, n]` numbers. `−(z_target − max z)` of every position is added
 /// to `sum`.
-fn exponentials_of_block(
+fn exponentials_of_block<T: Stored>(
     hidden: &[f32],
-    head: &[f32],
+    head: &[T],
     targets: &[usize],
     (exps, per_tile): (&mut [f32], &mut [f32]),
     sum: &mut f64,
@@ -311,10 +360,7 @@ fn exponentials_of_block(
     let columns = Packed::new(Mat::rows(hidden, n, d_model, d_model).t(), Threads::All);
     let tiles = exps.par_chunks_mut(TOKENS * n).zip(per_tile.par_chunks_mut(n));
     tiles.zip(head.par_chunks(TOKENS * d_model)).for_each(|((logits, highest), head)| {
-        let n_tokens = head.len() / d_model;
-        let head = Mat::rows(head, n_tokens, d_model, d_model);
-        let out = MatMut::rows(logits, n_tokens, n, n);
-        gemm_packed(out, Output::Overwrite, head, &columns, 1.0, Threads::One);
+        logits_of_tile(logits, head, d_model, &columns, 1.0);
         highest.fill(f32::NEG_INFINITY);
         take_highest(highest, logits);
     });
@@ -355,16 +401,16 @@ simd! {
     }
 
     /// Scales the gradient of a hidden state, then takes what the target contributes from both gradients.
-    fn subtract_target(
+    fn subtract_target<T: Stored>(
         hidden_grad: &mut [f32],
         head_grad: &mut [f32],
         hidden: &[f32],
-        head: &[f32],
+        head: &[T],
         factor: f32,
         weight: f32,
     ) {
         for (((hidden_grad, head_grad), hidden), head) in hidden_grad.iter_mut().zip(head_grad).zip(hidden).zip(head) {
-            *hidden_grad = fma(-weight, *head, *hidden_grad * factor);
+            *hidden_grad = fma(-weight, head.widen(), *hidden_grad * factor);
             *head_grad = fma(-weight, *hidden, *head_grad);
         }
     }

@@ -16,6 +16,7 @@ pub mod log_probs;
 pub mod norm;
 pub mod rotary;
 pub mod simd;
+mod stored;
 pub mod thin;
 mod tile;
 mod transpose;

@@ -77,24 +77,25 @@ fn detect() -> Level {
 macro_rules! simd {
     ($(
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block
+        $vis:vis fn $name:ident $(<$kind:ident: $bound:ident>)? ($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)?
+            $body:block
     )*) => {$(
         $(#[$meta])*
-        $vis fn $name($($arg: $type),*) $(-> $result)? {
+        $vis fn $name$(<$kind: $bound>)?($($arg: $type),*) $(-> $result)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body($($arg: $type),*) $(-> $result)? $body
+            fn body$(<$kind: $bound>)?($($arg: $type),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
                 #[allow(clippy::too_many_arguments)]
-                fn v4($($arg: $type),*) $(-> $result)? {
+                fn v4$(<$kind: $bound>)?($($arg: $type),*) $(-> $result)? {
                     body($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,bmi2")]
                 #[allow(clippy::too_many_arguments)]
-                fn v3($($arg: $type),*) $(-> $result)? {
+                fn v3$(<$kind: $bound>)?($($arg: $type),*) $(-> $result)? {
                     body($($arg),*)
                 }
                 use $crate::flex::simd::{Level, level};

@@ -12,6 +12,7 @@ use super::branch::{blocks, blocks_mut, packed, rows_of_blocks, times};
 use super::gemm::{Mat, MatMut, Output, Packed, SharedMut, Threads, gemm, gemm_packed};
 use super::linear::{self, add_in_order, add_rows, backward_weight};
 use super::simd::{fma, simd};
+use super::stored::with_numbers;
 use super::{contiguous, few, floats, matrix_dims, nothing, tensor, unset};
 
 /// A weight, `[d_in, d_out]`, and what stands beside it.
@@ -176,7 +177,7 @@ pub fn forward(x: &FlexTensor, layer: &Adapted, bias: Option<&FlexTensor>) -> (F
 /// [`forward`] for so few rows that no matrix is rearranged.
 fn of_few_rows(x: &[f32], layer: &Adapted, bias: Option<&[f32]>, d_out: usize) -> [Vec<f32>; 2] {
     let weight = contiguous(&layer.weight);
-    let mut out = few::times_matrix(x, floats(&weight), bias, d_out);
+    let mut out = with_numbers!(weight of weight => few::times_matrix(x, weight, bias, d_out));
     let Some(thin) = &layer.thin else { return [out, Vec::new()] };
     let ((_, n_hidden), (_, width)) = (matrix_dims(&thin.a), matrix_dims(&thin.b));
     let (a, b) = (contiguous(&thin.a), contiguous(&thin.b));

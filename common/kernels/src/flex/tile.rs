@@ -9,7 +9,7 @@
 
 use super::gemm::{Mat, MatMut};
 use super::simd::{Level, fma, level, simd};
-use super::transpose::transpose_square;
+use super::stored::{Stored, transpose_stored, widen_here};
 
 /// Columns that a panel is filled up to a multiple of: one AVX-512 register, two of AVX2.
 pub const LANES: usize = 16;
@@ -68,35 +68,35 @@ simd! {
     }
 
     /// Writes `k` rows of a panel, `[k, width]`, from `cols` columns of which each row is contiguous.
-    pub fn pack_rows(panel: &mut [f32], width: usize, cols: usize, from: &[f32], row_stride: usize) {
+    pub fn pack_rows<T: Stored>(panel: &mut [f32], width: usize, cols: usize, from: &[T], row_stride: usize) {
         for (to, p) in panel.chunks_exact_mut(width).zip(0..) {
             let from = &from[p * row_stride..][..cols];
             if cols == width {
                 for (to, from) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(from.as_chunks::<LANES>().0) {
-                    *to = *from;
+                    widen_here(to, from);
                 }
             } else {
-                to[..cols].copy_from_slice(from);
+                widen_here(&mut to[..cols], from);
                 to[cols..].fill(0.0);
             }
         }
     }
 
     /// Writes the rows of a panel, `[k, width]`, from `cols` columns that are contiguous each, `col_stride` apart.
-    pub fn pack_columns(panel: &mut [f32], width: usize, cols: usize, from: &[f32], col_stride: usize) {
+    pub fn pack_columns<T: Stored>(panel: &mut [f32], width: usize, cols: usize, from: &[T], col_stride: usize) {
         let k = panel.len() / width;
         for start in (0..width).step_by(LANES) {
             let n = cols.saturating_sub(start).min(LANES);
             let mut p = 0;
             while n == LANES && p + LANES <= k {
                 let to = &mut panel[p * width + start..];
-                transpose_square(to, width, &from[start * col_stride + p..], col_stride);
+                transpose_stored(to, width, &from[start * col_stride + p..], col_stride);
                 p += LANES;
             }
             for p in p..k {
                 let to = &mut panel[p * width + start..][..LANES];
                 for (lane, to) in to.iter_mut().enumerate() {
-                    *to = if lane < n { from[(start + lane) * col_stride + p] } else { 0.0 };
+                    *to = if lane < n { from[(start + lane) * col_stride + p].widen() } else { 0.0 };
                 }
             }
         }
