@@ -199,6 +199,61 @@ fn an_adapter_that_peft_wrote_can_be_trained_further() {
     assert_eq!(lab.json("merged/manifest.json")["stage"], json!("sft"));
 }
 
+/// Of losses and scores of the tiny models: eight bits of a weight instead of twenty-four.
+const ROUNDED: f64 = 0.03;
+
+#[test]
+fn a_trunk_in_bf16_goes_through_every_stage() {
+    let lab = Lab::before(SFT);
+    let narrow = ["--trunk", "bf16"];
+    let said = train(&lab, SFT, "sft-lora", &narrow);
+    assert!(said.contains("`base/model.safetensors`: matrices are rounded to bf16"), "{said}");
+    train(&lab, REWARD_MODEL_LORA, "reward-lora", &narrow);
+    let said = train(&lab, PPO_LORA, "ppo-lora", &narrow);
+    assert!(said.contains("one frozen trunk serves"), "{said}");
+    let first = &lab.lines("ppo-lora/metrics.jsonl")[0];
+    assert!(first["val/kl"].as_f64().unwrap().abs() < 1e-4, "the reference is the policy's start: {first}");
+    assert_eq!(lab.json("ppo-lora/manifest.json")["backend"], json!("flex, trunk in bf16"));
+
+    let eval = ["eval", "--checkpoint", "sft-lora", "--data", "data/sft.val.jsonl", "-q"];
+    let of_narrow = object(&lab, "sft", &[&eval[..], &narrow].concat())["loss"].as_f64().unwrap();
+    let difference = (of_narrow - loss(&lab, "sft-lora")).abs();
+    assert!(difference > 0.0 && difference < ROUNDED, "{difference}");
+    let prompts = ["--reward-model", "reward-lora", "--data", "data/prompts.val.jsonl", "-q"];
+    let eval = [&["eval", "--checkpoint", "ppo-lora", "--reference", "sft-lora"][..], &prompts, &narrow].concat();
+    assert!(object(&lab, "ppo", &eval)["kl_mean"].as_f64().unwrap().is_finite());
+    for program in ["chat", "pretrain"] {
+        let more: &[&str] = match program {
+            "chat" => &["generate", "--checkpoint", "ppo-lora", "--prompt", "the fox", "--max-tokens", "4", "-q"],
+            _ => &["eval", "--checkpoint", "base", "--data", "data/val.txt", "-q"],
+        };
+        lab.ok(program, &[more, &narrow].concat());
+    }
+
+    // What was trained beside a trunk in bf16 is added into the weights in f32.
+    merge(&lab, "sft-lora", "sft-merged");
+    assert!((loss(&lab, "sft-merged") - loss(&lab, "sft-lora")).abs() < MERGED);
+    // Another type on resuming is said.
+    let longer = ["--resume", "--set", "train.steps=14"];
+    let said = train(&lab, SFT, "sft-lora", &longer);
+    assert!(said.contains("the run began on `flex, trunk in bf16` and resumes on `flex`"), "{said}");
+}
+
+#[test]
+fn a_trunk_that_is_trained_is_not_in_bf16() {
+    let lab = Lab::before(SFT);
+    for stage in [PRETRAIN, SFT] {
+        let output = lab.run(stage.program, &stage.train("out", &["--trunk", "bf16"]));
+        assert_eq!(output.status.code(), Some(2), "{}", output.stderr);
+        assert!(output.stderr.contains("`--trunk bf16` is for weights that are not trained"), "{}", output.stderr);
+        assert!(!lab.path("out").exists());
+    }
+    let args = ["eval", "--checkpoint", "base", "--data", "data/sft.val.jsonl", "--trunk", "bf16"];
+    let output = lab.run("sft", &[&args[..], &["--backend", "ndarray"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", output.stderr);
+    assert!(output.stderr.contains("backend `ndarray` cannot hold weights in bf16"), "{}", output.stderr);
+}
+
 fn size(path: &Path) -> u64 {
     path.metadata().unwrap().len()
 }

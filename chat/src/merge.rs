@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use common::checkpoint::{self, Checkpoint, Manifest, Snapshot, Stage, Weights};
+use common::checkpoint::{self, Checkpoint, Manifest, Opening, Snapshot, Stage, Weights};
 use common::files::read_if_there;
 use common::out_dir::{self, OutLock};
 
@@ -14,8 +14,9 @@ use crate::cli::MergeArgs;
 /// An adapter of another program has no stage; its language model counts as one of `sft`.
 pub(crate) fn run(args: &MergeArgs) -> anyhow::Result<()> {
     args.process.start()?;
-    let checkpoint =
-        Checkpoint::open_on(&args.checkpoint, args.base.as_deref()).context("failed to load the adapter")?;
+    // In f32, whatever it was trained beside.
+    let opening = Opening { base: args.base.as_deref(), ..Opening::default() };
+    let checkpoint = Checkpoint::open_with(&args.checkpoint, opening).context("failed to load the adapter")?;
     let weights = checkpoint.merged()?;
     let _lock = OutLock::take(&args.out)?;
     let base: PathBuf = checkpoint.base().path;

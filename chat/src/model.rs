@@ -63,9 +63,9 @@ impl ChatModel {
     /// device, or the directory holds no language model or no tokenizer.
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
-        let (backend, base) = (&runtime.backend, runtime.base());
+        let (backend, opening) = (&runtime.backend, runtime.opening());
         let runtime = runtime.open()?;
-        let checkpoint = Checkpoint::open_on(dir, base)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.

@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Mutex;
 
-use burn::tensor::Device;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 use burn::tensor::DeviceKind;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "cpu"))]
 use burn::tensor::DeviceType;
+use burn::tensor::{Device, FloatDType};
 
 use crate::config::nearest;
-use crate::kernels::Precision;
+use crate::kernels::{Precision, TrunkPrecision};
 
 /// The backend of a run that names none.
 pub const DEFAULT: &str = "flex";
@@ -160,6 +160,18 @@ pub fn check_precision(name: &str, device: &Device, precision: Precision) -> Res
         Some(reason) => Err(BackendError::Precision { name: label(name, device), precision: precision.name(), reason }),
         None => Ok(()),
     }
+}
+
+/// Checks that the device that `name` opened can hold weights in the type of `trunk`.
+///
+/// # Errors
+/// [`BackendError::Trunk`].
+pub fn check_trunk(name: &str, device: &Device, trunk: TrunkPrecision) -> Result<(), BackendError> {
+    let holds_bf16 = || name.split(':').next() == Some(DEFAULT) || device.supports_dtype(FloatDType::BF16);
+    if trunk == TrunkPrecision::F32 || holds_bf16() {
+        return Ok(());
+    }
+    Err(BackendError::Trunk { name: label(name, device) })
 }
 
 /// Whether the backend computes on the host without a driver of any kind, and so in f32 only.
@@ -338,6 +350,12 @@ pub enum BackendError {
         precision: &'static str,
         /// Why not.
         reason: &'static str,
+    },
+    /// The device has no bf16.
+    #[error("backend `{name}` cannot hold weights in bf16\nhint: leave out `--trunk`, or use the backend `flex`")]
+    Trunk {
+        /// The backend and its adapter.
+        name: String,
     },
     /// The text after the colon is no number.
     #[error("backend `{name}`: expected NAME or NAME:INDEX, where INDEX is a whole number")]

@@ -6,7 +6,7 @@ use std::ops::AddAssign;
 use serde::Serialize;
 
 use crate::hf::{self, Class};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, TrunkPrecision};
 use crate::model::footprint::{self, Batch, Computation};
 use crate::model::params::Output;
 use crate::model::{GptConfig, LoraConfig};
@@ -92,6 +92,8 @@ pub struct Settings {
     pub micro_batch_size: usize,
     /// `train.checkpoint_activations`.
     pub checkpoint_activations: bool,
+    /// `--trunk`.
+    pub trunk: TrunkPrecision,
 }
 
 /// A model that is trained.
@@ -107,6 +109,8 @@ pub struct Trained<'a> {
     pub kernels: Kernels,
     /// Whether it keeps the inputs of its blocks alone.
     pub checkpoint_activations: bool,
+    /// The type of the weights that adapters stand beside.
+    pub trunk: TrunkPrecision,
     /// A micro-batch.
     pub batch: Batch,
     /// Whether a step has several.
@@ -117,7 +121,7 @@ impl Trained<'_> {
     /// Weights, moments, gradients and activations, and what saving copies: the optimiser's moments, the weights, the
     /// weights to hand on, and those again where transformers has them in another order.
     pub fn needs(&self) -> Needs {
-        let all = footprint::weights(self.config, self.output);
+        let all = footprint::weights(self.config, self.output, self.trunk);
         // What is wrong with `[lora]` is said where the adapters are made.
         let adapters = self.lora.and_then(|lora| hf::adapters_of(self.config, lora).ok());
         let beside = adapters.as_ref().map(|adapters| footprint::adapters(self.config, self.output, adapters));
@@ -242,7 +246,7 @@ fn check_within(
         (1..=settings.micro_batch_size)
             .rev()
             .filter(|&micro| batch_size.is_multiple_of(micro))
-            .map(|micro_batch_size| Settings { micro_batch_size, checkpoint_activations })
+            .map(|micro_batch_size| Settings { micro_batch_size, checkpoint_activations, ..settings })
             .find(fits)
     };
     let mut would_fit: Vec<Settings> = smaller(settings.checkpoint_activations).into_iter().collect();
@@ -310,8 +314,8 @@ impl fmt::Display for Needs {
 /// # Errors
 /// If they do not fit.
 pub fn check_model(model: &GptConfig) -> Result<(), TooLarge> {
-    let settings = Settings { micro_batch_size: 1, checkpoint_activations: true };
-    check(1, settings, |Settings { checkpoint_activations, .. }| {
+    let settings = Settings { micro_batch_size: 1, checkpoint_activations: true, trunk: TrunkPrecision::F32 };
+    check(1, settings, |Settings { checkpoint_activations, trunk, .. }| {
         let batch = Batch { rows: 1.0, seq: 1.0 };
         let trained = Trained {
             config: model,
@@ -319,6 +323,7 @@ pub fn check_model(model: &GptConfig) -> Result<(), TooLarge> {
             lora: None,
             kernels: Kernels::Fused,
             checkpoint_activations,
+            trunk,
             batch,
             accumulates: false,
         };
@@ -381,7 +386,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_with_settings_that_would() {
         let check = |available: f64, micro_batch_size: usize| {
-            let settings = Settings { micro_batch_size, checkpoint_activations: false };
+            let trunk = TrunkPrecision::F32;
+            let settings = Settings { micro_batch_size, checkpoint_activations: false, trunk };
             check_within(available * GIB, 12, settings, needs).map_err(|error| error.to_string())
         };
         assert_eq!(check(8.0, 4), Ok(()));

@@ -10,9 +10,12 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
 use serde::Serialize;
 
 use crate::backend::{self, BackendError};
+use crate::checkpoint::Opening;
 use crate::config::{self, Configuration, PathResolver, Sources};
-use crate::kernels::{Kernels, Precision, memory};
+use crate::exit::UsageError;
+use crate::kernels::{Kernels, Precision, TrunkPrecision, memory};
 use crate::logging;
+use crate::model::LoraConfig;
 use crate::out_dir::{self, OutDirError};
 use crate::runtime::{self, Runtime, ThreadsError};
 
@@ -72,6 +75,11 @@ pub struct RuntimeArgs {
     /// Floating-point type of the model's computations; weights and optimiser state stay in f32
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub precision: Precision,
+
+    /// Floating-point type in which the matrices of weights that are not trained lie in memory: all where nothing is trained,
+    /// and those beside the adapters of [lora]
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub trunk: TrunkPrecision,
 
     /// Base of the adapters that are given, in place of the one that each names
     #[arg(long, value_name = "DIR")]
@@ -146,12 +154,32 @@ impl RuntimeArgs {
         self.base.as_deref()
     }
 
+    /// How checkpoints are opened.
+    pub fn opening(&self) -> Opening<'_> {
+        Opening { base: self.base(), trunk: self.trunk }
+    }
+
+    /// Refuses a trunk in bf16 where all weights are trained, that is, without `lora`.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn check_trunk(&self, lora: Option<&LoraConfig>) -> Result<(), UsageError> {
+        if self.trunk == TrunkPrecision::F32 || lora.is_some() {
+            return Ok(());
+        }
+        Err(UsageError(
+            "`--trunk bf16` is for weights that are not trained, and here all are\nhint: leave it out, or train adapters \
+             beside them, with a section `[lora]`"
+                .to_owned(),
+        ))
+    }
+
     /// Opens the device, without autodiff.
     ///
     /// # Errors
     /// As [`Runtime::open`].
     pub fn open(&self) -> Result<Runtime, BackendError> {
-        Runtime::open(&self.backend, self.kernels, self.precision)
+        Runtime::open(&self.backend, self.kernels, self.precision, self.trunk)
     }
 
     /// Runs a command's work: logging and threads are set up before.

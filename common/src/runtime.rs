@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use crate::backend::{self, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::hf::HostAdapter;
-use crate::kernels::{self, Kernels, Precision};
+use crate::kernels::{self, Kernels, Precision, TrunkPrecision};
 use crate::model::params::Output;
 use crate::model::{Gpt, GptConfig, LoraConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
@@ -22,10 +22,12 @@ pub struct Runtime {
     pub kernels: Kernels,
     /// Float type of the model's computations.
     pub precision: Precision,
+    /// Float type in which weights that are not trained lie in memory.
+    pub trunk: TrunkPrecision,
     /// Whether the models it gives compute the activations inside their blocks twice in training; see
     /// [`Gpt::with_checkpoints`].
     pub checkpoint_activations: bool,
-    /// The backend as a checkpoint records it: as given, with the adapter found, and the precision unless it is f32.
+    /// The backend as a checkpoint records it: as given, with the adapter found, and the precisions unless they are f32.
     pub label: String,
 }
 
@@ -33,15 +35,24 @@ impl Runtime {
     /// Opens the device `NAME[:INDEX]`, without autodiff.
     ///
     /// # Errors
-    /// As [`backend::open`], and if the device cannot compute in `precision`.
-    pub fn open(backend: &str, kernels: Kernels, precision: Precision) -> Result<Self, BackendError> {
+    /// As [`backend::open`], and if the device cannot compute in `precision` or hold weights in the type of `trunk`.
+    pub fn open(
+        backend: &str,
+        kernels: Kernels,
+        precision: Precision,
+        trunk: TrunkPrecision,
+    ) -> Result<Self, BackendError> {
         let device = backend::open(backend)?;
         backend::check_precision(backend, &device, precision)?;
+        backend::check_trunk(backend, &device, trunk)?;
         let mut label = backend::label(backend, &device);
         if precision != Precision::F32 {
             label = format!("{label}, {}", precision.name());
         }
-        Ok(Self { device, kernels, precision, checkpoint_activations: false, label })
+        if trunk != TrunkPrecision::F32 {
+            label = format!("{label}, trunk in {}", trunk.name());
+        }
+        Ok(Self { device, kernels, precision, trunk, checkpoint_activations: false, label })
     }
 
     /// The same device with autodiff, for the models that are trained.
@@ -124,9 +135,10 @@ impl Runtime {
         Ok(self.ready_scalar(checkpoint.load_value(&self.device)?))
     }
 
-    /// A language model with random weights, see [`Gpt::new`].
+    /// A language model with random weights, see [`Gpt::new`], in the type of the trunk.
     pub fn new_gpt(&self, config: &GptConfig, streams: &Streams) -> Gpt {
-        self.ready(Gpt::new(config, streams, &self.device))
+        let gpt = self.ready(Gpt::new(config, streams, &self.device));
+        if self.trunk == TrunkPrecision::Bf16 { gpt.narrowed() } else { gpt }
     }
 
     /// A language model with the given weights.

@@ -3,6 +3,7 @@
 use anyhow::ensure;
 use common::capacity::Settings;
 use common::cli::StageArgs;
+use common::kernels::TrunkPrecision;
 use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
 use common::rng::Streams;
@@ -259,10 +260,11 @@ impl PpoConfig {
     }
 
     /// The settings that decide how much memory an update needs.
-    pub fn memory(&self) -> Settings {
+    pub fn memory(&self, trunk: TrunkPrecision) -> Settings {
         Settings {
             micro_batch_size: self.micro_batch_size(),
             checkpoint_activations: self.train.checkpoint_activations,
+            trunk,
         }
     }
 

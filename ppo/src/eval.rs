@@ -85,14 +85,14 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If a checkpoint or the prompts cannot be used, or the three models do not share a tokenizer.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let base = args.runtime.base();
-    let open = |dir, stages: [Stage; 3]| checkpoint::init_from(dir, base)?.of_stage(&stages);
+    let opening = args.runtime.opening();
+    let open = |dir, stages: [Stage; 3]| checkpoint::init_from(dir, opening)?.of_stage(&stages);
     let policy = open(&args.checkpoint, [Stage::Ppo, Stage::Sft, Stage::Pretrain]);
     let policy = policy.context("failed to load the policy")?;
     let reference = open(&args.reference, [Stage::Sft, Stage::Pretrain, Stage::Ppo]);
     let reference = reference.context("failed to load the reference policy")?;
-    let reward_model =
-        checkpoint::open_reward_model(&args.reward_model, base, &policy).context("failed to load the reward model")?;
+    let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &policy)
+        .context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy)?;

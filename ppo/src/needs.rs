@@ -2,7 +2,7 @@
 
 use common::capacity::{self, Lengths, Needs, Settings, Trained};
 use common::checkpoint::Preview;
-use common::kernels::Kernels;
+use common::kernels::{Kernels, TrunkPrecision};
 use common::model::footprint::{self, Batch};
 use common::model::params::Output;
 use common::runtime::Runtime;
@@ -24,7 +24,7 @@ pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, runtime: &Runtime) -> 
     let kernels = runtime.effective_kernels();
     capacity::check_run(
         config.train.batch_size / config.ppo.minibatches,
-        config.memory(),
+        config.memory(runtime.trunk),
         policy.config.max_seq_len,
         || lengths(config, &policy),
         |lengths, settings| needs(config, [&policy, &reward_model], lengths, kernels, settings),
@@ -62,18 +62,27 @@ pub fn needs(
         lora: config.lora.as_ref(),
         kernels,
         checkpoint_activations: settings.checkpoint_activations,
+        trunk: settings.trunk,
         batch,
         accumulates: settings.micro_batch_size < config.train.batch_size / config.ppo.minibatches,
     };
     let actor = trained(policy, Output::Logits);
     let mut needs = actor.needs();
-    let (of_policy, of_reward_model) =
-        (footprint::weights(policy, Output::Logits), footprint::weights(reward_model, Output::Score));
+    let of_policy = footprint::weights(policy, Output::Logits, settings.trunk);
+    let of_reward_model = footprint::weights(reward_model, Output::Score, settings.trunk);
     if config.ppo.estimator.has_critic() {
         let critic = trained(reward_model, Output::Score).needs();
         // It is saved once: nothing is handed on in its place. A trunk that it shares is the reward model's.
         let shared = if config.lora.is_some() { of_reward_model } else { 0.0 };
-        needs += Needs { weights: critic.weights - shared, saving: critic.saving - critic.moments / 2.0, ..critic };
+        let [activations, last_activations] = if settings.trunk == TrunkPrecision::F32 {
+            [critic.activations, critic.last_activations]
+        } else {
+            // One model after the other: what the larger takes beyond the actor's.
+            [critic.activations - needs.activations, critic.last_activations - needs.last_activations]
+                .map(|x| x.max(0.0))
+        };
+        let (weights, saving) = (critic.weights - shared, critic.saving - critic.moments / 2.0);
+        needs += Needs { weights, saving, activations, last_activations, ..critic };
     }
     let rows = config.train.rollout_batch_size.min(config.train.batch_size);
     needs += Needs {

@@ -37,6 +37,7 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = PpoConfig::load(&args.stage)?;
+    args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     needs::check(&config, args, &runtime)?;
@@ -106,11 +107,11 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 /// # Errors
 /// If one of them cannot be used, or their tokenizers differ.
 pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
-    let base = args.stage.runtime.base();
-    let initial = checkpoint::init_from(&args.policy, base).and_then(|policy| policy.of_stage(&[Stage::Sft]));
+    let opening = args.stage.runtime.opening();
+    let initial = checkpoint::init_from(&args.policy, opening).and_then(|policy| policy.of_stage(&[Stage::Sft]));
     let initial = initial.context("failed to load the initial policy")?;
-    let reward_model =
-        checkpoint::open_reward_model(&args.reward_model, base, &initial).context("failed to load the reward model")?;
+    let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &initial)
+        .context("failed to load the reward model")?;
     Ok((initial, reward_model))
 }
 

@@ -93,11 +93,14 @@ impl Learner {
         let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
         for part in by_length(lengths, config.micro_batch_size()) {
             let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), n_tokens);
-            let (policy, value) = kernels::join(
-                &self.policy.device(),
-                || part.policy_gradients(self, config),
-                || self.critic.as_ref().map(|critic| part.value_gradients(critic, config)),
-            );
+            let of_policy = || part.policy_gradients(self, config);
+            let of_value = || self.critic.as_ref().map(|critic| part.value_gradients(critic, config));
+            let (policy, value) = if self.policy.is_narrow() {
+                // Memory is short: the activations of one model at a time.
+                (of_policy(), of_value())
+            } else {
+                kernels::join(&self.policy.device(), of_policy, of_value)
+            };
             if sums.n_updates() == 0 {
                 part.check_ratio(policy.log_probs, config.ppo.ratio_tolerance)?;
             }

@@ -36,7 +36,7 @@ impl Evaluation {
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open_on(&args.checkpoint, args.runtime.base())?.of_stage(&[
+    let checkpoint = Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[
         Stage::Pretrain,
         Stage::Sft,
         Stage::Ppo,

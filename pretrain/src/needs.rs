@@ -24,7 +24,7 @@ pub(crate) fn check(
         return Ok(());
     }
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations);
+    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
     let kernels = runtime.effective_kernels();
     let needs = |settings| needs(config, model, seq_len, has_init, kernels, settings);
     Ok(capacity::check(amount.batch_size, settings, needs)?)
@@ -47,11 +47,12 @@ pub fn needs(
         lora: None,
         kernels,
         checkpoint_activations: settings.checkpoint_activations,
+        trunk: settings.trunk,
         batch: Batch { rows: settings.micro_batch_size as f64, seq: seq_len as f64 },
         accumulates: settings.micro_batch_size < config.train.batch_size,
     };
     Needs {
-        initial: if has_init { footprint::weights(&model, Output::Logits) } else { 0.0 },
+        initial: if has_init { footprint::weights(&model, Output::Logits, settings.trunk) } else { 0.0 },
         data: capacity::vocabulary(model.vocab_size),
         ..trained.needs()
     }

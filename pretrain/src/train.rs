@@ -28,6 +28,7 @@ use crate::needs;
 /// If configuration, data or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = PretrainConfig::load(&args.stage)?;
+    args.stage.runtime.check_trunk(None)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args, &config, &runtime)?;
@@ -184,7 +185,7 @@ fn starting_point(
             if let Ok(initial) = Preview::open(dir, args.stage.runtime.base()) {
                 needs::check(config, &initial.config, true, runtime)?;
             }
-            let init = checkpoint::init_from(dir, args.stage.runtime.base())
+            let init = checkpoint::init_from(dir, args.stage.runtime.opening())
                 .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]))
                 .context("failed to load the initial model")?
                 .with_dropout(config.model.dropout);

@@ -48,7 +48,7 @@ struct Model {
 impl Model {
     fn open(setup: &Setup, due: &[Step]) -> Result<Self> {
         if let Some(init) = &setup.recipe.config.init {
-            let model = checkpoint::init_from(init, setup.adapter_base.as_deref())
+            let model = checkpoint::init_from(init, setup.opening_init())
                 .and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
             let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
@@ -64,7 +64,7 @@ impl Model {
                 Some((model.max_seq_len, "`pretrain.model.max_seq_len`".to_owned()))
             }
             // The recipe goes on from what an earlier run of it left.
-            None => Checkpoint::open(&setup.base())
+            None => Checkpoint::open_with(&setup.base(), setup.opening())
                 .ok()
                 .map(|model| (model.model_config().max_seq_len, format!("`{}`", setup.base().display()))),
         };

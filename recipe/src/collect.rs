@@ -71,7 +71,7 @@ impl Collector<'_> {
     /// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
     pub fn run(&self) -> Result<Outcome> {
         let config = self.config;
-        let checkpoint = Checkpoint::open(&self.setup.dir(Step::Sft))
+        let checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())
             .and_then(|checkpoint| checkpoint.of_stage(&[Stage::Sft]))
             .context("failed to load the model to sample from")?;
         let gpt = self.runtime.open()?.gpt(&checkpoint)?;

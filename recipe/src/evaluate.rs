@@ -104,8 +104,8 @@ impl Evaluator<'_> {
         };
         let failed = || format!("failed to load `{}`", dir.display());
         match policy {
-            Policy::Base => checkpoint::init_from(&dir, self.setup.adapter_base.as_deref()),
-            Policy::Sft | Policy::Ppo => Checkpoint::open(&dir),
+            Policy::Base => checkpoint::init_from(&dir, self.setup.opening_init()),
+            Policy::Sft | Policy::Ppo => Checkpoint::open_with(&dir, self.setup.opening()),
         }
         .with_context(failed)
     }
@@ -134,7 +134,7 @@ impl Evaluator<'_> {
             return Ok(None);
         };
         let scores = if self.trains(Step::RewardModel) {
-            let reward_model = Checkpoint::open(&self.setup.dir(Step::RewardModel))?;
+            let reward_model = Checkpoint::open_with(&self.setup.dir(Step::RewardModel), self.setup.opening())?;
             let model = runtime.scalar(&reward_model)?;
             answers::scores(&model, reward_model.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {

@@ -24,8 +24,8 @@ const WITHOUT_EFFECT: [&str; 4] = ["run.log_every", "run.save_every", "run.save_
 
 /// Names and values: settings as `--set` takes them, hashes of files and of the weights a step starts from.
 ///
-/// The backend and the number of threads are left out: they say where a step runs, not what it computes. The precision
-/// is part of what it computes.
+/// The backend and the number of threads are left out: they say where a step runs, not what it computes. Precisions
+/// are part of what it computes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Inputs(BTreeMap<String, String>);

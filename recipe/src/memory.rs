@@ -112,7 +112,7 @@ impl Planner {
     /// `None` if the recipe has no configuration of the stage.
     fn stage(&mut self, step: Step) -> Result<Option<Needs>> {
         let Self { setup, kernels, model } = self;
-        let (kernels, resolver) = (*kernels, setup.recipe.resolver(step));
+        let (kernels, trunk, resolver) = (*kernels, setup.trunk, setup.recipe.resolver(step));
         let config = &model.config;
         let unknown = Lengths::unknown(config.max_seq_len);
         // What is generated later is not there yet.
@@ -121,24 +121,24 @@ impl Planner {
         };
         let needs: Option<Result<Needs>> = match step {
             Step::Pretrain => setup.configs.pretrain.as_ref().map(|stage| {
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations);
+                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
                 let has_init = setup.recipe.config.init.is_some();
                 Ok(pretrain::needs(stage, config, stage.seq_len(config)?, has_init, kernels, settings))
             }),
             Step::Sft => setup.configs.sft.as_mut().map(|stage| {
                 let lengths = if is_there(stage.data.sources_mut()) { sft::lengths(stage, model)? } else { unknown };
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations);
+                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
                 Ok(sft::needs(stage, config, &lengths, kernels, settings))
             }),
             Step::RewardModel => setup.configs.reward_model.as_mut().map(|stage| {
                 let is_there = setup.recipe.config.collect.is_none() && is_there(stage.data.sources_mut());
                 let lengths = if is_there { reward_model::lengths(stage, model)? } else { unknown };
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations);
+                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
                 Ok(reward_model::needs(stage, config, &lengths, kernels, settings))
             }),
             Step::Ppo => setup.configs.ppo.as_mut().map(|stage| {
                 let lengths = if is_there(stage.data.sources_mut()) { ppo::lengths(stage, model)? } else { unknown };
-                Ok(ppo::needs(stage, [model, model], &lengths, kernels, stage.memory()))
+                Ok(ppo::needs(stage, [model, model], &lengths, kernels, stage.memory(trunk)))
             }),
             Step::World | Step::Tokenizer | Step::Collect | Step::Evaluate => None,
         };

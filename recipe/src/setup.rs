@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use common::checkpoint::Manifest;
+use common::checkpoint::{Manifest, Opening};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
+use common::kernels::TrunkPrecision;
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
@@ -54,6 +55,15 @@ impl StageConfigs {
         }
         Ok(configs)
     }
+
+    /// [`RuntimeArgs::check_trunk`] of every stage.
+    fn check_trunk(&self, runtime: &RuntimeArgs) -> Result<()> {
+        let of = |step: Step, lora| runtime.check_trunk(lora).with_context(|| format!("the step `{step}` cannot run"));
+        self.pretrain.iter().try_for_each(|_| of(Step::Pretrain, None))?;
+        self.sft.iter().try_for_each(|config| of(Step::Sft, config.lora.as_ref()))?;
+        self.reward_model.iter().try_for_each(|config| of(Step::RewardModel, config.lora.as_ref()))?;
+        self.ppo.iter().try_for_each(|config| of(Step::Ppo, config.lora.as_ref()))
+    }
 }
 
 fn load<T: Configuration + Default>(
@@ -79,6 +89,8 @@ pub struct Setup {
     pub precision: &'static str,
     /// Base of the initial model, if that is an adapter, in place of the one that it names.
     pub adapter_base: Option<PathBuf>,
+    /// Float type of weights that are not trained.
+    pub trunk: TrunkPrecision,
     /// Of the stages in the recipe.
     pub configs: StageConfigs,
 }
@@ -87,13 +99,26 @@ impl Setup {
     /// Reads and checks the configuration of every stage of `recipe`.
     ///
     /// # Errors
-    /// If a configuration is not valid, or the gold scorer's words cannot be read.
+    /// If a configuration is not valid, a stage would train the weights that `runtime` wants in bf16, or the gold scorer's
+    /// words cannot be read.
     pub fn open(recipe: Recipe, runtime: &RuntimeArgs) -> Result<Self> {
         let gold = recipe.config.gold.as_ref().map(GoldConfig::open).transpose();
         let gold = gold.context("failed to open the gold scorer")?;
         let configs = StageConfigs::load(&recipe)?;
-        let (precision, adapter_base) = (runtime.precision.name(), runtime.base().map(Path::to_owned));
-        Ok(Self { gold, out: recipe.out.clone(), precision, adapter_base, configs, recipe })
+        configs.check_trunk(runtime)?;
+        let (precision, trunk) = (runtime.precision.name(), runtime.trunk);
+        let adapter_base = runtime.base().map(Path::to_owned);
+        Ok(Self { gold, out: recipe.out.clone(), precision, adapter_base, trunk, configs, recipe })
+    }
+
+    /// How the initial model is opened.
+    pub fn opening_init(&self) -> Opening<'_> {
+        Opening { base: self.adapter_base.as_deref(), trunk: self.trunk }
+    }
+
+    /// How the recipe's own checkpoints are opened.
+    pub fn opening(&self) -> Opening<'static> {
+        Opening { base: None, trunk: self.trunk }
     }
 
     /// The initial model and the data files of all steps, as far as they are there.
@@ -210,6 +235,9 @@ impl Setup {
         }
         if !matches!(step, Step::World | Step::Tokenizer) {
             inputs.set("precision", self.precision);
+            if self.trunk != TrunkPrecision::F32 {
+                inputs.set("trunk", self.trunk.name());
+            }
         }
         Ok(inputs)
     }
@@ -277,6 +305,7 @@ impl Setup {
             Step::Ppo => drop(defaults.settings("ppo", &PpoConfig::default())?),
         }
         defaults.set("precision", "f32");
+        defaults.set("trunk", "f32");
         Ok(defaults)
     }
 

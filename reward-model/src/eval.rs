@@ -20,7 +20,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the checkpoint or the file cannot be used, or a score is not finite.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let checkpoint = Checkpoint::open_on(&args.checkpoint, args.runtime.base())?.of_stage(&[Stage::RewardModel])?;
+    let checkpoint =
+        Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
     let tokenizer = checkpoint.require_tokenizer()?;
     let model = args.runtime.open()?.scalar(&checkpoint)?;
     let max_seq_len = model.config().max_seq_len;

@@ -29,7 +29,7 @@ pub(crate) fn check(
         return Ok(());
     };
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations);
+    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
     let kernels = runtime.effective_kernels();
     capacity::check_run(
         amount.batch_size,
@@ -67,11 +67,12 @@ pub fn needs(
         lora: config.lora.as_ref(),
         kernels,
         checkpoint_activations: settings.checkpoint_activations,
+        trunk: settings.trunk,
         batch: Batch { rows: 2.0 * settings.micro_batch_size as f64, seq: lengths.longest() as f64 },
         accumulates: settings.micro_batch_size < config.train.batch_size,
     };
     // With adapters the initial model is their trunk.
-    let initial = if config.lora.is_some() { 0.0 } else { footprint::weights(&model, Output::Logits) };
+    let initial = if config.lora.is_some() { 0.0 } else { footprint::weights(&model, Output::Logits, settings.trunk) };
     let normalisation = &config.normalisation;
     let rows = normalisation.batch_size.min(normalisation.samples);
     let cache = footprint::cache(&model, rows, (lengths.longest() + normalisation.max_tokens).min(model.max_seq_len));

@@ -37,11 +37,12 @@ use crate::normalisation::{Normalisation, score_samples};
 /// cannot be normalised.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = RewardModelConfig::load(&args.stage)?;
+    args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let streams = Streams::new(config.seed);
-    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
+    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);

@@ -22,7 +22,7 @@ pub(crate) fn check(config: &SftConfig, init: &Path, base: Option<&Path>, runtim
         return Ok(());
     };
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations);
+    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
     let kernels = runtime.effective_kernels();
     capacity::check_run(
         amount.batch_size,
@@ -53,6 +53,7 @@ pub fn needs(config: &SftConfig, model: &GptConfig, lengths: &Lengths, kernels: 
         lora: config.lora.as_ref(),
         kernels,
         checkpoint_activations: settings.checkpoint_activations,
+        trunk: settings.trunk,
         batch: lengths.packed(settings.micro_batch_size),
         accumulates: settings.micro_batch_size < config.train.batch_size,
     };

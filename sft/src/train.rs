@@ -29,10 +29,11 @@ use crate::needs;
 /// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = SftConfig::load(&args.stage)?;
+    args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
-    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.base())
+    let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
         .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);

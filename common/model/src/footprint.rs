@@ -1,9 +1,9 @@
 //! Memory that a model takes: its weights, the activations that a training step keeps, and a cache.
 //!
-//! All in f32 and in bytes. The terms follow from the table of parameters and from what each operation's backward pass
+//! In bytes, and all in f32 but for the matrices of a frozen trunk. The terms follow from the table of parameters and from what each operation's backward pass
 //! keeps; they were found with an allocator that counts.
 
-use kernels::{Activation, Kernels};
+use kernels::{Activation, Kernels, TrunkPrecision};
 
 use crate::params::{Output, parameters, score_head};
 use crate::{Adapters, GptConfig, NormPlacement, Positions};
@@ -11,15 +11,17 @@ use crate::{Adapters, GptConfig, NormPlacement, Positions};
 /// Bytes of a number.
 const F32: f64 = 4.0;
 
-/// Bytes of the weights, and of fixed positions.
-pub fn weights(config: &GptConfig, output: Output) -> f64 {
+/// Bytes of the weights, matrices in the type of `trunk`, and of fixed positions.
+pub fn weights(config: &GptConfig, output: Output, trunk: TrunkPrecision) -> f64 {
     let one_layer = GptConfig { n_layers: 1, ..config.clone() };
     let sizes = parameters(&one_layer, output).map(|parameter| {
         let copies = if parameter.block().is_some() { config.n_layers } else { 1 };
-        parameter.shape().iter().map(|&size| size as f64).product::<f64>() * copies as f64
+        let is_narrow = trunk == TrunkPrecision::Bf16 && parameter.role().may_be_narrow();
+        let bytes = if is_narrow { F32 / 2.0 } else { F32 };
+        bytes * parameter.shape().iter().map(|&size| size as f64).product::<f64>() * copies as f64
     });
     let fixed = if config.positions == Positions::Sinusoidal { config.max_seq_len * config.d_model } else { 0 };
-    F32 * (sizes.sum::<f64>() + fixed as f64)
+    sizes.sum::<f64>() + F32 * fixed as f64
 }
 
 /// Bytes of what is trained beside frozen weights: adapters, and a reward model's head.

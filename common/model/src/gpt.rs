@@ -1,7 +1,7 @@
 //! The decoder-only transformer.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, bf16};
 use rayon::prelude::*;
 
 use super::adapter::{Adapters, trains_beside_trunk};
@@ -78,6 +78,33 @@ impl Gpt {
     /// If `config` is invalid, see [`GptConfig::validate`].
     pub fn from_named(config: &GptConfig, named: NamedTensors, device: &Device) -> Result<Self, NamedError> {
         super::named::load(Self::blank(config, device), named)
+    }
+
+    /// [`from_named`](Self::from_named) with weights in bf16 among the others, which stay so: a model that is not trained.
+    ///
+    /// # Errors
+    /// As `from_named`.
+    ///
+    /// # Panics
+    /// As `from_named`.
+    pub fn from_both(
+        config: &GptConfig,
+        named: NamedTensors,
+        narrow: NamedTensors<bf16>,
+        device: &Device,
+    ) -> Result<Self, NamedError> {
+        super::named::load_both(Self::blank(config, device), named, narrow, |_| true)
+    }
+
+    /// The same model with its matrices in bf16, rounded to the nearest: one that is not trained.
+    #[must_use]
+    pub fn narrowed(self) -> Self {
+        super::named::narrow(self)
+    }
+
+    /// Whether its matrices are in bf16.
+    pub fn is_narrow(&self) -> bool {
+        self.token_embedding.val().dtype() == DType::BF16
     }
 
     /// A model whose parameters have their shapes only, to be [loaded](super::named::load).

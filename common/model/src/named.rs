@@ -3,16 +3,25 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Element, FloatDType, Tensor, TensorData, bf16};
 use thiserror::Error;
+
+use crate::params::{Role, role_of};
 
 /// A tensor in main memory, row-major.
 #[derive(Debug, Clone, PartialEq)]
-pub struct HostTensor {
+pub struct HostTensor<T = f32> {
     /// Size of each axis.
     pub shape: Vec<usize>,
     /// The numbers, `shape.iter().product()` of them.
-    pub data: Vec<f32>,
+    pub data: Vec<T>,
+}
+
+impl<T: Element> HostTensor<T> {
+    /// The same numbers on `device`, in the same type.
+    fn on<const D: usize>(self, device: &Device, dtype: DType) -> Tensor<D> {
+        Tensor::from_data(TensorData::new(self.data, self.shape), (device, dtype))
+    }
 }
 
 impl HostTensor {
@@ -28,7 +37,7 @@ impl HostTensor {
 }
 
 /// Tensors by path, such as `blocks.0.mlp.up.weight`.
-pub type NamedTensors = BTreeMap<String, HostTensor>;
+pub type NamedTensors<T = f32> = BTreeMap<String, HostTensor<T>>;
 
 /// Why a set of tensors does not fit a model.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -126,6 +135,21 @@ pub(crate) fn freeze<M: Module>(module: M, device: &Device) -> M {
     map(module, &mut Freeze(device))
 }
 
+/// `module` with the matrices of its trunk in bf16, rounded to the nearest; see [`Role::may_be_narrow`].
+pub(crate) fn narrow<M: Module>(module: M) -> M {
+    struct Narrow;
+    impl ParamMapper for Narrow {
+        fn map<const D: usize>(&mut self, path: String, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !role_of(&path).is_some_and(Role::may_be_narrow) {
+                return param;
+            }
+            let (id, value, mapper) = param.consume();
+            Param::from_mapped_value(id, value.cast(FloatDType::BF16).set_require_grad(false), mapper)
+        }
+    }
+    map(module, &mut Narrow)
+}
+
 /// The same numbers with autodiff or without, as `device` has it.
 pub(crate) fn on<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
     let inner = tensor.inner();
@@ -175,9 +199,20 @@ pub(crate) fn load<M: Module>(module: M, named: NamedTensors) -> Result<M, Named
 
 /// Gives the parameters of `module` whose paths are `wanted` their values from `named`, which holds no others.
 pub(crate) fn load_where<M: Module>(module: M, named: NamedTensors, wanted: fn(&str) -> bool) -> Result<M, NamedError> {
+    load_both(module, named, NamedTensors::new(), wanted)
+}
+
+/// [`load_where`], with tensors that stay in bf16 among those of `named`.
+pub(crate) fn load_both<M: Module>(
+    module: M,
+    named: NamedTensors,
+    narrow: NamedTensors<bf16>,
+    wanted: fn(&str) -> bool,
+) -> Result<M, NamedError> {
     struct Load {
         wanted: fn(&str) -> bool,
         named: NamedTensors,
+        narrow: NamedTensors<bf16>,
         error: Option<NamedError>,
     }
     impl ParamMapper for Load {
@@ -187,12 +222,16 @@ pub(crate) fn load_where<M: Module>(module: M, named: NamedTensors, wanted: fn(&
             }
             let (id, blank, mapper) = param.consume();
             let expected = blank.dims().to_vec();
-            let value = match self.named.remove(&path) {
-                Some(HostTensor { shape, data }) if shape == expected => {
-                    let value = Tensor::<D>::from_data(TensorData::new(data, shape), &blank.device());
+            let (wide, narrow) = (self.named.remove(&path), self.narrow.remove(&path));
+            let found = wide.as_ref().map(|t| &t.shape).or(narrow.as_ref().map(|t| &t.shape)).cloned();
+            let value = match found {
+                Some(found) if found == expected => {
+                    let device = blank.device();
+                    let narrow = narrow.map(|tensor| tensor.on(&device, DType::BF16));
+                    let value = wide.map(|tensor| tensor.on(&device, DType::F32)).or(narrow).unwrap_or(blank.clone());
                     if blank.is_require_grad() { value.require_grad() } else { value }
                 }
-                Some(HostTensor { shape: found, .. }) => {
+                Some(found) => {
                     self.error.get_or_insert(NamedError::Shape { path, found, expected });
                     blank
                 }
@@ -204,12 +243,12 @@ pub(crate) fn load_where<M: Module>(module: M, named: NamedTensors, wanted: fn(&
             Param::from_mapped_value(id, value, mapper)
         }
     }
-    let mut load = Load { wanted, named, error: None };
+    let mut load = Load { wanted, named, narrow, error: None };
     let module = map(module, &mut load);
     if let Some(error) = load.error {
         return Err(error);
     }
-    match load.named.into_keys().next() {
+    match load.named.into_keys().chain(load.narrow.into_keys()).next() {
         Some(path) => Err(NamedError::Unused { path }),
         None => Ok(module),
     }

@@ -47,6 +47,12 @@ impl Role {
         matches!(self, Self::Linear { .. })
     }
 
+    /// Whether it lies in bf16 where the trunk does: matrices do, and not vectors, tables of positions and heads of scores,
+    /// which are small.
+    pub const fn may_be_narrow(self) -> bool {
+        matches!(self, Self::TokenEmbedding | Self::OutputHead | Self::Linear { .. })
+    }
+
     /// Whether it is trained where the trunk is frozen: the adapters, and a reward model's head, which no base has.
     pub const fn trains_beside_trunk(self) -> bool {
         matches!(self, Self::Adapter | Self::ScoreHead)

@@ -1,7 +1,7 @@
 //! A GPT that gives one number a position: reward models and value models.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData, bf16};
 
 use super::adapter::{Adapters, trains_beside_trunk};
 use super::params::score_head;
@@ -205,7 +205,21 @@ impl ScalarGpt {
         score_bias: f64,
         device: &Device,
     ) -> Result<Self, NamedError> {
+        Self::from_both(config, named, NamedTensors::new(), score_bias, device)
+    }
+
+    /// [`from_named`](Self::from_named) with weights in bf16 among the others, see [`Gpt::from_both`].
+    ///
+    /// # Errors
+    /// As `from_named`.
+    pub fn from_both(
+        config: &GptConfig,
+        named: NamedTensors,
+        narrow: NamedTensors<bf16>,
+        score_bias: f64,
+        device: &Device,
+    ) -> Result<Self, NamedError> {
         let trunk = Gpt::blank(config, device).without_head();
-        super::named::load(Self::blank(trunk, score_bias, device), named)
+        super::named::load_both(Self::blank(trunk, score_bias, device), named, narrow, |_| true)
     }
 }

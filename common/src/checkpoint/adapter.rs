@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, bf16};
 
 use super::init::add_tokens;
-use super::{Checkpoint, CheckpointError, Manifest, Parent, VALUE_DIR, Weights};
+use super::{Checkpoint, CheckpointError, Manifest, Opening, Parent, VALUE_DIR, Weights};
 use crate::hf::{self, AdapterFiles, Head, HostAdapter, HostModel};
 use crate::model::params::{Output, Role, path_of, score_head};
-use crate::model::{Gpt, GptConfig, HostTensor, LoraConfig, NamedTensors, ScalarGpt};
+use crate::model::{Gpt, GptConfig, HostTensor, LoraConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::rng::Streams;
 
 /// An adapter and the base that it stands on.
@@ -24,18 +24,19 @@ pub(super) fn is_in(dir: &Path) -> bool {
 }
 
 impl Checkpoint {
-    /// The adapter in `dir` with its base, which lies in `base` or where the adapter says.
+    /// The adapter in `dir` with its base, which lies where `opening` or the adapter says.
     ///
     /// A tokenizer in `dir` that has more tokens than the base's was given them when training began: their embeddings
     /// begin here as they did there, see [`init_from`](super::init_from).
-    pub(super) fn open_adapter(dir: &Path, base: Option<&Path>) -> Result<Self, CheckpointError> {
+    pub(super) fn open_adapter(dir: &Path, opening: Opening<'_>) -> Result<Self, CheckpointError> {
+        let base = opening.base;
         let files = AdapterFiles::read(dir)?;
         let named = files.base.path.clone();
         let base_dir = base.map(Path::to_owned).or_else(|| named.as_ref().map(PathBuf::from));
         let Some(base_dir) = base_dir.filter(|base_dir| base.is_some() || base_dir.is_dir()) else {
             return Err(CheckpointError::NoBase { dir: dir.to_owned(), named });
         };
-        let base = Self::open(&base_dir)?;
+        let base = Self::open_with(&base_dir, Opening { base: None, ..opening })?;
         if base.adapter.is_some() {
             return Err(CheckpointError::BaseIsAdapter { dir: dir.to_owned(), base: base_dir });
         }
@@ -95,10 +96,16 @@ impl Checkpoint {
         self.model.head.bias()
     }
 
-    /// The weights with the adapter added into them, where there is one.
+    /// The adapter, where the weights are not such that it could be added into them.
+    pub(super) fn adapter_beside(&self) -> Option<&HostAdapter> {
+        self.adapter().filter(|_| !self.model.narrow.is_empty())
+    }
+
+    /// The weights with the adapter added into them, where there is one; without those in bf16.
     pub(super) fn merged_tensors(&self) -> NamedTensors {
         let mut tensors = self.model.tensors.clone();
-        if let Some(HostAdapter { adapters, tensors: of_adapter, .. }) = self.adapter() {
+        if let (Some(HostAdapter { adapters, tensors: of_adapter, .. }), None) = (self.adapter(), self.adapter_beside())
+        {
             let output = match self.model.head {
                 Head::Lm => Output::Logits,
                 Head::Score { .. } => Output::Score,
@@ -130,17 +137,26 @@ impl Checkpoint {
     /// # Errors
     /// If they do not fit the architecture, or were taken before.
     pub fn take_trunk(&mut self, device: &Device) -> Result<Gpt, CheckpointError> {
-        let tensors = std::mem::take(&mut self.model.tensors);
+        let (tensors, narrow) = (std::mem::take(&mut self.model.tensors), std::mem::take(&mut self.model.narrow));
+        self.build(|| self.trunk_of(tensors, narrow, device))
+    }
+
+    /// A copy of the trunk, as [`take_trunk`](Self::take_trunk).
+    pub(super) fn trunk(&self, device: &Device) -> Result<Gpt, NamedError> {
+        self.trunk_of(self.model.tensors.clone(), self.model.narrow.clone(), device)
+    }
+
+    fn trunk_of(&self, tensors: NamedTensors, narrow: NamedTensors<bf16>, device: &Device) -> Result<Gpt, NamedError> {
         let HostModel { config, head, .. } = &self.model;
-        self.build(|| match head {
-            Head::Lm => Gpt::from_named(config, tensors, device),
-            Head::Score { .. } => Ok(ScalarGpt::from_named(config, tensors, 0.0, device)?.into_trunk()),
-        })
+        match head {
+            Head::Lm => Gpt::from_both(config, tensors, narrow, device),
+            Head::Score { .. } => Ok(ScalarGpt::from_both(config, tensors, narrow, 0.0, device)?.into_trunk()),
+        }
     }
 
     /// Frees the weights, once the models that need them are on their device; of an adapter those of its base.
     pub fn release(&mut self) {
-        self.model.tensors = NamedTensors::new();
+        (self.model.tensors, self.model.narrow) = (NamedTensors::new(), NamedTensors::new());
     }
 
     /// The adapter that PPO's value model is, on a trunk of the architecture `config`.
@@ -227,20 +243,23 @@ impl Checkpoint {
 
 /// The base of a reward model's adapter as a reward model: its trunk, under the paths of one, and the adapter's head.
 fn scored(base: HostModel, bias: f64, adapter: &HostAdapter) -> HostModel {
-    let HostModel { config, head, tensors } = base;
+    let HostModel { config, head, mut tensors, mut narrow } = base;
     let to_scalar = path_of(&config, Output::Score, Role::TokenEmbedding).unwrap_or_default();
     let to_gpt = path_of(&config, Output::Logits, Role::TokenEmbedding).unwrap_or_default();
     let prefix = to_scalar.strip_suffix(&to_gpt).unwrap_or_default();
     let output_head = path_of(&config, Output::Logits, Role::OutputHead);
-    let mut tensors: NamedTensors = match head {
-        Head::Score { .. } => tensors,
-        Head::Lm => {
-            let of_trunk = tensors.into_iter().filter(|(path, _)| Some(path) != output_head.as_ref());
-            of_trunk.map(|(path, tensor)| (format!("{prefix}{path}"), tensor)).collect()
-        }
-    };
+    if head == Head::Lm {
+        tensors = of_scalar(tensors, prefix, output_head.as_deref());
+        narrow = of_scalar(narrow, prefix, output_head.as_deref());
+    }
     if let Some(path) = path_of(&config, Output::Score, Role::ScoreHead) {
         tensors.insert(path.clone(), adapter.tensors[&path].clone());
     }
-    HostModel { config, head: Head::Score { bias }, tensors }
+    HostModel { config, head: Head::Score { bias }, tensors, narrow }
+}
+
+/// Tensors of a language model under the paths of a scalar model's trunk, which has no output head.
+fn of_scalar<T>(tensors: NamedTensors<T>, prefix: &str, output_head: Option<&str>) -> NamedTensors<T> {
+    let of_trunk = tensors.into_iter().filter(|(path, _)| Some(&**path) != output_head);
+    of_trunk.map(|(path, tensor)| (format!("{prefix}{path}"), tensor)).collect()
 }

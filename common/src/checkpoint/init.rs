@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use super::{Checkpoint, CheckpointError};
+use super::{Checkpoint, CheckpointError, Opening};
+use burn::tensor::Element;
+
 use crate::hf::HostModel;
 use crate::model::NamedTensors;
 use crate::model::params::{Role, role_of};
@@ -17,9 +19,9 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 /// and none is impossible.
 ///
 /// # Errors
-/// As [`Checkpoint::open_on`].
-pub fn init_from(dir: &Path, base: Option<&Path>) -> Result<Checkpoint, CheckpointError> {
-    let mut checkpoint = Checkpoint::open_on(dir, base)?;
+/// As [`Checkpoint::open_with`].
+pub fn init_from(dir: &Path, opening: Opening<'_>) -> Result<Checkpoint, CheckpointError> {
+    let mut checkpoint = Checkpoint::open_with(dir, opening)?;
     let Some(tokenizer) = checkpoint.tokenizer.take() else { return Ok(checkpoint) };
     let n_old = tokenizer.vocab_size();
     let (tokenizer, n_added) = prepared(tokenizer)?;
@@ -43,6 +45,7 @@ pub(super) fn prepared(tokenizer: Tokenizer) -> Result<(Tokenizer, usize), Token
 pub(super) fn add_tokens(model: &mut HostModel, n_old: usize, n_new: usize) {
     let n_rows = model.config.vocab_size.max(n_new);
     grow_vocab(&mut model.tensors, n_old, n_new, n_rows);
+    grow_vocab(&mut model.narrow, n_old, n_new, n_rows);
     model.config.vocab_size = n_rows;
 }
 
@@ -54,7 +57,7 @@ pub(super) fn add_tokens(model: &mut HostModel, n_old: usize, n_new: usize) {
 ///
 /// # Panics
 /// If `n_old` is 0, more than the rows there are, or `n_rows` less than `n_new`.
-pub fn grow_vocab(named: &mut NamedTensors, n_old: usize, n_new: usize, n_rows: usize) {
+pub fn grow_vocab<T: Element>(named: &mut NamedTensors<T>, n_old: usize, n_new: usize, n_rows: usize) {
     for (path, tensor) in named {
         if !role_of(path).is_some_and(Role::is_per_token) {
             continue;
@@ -63,12 +66,12 @@ pub fn grow_vocab(named: &mut NamedTensors, n_old: usize, n_new: usize, n_rows: 
         assert!(n_old > 0 && n_old <= n_present && n_new <= n_rows, "{n_old}, {n_new}, {n_rows} and {n_present} rows");
         let mut mean = vec![0.0; d_model];
         for row in tensor.data.chunks_exact(d_model).take(n_old) {
-            for (sum, &x) in mean.iter_mut().zip(row) {
-                *sum += f64::from(x) / n_old as f64;
+            for (sum, x) in mean.iter_mut().zip(row) {
+                *sum += x.to_f64() / n_old as f64;
             }
         }
-        let mean: Vec<f32> = mean.into_iter().map(|x| x as f32).collect();
-        tensor.data.resize(n_rows.max(n_present) * d_model, 0.0);
+        let mean: Vec<T> = mean.into_iter().map(|x| T::from_elem(x as f32)).collect();
+        tensor.data.resize(n_rows.max(n_present) * d_model, T::from_elem(0.0_f32));
         for row in tensor.data.chunks_exact_mut(d_model).take(n_new).skip(n_old) {
             row.copy_from_slice(&mean);
         }

@@ -6,7 +6,7 @@
 //! metrics.jsonl samples.jsonl                      state/          what --resume needs      value/   PPO's value model
 //! ```
 //! Of a model with adapters beside frozen weights, `adapter_config.json` and `adapter_model.safetensors` in PEFT's layout
-//! take the place of `model.safetensors`; its base is read with it, see [`Checkpoint::open_on`].
+//! take the place of `model.safetensors`; its base is read with it, see [`Checkpoint::open_with`].
 //!
 //! A checkpoint is whole or absent, see [`save`]. `model.safetensors` is what the stage hands on (with keep-best, the
 //! best so far); the weights that training goes on from are in `state/`.
@@ -36,6 +36,7 @@ pub use save::save;
 use crate::files::FileError;
 use crate::hash::sha256_of;
 use crate::hf::{self, Head, HostAdapter, HostModel, TokenIds};
+use crate::kernels::TrunkPrecision;
 use crate::model::{Gpt, GptConfig, NamedError, NamedTensors, ScalarGpt};
 use crate::tokenizer::Tokenizer;
 
@@ -65,6 +66,15 @@ pub struct Checkpoint {
     /// Of its own weights, with an adapter of those alone.
     weights_sha256: String,
     tokenizer: Option<Tokenizer>,
+}
+
+/// How a checkpoint is opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Opening<'a> {
+    /// Directory of the base of an adapter, in place of the one that it names.
+    pub base: Option<&'a Path>,
+    /// The type in which the matrices are kept, which in bf16 cannot be trained.
+    pub trunk: TrunkPrecision,
 }
 
 /// Contents of a checkpoint for [`save`].
@@ -141,25 +151,25 @@ impl Checkpoint {
     /// If there is no such directory, a file is missing or damaged, the weights are not those of the manifest, or the
     /// tokenizer has more tokens than the model.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        Self::open_on(dir, None)
+        Self::open_with(dir, Opening::default())
     }
 
-    /// [`open`](Self::open), with the directory of the base for an adapter in place of the one that it names.
+    /// [`open`](Self::open), as `opening` says.
     ///
     /// # Errors
     /// As `open`; and if an adapter has no base, the base is another than it was trained on, or they do not fit.
-    pub fn open_on(dir: &Path, base: Option<&Path>) -> Result<Self, CheckpointError> {
+    pub fn open_with(dir: &Path, opening: Opening<'_>) -> Result<Self, CheckpointError> {
         if !dir.is_dir() {
             return Err(CheckpointError::NoDirectory { dir: dir.to_owned() });
         }
         if adapter::is_in(dir) {
-            return Self::open_adapter(dir, base);
+            return Self::open_adapter(dir, opening);
         }
         if !dir.join(hf::CONFIG_FILE).is_file() {
             return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), inside: checkpoints_in(dir) });
         }
         let manifest = Manifest::read(dir)?;
-        let (model, TokenIds { eos: end_ids, .. }, weights_sha256) = hf::read(dir)?;
+        let (model, TokenIds { eos: end_ids, .. }, weights_sha256) = hf::read_in(dir, opening.trunk)?;
         let tokenizer = Self::read_tokenizer(dir, end_ids)?;
         let dir = dir.to_owned();
         let checkpoint = Self { dir, manifest, model, adapter: None, weights_sha256, tokenizer };
@@ -231,26 +241,36 @@ impl Checkpoint {
         }
     }
 
-    /// The language model, on `device`, an adapter added into its weights.
+    /// The language model, on `device`, an adapter added into its weights; beside them if they are in bf16, which has no
+    /// digits for what an adapter adds.
     ///
     /// # Errors
     /// If it is a reward model.
     pub fn load_gpt(&self, device: &Device) -> Result<Gpt, CheckpointError> {
         match self.model.head {
-            Head::Lm => self.build(|| Gpt::from_named(&self.model.config, self.merged_tensors(), device)),
+            Head::Lm => self.build(|| match self.adapter_beside() {
+                Some(HostAdapter { adapters, tensors, .. }) => {
+                    self.trunk(device)?.with_adapters(adapters, tensors.clone(), device)
+                }
+                None => Gpt::from_both(&self.model.config, self.merged_tensors(), self.model.narrow.clone(), device),
+            }),
             Head::Score { .. } => Err(CheckpointError::NotAnLm { dir: self.dir.clone() }),
         }
     }
 
-    /// The reward model, on `device`, its constant included, an adapter added into its weights.
+    /// The reward model, on `device`, its constant included, an adapter as in [`load_gpt`](Self::load_gpt).
     ///
     /// # Errors
     /// If it is a language model.
     pub fn load_scalar(&self, device: &Device) -> Result<ScalarGpt, CheckpointError> {
         match self.model.head {
-            Head::Score { bias } => {
-                self.build(|| ScalarGpt::from_named(&self.model.config, self.merged_tensors(), bias, device))
-            }
+            Head::Score { bias } => self.build(|| {
+                if let Some(HostAdapter { adapters, tensors, .. }) = self.adapter_beside() {
+                    return ScalarGpt::with_adapters(self.trunk(device)?, adapters, tensors.clone(), bias, device);
+                }
+                let HostModel { config, narrow, .. } = &self.model;
+                ScalarGpt::from_both(config, self.merged_tensors(), narrow.clone(), bias, device)
+            }),
             Head::Lm => Err(CheckpointError::NotAScore { dir: self.dir.clone() }),
         }
     }
@@ -399,12 +419,12 @@ pub fn ensure_same_tokenizer(a: &Checkpoint, b: &Checkpoint) -> Result<(), Check
     Err(CheckpointError::Partners { what, a: a.dir.clone(), b: b.dir.clone() })
 }
 
-/// Opens a reward model, as [`Checkpoint::open_on`], and checks that it reads what `policy` writes.
+/// Opens a reward model, as [`Checkpoint::open_with`], and checks that it reads what `policy` writes.
 ///
 /// # Errors
 /// If there is none of stage `reward-model`, or it does not know the tokens that the policy can sample.
-pub fn open_reward_model(dir: &Path, base: Option<&Path>, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
-    let reward_model = Checkpoint::open_on(dir, base)?.of_stage(&[Stage::RewardModel])?;
+pub fn open_reward_model(dir: &Path, opening: Opening<'_>, policy: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
+    let reward_model = Checkpoint::open_with(dir, opening)?.of_stage(&[Stage::RewardModel])?;
     ensure_same_tokenizer(policy, &reward_model)?;
     let (sampled, known) = (policy.model_config().vocab_size, reward_model.model_config().vocab_size);
     if sampled > known {

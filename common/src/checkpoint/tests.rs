@@ -407,7 +407,7 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     assert_eq!((opened.stage(), opened.model_config().vocab_size), (None, 4));
     opened.of_stage(&[Stage::Sft]).expect("a foreign directory has no stage");
 
-    let init = init_from(dir.path(), None).expect("opens");
+    let init = init_from(dir.path(), Opening::default()).expect("opens");
     assert_eq!(init.model_config().vocab_size, 10);
     assert_eq!(init.require_tokenizer().expect("there").vocab_size(), 10);
     init.require_tokenizer().expect("there").try_specials().expect("all six");
@@ -422,7 +422,10 @@ fn a_foreign_directory_gets_the_special_tokens_and_ours_stays_as_it_is() {
     let out = dir.path().join("ours");
     let tokenizer = tokenizer(TokenizerKind::Byte);
     save(&out, &snapshot(1, &tokenizer)).expect("saves");
-    assert_eq!(init_from(&out, None).expect("opens").named(), Checkpoint::open(&out).expect("opens").named());
+    assert_eq!(
+        init_from(&out, Opening::default()).expect("opens").named(),
+        Checkpoint::open(&out).expect("opens").named()
+    );
 }
 
 /// A tokenizer with a chat template, beside a model whose vocabulary has `n_spare` rows more.
@@ -456,7 +459,7 @@ fn a_model_with_a_template_gets_a_padding_row_and_no_marks() {
         let before = write_templated(dir.path(), n_spare);
         let n_old = before.vocab_size();
         let opened = Checkpoint::open(dir.path()).expect("opens");
-        let init = init_from(dir.path(), None).expect("opens");
+        let init = init_from(dir.path(), Opening::default()).expect("opens");
         let tokenizer = init.require_tokenizer().expect("there");
         assert_eq!((tokenizer.pad(), tokenizer.vocab_size()), (Some(n_old as u32), n_old + 1));
         assert_eq!(tokenizer.token_id("<|user|>"), None, "conversations are not written our way");
@@ -473,7 +476,7 @@ fn a_model_with_a_template_gets_a_padding_row_and_no_marks() {
         let saved: Value = serde_json::from_slice(&fs::read(out.join("config.json")).expect("there")).expect("JSON");
         assert_eq!(saved["pad_token_id"], json!(n_old));
         assert_eq!(saved["eos_token_id"], json!(before.token_id("<|im_end|>")));
-        let again = init_from(&out, None).expect("opens");
+        let again = init_from(&out, Opening::default()).expect("opens");
         assert_eq!(again.require_tokenizer().expect("there").sha256(), tokenizer.sha256());
         ensure_same_tokenizer(&init, &again).expect("what was saved goes with what it was made from");
     }
@@ -484,7 +487,7 @@ fn an_adapter_on_a_base_that_was_given_tokens_finds_their_embeddings_again() {
     for n_spare in [0, 2] {
         let dir = tempfile::tempdir().expect("a directory");
         write_templated(dir.path(), n_spare);
-        let init = init_from(dir.path(), None).expect("opens");
+        let init = init_from(dir.path(), Opening::default()).expect("opens");
         let lora = crate::model::LoraConfig::default();
         let output = crate::model::params::Output::Logits;
         let adapter = init.adapter_to_train(&lora, output, &Streams::new(1)).expect("fits");
@@ -516,7 +519,7 @@ fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     assert_eq!(opened.require_tokenizer().expect("there").end_ids(), [3, 2]);
 
     // Once the conversation's tokens are appended, what is saved ends at `<|end|>` alone.
-    let init = init_from(dir.path(), None).expect("opens").with_dropout(Some(0.0));
+    let init = init_from(dir.path(), Opening::default()).expect("opens").with_dropout(Some(0.0));
     let tokenizer = init.require_tokenizer().expect("there");
     let out = dir.path().join("out");
     let gpt = init.load_gpt(&Device::flex()).expect("loads");

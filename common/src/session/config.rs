@@ -12,6 +12,7 @@ use crate::cli::StageArgs;
 use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::data::files::one_or_many;
 use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
+use crate::kernels::TrunkPrecision;
 
 /// The `[run]` section: how often a run logs, evaluates and saves, and when it stops early.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -205,8 +206,8 @@ impl Amount {
     }
 
     /// The settings that decide how much memory a step needs.
-    pub fn memory(&self, checkpoint_activations: bool) -> Settings {
-        Settings { micro_batch_size: self.micro(), checkpoint_activations }
+    pub fn memory(&self, checkpoint_activations: bool, trunk: TrunkPrecision) -> Settings {
+        Settings { micro_batch_size: self.micro(), checkpoint_activations, trunk }
     }
 
     /// Items computed at a time.

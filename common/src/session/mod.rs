@@ -517,7 +517,7 @@ fn restore<C: Configuration>(
     plan: &Plan<'_, C>,
     data: &BTreeMap<String, String>,
 ) -> anyhow::Result<(Progress, Restored)> {
-    let checkpoint = Checkpoint::open_on(&args.out, args.runtime.base());
+    let checkpoint = Checkpoint::open_with(&args.out, args.runtime.opening());
     let checkpoint = checkpoint.and_then(|found| found.of_stage(&[plan.stage]));
     let mut checkpoint = checkpoint.context("failed to resume")?;
     let state = checkpoint.state().context("failed to read what `--resume` needs")?;

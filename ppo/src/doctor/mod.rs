@@ -78,6 +78,7 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
 /// If the configuration or the device cannot be used; what is wrong with models and data is in the report.
 pub fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
     let config = config(args)?;
+    args.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.runtime.open()?;
     let mut examination = Examination { args, config: &config, runtime: &runtime, checks: Vec::new() };
     examination.run()?;
@@ -139,8 +140,9 @@ impl Examination<'_> {
 
     /// Policy and reward model, if both load and read the same tokens.
     fn open(&mut self) -> Option<(Checkpoint, Checkpoint)> {
-        let base = self.args.runtime.base();
-        let policy = checkpoint::init_from(&self.args.policy, base).and_then(|policy| policy.of_stage(&[Stage::Sft]));
+        let opening = self.args.runtime.opening();
+        let policy = checkpoint::init_from(&self.args.policy, opening);
+        let policy = policy.and_then(|policy| policy.of_stage(&[Stage::Sft]));
         let policy = policy.and_then(|policy| policy.require_tokenizer().cloned().map(|_| policy));
         let policy = match policy {
             Ok(policy) => policy,
@@ -150,7 +152,7 @@ impl Examination<'_> {
             }
         };
         self.passed(&about::POLICY_LOADS, "the policy loads, and all of its weights are finite");
-        match checkpoint::open_reward_model(&self.args.reward_model, base, &policy) {
+        match checkpoint::open_reward_model(&self.args.reward_model, opening, &policy) {
             Ok(reward_model) => {
                 self.passed(&about::REWARD_MODEL_LOADS, "the reward model loads, and all of its weights are finite");
                 self.passed(&about::SAME_TOKENIZER, "policy and reward model read the same tokens");
@@ -190,7 +192,8 @@ impl Examination<'_> {
         let lengths = prompts.encoded.iter().map(|prompt| prompt.ids.len()).collect();
         let lengths = Lengths::of(policy.config.max_seq_len, lengths);
         let kernels = self.runtime.effective_kernels();
-        let needed = needs::needs(self.config, [&policy, &reward_model], &lengths, kernels, self.config.memory());
+        let settings = self.config.memory(self.runtime.trunk);
+        let needed = needs::needs(self.config, [&policy, &reward_model], &lengths, kernels, settings);
         let (needed, available) = (needed.peak() / GIB, available / GIB);
         let reason = format!("the run needs about {needed:.2} GiB, {available:.2} GiB are available");
         let check = Check::at_most(about, needed, available, reason);

@@ -20,7 +20,7 @@ pub use train::TrainBenchArgs;
 use clap::Subcommand;
 use common::cli::print_json;
 use common::exit::UsageError;
-use common::kernels::{Precision, memory};
+use common::kernels::{Precision, TrunkPrecision, memory};
 use common::runtime::{n_threads, on_pool};
 use serde_json::{Map, Value, json};
 
@@ -52,6 +52,9 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
     if flags.precision != Precision::F32 {
         return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
     }
+    if flags.trunk != TrunkPrecision::F32 && !matches!(command, BenchCommand::Generate(_)) {
+        return Err(UsageError("`--trunk` is for `generate`, which trains nothing: leave it out".to_owned()).into());
+    }
     let runtime = flags.open()?;
     let measured = on_pool(|| match command {
         BenchCommand::Train(args) => train::measure(args, &runtime),
@@ -65,6 +68,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
     line.insert("kernels".into(), json!(runtime.kernels));
     line.insert("threads".into(), json!(n_threads()));
     line.insert("dtype".into(), json!("f32"));
+    line.insert("trunk".into(), json!(flags.trunk.name()));
     line.extend(measured);
     line.insert("peak_rss_mib".into(), rounded(memory::usage().peak_bytes as f64 / f64::from(1 << 20), 1));
     print_json(&line)

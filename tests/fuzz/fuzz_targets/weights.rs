@@ -123,7 +123,7 @@ fuzz_target!(|data: &[u8]| {
 
 /// Checks a model, and that it is the same when it is written and read again.
 fn check(model: &HostModel, tokens: &hf::TokenIds) {
-    let HostModel { config, head, tensors } = model;
+    let HostModel { config, head, tensors, .. } = model;
     config.validate().expect("a model that was read");
     assert!(tensors.values().all(|tensor| tensor.data.iter().all(|x| x.is_finite())), "a number is not finite");
     let known = |id: &u32| (*id as usize) < config.vocab_size;

@@ -72,6 +72,29 @@ fn a_new_adapter_changes_nothing_and_a_merged_one_computes_the_same() {
 }
 
 #[test]
+fn beside_a_trunk_in_bf16_they_compute_and_learn_the_same_bits() {
+    for config in configs() {
+        let (trunk, adapters, tensors) = trained(&config, &lora(&["all-linear"]));
+        let narrow = trunk.narrowed();
+        // The same numbers in f32.
+        let wide = Gpt::from_named(&config, narrow.to_named(), &Device::flex()).expect("fits");
+        let device = Device::flex().autodiff();
+        let learn = |trunk: Gpt, checkpoints: bool| {
+            let gpt = trunk.with_adapters(&adapters, tensors.clone(), &device).expect("fits");
+            let gpt = gpt.with_checkpoints(checkpoints);
+            let hidden = gpt.hidden(ids(&device), &Layout::right_padded()).reshape([24, 16]);
+            let targets = Tensor::from_data(TensorData::new(vec![3_i64; 24], [24]), &device);
+            let grads = Grads::take(&gpt, cross_entropy(&gpt, hidden, targets, 24).backward()).to_named();
+            assert!(grads.keys().eq(tensors.keys()), "{:?}", grads.keys());
+            (logits(&gpt), grads)
+        };
+        let expected = learn(wide, false);
+        assert_eq!(learn(narrow.clone(), false), expected);
+        assert_eq!(learn(narrow, true), expected);
+    }
+}
+
+#[test]
 fn only_adapters_take_gradients_moments_and_steps() {
     for config in configs() {
         for kernels in [Kernels::Plain, Kernels::Fused] {

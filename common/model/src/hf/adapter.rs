@@ -343,8 +343,8 @@ pub fn read_adapter(dir: &Path, files: &AdapterFiles, config: &GptConfig) -> Res
     if let Some(name) = weights.tensors.keys().find(|name| !expected.contains_key(*name)) {
         return Err(HfError::AdapterTensor { path, name: name.clone(), is_missing: false });
     }
-    let (theirs, sha256) = weights.read(|name| Some(name.to_owned()))?;
-    let tensors = import(&adapters, config, output, theirs);
+    let (theirs, sha256) = weights.read(|name| Some(name.to_owned()), &BTreeSet::new())?;
+    let tensors = import(&adapters, config, output, theirs.wide);
     Ok((HostAdapter { adapters, head: files.head, tensors }, sha256))
 }
 

@@ -20,6 +20,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use base::files::FileError;
+use half::bf16;
+use kernels::TrunkPrecision;
 
 pub use adapter::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterFiles, Base, HostAdapter, adapters_of, read_adapter,
@@ -28,7 +30,7 @@ pub use adapter::{
 pub use config::{CONFIG_FILE, GENERATION_FILE};
 pub use tensors::{INDEX_FILE, WEIGHTS_FILE, read_file, write_file};
 
-use crate::params::{Output, Role, parameters, path_of};
+use crate::params::{Output, Parameter, Role, parameters, path_of};
 use crate::{
     ALL_LINEAR, Activation, GptConfig, HostTensor, ModelConfigError, NamedTensors, NormKind, NormPlacement, Positions,
     sinusoid_table,
@@ -214,6 +216,8 @@ pub struct HostModel {
     /// The weights under our own paths: those of [`Gpt`](crate::Gpt), or of
     /// [`ScalarGpt`](crate::ScalarGpt) with [`Head::Score`].
     pub tensors: NamedTensors,
+    /// Those among the weights that stay in bf16: none, or all for which [`Role::may_be_narrow`].
+    pub narrow: NamedTensors<bf16>,
 }
 
 /// Reads the model in `dir`: what [`write()`] writes, or transformers for the classes above.
@@ -229,6 +233,15 @@ pub struct HostModel {
 /// If a file is missing or damaged, config.json asks for what the model cannot do, or a tensor is missing, has no
 /// place, has another shape or holds a number that is not finite.
 pub fn read(dir: &Path) -> Result<(HostModel, TokenIds, String), HfError> {
+    read_in(dir, TrunkPrecision::F32)
+}
+
+/// [`read`], with matrices in the type of `trunk`: into bf16 those of a file in bf16 as they are, others rounded to the
+/// nearest, each while it is read.
+///
+/// # Errors
+/// As `read`.
+pub fn read_in(dir: &Path, trunk: TrunkPrecision) -> Result<(HostModel, TokenIds, String), HfError> {
     let Parsed { class, head, mut config, tokens } = Parsed::read(dir)?;
     let known_as = |name: &str| names::known_as(class, name);
     let weights = Weights::open(dir, known_as)?;
@@ -244,15 +257,22 @@ pub fn read(dir: &Path) -> Result<(HostModel, TokenIds, String), HfError> {
         config = untied;
     }
     check_shapes(&dir.join(WEIGHTS_FILE), class, &config, output, &weights)?;
-    let (theirs, sha256) = weights.read(known_as)?;
-    let mut tensors = names::import(class, &config, output, theirs);
-    if written_out {
-        tie_if_equal(&mut config, &mut tensors);
+    let is_narrow = |p: &Parameter<'_>| trunk == TrunkPrecision::Bf16 && p.role().may_be_narrow();
+    let halves = parameters(&config, output).filter(is_narrow);
+    let halves = halves.flat_map(|parameter| names::spans(class, &parameter)).map(|(name, _)| name).collect();
+    let (theirs, sha256) = weights.read(known_as, &halves)?;
+    let all = || parameters(&config, output);
+    let mut tensors = names::import(class, all().filter(|parameter| !is_narrow(parameter)), theirs.wide);
+    let mut narrow = names::import(class, all().filter(is_narrow), theirs.narrow);
+    if written_out && (is_tied(&config, &mut tensors) || is_tied(&config, &mut narrow)) {
+        config.tie_embeddings = true;
+    } else if written_out {
+        tracing::warn!("the output layer differs from the token embedding although config.json ties them: kept apart");
     }
     if class != Class::Kindling {
         fix_positions(&mut config, output, &mut tensors);
     }
-    Ok((HostModel { config, head, tensors }, tokens, sha256))
+    Ok((HostModel { config, head, tensors, narrow }, tokens, sha256))
 }
 
 /// The architecture that config.json describes; only the weights tell whether tied embeddings are written out, and
@@ -331,16 +351,15 @@ pub fn write(
     Ok(class)
 }
 
-/// Drops an output layer of its own that is the token embedding after all.
-fn tie_if_equal(config: &mut GptConfig, tensors: &mut NamedTensors) {
+/// Whether the output layer is the token embedding after all, if they are among `tensors`; then it is dropped.
+fn is_tied<T: PartialEq>(config: &GptConfig, tensors: &mut NamedTensors<T>) -> bool {
     let path = |role| path_of(config, Output::Logits, role);
-    let (Some(head), Some(embedding)) = (path(Role::OutputHead), path(Role::TokenEmbedding)) else { return };
-    if tensors[&head] == tensors[&embedding] {
+    let (Some(head), Some(embedding)) = (path(Role::OutputHead), path(Role::TokenEmbedding)) else { return false };
+    let is_tied = tensors.get(&head).is_some_and(|weights| Some(weights) == tensors.get(&embedding));
+    if is_tied {
         tensors.remove(&head);
-        config.tie_embeddings = true;
-    } else {
-        tracing::warn!("the output layer differs from the token embedding although config.json ties them: kept apart");
     }
+    is_tied
 }
 
 /// Drops a position table that holds the sinusoids.

@@ -56,10 +56,14 @@ pub(super) fn name_of(class: Class, config: &GptConfig, output: Output, role: Ro
     spans(class, &parameter).into_iter().next().map(|(name, _)| name)
 }
 
-/// Our parameters out of the tensors of `class`, of which every one that is needed is there in its shape.
-pub(super) fn import(class: Class, config: &GptConfig, output: Output, mut theirs: NamedTensors) -> NamedTensors {
+/// Some of our parameters out of the tensors of `class`, of which every one that is needed is there in its shape.
+pub(super) fn import<'a, T: Copy + Default>(
+    class: Class,
+    parameters: impl Iterator<Item = Parameter<'a>>,
+    mut theirs: NamedTensors<T>,
+) -> NamedTensors<T> {
     let mut ours = NamedTensors::new();
-    for parameter in parameters(config, output) {
+    for parameter in parameters {
         let (shape, spans) = (parameter.shape(), spans(class, &parameter));
         if let [(name, span)] = &spans[..]
             && is_whole(span, &shape)
@@ -67,7 +71,7 @@ pub(super) fn import(class: Class, config: &GptConfig, output: Output, mut their
             ours.insert(parameter.path(), theirs.remove(name).expect("checked to be there"));
             continue;
         }
-        let mut data = vec![0.0; shape.iter().product()];
+        let mut data = vec![T::default(); shape.iter().product()];
         for (name, span) in &spans {
             let their_data = &theirs[name].data;
             span.for_each_pair(&shape, |our_index, their_index| data[our_index] = their_data[their_index]);

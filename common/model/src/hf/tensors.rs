@@ -34,9 +34,10 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// If the file cannot be read, is cut short or damaged, or a wanted tensor has another type than f32, f16 or bf16 or
 /// holds a number that is not finite.
 pub fn read_file(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<(NamedTensors, String), HfError> {
-    let mut tensors = NamedTensors::new();
-    let sha256 = TensorFile::open(path)?.read(|name| wanted(name).then(|| name.to_owned()), &mut tensors)?;
-    Ok((tensors, sha256))
+    let mut tensors = Tensors::default();
+    let key = |name: &str| wanted(name).then(|| name.to_owned());
+    let sha256 = TensorFile::open(path)?.read(&key, &BTreeSet::new(), &mut tensors)?;
+    Ok((tensors.wide, sha256))
 }
 
 /// Opens a file that may come from anyone, and its length in bytes: a pipe or a device would block or never end.
@@ -82,37 +83,87 @@ impl TensorFile {
         Ok(Self { path: path.to_owned(), file, head, header })
     }
 
-    /// Adds the tensors to which `key` gives a name to `tensors`, under that name; the result is the SHA-256 of the file.
-    fn read(mut self, key: impl Fn(&str) -> Option<String>, tensors: &mut NamedTensors) -> Result<String, HfError> {
-        let mut sha256 = Sha256::new();
-        sha256.update(&self.head);
-        let mut chunk = vec![0; CHUNK_BYTES];
-        for name in self.header.offset_keys() {
-            let TensorInfo { dtype, shape, data_offsets: (start, end) } =
-                self.header.info(&name).expect("its own name");
-            let (key, mut n_left) = (key(&name), end - start);
-            if key.is_some() && !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                return Err(HfError::Dtype { path: self.path, name, dtype: format!("{dtype:?}") });
-            }
-            let mut data = Vec::with_capacity(if key.is_some() { n_left * 8 / dtype.bitsize() } else { 0 });
-            while n_left > 0 {
-                let chunk = &mut chunk[..n_left.min(CHUNK_BYTES)];
-                n_left -= chunk.len();
-                self.file.read_exact(chunk).map_err(FileError::read(&self.path))?;
-                sha256.update(&*chunk);
-                match dtype {
-                    _ if key.is_none() => {}
-                    Dtype::F32 => data.extend(chunk.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-                    Dtype::F16 => data.extend(chunk.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-                    _ => data.extend(chunk.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
-                }
-            }
-            if let Some(key) = key {
-                check_finite(&self.path, &name, &data)?;
-                tensors.insert(key, HostTensor { shape: shape.clone(), data });
+    /// Adds the tensors to which `key` gives a name to `tensors`, under that name, those of `narrow` in bf16; the result is
+    /// the SHA-256 of the file.
+    fn read(
+        self,
+        key: &impl Fn(&str) -> Option<String>,
+        narrow: &BTreeSet<String>,
+        tensors: &mut Tensors,
+    ) -> Result<String, HfError> {
+        let Self { path, file, head, header } = self;
+        let mut chunks = Chunks { path, file, sha256: Sha256::new(), buffer: vec![0; CHUNK_BYTES] };
+        chunks.sha256.update(&head);
+        for name in header.offset_keys() {
+            let TensorInfo { dtype, shape, data_offsets: (start, end) } = header.info(&name).expect("its own name");
+            let (shape, n_bytes) = (shape.clone(), end - start);
+            let Some(key) = key(&name) else {
+                chunks.each(n_bytes, |_| {})?;
+                continue;
+            };
+            if narrow.contains(&key) {
+                let data = chunks.numbers(&name, *dtype, n_bytes, bf16::from_f32)?;
+                tensors.narrow.insert(key, HostTensor { shape, data });
+            } else {
+                let data = chunks.numbers(&name, *dtype, n_bytes, |x| x)?;
+                tensors.wide.insert(key, HostTensor { shape, data });
             }
         }
-        Ok(hex(&sha256.finalize()))
+        Ok(hex(&chunks.sha256.finalize()))
+    }
+}
+
+/// Tensors of files by the names they are wanted under.
+#[derive(Debug, Default)]
+pub(super) struct Tensors {
+    /// In f32.
+    pub wide: NamedTensors,
+    /// In bf16: rounded to the nearest, and of two as near to the even one.
+    pub narrow: NamedTensors<bf16>,
+}
+
+/// The tensors of a file, in the order in which they lie in it.
+struct Chunks {
+    path: PathBuf,
+    file: File,
+    /// Of what was read.
+    sha256: Sha256,
+    buffer: Vec<u8>,
+}
+
+impl Chunks {
+    /// Calls `at` with the next `n_left` bytes, a part at a time.
+    fn each(&mut self, mut n_left: usize, mut at: impl FnMut(&[u8])) -> Result<(), HfError> {
+        while n_left > 0 {
+            let chunk = &mut self.buffer[..n_left.min(CHUNK_BYTES)];
+            n_left -= chunk.len();
+            self.file.read_exact(chunk).map_err(FileError::read(&self.path))?;
+            self.sha256.update(&*chunk);
+            at(chunk);
+        }
+        Ok(())
+    }
+
+    /// The numbers of tensor `name`, which has the next `n_bytes`.
+    fn numbers<T: Copy + Into<f32>>(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        n_bytes: usize,
+        of: impl Fn(f32) -> T,
+    ) -> Result<Vec<T>, HfError> {
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let (path, name) = (self.path.clone(), name.to_owned());
+            return Err(HfError::Dtype { path, name, dtype: format!("{dtype:?}") });
+        }
+        let mut data = Vec::with_capacity(n_bytes * 8 / dtype.bitsize());
+        self.each(n_bytes, |chunk| match dtype {
+            Dtype::F32 => data.extend(chunk.as_chunks().0.iter().map(|b| of(f32::from_le_bytes(*b)))),
+            Dtype::F16 => data.extend(chunk.as_chunks().0.iter().map(|b| of(f16::from_le_bytes(*b).to_f32()))),
+            _ => data.extend(chunk.as_chunks().0.iter().map(|b| of(bf16::from_le_bytes(*b).to_f32()))),
+        })?;
+        check_finite(&self.path, name, &data)?;
+        Ok(data)
     }
 }
 
@@ -183,11 +234,22 @@ impl Weights {
         Ok(files)
     }
 
-    /// The tensors to which `key` gives a name, and the SHA-256 of the one file, or that of the shards' hashes in the
-    /// order of their names.
-    pub fn read(self, key: impl Fn(&str) -> Option<String>) -> Result<(NamedTensors, String), HfError> {
-        let mut tensors = NamedTensors::new();
-        let hashes = self.files.into_iter().map(|file| file.read(&key, &mut tensors)).collect::<Result<Vec<_>, _>>()?;
+    /// The tensors to which `key` gives a name, those of `narrow` in bf16, and the SHA-256 of the one file, or that of the
+    /// shards' hashes in the order of their names.
+    pub fn read(
+        self,
+        key: impl Fn(&str) -> Option<String>,
+        narrow: &BTreeSet<String>,
+    ) -> Result<(Tensors, String), HfError> {
+        let is_rounded = |(name, info): (String, &TensorInfo)| {
+            info.dtype != Dtype::BF16 && key(&name).is_some_and(|key| narrow.contains(&key))
+        };
+        if let Some(file) = self.files.iter().find(|file| file.header.tensors().into_iter().any(is_rounded)) {
+            tracing::info!("`{}`: matrices are rounded to bf16, to the nearest, ties to even", file.path.display());
+        }
+        let mut tensors = Tensors::default();
+        let read = |file: TensorFile| file.read(&key, narrow, &mut tensors);
+        let hashes = self.files.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
         let sha256 = match &hashes[..] {
             [one] => one.clone(),
             shards => hex(&Sha256::digest(shards.concat())),
@@ -221,10 +283,12 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn check_finite(path: &Path, name: &str, data: &[f32]) -> Result<(), HfError> {
-    match data.iter().position(|x| !x.is_finite()) {
+fn check_finite<T: Copy + Into<f32>>(path: &Path, name: &str, data: &[T]) -> Result<(), HfError> {
+    match data.iter().position(|&x| !x.into().is_finite()) {
         None => Ok(()),
-        Some(index) => Err(HfError::NotFinite { path: PathBuf::from(path), name: name.to_owned(), value: data[index] }),
+        Some(index) => {
+            Err(HfError::NotFinite { path: PathBuf::from(path), name: name.to_owned(), value: data[index].into() })
+        }
     }
 }
 

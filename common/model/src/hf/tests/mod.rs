@@ -1,6 +1,7 @@
 mod adapter;
 mod config;
 mod damaged;
+mod narrow;
 
 use std::fs;
 use std::path::Path;
@@ -86,7 +87,11 @@ fn what_is_written_reads_back_bit_equal_in_every_architecture() {
             let class = write(dir.path(), &config, head, &tensors, &tokens()).expect("writes");
             assert_eq!(class == Class::Kindling, config.norm == NormPlacement::Post && config.d_ff == 24);
             let (model, found, sha256) = read(dir.path()).expect("reads");
-            assert_eq!(model, HostModel { config: config.clone(), head, tensors }, "{config:?}");
+            assert_eq!(
+                model,
+                HostModel { config: config.clone(), head, tensors, narrow: NamedTensors::new() },
+                "{config:?}"
+            );
             assert_eq!(found, tokens());
             assert_eq!(sha256, sha256_of_file(&dir.path().join(WEIGHTS_FILE)).expect("readable"));
         }
