@@ -36,8 +36,8 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
 const EDGES: [(&str, &[&str]); 14] = [
     ("backend", &["config", "kernels"]),
     ("capacity", &["model", "kernels", "hf"]),
-    ("checkpoint", &["files", "hash", "hf", "model", "rng", "tokenizer"]),
-    ("cli", &["backend", "config", "kernels", "logging", "out_dir", "runtime"]),
+    ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
+    ("cli", &["backend", "checkpoint", "config", "exit", "kernels", "logging", "model", "out_dir", "runtime"]),
     ("config", &["files"]),
     ("exit", &["interrupt", "logging"]),
     ("interrupt", &[]),

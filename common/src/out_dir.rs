@@ -213,7 +213,9 @@ pub fn check_replaceable(out: &Path, inputs: &[&Path]) -> Result<(), OutDirError
     if let Some(entry) = entries.iter().find(|entry| *entry == "manifest.json").filter(|_| !has_our_manifest(out)) {
         return Err(OutDirError::NotOurs { out: out.to_owned(), entry: entry.clone() });
     }
-    let is_known = |entry: &String| ["manifest.json", "config.toml", "tokenizer.json"].contains(&entry.as_str());
+    // A run killed in its first moments leaves no more than the beginning of its configuration.
+    let whole = |entry: &str| entry.split_once(PARTIAL).map_or(entry, |(whole, _)| whole).to_owned();
+    let is_known = |entry: &String| ["manifest.json", "config.toml", "tokenizer.json"].contains(&&*whole(entry));
     if let Some(entry) = entries.first().filter(|_| !entries.iter().any(is_known)) {
         return Err(OutDirError::NotOurs { out: out.to_owned(), entry: entry.clone() });
     }
@@ -379,6 +381,15 @@ mod tests {
         assert!(matches!(prepare(&out, false, true, &[&out]), Err(OutDirError::InputInside { .. })));
         prepare(&out, false, true, &[dir.path()]).expect("ours");
         assert_eq!(entry_names(&out).expect("there").len(), 0);
+    }
+
+    #[test]
+    fn what_a_run_leaves_that_was_killed_at_once_is_replaced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("config.toml.partial-20505"), "seed").expect("written");
+        prepare(dir.path(), false, true, &[]).expect("ours");
+        std::fs::write(dir.path().join("thesis.doc.partial-20505"), "").expect("written");
+        assert!(matches!(prepare(dir.path(), false, true, &[]), Err(OutDirError::NotOurs { .. })));
     }
 
     #[test]
