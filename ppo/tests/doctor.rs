@@ -92,6 +92,19 @@ fn a_check_that_cannot_be_made_warns_and_says_why() {
 }
 
 #[test]
+fn without_prompts_nothing_that_reads_them_passes() {
+    let dir = workplace();
+    std::fs::remove_file(dir.path().join("prompts.jsonl")).unwrap();
+    let (code, report, stderr) = examine(dir.path(), &[]);
+    assert_eq!(code, 1, "{stderr}");
+    assert_eq!(check(&report, "prompts-fit")["verdict"], "fail");
+    for id in ["tokenizer-round-trip", "template-round-trip", "answers-end"] {
+        let check = check(&report, id);
+        assert!(check["verdict"] == "warn" && check["reason"].as_str().unwrap().contains("not checked"), "{check}");
+    }
+}
+
+#[test]
 fn people_get_a_line_for_each_check() {
     let dir = workplace();
     let (code, stdout, stderr) = run(PROGRAM, &DOCTOR, dir.path());

@@ -16,8 +16,14 @@ use crate::config::PpoConfig;
 /// Prompts that the checks of texts look at.
 const MAX_TEXTS: usize = 256;
 
+/// Why a check of texts is not made.
+const NO_PROMPTS: &str = "there are no prompts";
+
 /// Whether text comes back from its tokens.
 pub(super) fn round_trip(tokenizer: &Tokenizer, texts: &[String]) -> Check {
+    if texts.is_empty() {
+        return Check::skipped(&about::ROUND_TRIP, NO_PROMPTS);
+    }
     let letters = |text: &str| text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect();
     let (mut n_exact, mut n_letters) = (0, 0);
     let mut first_lost = None;
@@ -37,7 +43,7 @@ pub(super) fn round_trip(tokenizer: &Tokenizer, texts: &[String]) -> Check {
         (false, true) => Verdict::Fail,
     };
     let reason = format!("{n_exact} of {n} texts decode to themselves{}", first_lost.unwrap_or_default());
-    Check::measured(&about::ROUND_TRIP, verdict, n_exact as f64 / n.max(1) as f64, 1.0, reason)
+    Check::measured(&about::ROUND_TRIP, verdict, n_exact as f64 / n as f64, 1.0, reason)
 }
 
 /// The beginning of a text, on one line.
@@ -49,6 +55,9 @@ fn shown(text: &str) -> String {
 
 /// Whether SFT's conversations are PPO's prompts and answers, their end trained on.
 pub(super) fn template(tokenizer: &Tokenizer, prompts: &[Vec<Message>]) -> Check {
+    if prompts.is_empty() {
+        return Check::skipped(&about::TEMPLATE, NO_PROMPTS);
+    }
     let mut faults = Vec::new();
     for messages in prompts {
         if let Some(fault) = template_fault(tokenizer, messages) {
@@ -59,7 +68,7 @@ pub(super) fn template(tokenizer: &Tokenizer, prompts: &[Vec<Message>]) -> Check
     let first = faults.into_iter().next().map_or(String::new(), |fault| format!(": {fault}"));
     let reason = format!("{} of {n} conversations are encoded alike in SFT and in PPO{first}", n - n_faults);
     let verdict = if n_faults == 0 { Verdict::Pass } else { Verdict::Fail };
-    Check::measured(&about::TEMPLATE, verdict, (n - n_faults) as f64 / n.max(1) as f64, 1.0, reason)
+    Check::measured(&about::TEMPLATE, verdict, (n - n_faults) as f64 / n as f64, 1.0, reason)
 }
 
 /// What is wrong with one conversation.
