@@ -1,7 +1,7 @@
 //! Memory that a model takes: its weights, the activations that a training step keeps, and a cache.
 //!
-//! In bytes, and all in f32 but for the matrices of a frozen trunk. The terms follow from the table of parameters and from what each operation's backward pass
-//! keeps; they were found with an allocator that counts.
+//! In bytes, and all in f32 but for the matrices of a frozen trunk. The terms follow from the table of parameters and from
+//! what each operation's backward pass keeps; they were found with an allocator that counts.
 
 use kernels::{Activation, Kernels, TrunkPrecision};
 

@@ -6,8 +6,9 @@ use super::Source;
 use crate::steps::Step;
 use common::stats;
 
-/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, `doctor` as `ppo doctor --json` prints it, and of the answers to
-/// held-out prompts `gold` where it is known, `score` where there is a reward model, `words` and `ended`.
+/// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, `doctor` as `ppo doctor --json`
+/// prints it but without the numbers of checks that have none, and of the answers to held-out prompts `gold` where it is
+/// known, `score` where there is a reward model, `words` and `ended`.
 ///
 /// `metrics` are the last values of `metrics.jsonl`; those measured afterwards on the test files are added under the names
 /// that `reward-model eval` and `ppo eval` print.
