@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates that train; they meet in checkpoints, not in code.
-const STAGES: [&str; 4] = ["pretrain", "sft", "reward-model", "ppo"];
+const STAGES: [&str; 5] = ["pretrain", "sft", "reward-model", "ppo", "dpo"];
 
 /// The longest a source file may be.
 const MAX_LINES: usize = 600;
@@ -29,7 +29,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
     ("plot", &[]),
     ("bench", &["common", "ppo", "pretrain"]),
     ("compare", &["common", "plot", "ppo", "pretrain", "reward-model", "sft"]),
-    ("recipe", &["bench", "common", "compare", "plot", "ppo", "pretrain", "reward-model", "sft", "toy"]),
+    ("recipe", &["bench", "common", "compare", "dpo", "plot", "ppo", "pretrain", "reward-model", "sft", "toy"]),
 ];
 
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
@@ -70,7 +70,7 @@ const EDGES: [(&str, &[&str]); 14] = [
 ];
 
 /// Pure functions: no files, clocks, environment or configuration.
-const PURE: [&str; 15] = [
+const PURE: [&str; 16] = [
     "common/model/src/adapter.rs",
     "common/model/src/block.rs",
     "common/model/src/cache.rs",
@@ -81,6 +81,7 @@ const PURE: [&str; 15] = [
     "common/model/src/params.rs",
     "common/model/src/positions.rs",
     "common/model/src/scalar.rs",
+    "dpo/src/loss.rs",
     "ppo/src/advantage.rs",
     "ppo/src/kl.rs",
     "ppo/src/loss.rs",
@@ -89,8 +90,14 @@ const PURE: [&str; 15] = [
 ];
 
 /// The maths of a stage: besides `common` they know only each other.
-const MATHS: [&str; 5] =
-    ["ppo/src/advantage.rs", "ppo/src/kl.rs", "ppo/src/loss.rs", "ppo/src/rewards.rs", "reward-model/src/loss.rs"];
+const MATHS: [&str; 6] = [
+    "dpo/src/loss.rs",
+    "ppo/src/advantage.rs",
+    "ppo/src/kl.rs",
+    "ppo/src/loss.rs",
+    "ppo/src/rewards.rs",
+    "reward-model/src/loss.rs",
+];
 
 /// A source file of the workspace.
 struct Source {
@@ -392,8 +399,19 @@ fn pages() -> Vec<(PathBuf, String)> {
 
 #[test]
 fn files_that_the_documentation_names_exist() {
-    let folders =
-        ["chat/", "common/", "configs/", "docs/", "ppo/", "pretrain/", "recipe/", "reward-model/", "sft/", "tests/"];
+    let folders = [
+        "chat/",
+        "common/",
+        "configs/",
+        "docs/",
+        "dpo/",
+        "ppo/",
+        "pretrain/",
+        "recipe/",
+        "reward-model/",
+        "sft/",
+        "tests/",
+    ];
     let mut n_checked = 0;
     for (page, text) in pages() {
         // Names of metrics look like paths too, but have neither a dot nor a slash at the end.
@@ -418,7 +436,7 @@ fn files_that_the_documentation_names_exist() {
 fn a_program_by_itself_compiles_what_the_workspace_and_its_tests_compile() {
     let workspace = features(&["--workspace", "--edges", "normal,build,dev"]);
     let burn = features(&["--package", "burn", "--edges", "normal,build"]);
-    for program in ["pretrain", "sft", "reward-model", "ppo", "chat", "recipe"] {
+    for program in ["pretrain", "sft", "reward-model", "ppo", "dpo", "chat", "recipe"] {
         let alone = features(&["--package", program, "--edges", "normal,build"]);
         assert!(alone.len() > 100, "{program} has only {} dependencies", alone.len());
         for (package, features) in alone.into_iter().filter(|(package, _)| burn.contains_key(package)) {

@@ -129,7 +129,7 @@ fn a_comparison_needs_two_backends_that_are_there() {
 #[test]
 fn every_program_lists_the_backends() {
     let lab = Lab::new();
-    for program in ["pretrain", "sft", "reward-model", "ppo", "chat", "recipe"] {
+    for program in ["pretrain", "sft", "reward-model", "ppo", "dpo", "chat", "recipe"] {
         let text = lab.ok(program, &["--backend", "list"]);
         for name in ["flex", "ndarray", "wgpu", "vulkan", "metal", "cuda", "cpu"] {
             assert!(text.lines().any(|line| line.starts_with(name)), "{program}: no {name} in\n{text}");

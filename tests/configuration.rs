@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use common::config::{Section, parse, print, sections};
 use common::testing::assert_snapshot;
+use dpo::DpoConfig;
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use recipe::RecipeConfig;
@@ -27,12 +28,13 @@ fn root() -> PathBuf {
 }
 
 /// The sections of every configuration, by file.
-fn all_sections() -> [(&'static str, Vec<Section>); 5] {
+fn all_sections() -> [(&'static str, Vec<Section>); 6] {
     [
         ("pretrain.toml", sections::<PretrainConfig>()),
         ("sft.toml", sections::<SftConfig>()),
         ("reward-model.toml", sections::<RewardModelConfig>()),
         ("ppo.toml", sections::<PpoConfig>()),
+        ("dpo.toml", sections::<DpoConfig>()),
         ("recipe.toml", sections::<RecipeConfig>()),
     ]
 }
@@ -92,5 +94,6 @@ fn a_printed_configuration_reads_back_as_itself() {
     round_trips::<SftConfig>("sft.toml");
     round_trips::<RewardModelConfig>("reward-model.toml");
     round_trips::<PpoConfig>("ppo.toml");
+    round_trips::<DpoConfig>("dpo.toml");
     round_trips::<RecipeConfig>("recipe.toml");
 }

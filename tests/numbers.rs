@@ -16,7 +16,7 @@ use clap::CommandFactory;
 use common::checkpoint::Stage;
 use common::config::{Kind, Section, sections};
 use common::testing::{byte_tokenizer, save_tiny};
-use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT};
+use pipeline_tests::{DPO, Lab, PPO, PRETRAIN, REWARD_MODEL, SFT};
 use serde_json::Value;
 
 /// What a flag that takes a number is tried with.
@@ -63,7 +63,7 @@ const AMOUNTS: [&str; 16] = [
 ];
 
 /// Each command that takes numbers, by the words that lead to it, with the least it needs otherwise.
-const COMMANDS: [(&str, &[&str], &str); 15] = [
+const COMMANDS: [(&str, &[&str], &str); 16] = [
     ("pretrain", &["tokenizer"], "--config configs/pretrain.toml --out out --overwrite"),
     ("pretrain", &["eval"], "--checkpoint base --data data/val.txt"),
     ("sft", &["eval"], "--checkpoint sft --data data/sft.val.jsonl"),
@@ -74,6 +74,7 @@ const COMMANDS: [(&str, &[&str], &str); 15] = [
         &["eval"],
         "--checkpoint sft --reference sft --reward-model reward --data data/prompts.val.jsonl --max-tokens 8",
     ),
+    ("dpo", &["eval"], "--checkpoint sft --reference sft --data data/pairs.val.jsonl"),
     ("chat", &[], "--checkpoint sft"),
     ("chat", &["generate"], "--checkpoint sft --prompt hi --json"),
     ("recipe", &["run"], "no-such-recipe --out out"),
@@ -96,6 +97,7 @@ fn definition(program: &str) -> clap::Command {
         "sft" => sft::Cli::command(),
         "reward-model" => reward_model::Cli::command(),
         "ppo" => ppo::Cli::command(),
+        "dpo" => dpo::Cli::command(),
         "chat" => chat::Cli::command(),
         _ => recipe::Cli::command(),
     }
@@ -209,7 +211,7 @@ fn every_numeric_flag_at_its_extremes() {
     let lab = models();
     let mut faults = Vec::new();
     let mut seen_threads = false;
-    for program in ["pretrain", "sft", "reward-model", "ppo", "chat", "recipe"] {
+    for program in ["pretrain", "sft", "reward-model", "ppo", "dpo", "chat", "recipe"] {
         let mut flags = Vec::new();
         numeric_flags(&definition(program), &[], &mut flags);
         for (words, flag) in flags {
@@ -284,4 +286,9 @@ fn keys_of_reward_models_at_the_ends_of_their_range() {
 fn keys_of_ppo_at_the_ends_of_their_range() {
     let small = ["train.steps=1", "train.batch_size=2", "ppo.minibatches=1", "ppo.epochs=1", "ppo.response_length=4"];
     try_keys(PPO, &sections::<ppo::PpoConfig>(), &small);
+}
+
+#[test]
+fn keys_of_dpo_at_the_ends_of_their_range() {
+    try_keys(DPO, &sections::<dpo::DpoConfig>(), &["train.steps=1", "train.batch_size=1"]);
 }

@@ -25,6 +25,8 @@ use serde_json::{Value, json};
 
 #[path = "parity/adapters.rs"]
 mod adapters;
+#[path = "parity/dpo_trainer.rs"]
+mod dpo_trainer;
 #[path = "parity/smollm2.rs"]
 mod smollm2;
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use common::hash::sha256_of_file;
-use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
+use pipeline_tests::{DPO, Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
 use serde_json::Value;
 
 /// The same loss by two backends, whose sums run in different orders.
@@ -33,6 +33,7 @@ const FILES: [&str; 10] = [
 fn more_files(stage: Stage) -> &'static [&'static str] {
     match stage.program {
         "reward-model" => &[],
+        "dpo" => &["reference.json"],
         "ppo" => &[
             "rollouts.jsonl",
             "samples.jsonl",
@@ -58,6 +59,21 @@ fn metrics(stage: Stage) -> &'static [&'static str] {
             "train/tokens_per_second",
             "train/accuracy",
             "train/margin",
+            "val/accuracy",
+            "val/loss",
+            "val/margin",
+        ],
+        "dpo" => &[
+            "train/loss",
+            "train/lr",
+            "train/grad_norm",
+            "train/tokens_per_second",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
             "val/accuracy",
             "val/loss",
             "val/margin",
@@ -91,6 +107,7 @@ fn metrics(stage: Stage) -> &'static [&'static str] {
 fn trained() -> Lab {
     let lab = Lab::before(PPO);
     lab.prepare(PPO);
+    lab.prepare(DPO);
     lab
 }
 
@@ -209,6 +226,13 @@ fn assert_evaluations(lab: &Lab) {
     assert_eq!(wins as f64 / scores.len() as f64, number(&of_pairs, "accuracy"));
     assert!(scores.iter().all(|line| line["prompt"].is_string() && line["chosen"].is_string()), "{}", scores[0]);
 
+    let of_dpo = ["eval", "--checkpoint", "dpo", "--reference", "sft", "--data", "data/pairs.val.jsonl"];
+    let of_dpo = object(&lab.ok("dpo", &of_dpo));
+    for (name, metric) in [("accuracy", "val/accuracy"), ("margin_mean", "val/margin"), ("loss", "val/loss")] {
+        assert!((number(&of_dpo, name) - last(lab, "dpo", metric)).abs() < ROUNDING, "{of_dpo}");
+    }
+    assert_eq!(number(&of_dpo, "pairs"), 8.0);
+
     let of_policy = [
         "eval",
         "--checkpoint",
@@ -230,7 +254,7 @@ fn assert_evaluations(lab: &Lab) {
 }
 
 fn assert_answers(lab: &Lab) {
-    for checkpoint in ["base", "sft", "ppo"] {
+    for checkpoint in ["base", "sft", "ppo", "dpo"] {
         let args = ["generate", "--checkpoint", checkpoint, "--prompt", "what does the fox see?", "--max-tokens", "6"];
         let once = lab.ok("chat", &args);
         assert_eq!(once, lab.ok("chat", &args), "the same seed gives the same answer");

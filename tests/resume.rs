@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::time::Duration;
 
-use pipeline_tests::{Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
+use pipeline_tests::{DPO, Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
 use rustix::process::Signal;
 
 /// How often a run may be faster than the signal that should stop it.
@@ -95,11 +95,22 @@ fn ppo_killed_and_resumed_is_ppo_uninterrupted() {
 }
 
 #[test]
+fn dpo_killed_and_resumed_is_dpo_uninterrupted() {
+    let lab = Lab::before(DPO);
+    assert_killed_and_resumed_is_uninterrupted(&lab, DPO, 6, &["train.micro_batch_size=2"]);
+    assert_killed_and_resumed_is_uninterrupted(&lab, DPO, 6, &["run.keep_best=true", "dpo.loss=ipo"]);
+}
+
+#[test]
 fn adapters_killed_and_resumed_are_adapters_trained_uninterrupted() {
     const LORA: [&str; 2] = ["lora.rank=3", "lora.dropout=0.1"];
     let lab = Lab::before(PPO);
     assert_killed_and_resumed_is_uninterrupted(&lab, SFT, 6, &[&LORA[..], &["run.keep_best=true"]].concat());
     std::fs::rename(lab.path("whole"), lab.path("sft-lora")).unwrap();
+    let dpo_from_adapter = Stage { inputs: &["--init", "sft-lora"], ..DPO };
+    for stage in [DPO, dpo_from_adapter] {
+        assert_killed_and_resumed_is_uninterrupted(&lab, stage, 6, &LORA);
+    }
     let from_adapter = Stage { inputs: &["--init", "sft-lora"], ..REWARD_MODEL };
     assert_killed_and_resumed_is_uninterrupted(&lab, REWARD_MODEL, 6, &[&LORA[..], &["run.keep_best=true"]].concat());
     assert_killed_and_resumed_is_uninterrupted(&lab, from_adapter, 6, &LORA);
@@ -111,7 +122,7 @@ fn adapters_killed_and_resumed_are_adapters_trained_uninterrupted() {
 
 #[test]
 fn ctrl_c_and_sigterm_finish_the_step_save_and_exit_as_shells_expect() {
-    for stage in [PRETRAIN, SFT, REWARD_MODEL, PPO] {
+    for stage in [PRETRAIN, SFT, REWARD_MODEL, PPO, DPO] {
         let lab = Lab::before(stage);
         lab.ok(stage.program, &stage.train("whole", &["-q"]));
         for signal in [Signal::INT, Signal::TERM] {

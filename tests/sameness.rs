@@ -4,7 +4,7 @@
 
 use common::hf;
 use common::model::NamedTensors;
-use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
+use pipeline_tests::{DPO, Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, STAGES, Stage};
 use serde_json::json;
 
 /// Of weights of order 1 after a dozen steps, computed in f32 in another order. Holds only with [`PROPORTIONAL`].
@@ -98,7 +98,7 @@ fn the_number_of_threads_does_not_change_a_byte() {
     lab.assert_same("pretrain-1", "pretrain-3");
     // The other stages go on from the large model.
     std::fs::rename(lab.path("pretrain-1"), lab.path(PRETRAIN.out)).unwrap();
-    for stage in [SFT, REWARD_MODEL, PPO] {
+    for stage in [SFT, REWARD_MODEL, PPO, DPO] {
         let mut more = set(&["train.steps=3", "train.batch_size=16"]);
         if stage == REWARD_MODEL {
             more.extend(set(&["normalisation.max_tokens=4"]));
@@ -138,6 +138,7 @@ fn every_stage_makes_the_recorded_steps() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/trajectory.json");
     let lab = Lab::before(PPO);
     lab.prepare(PPO);
+    lab.prepare(DPO);
     let name = |stage: Stage| if stage == PPO { "policy/loss" } else { "train/loss" };
     let losses = STAGES.map(|stage| {
         let lines = lab.lines(&format!("{}/metrics.jsonl", stage.out));

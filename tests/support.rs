@@ -61,8 +61,11 @@ pub const PPO: Stage = Stage {
     parents: &[SFT, REWARD_MODEL],
 };
 
-/// All four, in their order.
-pub const STAGES: [Stage; 4] = [PRETRAIN, SFT, REWARD_MODEL, PPO];
+/// `dpo train`.
+pub const DPO: Stage = Stage { program: "dpo", inputs: &["--init", "sft"], out: "dpo", parents: &[SFT] };
+
+/// All of them, in their order.
+pub const STAGES: [Stage; 5] = [PRETRAIN, SFT, REWARD_MODEL, PPO, DPO];
 
 impl Stage {
     /// The arguments of `train` into `out`.

@@ -65,7 +65,7 @@ impl ChatModel {
         sampling.strategy(vec![])?; // before anything is read
         let (backend, opening) = (&runtime.backend, runtime.opening());
         let runtime = runtime.open()?;
-        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo])?;
+        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS)?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.

@@ -10,12 +10,13 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
-const OURS: [&str; 16] = [
+const OURS: [&str; 17] = [
     "base",
     "bench",
     "chat",
     "common",
     "compare",
+    "dpo",
     "kernels",
     "model",
     "plot",

@@ -5,7 +5,7 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
-const OUR_FILES: [&str; 14] = [
+const OUR_FILES: [&str; 15] = [
     "config.toml",
     "manifest.json",
     "config.json",
@@ -18,6 +18,7 @@ const OUR_FILES: [&str; 14] = [
     "metrics.jsonl",
     "samples.jsonl",
     "rollouts.jsonl",
+    "reference.json",
     "state",
     "value",
 ];

@@ -86,11 +86,9 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// If a checkpoint or the prompts cannot be used, or the three models do not share a tokenizer.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let opening = args.runtime.opening();
-    let open = |dir, stages: [Stage; 3]| checkpoint::init_from(dir, opening)?.of_stage(&stages);
-    let policy = open(&args.checkpoint, [Stage::Ppo, Stage::Sft, Stage::Pretrain]);
-    let policy = policy.context("failed to load the policy")?;
-    let reference = open(&args.reference, [Stage::Sft, Stage::Pretrain, Stage::Ppo]);
-    let reference = reference.context("failed to load the reference policy")?;
+    let open = |dir| checkpoint::init_from(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS);
+    let policy = open(&args.checkpoint).context("failed to load the policy")?;
+    let reference = open(&args.reference).context("failed to load the reference policy")?;
     let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &policy)
         .context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;

@@ -108,7 +108,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
 /// If one of them cannot be used, or their tokenizers differ.
 pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
     let opening = args.stage.runtime.opening();
-    let initial = checkpoint::init_from(&args.policy, opening).and_then(|policy| policy.of_stage(&[Stage::Sft]));
+    let initial =
+        checkpoint::init_from(&args.policy, opening).and_then(|policy| policy.of_stage(&[Stage::Sft, Stage::Dpo]));
     let initial = initial.context("failed to load the initial policy")?;
     let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &initial)
         .context("failed to load the reward model")?;

@@ -36,11 +36,8 @@ impl Evaluation {
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[
-        Stage::Pretrain,
-        Stage::Sft,
-        Stage::Ppo,
-    ])?;
+    let checkpoint =
+        Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let result = match (&args.data, &args.ids) {
         (Some(file), _) => {

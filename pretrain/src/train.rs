@@ -186,7 +186,7 @@ fn starting_point(
                 needs::check(config, &initial.config, true, runtime)?;
             }
             let init = checkpoint::init_from(dir, args.stage.runtime.opening())
-                .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Ppo]))
+                .and_then(|init| init.of_stage(&Stage::LANGUAGE_MODELS))
                 .context("failed to load the initial model")?
                 .with_dropout(config.model.dropout);
             Ok((init.require_tokenizer()?.clone(), Some(init)))

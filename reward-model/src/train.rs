@@ -43,7 +43,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let streams = Streams::new(config.seed);
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
-        .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain]))
+        .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain, Stage::Dpo]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
     init.check_lora(config.lora.as_ref())?;

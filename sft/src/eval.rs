@@ -40,11 +40,8 @@ impl Evaluation {
 
 /// Carries out `sft eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[
-        Stage::Pretrain,
-        Stage::Sft,
-        Stage::Ppo,
-    ])?;
+    let checkpoint =
+        Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
     let tokenizer = checkpoint.require_tokenizer()?;
     let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;

@@ -34,7 +34,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let streams = Streams::new(config.seed);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
-        .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft]))
+        .and_then(|init| init.of_stage(&[Stage::Pretrain, Stage::Sft, Stage::Dpo]))
         .context("failed to load the initial model")?
         .with_dropout(config.model.dropout);
     init.check_lora(config.lora.as_ref())?;

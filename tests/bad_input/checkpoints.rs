@@ -129,7 +129,7 @@ fn json_files_that_are_damaged() {
     renew(&lab);
     edit(&lab, "manifest.json", |manifest| manifest["format"] = json!(2));
     Case(&lab, "manifest-format").refused("pretrain", &EVAL);
-    lab.write("broken/manifest.json", "{\"format\": 1, \"stage\": \"dpo\"}");
+    lab.write("broken/manifest.json", "{\"format\": 1, \"stage\": \"distil\"}");
     Case(&lab, "manifest-damaged").refused("pretrain", &EVAL);
     renew(&lab);
     let text = String::from_utf8(lab.bytes("broken/tokenizer_config.json")).unwrap();

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use common::config::{Key, Kind, Section, parse, print, sections, to_toml};
+use dpo::DpoConfig;
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use recipe::RecipeConfig;
@@ -70,6 +71,15 @@ impl Checked for SftConfig {
 }
 
 impl Checked for RewardModelConfig {
+    const BASE: &'static str = SftConfig::BASE;
+
+    fn validate(&self) -> anyhow::Result<()> {
+        self.train.amount().n_steps(usize::MAX);
+        self.validate()
+    }
+}
+
+impl Checked for DpoConfig {
     const BASE: &'static str = SftConfig::BASE;
 
     fn validate(&self) -> anyhow::Result<()> {
@@ -185,6 +195,11 @@ fn reward_models() {
 #[test]
 fn proximal_policy_optimisation() {
     campaign::<PpoConfig>();
+}
+
+#[test]
+fn direct_preference_optimisation() {
+    campaign::<DpoConfig>();
 }
 
 #[test]

@@ -1,8 +1,13 @@
 //! The configurations of a lab.
 
 /// Small, but nothing is left out: dropout, accumulation, evaluation, samples and saves along the way.
-pub(crate) const ALL: [(&str, &str); 4] =
-    [("pretrain", PRETRAIN_CONFIG), ("sft", SFT_CONFIG), ("reward-model", REWARD_MODEL_CONFIG), ("ppo", PPO_CONFIG)];
+pub(crate) const ALL: [(&str, &str); 5] = [
+    ("pretrain", PRETRAIN_CONFIG),
+    ("sft", SFT_CONFIG),
+    ("reward-model", REWARD_MODEL_CONFIG),
+    ("ppo", PPO_CONFIG),
+    ("dpo", DPO_CONFIG),
+];
 
 const PRETRAIN_CONFIG: &str = r#"seed = 3
 
@@ -106,6 +111,25 @@ kl_target = 2.0
 kl_horizon = 100.0
 epochs = 2
 minibatches = 2
+
+[run]
+log_every = 1
+eval_every = 4
+save_every = 0
+"#;
+
+const DPO_CONFIG: &str = r#"seed = 11
+
+[data]
+train = ["../data/pairs.train.jsonl"]
+val = ["../data/pairs.val.jsonl"]
+
+[optimizer]
+lr = 1e-3
+
+[train]
+steps = 12
+batch_size = 4
 
 [run]
 log_every = 1

@@ -4,7 +4,7 @@
 //! In reading order: [`Prompts`] are read from files, [`Sampling`] answers them, [`FrozenModels`] make [`Rollout`]s of
 //! the [`Response`]s: log-probabilities under the reference policy, a score, their divergence ([`kl`]). Below these,
 //! [`ResponseBatch`] holds prompts with given responses as one batch, [`log_probs`] and [`values`] are tensors of one
-//! number a response token, with gradient where the model has one; [`of_response_tokens`] reads such numbers to the
+//! number a response token, with gradient where the model has one, [`sum_by_response`] adds them up; [`of_response_tokens`] reads such numbers to the
 //! host; [`score_rows`] reads a reward model at the last token of each row. [`Pairs`] are preferences read from files, and
 //! [`Agreement`] says how far a reward model's scores order them as people did.
 //!
@@ -30,4 +30,4 @@ pub use prompts::{EncodedPrompt, Prompts, TooLong};
 pub use rollout::{FrozenModels, Gold, Rollout};
 pub use rows::{by_length, score_rows};
 pub use sampling::{Response, Sampling};
-pub use tokens::{ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, values};
+pub use tokens::{ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, sum_by_response, values};

@@ -1,6 +1,6 @@
 //! One number for every token of a response: log-probabilities and values.
 
-use burn::tensor::{Device, Int, Tensor, TensorData, TensorReadError};
+use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, TensorReadError};
 use model::{Gpt, Layout, ScalarGpt, loss};
 use text::data::collate;
 
@@ -77,6 +77,21 @@ pub fn log_probs(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> Tensor<1
 /// - returns `([n_tokens], [n_tokens])`
 pub fn log_probs_and_entropy(gpt: &Gpt, batch: &ResponseBatch, temperature: f64) -> (Tensor<1>, Tensor<1>) {
     loss::token_log_probs_and_entropy(gpt, states(gpt, batch), batch.targets(&gpt.device()), temperature)
+}
+
+/// Sums of numbers of response tokens over each response, with gradient where they have one.
+///
+/// # Shapes
+/// - `of_tokens`: `[n_tokens]`, response after response
+/// - returns `[rows]`
+///
+/// # Panics
+/// If there is not one number a response token.
+pub fn sum_by_response(batch: &ResponseBatch, of_tokens: Tensor<1>) -> Tensor<1> {
+    let device = of_tokens.device();
+    let rows: Vec<i64> = batch.positions.iter().map(|position| position / batch.seq as i64).collect();
+    let rows = Tensor::from_data(TensorData::new(rows, [batch.n_tokens()]), &device);
+    Tensor::zeros([batch.rows], &device).select_assign(0, rows, of_tokens, IndexingUpdateOp::Add)
 }
 
 /// Only states before response tokens meet the vocabulary: `[n_tokens, d_model]`.
@@ -200,6 +215,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn sums_are_over_each_response_and_so_is_their_gradient() {
+        let rows: [(&[u32], &[u32]); 3] = [(&[1, 2, 3], &[7]), (&[1, 4], &[8, 9, 5]), (&[1], &[6, 6])];
+        let batch = ResponseBatch::new(rows);
+        let of_tokens = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &Device::flex().autodiff());
+        let of_tokens = of_tokens.require_grad();
+        let sums = sum_by_response(&batch, of_tokens.clone());
+        let host = |tensor: Tensor<1>| tensor.try_into_vec_as::<f32>().unwrap();
+        assert_eq!(host(sums.clone()), [1.0, 9.0, 11.0]);
+        let weights = Tensor::from_floats([1.0, 10.0, 100.0], &sums.device());
+        let gradient = of_tokens.grad(&(sums * weights).sum().backward()).unwrap();
+        assert_eq!(host(gradient), [1.0, 10.0, 10.0, 10.0, 100.0, 100.0]);
     }
 
     #[test]

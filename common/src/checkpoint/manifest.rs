@@ -27,6 +27,13 @@ pub enum Stage {
     RewardModel,
     /// `ppo train`: the policy, with the value model beside it.
     Ppo,
+    /// `dpo train`: the policy.
+    Dpo,
+}
+
+impl Stage {
+    /// The stages that leave a language model.
+    pub const LANGUAGE_MODELS: [Self; 4] = [Self::Pretrain, Self::Sft, Self::Ppo, Self::Dpo];
 }
 
 impl fmt::Display for Stage {
@@ -36,6 +43,7 @@ impl fmt::Display for Stage {
             Self::Sft => "sft",
             Self::RewardModel => "reward-model",
             Self::Ppo => "ppo",
+            Self::Dpo => "dpo",
         })
     }
 }

@@ -13,7 +13,7 @@ macro_rules! names {
 
 names! {
     /// Training loss of the step: cross-entropy in nats per trained token; for a reward model the pairwise loss, with the
-    /// centring term.
+    /// centring term; for DPO the mean loss of a pair.
     TRAIN_LOSS = "train/loss";
     /// Learning rate of the step; of the policy in PPO.
     TRAIN_LR = "train/lr";
@@ -29,12 +29,25 @@ names! {
     TRAIN_ACCURACY = "train/accuracy";
     /// Mean score of the chosen minus the rejected response, over the training pairs.
     TRAIN_MARGIN = "train/margin";
-    /// `train/accuracy` on held-out pairs; for SFT, the fraction of the assistant's tokens that are predicted correctly.
+    /// `train/accuracy`, or for DPO `rewards/accuracies`, on held-out pairs; for SFT, the fraction of the assistant's tokens that
+    /// are predicted correctly.
     VAL_ACCURACY = "val/accuracy";
-    /// `train/margin` on held-out pairs.
+    /// `train/margin`, or for DPO `rewards/margins`, on held-out pairs.
     VAL_MARGIN = "val/margin";
     /// Fraction of the held-out pairs whose chosen response is the longer one: the baseline that `val/accuracy` has to beat.
     VAL_LONGER_WINS_ACCURACY = "val/longer_wins_accuracy";
+    /// Implicit reward `β·(log π − log π_ref)` of the chosen response, summed over its tokens, mean over the pairs of the step.
+    REWARDS_CHOSEN = "rewards/chosen";
+    /// The same of the rejected response.
+    REWARDS_REJECTED = "rewards/rejected";
+    /// Fraction of the pairs whose chosen response has the higher implicit reward; equal rewards count half.
+    REWARDS_ACCURACIES = "rewards/accuracies";
+    /// Mean of `rewards/chosen` less `rewards/rejected`, pair by pair.
+    REWARDS_MARGINS = "rewards/margins";
+    /// Log-probability of the chosen response under the policy, summed over its tokens, mean over the pairs of the step.
+    LOGPS_CHOSEN = "logps/chosen";
+    /// The same of the rejected response.
+    LOGPS_REJECTED = "logps/rejected";
     /// Mean score of answers to held-out prompts.
     VAL_SCORE = "val/score";
     /// `objective/kl` of answers to held-out prompts.
@@ -99,9 +112,11 @@ names! {
 }
 
 /// The metrics on the console, in this order; the rest is for the file.
-pub(super) const ON_CONSOLE: [&str; 17] = [
+pub(super) const ON_CONSOLE: [&str; 19] = [
     TRAIN_LOSS,
     TRAIN_ACCURACY,
+    REWARDS_ACCURACIES,
+    REWARDS_MARGINS,
     VAL_LOSS,
     VAL_BITS_PER_BYTE,
     VAL_ACCURACY,

@@ -142,7 +142,7 @@ impl Examination<'_> {
     fn open(&mut self) -> Option<(Checkpoint, Checkpoint)> {
         let opening = self.args.runtime.opening();
         let policy = checkpoint::init_from(&self.args.policy, opening);
-        let policy = policy.and_then(|policy| policy.of_stage(&[Stage::Sft]));
+        let policy = policy.and_then(|policy| policy.of_stage(&[Stage::Sft, Stage::Dpo]));
         let policy = policy.and_then(|policy| policy.require_tokenizer().cloned().map(|_| policy));
         let policy = match policy {
             Ok(policy) => policy,

@@ -1,0 +1,74 @@
+//! Memory that a run needs.
+
+use std::path::Path;
+
+use common::capacity::{self, Lengths, Needs, Settings, Trained};
+use common::checkpoint::Preview;
+use common::kernels::Kernels;
+use common::model::GptConfig;
+use common::model::footprint::{self, Batch};
+use common::model::params::Output;
+use common::runtime::Runtime;
+use common::score::EncodedPair;
+
+use crate::config::DpoConfig;
+use crate::data;
+
+/// Refuses a run that needs more memory than there is, before the weights in `init` are read.
+///
+/// # Errors
+/// If it does not fit.
+pub(crate) fn check(config: &DpoConfig, init: &Path, base: Option<&Path>, runtime: &Runtime) -> anyhow::Result<()> {
+    // What is wrong with the initial model is said where it is loaded.
+    let (true, true, Ok(initial)) = (config.run.check_memory, runtime.is_on_host(), Preview::open(init, base)) else {
+        return Ok(());
+    };
+    let amount = config.train.amount();
+    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
+    let kernels = runtime.effective_kernels();
+    capacity::check_run(
+        amount.batch_size,
+        settings,
+        initial.config.max_seq_len,
+        || lengths(config, &initial),
+        |lengths, settings| needs(config, &initial.config, lengths, kernels, settings),
+    )
+}
+
+/// The lengths of the training pairs, each that of its longer row.
+///
+/// # Errors
+/// If they cannot be read.
+pub fn lengths(config: &DpoConfig, initial: &Preview) -> anyhow::Result<Lengths> {
+    let context = initial.config.max_seq_len;
+    let Some(tokenizer) = &initial.tokenizer else { return Ok(Lengths::unknown(context)) };
+    let training =
+        data::read(&config.data.train, tokenizer, context, config.data.read_options(), config.data.on_too_long)?;
+    Ok(Lengths::of(context, training.encoded.iter().map(EncodedPair::len).collect()))
+}
+
+/// What training a policy of architecture `model` needs. The reference is gone before the policy is loaded; while it
+/// computes, there are its weights and the checkpoint's.
+pub fn needs(config: &DpoConfig, model: &GptConfig, lengths: &Lengths, kernels: Kernels, settings: Settings) -> Needs {
+    // Dropout is off.
+    let model = GptConfig { dropout: 0.0, ..model.clone() };
+    let batch = Batch { rows: 2.0 * settings.micro_batch_size as f64, seq: lengths.longest() as f64 };
+    let trained = Trained {
+        config: &model,
+        output: Output::Logits,
+        lora: config.lora.as_ref(),
+        kernels,
+        checkpoint_activations: settings.checkpoint_activations,
+        trunk: settings.trunk,
+        batch,
+        accumulates: settings.micro_batch_size < config.train.batch_size,
+    };
+    let computing = footprint::inference(&model, trained.computation(), batch);
+    let trained = trained.needs();
+    Needs {
+        loading: trained.weights + computing,
+        data: capacity::vocabulary(model.vocab_size)
+            + capacity::records(config.data.train.iter().chain(&config.data.val)),
+        ..trained
+    }
+}
