@@ -4,7 +4,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
-use pipeline_tests::{Lab, PPO, REWARD_MODEL, SFT, Stage};
+use pipeline_tests::{DPO, Lab, PPO, REWARD_MODEL, SFT, Stage};
 use serde_json::Value;
 
 /// How far a plan may be from what a run took: it counts tensors, not the pieces that an allocator makes of memory.
@@ -53,16 +53,16 @@ fn assert_near(what: &str, planned: f64, taken: f64) {
 fn lab() -> Lab {
     let lab = Lab::before(pipeline_tests::PRETRAIN);
     // A recipe's files are those of the stages.
-    for stage in ["pretrain", "sft", "reward-model", "ppo"] {
+    for stage in ["pretrain", "sft", "reward-model", "ppo", "dpo"] {
         let text = String::from_utf8(lab.bytes(&format!("configs/{stage}.toml"))).unwrap();
         lab.write(&format!("recipe/{stage}.toml"), text);
     }
     lab.write("recipe/recipe.toml", "title = \"Memory\"\nstages = [\"pretrain\"]\n");
     lab.write(
         "later/recipe.toml",
-        "title = \"Memory\"\ninit = \"../base\"\nstages = [\"sft\", \"reward-model\", \"ppo\"]\n",
+        "title = \"Memory\"\ninit = \"../base\"\nstages = [\"sft\", \"reward-model\", \"ppo\", \"dpo\"]\n",
     );
-    for stage in ["sft", "reward-model", "ppo"] {
+    for stage in ["sft", "reward-model", "ppo", "dpo"] {
         lab.write(&format!("later/{stage}.toml"), lab.bytes(&format!("configs/{stage}.toml")));
     }
     lab
@@ -84,11 +84,12 @@ fn a_plan_is_what_a_run_takes() {
         let out = if preset == "llama" { "base" } else { preset };
         assert_near(preset, planned, pretrain(&lab, out, &settings));
     }
-    let stages: [(Stage, &[&str]); 4] = [
+    let stages: [(Stage, &[&str]); 5] = [
         (SFT, &["model.dropout=0.0", "lora.rank=8"]),
         (SFT, &["model.dropout=0.0"]),
         (REWARD_MODEL, &["model.dropout=0.0", "normalisation.samples=4"]),
         (PPO, &["ppo.epochs=1"]),
+        (DPO, &[]),
     ];
     for (stage, more) in stages {
         let settings = [&SHORT[..], more].concat();

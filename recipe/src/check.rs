@@ -87,6 +87,11 @@ impl Checker<'_> {
         self.lengths(step)
     }
 
+    /// Whether the last step reads the test pairs.
+    fn reads_test_pairs(&self) -> bool {
+        self.setup.recipe.config.stages().iter().any(|step| matches!(step, Step::RewardModel | Step::Dpo))
+    }
+
     /// The checkpoints that a step starts from are made by this command or were made before.
     fn parents(&self, step: Step) -> Result<()> {
         let config = &self.setup.recipe.config;
@@ -94,14 +99,17 @@ impl Checker<'_> {
             Step::Pretrain if config.init.is_none() => vec![Step::Tokenizer],
             Step::Sft if self.setup.base() == self.setup.dir(Step::Pretrain) => vec![Step::Pretrain],
             Step::World | Step::Tokenizer | Step::Pretrain | Step::Sft => Vec::new(),
-            Step::Collect | Step::RewardModel => vec![Step::Sft],
+            Step::Collect | Step::RewardModel | Step::Dpo => vec![Step::Sft],
             Step::Ppo => vec![Step::Sft, Step::RewardModel],
             Step::Evaluate => config.stages(),
         };
         if step == Step::Evaluate && config.stages().contains(&Step::Ppo) {
             parents.extend([Step::Sft, Step::RewardModel]);
         }
-        if step == Step::RewardModel && config.collect.is_some() {
+        if step == Step::Evaluate && config.stages().contains(&Step::Dpo) {
+            parents.push(Step::Sft);
+        }
+        if matches!(step, Step::RewardModel | Step::Dpo) && config.collect.is_some() {
             parents.push(Step::Collect);
         }
         for parent in parents {
@@ -163,6 +171,12 @@ impl Checker<'_> {
                     records::check_pairs(&file, config.data.read_options())?;
                 }
             }
+            Step::Dpo => {
+                let Some(config) = &self.setup.configs.dpo else { return Ok(()) };
+                for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
+                    records::check_pairs(&file, config.data.read_options())?;
+                }
+            }
             Step::Collect | Step::Ppo | Step::Evaluate => {
                 for (file, prompts) in self.prompts(step)? {
                     self.gold(step, &file, &prompts)?;
@@ -171,7 +185,7 @@ impl Checker<'_> {
         }
         if let (Step::Evaluate, Some(pairs)) = (step, self.setup.test_pairs())
             && self.is_there(&pairs)
-            && self.setup.recipe.config.stages().contains(&Step::RewardModel)
+            && self.reads_test_pairs()
         {
             records::check_pairs(&pairs, OnBadRecord::Fail)?;
         }
@@ -288,7 +302,15 @@ impl Checker<'_> {
                     }
                 }
             }
-            Step::Evaluate if self.setup.recipe.config.stages().contains(&Step::RewardModel) => {
+            Step::Dpo => {
+                let Some(config) = &self.setup.configs.dpo else { return Ok(()) };
+                for files in [there(&config.data.train)?, there(&config.data.val)?] {
+                    if !files.is_empty() {
+                        reward_model::check_data(&files, tokenizer, context, &config.data)?;
+                    }
+                }
+            }
+            Step::Evaluate if self.reads_test_pairs() => {
                 if let Some(pairs) = self.setup.test_pairs().filter(|pairs| self.is_there(pairs)) {
                     reward_model::check_data(&[pairs], tokenizer, context, &DataConfig::default())?;
                 }

@@ -19,10 +19,10 @@ pub struct RecipeConfig {
     pub title: String,
     /// Random seed of all steps; takes precedence over the `seed` of a stage's file.
     pub seed: u64,
-    /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`. All of them by default, or with `init`
-    /// those after `pretrain`.
+    /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`, `dpo`. All but `dpo` by default, or with
+    /// `init` those after `pretrain`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("items" = serde_json::json!({ "enum": ["pretrain", "sft", "reward-model", "ppo"] })))]
+    #[schemars(extend("items" = serde_json::json!({ "enum": ["pretrain", "sft", "reward-model", "ppo", "dpo"] })))]
     pub stages: Option<Vec<Step>>,
     /// Model to start from, a checkpoint or a directory in Hugging Face layout: the initial model of SFT, or of pretraining
     /// if `stages` names it.
@@ -42,7 +42,7 @@ pub struct RecipeConfig {
     pub collect: Option<CollectConfig>,
     /// Examination of SFT model, reward model and data before PPO, as `ppo doctor` makes it; its checks are in the report.
     pub doctor: DoctorConfig,
-    /// Evaluation of the base model, the SFT model and the PPO policy on held-out prompts, for the report.
+    /// Evaluation of the base model, the SFT model and the policies after PPO and DPO on held-out prompts, for the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<EvaluateConfig>,
 }
@@ -96,7 +96,7 @@ impl Default for CollectConfig {
     }
 }
 
-/// `[evaluate]`: answers of the base model, the SFT model and the PPO policy to prompts that none was trained on.
+/// `[evaluate]`: answers of the base model, the SFT model and the policies after PPO and DPO to prompts that none was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateConfig {
@@ -115,6 +115,10 @@ pub struct EvaluateConfig {
     pub max_tokens: usize,
     /// Form in which the prompt is given to the base model, which has seen no conversations.
     pub base_prompt: BasePrompt,
+    /// Numbers of answers of the SFT model of which the reward model chooses the best one, reported beside the policies; estimated
+    /// without bias from as many answers to each prompt as the largest of them. None by default.
+    #[schemars(inner(range(min = 1, max = 10_000)))]
+    pub best_of: Vec<usize>,
     /// Number of answers decoded at once.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
@@ -129,6 +133,7 @@ impl Default for EvaluateConfig {
             temperature: 1.0,
             max_tokens: 128,
             base_prompt: BasePrompt::default(),
+            best_of: Vec::new(),
             batch_size: 64,
         }
     }
@@ -154,7 +159,7 @@ impl RecipeConfig {
         if let Some(stages) = &self.stages {
             ensure!(!stages.is_empty(), "`stages` names no stage");
             if let Some(step) = stages.iter().find(|step| !step.trains()) {
-                bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model` or `ppo`");
+                bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model`, `ppo` or `dpo`");
             }
             ensure!(stages.is_sorted_by(|a, b| a < b), "`stages` must be in the order in which they run, each once");
         }
@@ -174,10 +179,16 @@ impl RecipeConfig {
         }
         if let Some(evaluate) = &self.evaluate {
             evaluate.validate().context("invalid `[evaluate]`")?;
+            let has = |step| self.stages().contains(&step);
+            let samples = has(Step::Ppo) || has(Step::Dpo) && has(Step::RewardModel) || !evaluate.best_of.is_empty();
             ensure!(
-                evaluate.temperature > 0.0 || !self.stages().contains(&Step::Ppo),
-                "`evaluate.temperature` is 0, but the divergence of the PPO policy is measured on sampled answers\n\
-                 hint: set it above 0; as in PPO's rollouts is best"
+                evaluate.temperature > 0.0 || !samples,
+                "`evaluate.temperature` is 0, but divergence from the SFT model and the best of several answers are measured on \
+                 sampled answers\nhint: set it above 0; as in PPO's rollouts is best"
+            );
+            ensure!(
+                evaluate.best_of.is_empty() || has(Step::Sft) && has(Step::RewardModel),
+                "`evaluate.best_of` needs the stages `sft`, which answers, and `reward-model`, which chooses\nhint: name both in `stages`"
             );
         }
         Ok(())
@@ -185,7 +196,8 @@ impl RecipeConfig {
 
     /// Training stages to run, in order.
     pub fn stages(&self) -> Vec<Step> {
-        let wanted = |step: &Step| step.trains() && (self.init.is_none() || *step != Step::Pretrain);
+        let wanted =
+            |step: &Step| step.trains() && *step != Step::Dpo && (self.init.is_none() || *step != Step::Pretrain);
         self.stages.clone().unwrap_or_else(|| Step::ALL.into_iter().filter(wanted).collect())
     }
 
@@ -251,7 +263,9 @@ mod tests {
         assert_eq!(config("stages = [\"pretrain\"]\n").steps(), [Step::Tokenizer, Step::Pretrain]);
         assert_eq!(config("").stages().len(), 4);
         let all = "[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\n[evaluate]\nprompts = \"q\"\n";
-        assert_eq!(config(all).steps().len(), Step::ALL.len() - 1); // all but the world
+        assert_eq!(config(all).steps().len(), Step::ALL.len() - 2); // all but the world and DPO
+        let with_dpo = "init = \"m\"\nstages = [\"sft\", \"dpo\"]";
+        assert_eq!(config(with_dpo).steps(), [Step::Sft, Step::Dpo]);
     }
 
     #[test]
@@ -267,6 +281,9 @@ mod tests {
         let error = config(greedy).validate().unwrap_err().to_string();
         assert!(error.contains("`evaluate.temperature` is 0") && error.contains("hint:"), "{error}");
         config(&format!("stages = [\"pretrain\", \"sft\"]\n{greedy}")).validate().unwrap();
+        config(&format!("stages = [\"sft\", \"dpo\"]\n{greedy}")).validate().unwrap();
+        let with_reward_model = format!("stages = [\"sft\", \"reward-model\", \"dpo\"]\n{greedy}");
+        config(&with_reward_model).validate().unwrap_err();
     }
 
     #[test]

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::answers::{self, PromptSampler};
+use crate::best_of::BestOf;
 use crate::config::{BasePrompt, EvaluateConfig};
 use crate::gold::GoldScorer;
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
@@ -29,6 +30,9 @@ use crate::steps::Step;
 
 /// Sampling streams from here on belong to this step.
 const FIRST_ROW: u64 = 1 << 50;
+
+/// Those of the answers that the best are chosen from.
+const FIRST_ROW_OF_POOL: u64 = FIRST_ROW + (1 << 40);
 
 /// The last step.
 pub struct Evaluator<'a> {
@@ -60,21 +64,25 @@ impl Evaluator<'_> {
             if !self.has(policy) {
                 continue;
             }
-            let Some(answers) = self.answers(policy, &messages)? else { return Ok(Outcome::Interrupted) };
+            let Some(answers) = self.answers(policy, &messages, FIRST_ROW)? else { return Ok(Outcome::Interrupted) };
             for (row, mut answer) in rows.iter_mut().zip(answers) {
-                answer.gold = self.setup.gold.as_ref().and_then(|gold| gold.score(&row.prompt, &answer.text));
+                answer.gold = self.gold(&row.prompt, &answer);
                 row.answers.insert(policy, answer);
             }
         }
-        let mut results = Results::of_answers(&rows);
-        results.reward_model = self.reward_model()?;
-        results.ppo = if prompts.len() < n_all {
-            let path = self.setup.out.join("prompts.evaluated.jsonl");
+        let Some(best_of) = self.best_of(&rows, &messages)? else { return Ok(Outcome::Interrupted) };
+        let path = self.setup.out.join("prompts.evaluated.jsonl");
+        let data = if prompts.len() < n_all { &path } else { &self.config.prompts };
+        if *data == path {
             let lines = messages.iter().map(|messages| format!("{}\n", json!({ "prompt": messages })));
             write_whole(&path, lines.collect::<String>())?;
-            self.ppo(&path)?
-        } else {
-            self.ppo(&self.config.prompts)?
+        }
+        let results = Results {
+            reward_model: self.reward_model()?,
+            ppo: self.against_sft(Step::Ppo, data)?,
+            dpo: self.dpo(data)?,
+            best_of,
+            ..Results::of_answers(&rows)
         };
         if self.interrupt.requested() {
             return Ok(Outcome::Interrupted);
@@ -93,7 +101,12 @@ impl Evaluator<'_> {
             Policy::Base => self.setup.has_base(),
             Policy::Sft => self.trains(Step::Sft),
             Policy::Ppo => self.trains(Step::Ppo),
+            Policy::Dpo => self.trains(Step::Dpo),
         }
+    }
+
+    fn gold(&self, prompt: &str, answer: &ScoredAnswer) -> Option<f64> {
+        self.setup.gold.as_ref().and_then(|gold| gold.score(prompt, &answer.text))
     }
 
     fn open(&self, policy: Policy) -> Result<Checkpoint> {
@@ -101,17 +114,34 @@ impl Evaluator<'_> {
             Policy::Base => self.setup.base(),
             Policy::Sft => self.setup.dir(Step::Sft),
             Policy::Ppo => self.setup.dir(Step::Ppo),
+            Policy::Dpo => self.setup.dir(Step::Dpo),
         };
         let failed = || format!("failed to load `{}`", dir.display());
         match policy {
             Policy::Base => checkpoint::init_from(&dir, self.setup.opening_init()),
-            Policy::Sft | Policy::Ppo => Checkpoint::open_with(&dir, self.setup.opening()),
+            Policy::Sft | Policy::Ppo | Policy::Dpo => Checkpoint::open_with(&dir, self.setup.opening()),
         }
         .with_context(failed)
     }
 
-    /// Answers of one model with the reward model's scores; `None` if the user asked to stop.
-    fn answers(&self, policy: Policy, prompts: &[Vec<Message>]) -> Result<Option<Vec<ScoredAnswer>>> {
+    /// The best answers of several as `evaluate.best_of` wants them; `None` if the user asked to stop.
+    fn best_of(&self, rows: &[AnswerRow], prompts: &[Vec<Message>]) -> Result<Option<Vec<BestOf>>> {
+        let Some(&n_answers) = self.config.best_of.iter().max() else { return Ok(Some(Vec::new())) };
+        let repeated: Vec<_> =
+            prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), n_answers)).collect();
+        let Some(mut answers) = self.answers(Policy::Sft, &repeated, FIRST_ROW_OF_POOL)? else { return Ok(None) };
+        for (pool, row) in answers.chunks_exact_mut(n_answers).zip(rows) {
+            for answer in pool {
+                answer.gold = self.gold(&row.prompt, answer);
+            }
+        }
+        let pools: Vec<&[ScoredAnswer]> = answers.chunks_exact(n_answers).collect();
+        Ok(Some(self.config.best_of.iter().filter_map(|&n| BestOf::of_pools(&pools, n)).collect()))
+    }
+
+    /// Answers of one model with the reward model's scores; `None` if the user asked to stop. The answer to prompt `i` draws from
+    /// sampling stream `first_row + i`.
+    fn answers(&self, policy: Policy, prompts: &[Vec<Message>], first_row: u64) -> Result<Option<Vec<ScoredAnswer>>> {
         let checkpoint = self.open(policy)?;
         let runtime = self.runtime.open()?;
         let gpt = runtime.gpt(&checkpoint)?;
@@ -130,7 +160,7 @@ impl Evaluator<'_> {
         };
         // The same random numbers for every model.
         let streams = Streams::new(self.setup.recipe.config.seed);
-        let Some(sampled) = sampler.answer(prompts, streams, FIRST_ROW, policy.name(), self.interrupt)? else {
+        let Some(sampled) = sampler.answer(prompts, streams, first_row, policy.name(), self.interrupt)? else {
             return Ok(None);
         };
         let scores = if self.trains(Step::RewardModel) {
@@ -180,13 +210,30 @@ impl Evaluator<'_> {
         Ok(result)
     }
 
-    /// The results of `ppo eval` on the prompts in the file `data`, which are those of the answers.
-    fn ppo(&self, data: &Path) -> Result<Map<String, Value>> {
-        if !self.trains(Step::Ppo) {
+    /// The results of `dpo eval` on the test pairs, and of [`against_sft`](Self::against_sft).
+    fn dpo(&self, data: &Path) -> Result<Map<String, Value>> {
+        let mut results = self.against_sft(Step::Dpo, data)?;
+        if let Some(pairs) = self.setup.test_pairs().filter(|_| self.trains(Step::Dpo)) {
+            let evaluation = dpo::evaluate(&dpo::EvalArgs {
+                checkpoint: self.setup.dir(Step::Dpo),
+                reference: self.setup.dir(Step::Sft),
+                data: pairs,
+                batch_size: self.batch_size(),
+                runtime: self.runtime.clone(),
+            });
+            results.extend(fields(&evaluation.context("failed to evaluate the implicit reward")?)?);
+        }
+        Ok(results)
+    }
+
+    /// The results of `ppo eval` of a stage's policy on the prompts in the file `data`, which are those of the answers; none
+    /// without a reward model.
+    fn against_sft(&self, stage: Step, data: &Path) -> Result<Map<String, Value>> {
+        if !(self.trains(stage) && self.trains(Step::RewardModel)) {
             return Ok(Map::new());
         }
         let evaluation = ppo::evaluate(&ppo::EvalArgs {
-            checkpoint: self.setup.dir(Step::Ppo),
+            checkpoint: self.setup.dir(stage),
             reference: self.setup.dir(Step::Sft),
             reward_model: self.setup.dir(Step::RewardModel),
             data: data.to_owned(),

@@ -100,13 +100,13 @@ impl Recipe {
     }
 
     /// Overrides of a stage's configuration by `recipe run`: [`stage_overrides`](Self::stage_overrides), and collected
-    /// pairs take the place of the reward model's own.
+    /// pairs take the place of the reward model's own, and of DPO's.
     ///
     /// # Errors
     /// If the working directory is unknown.
     pub fn run_overrides(&self, step: Step) -> Result<Vec<String>> {
         let mut overrides = self.stage_overrides(step);
-        if step == Step::RewardModel && self.config.collect.is_some() {
+        if matches!(step, Step::RewardModel | Step::Dpo) && self.config.collect.is_some() {
             let out = std::path::absolute(&self.out).context("the working directory is unknown")?;
             let files = PairFiles::in_out(&out);
             for (key, path) in [("data.train", files.train), ("data.val", files.val)] {
@@ -195,7 +195,7 @@ struct Overrides {
 }
 
 /// The recipe in this program, for a user without the repository: `configs/tiny`.
-const EMBEDDED: (&str, [(&str, &str); 5]) = (
+const EMBEDDED: (&str, [(&str, &str); 6]) = (
     "tiny",
     [
         ("recipe.toml", include_str!("../../configs/tiny/recipe.toml")),
@@ -203,6 +203,7 @@ const EMBEDDED: (&str, [(&str, &str); 5]) = (
         ("sft.toml", include_str!("../../configs/tiny/sft.toml")),
         ("reward-model.toml", include_str!("../../configs/tiny/reward-model.toml")),
         ("ppo.toml", include_str!("../../configs/tiny/ppo.toml")),
+        ("dpo.toml", include_str!("../../configs/tiny/dpo.toml")),
     ],
 );
 
@@ -242,7 +243,7 @@ impl Overrides {
                 None => {
                     return Err(UsageError(format!(
                         "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
-                         `reward-model.` or `ppo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the \
+                         `reward-model.`, `ppo.` or `dpo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the \
                          key in its file"
                     ))
                     .into());
@@ -318,6 +319,10 @@ mod tests {
             ("stages = []", "`stages` names no stage"),
             ("stages = [\"world\"]", "`stages` names `world`"),
             ("stages = [\"sft\", \"pretrain\"]", "order"),
+            (
+                "stages = [\"sft\", \"dpo\"]\n[evaluate]\nprompts = \"p\"\nbest_of = [4]",
+                "`evaluate.best_of` needs the stages",
+            ),
             ("[collect]\nprompts = \"p\"", "`[collect]` needs `[gold]`"),
             (
                 "[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\nsamples_per_prompt = 1",
@@ -346,7 +351,8 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
         assert_eq!((recipe.name.as_str(), &recipe.dir), ("tiny", &out.path().join(EMBEDDED_DIR)));
-        assert_eq!(recipe.config.steps(), Step::ALL);
+        let expected: Vec<Step> = Step::ALL.into_iter().filter(|step| *step != Step::Dpo).collect();
+        assert_eq!(recipe.config.steps(), expected);
         let load = || recipe.load::<sft::SftConfig>(Step::Sft, &[]).unwrap();
         let embedded = load();
         assert!(!recipe.dir.exists(), "reading it wrote it");

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod answers;
+mod best_of;
 mod check;
 mod cli;
 mod collect;

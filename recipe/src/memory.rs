@@ -140,6 +140,12 @@ impl Planner {
                 let lengths = if is_there(stage.data.sources_mut()) { ppo::lengths(stage, model)? } else { unknown };
                 Ok(ppo::needs(stage, [model, model], &lengths, kernels, stage.memory(trunk)))
             }),
+            Step::Dpo => setup.configs.dpo.as_mut().map(|stage| {
+                let is_there = setup.recipe.config.collect.is_none() && is_there(stage.data.sources_mut());
+                let lengths = if is_there { dpo::lengths(stage, model)? } else { unknown };
+                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
+                Ok(dpo::needs(stage, config, &lengths, kernels, settings))
+            }),
             Step::World | Step::Tokenizer | Step::Collect | Step::Evaluate => None,
         };
         needs.transpose()

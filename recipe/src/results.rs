@@ -10,6 +10,8 @@ use serde_json::{Map, Value};
 
 use common::stats::Interval;
 
+use crate::best_of::BestOf;
+
 /// A model that answers prompts, in the order in which the recipe makes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -20,11 +22,13 @@ pub enum Policy {
     Sft,
     /// After PPO.
     Ppo,
+    /// After DPO.
+    Dpo,
 }
 
 impl Policy {
     /// All of them, earliest first.
-    pub const ALL: [Self; 3] = [Self::Base, Self::Sft, Self::Ppo];
+    pub const ALL: [Self; 4] = [Self::Base, Self::Sft, Self::Ppo, Self::Dpo];
 
     /// Key in the report files.
     pub fn name(self) -> &'static str {
@@ -32,6 +36,7 @@ impl Policy {
             Self::Base => "base",
             Self::Sft => "sft",
             Self::Ppo => "ppo",
+            Self::Dpo => "dpo",
         }
     }
 }
@@ -54,6 +59,12 @@ pub struct Results {
     pub reward_model: Map<String, Value>,
     /// The output of `ppo eval` for the held-out prompts.
     pub ppo: Map<String, Value>,
+    /// The output of `dpo eval` for the test pairs, and with a reward model that of `ppo eval` of the same policy.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub dpo: Map<String, Value>,
+    /// The SFT model's best answer of several, by the reward model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub best_of: Vec<BestOf>,
 }
 
 /// One line of `<out>/answers.jsonl`: a held-out prompt and what each policy answered.
@@ -109,6 +120,8 @@ impl Results {
             gain: Interval::of(&gains),
             reward_model: Map::new(),
             ppo: Map::new(),
+            dpo: Map::new(),
+            best_of: Vec::new(),
         }
     }
 

@@ -290,6 +290,7 @@ impl<'a> Run<'a> {
                 let args = reward_model::TrainArgs { init: setup.dir(Step::Sft), stage };
                 reward_model::train(&args, self.interrupt)
             }
+            Step::Dpo => dpo::train(&dpo::TrainArgs { init: setup.dir(Step::Sft), stage }, self.interrupt),
             _ => {
                 let gold = setup.gold.as_ref().map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
                 let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));

@@ -8,6 +8,7 @@ use common::checkpoint::{Manifest, Opening};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use common::kernels::TrunkPrecision;
+use dpo::DpoConfig;
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
@@ -32,6 +33,8 @@ pub struct StageConfigs {
     pub reward_model: Option<RewardModelConfig>,
     /// ppo.toml
     pub ppo: Option<PpoConfig>,
+    /// dpo.toml
+    pub dpo: Option<DpoConfig>,
 }
 
 impl StageConfigs {
@@ -50,6 +53,7 @@ impl StageConfigs {
                     configs.reward_model = Some(load(recipe, step, &overrides, RewardModelConfig::validate)?);
                 }
                 Step::Ppo => configs.ppo = Some(load(recipe, step, &overrides, PpoConfig::validate)?),
+                Step::Dpo => configs.dpo = Some(load(recipe, step, &overrides, DpoConfig::validate)?),
                 _ => {}
             }
         }
@@ -62,7 +66,8 @@ impl StageConfigs {
         self.pretrain.iter().try_for_each(|_| of(Step::Pretrain, None))?;
         self.sft.iter().try_for_each(|config| of(Step::Sft, config.lora.as_ref()))?;
         self.reward_model.iter().try_for_each(|config| of(Step::RewardModel, config.lora.as_ref()))?;
-        self.ppo.iter().try_for_each(|config| of(Step::Ppo, config.lora.as_ref()))
+        self.ppo.iter().try_for_each(|config| of(Step::Ppo, config.lora.as_ref()))?;
+        self.dpo.iter().try_for_each(|config| of(Step::Dpo, config.lora.as_ref()))
     }
 }
 
@@ -123,12 +128,13 @@ impl Setup {
 
     /// The initial model and the data files of all steps, as far as they are there.
     pub fn files_read(&self) -> Vec<PathBuf> {
-        let StageConfigs { pretrain, sft, reward_model, ppo } = &self.configs;
+        let StageConfigs { pretrain, sft, reward_model, ppo, dpo } = &self.configs;
         let sources = [
             (Step::Pretrain, pretrain.as_ref().map(|config| config.data.sources())),
             (Step::Sft, sft.as_ref().map(|config| config.data.sources())),
             (Step::RewardModel, reward_model.as_ref().map(|config| config.data.sources())),
             (Step::Ppo, ppo.as_ref().map(|config| config.data.sources())),
+            (Step::Dpo, dpo.as_ref().map(|config| config.data.sources())),
         ];
         let mut files: Vec<PathBuf> = self.recipe.config.init.iter().cloned().collect();
         for (step, sources) in sources {
@@ -231,6 +237,10 @@ impl Setup {
                 inputs.weights("sft", &self.dir(Step::Sft))?;
                 inputs.weights("reward-model", &self.dir(Step::RewardModel))?;
             }
+            Step::Dpo => {
+                inputs.stage_config("dpo", &self.configs.dpo, &resolver)?;
+                inputs.weights("sft", &self.dir(Step::Sft))?;
+            }
             Step::Evaluate => self.evaluate_inputs(config.evaluate.as_ref(), &mut inputs)?,
         }
         if !matches!(step, Step::World | Step::Tokenizer) {
@@ -303,6 +313,7 @@ impl Setup {
             Step::Sft => drop(defaults.settings("sft", &SftConfig::default())?),
             Step::RewardModel => drop(defaults.settings("reward-model", &RewardModelConfig::default())?),
             Step::Ppo => drop(defaults.settings("ppo", &PpoConfig::default())?),
+            Step::Dpo => drop(defaults.settings("dpo", &DpoConfig::default())?),
         }
         defaults.set("precision", "f32");
         defaults.set("trunk", "f32");

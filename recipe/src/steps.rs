@@ -23,13 +23,15 @@ pub enum Step {
     RewardModel,
     /// Improve the SFT model by PPO against the reward model.
     Ppo,
+    /// Train the SFT model on the preference pairs themselves, without a reward model.
+    Dpo,
     /// Answer the held-out prompts with every policy and score the answers.
     Evaluate,
 }
 
 impl Step {
     /// Every step, in running order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::World,
         Self::Tokenizer,
         Self::Pretrain,
@@ -37,6 +39,7 @@ impl Step {
         Self::Collect,
         Self::RewardModel,
         Self::Ppo,
+        Self::Dpo,
         Self::Evaluate,
     ];
 
@@ -50,13 +53,14 @@ impl Step {
             Self::Collect => "collect",
             Self::RewardModel => "reward-model",
             Self::Ppo => "ppo",
+            Self::Dpo => "dpo",
             Self::Evaluate => "evaluate",
         }
     }
 
     /// The steps that train and leave a checkpoint.
     pub fn trains(self) -> bool {
-        matches!(self, Self::Pretrain | Self::Sft | Self::RewardModel | Self::Ppo)
+        matches!(self, Self::Pretrain | Self::Sft | Self::RewardModel | Self::Ppo | Self::Dpo)
     }
 }
 

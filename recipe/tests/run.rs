@@ -63,6 +63,39 @@ fn a_recipe_runs_once_skips_what_is_unchanged_and_redoes_what_is_not() {
 }
 
 #[test]
+fn dpo_and_the_best_of_several_answers_stand_beside_the_others() {
+    let lab = Lab::new();
+    let stages = r#"recipe.stages=["pretrain", "sft", "reward-model", "ppo", "dpo"]"#;
+    let settings = ["--set", stages, "--set", "recipe.evaluate.best_of=[1, 3]"];
+    let said = lab.run(&settings);
+    assert!(said.contains("[8/10] dpo") && said.contains("[9/10] evaluate"), "{said}");
+
+    let report = lab.json("report.json");
+    assert_eq!(report["gold"]["dpo"]["n"], 5, "{report}");
+    for metric in ["rewards/margins", "logps/chosen", "val/accuracy", "accuracy", "margin_mean", "kl_mean", "win_rate"]
+    {
+        assert!(report["stages"]["dpo"]["metrics"][metric].is_number(), "{metric}: {report}");
+    }
+    let best_of = report["best_of"].as_array().unwrap();
+    assert_eq!(best_of.iter().map(|best| &best["n"]).collect::<Vec<_>>(), [1, 3], "{report}");
+    assert_eq!(best_of[0]["kl"], 0.0);
+    // The best of three scores higher than any one of them does on average.
+    assert!(best_of[1]["score"]["mean"].as_f64() > best_of[0]["score"]["mean"].as_f64(), "{report}");
+    assert!(best_of.iter().all(|best| best["gold"]["n"] == 5), "{report}");
+    let html = fs::read_to_string(lab.out("report.html")).unwrap();
+    for part in ["id=\"dpo\"", "<th>DPO</th>", "<th>SFT, best of 3</th>", "KL from SFT"] {
+        assert!(html.contains(part), "{part}: {html}");
+    }
+    // It learns from the collected pairs, as the reward model does.
+    let config = fs::read_to_string(lab.out("dpo/config.toml")).unwrap();
+    assert!(config.contains("pairs.train.jsonl"), "{config}");
+
+    assert_eq!(n_skipped(&lab.run(&settings)), N_STEPS + 1);
+    let said = lab.run(&[&settings[..], &["--set", "dpo.dpo.beta=0.5", "--overwrite"]].concat());
+    assert_eq!(n_skipped(&said), N_STEPS - 1, "DPO and the evaluation are done anew: {said}");
+}
+
+#[test]
 fn a_failed_check_of_the_doctor_ends_a_recipe_that_says_so() {
     let lab = Lab::new();
     lab.write("micro/recipe.toml", &format!("{}\n[doctor]\non_fail = \"stop\"\n", lab::RECIPE));

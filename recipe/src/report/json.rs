@@ -8,10 +8,10 @@ use common::stats;
 
 /// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, `doctor` as `ppo doctor --json`
 /// prints it but without the numbers of checks that have none, and of the answers to held-out prompts `gold` where it is
-/// known, `score` where there is a reward model, `words` and `ended`.
+/// known, `score` where there is a reward model, `best_of` where the recipe asks for it, `words` and `ended`.
 ///
 /// `metrics` are the last values of `metrics.jsonl`; those measured afterwards on the test files are added under the names
-/// that `reward-model eval` and `ppo eval` print.
+/// that `reward-model eval`, `ppo eval` and `dpo eval` print.
 pub fn report(source: &Source) -> Value {
     let mut stages = Map::new();
     for stage in &source.stages {
@@ -21,6 +21,7 @@ pub fn report(source: &Source) -> Value {
             match stage.step {
                 Step::RewardModel => metrics.extend(results.reward_model.clone()),
                 Step::Ppo => metrics.extend(results.ppo.clone()),
+                Step::Dpo => metrics.extend(results.dpo.clone()),
                 _ => {}
             }
         }
@@ -49,6 +50,9 @@ pub fn report(source: &Source) -> Value {
         }
         if !results.score.is_empty() {
             report["score"] = json!(results.score);
+        }
+        if !results.best_of.is_empty() {
+            report["best_of"] = json!(results.best_of);
         }
         report["words"] = json!(results.words);
         report["ended"] = json!(results.ended);

@@ -44,12 +44,14 @@ struct Comparison {
     axis_high: String,
     /// Whether the reward model's score has a column beside the measure.
     has_score: bool,
+    /// Whether the divergence from the SFT model is known of any.
+    has_kl: bool,
     note: String,
 }
 
 #[derive(Serialize)]
 struct PolicyRow {
-    name: &'static str,
+    name: String,
     class: &'static str,
     mean: String,
     bounds: String,
@@ -58,6 +60,7 @@ struct PolicyRow {
     width: f64,
     center: f64,
     score: String,
+    kl: String,
     words: String,
     ended: String,
 }
@@ -206,43 +209,80 @@ fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
     let (low, high) = axis(scores).unwrap_or((0.0, 1.0));
     let share = |value: f64| ((value - low) / (high - low) * 100.0).clamp(0.0, 100.0);
     let has_gold = !results.gold.is_empty();
-    let rows = results
-        .words
-        .iter()
-        .map(|(&policy, words)| {
-            let of = |number: &dyn Fn(Interval) -> f64| scores.get(&policy).map_or(0.0, |&interval| number(interval));
-            let text = |write: &dyn Fn(Interval) -> String| {
-                scores.get(&policy).map_or(String::new(), |&interval| write(interval))
-            };
-            PolicyRow {
-                name: policy_title(policy),
-                class: policy.name(),
-                mean: text(&|interval| format!("{:.3}", interval.mean).replace('-', "−")),
-                bounds: text(&|interval| {
-                    if interval.has_width() {
-                        format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")
-                    } else {
-                        "none of one prompt".to_owned()
-                    }
-                }),
-                left: of(&|interval| share(interval.low)),
-                width: of(&|interval| share(interval.high) - share(interval.low)),
-                center: of(&|interval| share(interval.mean)),
-                score: results.score.get(&policy).map_or(String::new(), |score| signed(score.mean)),
-                words: format!("{:.0}", words.mean),
-                ended: results.ended.get(&policy).map_or(String::new(), |ended| percent(ended.mean)),
+    let row = |model: Model| PolicyRow {
+        name: model.name,
+        class: model.class,
+        mean: model.measure.map_or(String::new(), |interval| format!("{:.3}", interval.mean).replace('-', "−")),
+        bounds: model.measure.map_or(String::new(), |interval| {
+            if interval.has_width() {
+                format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")
+            } else {
+                "none of one prompt".to_owned()
             }
-        })
-        .collect();
+        }),
+        left: model.measure.map_or(0.0, |interval| share(interval.low)),
+        width: model.measure.map_or(0.0, |interval| share(interval.high) - share(interval.low)),
+        center: model.measure.map_or(0.0, |interval| share(interval.mean)),
+        score: model.score.map_or(String::new(), |score| signed(score.mean)),
+        kl: model.kl.map_or(String::new(), |kl| format!("{kl:.2}")),
+        words: format!("{:.0}", model.words.mean),
+        ended: model.ended.map_or(String::new(), |ended| percent(ended.mean)),
+    };
+    let rows: Vec<PolicyRow> = models(results, scores).into_iter().map(row).collect();
     Comparison {
         verdict: verdict(results),
         measure,
+        has_kl: rows.iter().any(|row| !row.kl.is_empty()),
         rows,
         axis_low: compact(low),
         axis_high: compact(high),
         has_score: has_gold && !results.score.is_empty(),
         note: comparison_note(results, scorer),
     }
+}
+
+/// What a row of the comparison says.
+struct Model {
+    name: String,
+    class: &'static str,
+    measure: Option<Interval>,
+    score: Option<Interval>,
+    /// Nats away from the SFT model.
+    kl: Option<f64>,
+    words: Interval,
+    ended: Option<Interval>,
+}
+
+/// The policies, the SFT model's best answers of several behind it.
+fn models(results: &Results, scores: &BTreeMap<Policy, Interval>) -> Vec<Model> {
+    let kl_of = |stage: &serde_json::Map<String, Value>| stage.get("kl_mean").and_then(mean_of);
+    let mut models = Vec::new();
+    for (&policy, &words) in &results.words {
+        models.push(Model {
+            name: policy_title(policy).to_owned(),
+            class: policy.name(),
+            measure: scores.get(&policy).copied(),
+            score: results.score.get(&policy).copied(),
+            kl: match policy {
+                Policy::Base | Policy::Sft => None,
+                Policy::Ppo => kl_of(&results.ppo),
+                Policy::Dpo => kl_of(&results.dpo),
+            },
+            words,
+            ended: results.ended.get(&policy).copied(),
+        });
+        let best_of = results.best_of.iter().filter(|_| policy == Policy::Sft);
+        models.extend(best_of.map(|best| Model {
+            name: format!("SFT, best of {}", best.n),
+            class: policy.name(),
+            measure: if results.gold.is_empty() { Some(best.score) } else { best.gold },
+            score: Some(best.score),
+            kl: Some(best.kl),
+            words: best.words,
+            ended: Some(best.ended),
+        }));
+    }
+    models
 }
 
 /// The score by which the models are compared, and its values.
@@ -269,6 +309,13 @@ fn comparison_note(results: &Results, scorer: Option<&str>) -> String {
         if results.gold.is_empty() {
             note.push("A higher one need not be a better answer: read the answers below.".to_owned());
         }
+    }
+    if !results.best_of.is_empty() {
+        note.push(
+            "Best of n: the reward model’s choice among n answers of the fine-tuned model, estimated from all its answers to a \
+             prompt; its KL is log n − (n − 1)/n."
+                .to_owned(),
+        );
     }
     if !measure(results).1.is_empty() {
         note.push(format!("Intervals: {METHOD}."));

@@ -183,6 +183,12 @@ pub fn result(source: &Source, stage: &StageSource) -> String {
             }
             _ => String::new(),
         },
+        Step::Dpo => match log.last("val/accuracy") {
+            Some(accuracy) => {
+                format!("its implicit reward prefers the chosen answer in {} of held-out pairs", percent(accuracy))
+            }
+            None => String::new(),
+        },
         _ => match (log.series("val/loss").first(), log.min("val/loss")) {
             (Some(&(_, first)), Some(best)) => format!("held-out loss {first:.3} → {best:.3} nats per token"),
             _ => log.last("train/loss").map_or(String::new(), |loss| format!("training loss {loss:.3} nats per token")),
@@ -214,6 +220,11 @@ fn lede(step: Step, knows_gold: bool) -> String {
             "The fine-tuned model answers requests, the reward model scores the answers, and PPO makes the better ones likelier \
              while it pays for every nat it moves away from where it began."
         }
+        Step::Dpo => {
+            "The fine-tuned model learns from the preference pairs themselves: it makes the preferred answer of each likelier than \
+             the other one, measured from where it began. β times the log-probability that an answer gained is its implicit reward. \
+             No reward model is used, and no answer is sampled."
+        }
         _ => "",
     };
     text.to_owned()
@@ -231,6 +242,17 @@ fn figures(stage: &StageSource) -> Result<Vec<Figure>> {
             figures.extend(train_and_val(stage, "loss", "nats per pair", "Loss.", HALF_WIDTH)?);
             figures.extend(train_and_val(stage, "accuracy", "share of pairs", "Accuracy.", HALF_WIDTH)?);
         }
+        Step::Dpo => {
+            figures.extend(train_and_val(stage, "loss", "loss of a pair", "Loss.", HALF_WIDTH)?);
+            figures.extend(curves_of(
+                stage,
+                names::REWARDS_MARGINS,
+                names::VAL_MARGIN,
+                "reward",
+                "Margin.",
+                HALF_WIDTH,
+            )?);
+        }
         _ => figures.extend(train_and_val(stage, "loss", "nats per token", "Loss.", FULL_WIDTH)?),
     }
     Ok(figures)
@@ -238,8 +260,19 @@ fn figures(stage: &StageSource) -> Result<Vec<Figure>> {
 
 /// `train/<name>` faint, `val/<name>` strong.
 fn train_and_val(stage: &StageSource, name: &str, unit: &str, title: &str, width: u32) -> Result<Option<Figure>> {
-    let train = stage.log.series(&format!("train/{name}"));
-    let val = stage.log.series(&format!("val/{name}"));
+    curves_of(stage, &format!("train/{name}"), &format!("val/{name}"), unit, title, width)
+}
+
+/// What is measured in training faint, the same of held-out data strong.
+fn curves_of(
+    stage: &StageSource,
+    train: &str,
+    val: &str,
+    unit: &str,
+    title: &str,
+    width: u32,
+) -> Result<Option<Figure>> {
+    let (train, val) = (stage.log.series(train), stage.log.series(val));
     let mut curves = Vec::new();
     if !train.is_empty() {
         curves.push(Curve { label: "training".to_owned(), points: train, hue: Hue::Slate, weight: Weight::Faint });
@@ -316,6 +349,23 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
                 log.last("value/explained_variance").map(percent),
                 "share of their variance",
             );
+        }
+        Step::Dpo => {
+            let evaluated = |name: &str| source.results.as_ref()?.dpo.get(name).and_then(mean_of);
+            push(
+                "Chosen above rejected",
+                evaluated("accuracy").or_else(|| log.last("val/accuracy")).map(percent),
+                "by the implicit reward, held-out pairs",
+            );
+            let margin = evaluated("margin_mean").or_else(|| log.last("val/margin"));
+            push("Margin", margin.map(signed), "of the implicit reward, held-out pairs");
+            push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "of a pair");
+            push(
+                "KL from SFT at the end",
+                evaluated("kl_mean").map(|kl| format!("{kl:.2} nats")),
+                "summed over an answer, held-out prompts",
+            );
+            push("Wins against SFT", evaluated("win_rate").map(percent), "by the reward model, held-out prompts");
         }
         _ => {
             push("Best held-out loss", log.min("val/loss").map(|loss| format!("{loss:.3}")), "nats per token");

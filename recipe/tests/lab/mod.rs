@@ -91,6 +91,15 @@ response_length = 8
 epochs = 1
 "#;
 
+const DPO: &str = r#"
+[data]
+train = ["$DATA/prefs.train.jsonl"]
+val = ["$DATA/prefs.test.jsonl"]
+[train]
+steps = 3
+batch_size = 4
+"#;
+
 /// A directory with a recipe in `micro/`, whose results go to `out/`.
 pub struct Lab {
     pub dir: tempfile::TempDir,
@@ -103,9 +112,14 @@ impl Lab {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let lab = Self { dir, flags: Vec::new() };
-        for (name, text) in
-            [("recipe", RECIPE), ("pretrain", PRETRAIN), ("sft", SFT), ("reward-model", REWARD_MODEL), ("ppo", PPO)]
-        {
+        for (name, text) in [
+            ("recipe", RECIPE),
+            ("pretrain", PRETRAIN),
+            ("sft", SFT),
+            ("reward-model", REWARD_MODEL),
+            ("ppo", PPO),
+            ("dpo", DPO),
+        ] {
             lab.write(&format!("micro/{name}.toml"), text);
         }
         lab
