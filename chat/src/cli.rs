@@ -36,7 +36,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Answer one prompt
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Add an adapter into the weights of its base
     Merge(MergeArgs),
 }
@@ -123,6 +123,20 @@ pub struct GenerateArgs {
     /// Sample N answers, separated by lines of `---`; answer I of a seed is the same for every N
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=MAX_SAMPLES))]
     pub num_samples: u64,
+
+    /// Sample N answers and print the one that --reward-model scores highest
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "reward_model",
+        conflicts_with_all = ["num_samples", "raw"],
+        value_parser = clap::value_parser!(u64).range(1..=MAX_SAMPLES)
+    )]
+    pub best_of: Option<u64>,
+
+    /// Checkpoint of the reward model that chooses with --best-of
+    #[arg(long, value_name = "DIR", requires = "best_of")]
+    pub reward_model: Option<PathBuf>,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

@@ -9,6 +9,7 @@ use common::exit::UsageError;
 use common::runtime::on_pool;
 use serde::Serialize;
 
+use crate::best_of::{Best, Judge};
 use crate::cli::GenerateArgs;
 use crate::model::{ChatModel, Completion};
 use crate::terminal;
@@ -23,12 +24,14 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
-    if args.num_samples > 1 && !args.sampling.is_random() {
-        let message =
-            format!("`--num-samples {}` needs sampling: beams and temperature 0 have one answer", args.num_samples);
+    let (flag, n) = args.best_of.map_or(("--num-samples", args.num_samples), |n| ("--best-of", n));
+    if n > 1 && !args.sampling.is_random() {
+        let message = format!("`{flag} {n}` needs sampling: beams and temperature 0 have one answer");
         return Err(UsageError(message).into());
     }
     let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
+    let judge = args.reward_model.as_ref().map(|dir| Judge::load(dir, &model, &args.runtime)).transpose();
+    let judge = judge.context("failed to load the reward model")?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&model, &prompt)? } else { encode_chat(&model, args, prompt)? };
     let (n_tokens, max_seq_len) = (ids.len(), model.max_seq_len());
@@ -38,7 +41,9 @@ fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
          for an answer\nhint: shorten the prompt, or use a model with a larger `max_seq_len`"
     );
     let mut out = std::io::stdout().lock();
-    let written = if args.num_samples > 1 {
+    let written = if let (Some(judge), Some(n)) = (&judge, args.best_of) {
+        write_best(&mut out, &judge.best(&model, &ids, n)?, args.json, &ids)?
+    } else if args.num_samples > 1 {
         write_samples(&mut out, &model, args, &ids)?
     } else {
         write_answer(&mut out, &model, args, &ids)?
@@ -66,9 +71,19 @@ fn write_answer(
     };
     let completion = model.complete(prompt.to_vec(), 0, &mut on_text)?;
     if args.json {
-        return write_json(out, 0, prompt, &completion);
+        return write_json(out, &Printed { completion: &completion, sample: 0, score: None, prompt_token_ids: prompt });
     }
     Ok(written.and_then(|()| writeln!(out)))
+}
+
+/// The best answer of several.
+fn write_best(out: &mut StdoutLock<'_>, best: &Best, json: bool, prompt: &[u32]) -> anyhow::Result<io::Result<()>> {
+    let Best { sample, completion, score } = best;
+    if json {
+        let printed = Printed { completion, sample: *sample, score: Some(*score), prompt_token_ids: prompt };
+        return write_json(out, &printed);
+    }
+    Ok(terminal::write(out, &completion.text).and_then(|()| writeln!(out)))
 }
 
 /// Several answers, some at a time.
@@ -82,7 +97,7 @@ fn write_samples(
         let rows = first..args.num_samples.min(first + TOGETHER);
         for (sample, completion) in rows.clone().zip(model.samples(prompt, rows)?) {
             let written = if args.json {
-                write_json(out, sample, prompt, &completion)?
+                write_json(out, &Printed { completion: &completion, sample, score: None, prompt_token_ids: prompt })?
             } else {
                 let separated = if sample > 0 { writeln!(out, "---") } else { Ok(()) };
                 separated.and_then(|()| terminal::write(out, &completion.text)).and_then(|()| writeln!(out))
@@ -95,13 +110,8 @@ fn write_samples(
     Ok(Ok(()))
 }
 
-fn write_json(
-    out: &mut StdoutLock<'_>,
-    sample: u64,
-    prompt: &[u32],
-    completion: &Completion,
-) -> anyhow::Result<io::Result<()>> {
-    let json = serde_json::to_string(&Printed { completion, sample, prompt_token_ids: prompt })?;
+fn write_json(out: &mut StdoutLock<'_>, printed: &Printed<'_>) -> anyhow::Result<io::Result<()>> {
+    let json = serde_json::to_string(printed)?;
     Ok(writeln!(out, "{json}"))
 }
 
@@ -110,8 +120,11 @@ fn write_json(
 struct Printed<'a> {
     #[serde(flatten)]
     completion: &'a Completion,
-    /// Which of `--num-samples`, from 0.
+    /// Which of `--num-samples` or `--best-of`, from 0.
     sample: u64,
+    /// The reward model's score, of the best answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    score: Option<f32>,
     /// The model's input.
     prompt_token_ids: &'a [u32],
 }

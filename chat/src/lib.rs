@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod best_of;
 mod cli;
 mod generate;
 mod history;

@@ -1,0 +1,75 @@
+//! `chat generate --best-of`: the answer that a reward model scores highest.
+
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use common::checkpoint::{Checkpoint, Stage};
+use common::score::score_rows;
+use common::testing::{byte_tokenizer, run, save_tiny};
+use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
+use serde_json::Value;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_chat");
+
+fn models() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    save_tiny(&dir.path().join("lm"), Stage::Sft, &byte_tokenizer(), 3);
+    save_tiny(&dir.path().join("rm"), Stage::RewardModel, &byte_tokenizer(), 5);
+    let config = TokenizerConfig { kind: TokenizerKind::Char, ..TokenizerConfig::default() };
+    let chars = Tokenizer::train(&config, ["abc"].iter(), true).unwrap();
+    save_tiny(&dir.path().join("other"), Stage::RewardModel, &chars, 5);
+    dir
+}
+
+fn generate(dir: &Path, more: &[&str]) -> (i32, String, String) {
+    run(PROGRAM, &[&["generate", "--checkpoint", "lm", "--prompt", "hi", "--max-tokens", "12"], more].concat(), dir)
+}
+
+fn json(dir: &Path, more: &[&str]) -> Vec<Value> {
+    let (code, stdout, stderr) = generate(dir, &[more, &["--json"]].concat());
+    assert_eq!(code, 0, "{stderr}");
+    stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn the_best_is_the_sample_with_the_highest_score() {
+    let dir = models();
+    let ids = |sample: &Value, name: &str| -> Vec<u32> { serde_json::from_value(sample[name].clone()).unwrap() };
+    let reward_model = Checkpoint::open(&dir.path().join("rm")).unwrap().load_scalar(&Device::flex()).unwrap();
+    let samples = json(dir.path(), &["--num-samples", "40"]);
+    let rows: Vec<Vec<u32>> =
+        samples.iter().map(|sample| [ids(sample, "prompt_token_ids"), ids(sample, "token_ids")].concat()).collect();
+    let scores: Vec<f32> = rows.iter().map(|row| score_rows(&reward_model, &[row], 1).unwrap()[0]).collect();
+    for n in [1, 5, 40] {
+        let n_answers = n.to_string();
+        let flags = ["--best-of", &n_answers, "--reward-model", "rm"];
+        let [best] = &json(dir.path(), &flags)[..] else { panic!("one answer") };
+        let chosen = best["sample"].as_u64().unwrap() as usize;
+        let highest = scores[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        assert_eq!(scores[chosen], highest, "of {n}");
+        assert!((best["score"].as_f64().unwrap() as f32 - highest).abs() < 1e-5, "{best}");
+        assert_eq!(best["token_ids"], samples[chosen]["token_ids"]);
+        let (_, text, _) = generate(dir.path(), &flags);
+        assert_eq!(text, format!("{}\n", best["text"].as_str().unwrap()));
+    }
+}
+
+#[test]
+fn what_cannot_choose_is_refused() {
+    let dir = models();
+    for (flags, code, says) in [
+        (&["--best-of", "4"][..], 2, "--reward-model <DIR>"),
+        (&["--reward-model", "rm"], 2, "--best-of <N>"),
+        (&["--best-of", "0", "--reward-model", "rm"], 2, "0 is not in 1..=100000"),
+        (&["--best-of", "4", "--reward-model", "rm", "--raw"], 2, "cannot be used with"),
+        (&["--best-of", "4", "--reward-model", "rm", "--num-samples", "2"], 2, "cannot be used with"),
+        (&["--best-of", "4", "--reward-model", "rm", "--temperature", "0"], 2, "`--best-of 4` needs sampling"),
+        (&["--best-of", "4", "--reward-model", "lm"], 1, "was written by stage `sft`, expected `reward-model`"),
+        (&["--best-of", "4", "--reward-model", "other"], 1, "has another tokenizer than `lm`"),
+    ] {
+        let (found, stdout, stderr) = generate(dir.path(), flags);
+        assert!(found == code && stdout.is_empty() && stderr.contains(says), "{flags:?}: {found}: {stderr}");
+    }
+}
