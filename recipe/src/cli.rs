@@ -1,10 +1,11 @@
 //! Flags only.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{ArgAction, Args, Parser, Subcommand};
-use common::cli::RuntimeArgs;
+use common::cli::{RuntimeArgs, at_least_1};
 
 use crate::steps::Step;
 use bench::BenchCommand;
@@ -39,6 +40,8 @@ pub enum Command {
     New(NewArgs),
     /// Run a recipe on several backends and compare every level, from single operations to whole curves
     Compare(CompareArgs),
+    /// Let two checkpoints answer the same prompts and print how often the first one's answer is the better
+    Duel(DuelArgs),
     /// Generate the data of configs/tiny as files
     World(WorldArgs),
     /// Measure the speed of training, decoding or PPO with random weights and tokens: one line of JSON
@@ -134,6 +137,58 @@ pub struct PlanArgs {
     /// Print one JSON object, in bytes
     #[arg(long)]
     pub json: bool,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `recipe duel`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("judge").required(true))]
+#[command(after_help = "Both answer with the same random numbers. A tie counts half.\n\nExample:\n  \
+        recipe duel runs/tiny/ppo runs/tiny/dpo --prompts runs/tiny/data/prompts.test.jsonl --gold\n  \
+        recipe duel runs/ppo runs/sft --prompts prompts.jsonl --reward-model runs/rm --n-prompts 200")]
+pub struct DuelArgs {
+    /// Checkpoint of a language model
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+
+    /// Checkpoint of another one
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+
+    /// Prompts that both answer (.jsonl, also .gz)
+    #[arg(long, value_name = "FILE")]
+    pub prompts: PathBuf,
+
+    /// Use the first N prompts [default: all]
+    #[arg(long, value_name = "N", value_parser = at_least_1)]
+    pub n_prompts: Option<NonZeroUsize>,
+
+    /// Judge by the score of this reward model
+    #[arg(long, value_name = "DIR", group = "judge")]
+    pub reward_model: Option<PathBuf>,
+
+    /// Judge by the gold score of the generated world; prompts that ask for none of its stories are left out
+    #[arg(long, group = "judge")]
+    pub gold: bool,
+
+    /// Sampling temperature; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value = "1", allow_negative_numbers = true)]
+    pub temperature: f64,
+
+    /// Maximum tokens per answer
+    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least_1)]
+    pub max_tokens: NonZeroUsize,
+
+    /// Random seed of the samples
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub seed: u64,
+
+    /// Answers computed at once
+    #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_1)]
+    pub batch_size: NonZeroUsize,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

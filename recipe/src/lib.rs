@@ -21,6 +21,7 @@ mod collect;
 mod comparison;
 mod config;
 mod doctor;
+mod duel;
 mod evaluate;
 mod folder;
 pub mod gold;
@@ -64,6 +65,7 @@ pub fn execute(cli: Cli) -> Result<()> {
             args.runtime.start()?;
             memory::print_plan(&args)
         }
+        Command::Duel(args) => args.runtime.run(|| duel::duel(&args)),
         Command::New(args) => {
             common::logging::init(0, false);
             write!(std::io::stdout(), "{}", new::new(&args)?).context("failed to write the result")
