@@ -108,9 +108,9 @@ impl ScalarGpt {
     pub fn with_gain(mut self, gain: f64) -> Self {
         self.score.weight = self.score.weight.map(|w| {
             // Off the graph and back: `map` makes the result a parameter again, which only a leaf can be.
-            let tracked = w.is_autodiff();
+            let (tracked, learns) = (w.is_autodiff(), w.is_require_grad());
             let scaled = w.inner() * gain;
-            if tracked { Tensor::from_inner(scaled) } else { scaled }
+            if tracked { Tensor::from_inner(scaled).set_require_grad(learns) } else { scaled }
         });
         self
     }

@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::optim::Grads;
 use super::{Cache, Gpt, GptConfig, Layout, NormPlacement, Positions, ScalarGpt};
 use base::rng::Streams;
 use kernels::Kernels;
@@ -217,4 +218,16 @@ fn dropout_keeps_the_mean_and_follows_its_stream() {
     assert_eq!(hidden(0), hidden(0));
     assert_ne!(hidden(0), hidden(1));
     assert_eq!(gpt.valid().config(), gpt.config());
+}
+
+#[test]
+fn a_head_of_zeros_still_learns() {
+    let autodiff = Device::flex().autodiff();
+    let gpt = Gpt::new(&GptConfig { d_model: 16, n_layers: 1, ..GptConfig::gpt2(19) }, &Streams::new(3), &autodiff);
+    let scalar = ScalarGpt::new(gpt, &Streams::new(0)).with_score_bias(0.5).with_zero_head();
+    let ids = Tensor::<1, Int>::from_data([4, 7, 1], &autodiff).reshape([1, 3]);
+    let scores = scalar.forward(ids, &Layout::right_padded());
+    let grads = Grads::take(&scalar, scores.sub_scalar(1.0).square().sum().backward());
+    let head = &grads.to_named()["score.weight"];
+    assert!(head.data.iter().any(|&gradient| gradient != 0.0), "{head:?}");
 }
