@@ -50,6 +50,7 @@ impl PromptSampler<'_> {
             streams,
             tokenizer: self.tokenizer,
             batch_size: self.batch_size,
+            past_end: false,
         };
         let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
         let bar = progress_bar(ids.len(), what);

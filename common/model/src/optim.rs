@@ -149,6 +149,30 @@ impl OptimizerConfig {
     }
 }
 
+/// Where Adam's ε stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdamStyle {
+    /// As PyTorch: beside the corrected second moment, `m̂/(√v̂ + ε)`.
+    #[default]
+    Torch,
+    /// As TensorFlow 1: beside the second moment as it is, `√(1 − β₂ᵗ)/(1 − β₁ᵗ)·m/(√v + ε)`. First steps are smaller.
+    Tf,
+}
+
+impl AdamStyle {
+    /// The number to add to the root of the corrected second moment in step `step`, the first being 1.
+    ///
+    /// # Source
+    /// `tf.train.AdamOptimizer`, whose documentation calls its ε "epsilon hat"; Kingma & Ba, arXiv:1412.6980, section 2.
+    pub fn eps_at(self, eps: f64, beta_2: f64, step: u64) -> f64 {
+        match self {
+            Self::Torch => eps,
+            Self::Tf => eps / (1.0 - beta_2.powf(step as f64)).sqrt(),
+        }
+    }
+}
+
 /// Gradients by parameter path, each flat, off the autodiff graph.
 #[derive(Debug, Default)]
 pub struct Grads {
@@ -288,6 +312,7 @@ impl LossScale {
 #[derive(Debug, Clone)]
 pub struct AdamW {
     config: OptimizerConfig,
+    style: AdamStyle,
     kernels: Kernels,
     n_updates: u64,
     /// First and second moment of each parameter, flat.
@@ -313,7 +338,15 @@ pub enum OptimizerStateError {
 impl AdamW {
     /// An optimiser that has made no step.
     pub fn new(config: &OptimizerConfig, kernels: Kernels) -> Self {
-        Self { config: config.clone(), kernels, n_updates: 0, moments: BTreeMap::new(), loss_scale: None }
+        let style = AdamStyle::default();
+        Self { config: config.clone(), style, kernels, n_updates: 0, moments: BTreeMap::new(), loss_scale: None }
+    }
+
+    /// The same optimiser with its ε elsewhere; PyTorch's place is the default.
+    #[must_use]
+    pub fn with_style(mut self, style: AdamStyle) -> Self {
+        self.style = style;
+        self
     }
 
     /// The same optimiser for a model that computes in `precision`: with f16 the loss is scaled.
@@ -422,7 +455,7 @@ impl AdamW {
             let flat = |t: HostTensor| Tensor::from_data(TensorData::new(t.data, t.shape), device);
             moments.insert(path, [flat(m), flat(v)]);
         }
-        Ok(Self { config: config.clone(), kernels, n_updates, moments, loss_scale })
+        Ok(Self { config: config.clone(), style: AdamStyle::default(), kernels, n_updates, moments, loss_scale })
     }
 }
 
@@ -455,7 +488,7 @@ impl ParamMapper for TakeOut<'_> {
             lr: self.lr,
             beta_1: config.betas[0],
             beta_2: config.betas[1],
-            eps: config.eps,
+            eps: self.optimizer.style.eps_at(config.eps, config.betas[1], self.optimizer.n_updates),
             weight_decay: if role.decays() { config.weight_decay } else { 0.0 },
             step: self.optimizer.n_updates,
             grad_scale: self.grad_scale,

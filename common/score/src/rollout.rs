@@ -67,7 +67,8 @@ impl FrozenModels<'_> {
         assert_eq!(prompts.len(), responses.len(), "one response per prompt");
         let pairs: Vec<(&[u32], &[u32])> =
             prompts.iter().zip(&responses).map(|(prompt, response)| (&*prompt.ids, &*response.ids)).collect();
-        let rows: Vec<Vec<u32>> = pairs.iter().map(|(prompt, response)| [*prompt, response].concat()).collect();
+        let row = |(prompt, response): (&EncodedPrompt, &Response)| [&*prompt.ids, response.answer()].concat();
+        let rows: Vec<Vec<u32>> = prompts.iter().zip(&responses).map(row).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
         let (ref_log_probs, scores) = kernels::join(

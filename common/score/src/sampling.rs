@@ -18,6 +18,15 @@ pub struct Response {
     pub text: String,
     /// Whether a stop token was sampled, rather than the length limit reached.
     pub ended: bool,
+    /// Number of tokens sampled after the stop token, 0 unless [`Sampling::past_end`].
+    pub n_after_end: usize,
+}
+
+impl Response {
+    /// The tokens up to the stop token, which the text and the score are those of.
+    pub fn answer(&self) -> &[u32] {
+        &self.ids[..self.ids.len() - self.n_after_end]
+    }
 }
 
 /// How prompts are answered.
@@ -31,6 +40,8 @@ pub struct Sampling<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Most responses decoded at a time, see [`GenerateOptions::max_batch`]; memory for keys and values grows with it.
     pub batch_size: usize,
+    /// Whether sampling goes on after a stop token, up to the length limit.
+    pub past_end: bool,
 }
 
 impl<'a> Sampling<'a> {
@@ -44,7 +55,7 @@ impl<'a> Sampling<'a> {
         batch_size: usize,
     ) -> Self {
         let config = SamplingConfig { temperature, max_tokens, stop: tokenizer.end_ids(), ..SamplingConfig::default() };
-        Self { config, streams, tokenizer, batch_size }
+        Self { config, streams, tokenizer, batch_size, past_end: false }
     }
 
     /// Answers `prompts`; row `i` draws from sampling stream `first_row + i`, whatever the batch size.
@@ -75,16 +86,25 @@ impl<'a> Sampling<'a> {
     ) -> Result<Vec<Response>, ScoreError> {
         let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.as_ref().to_vec()).collect();
         let options = GenerateOptions { max_batch: self.batch_size, on_token, ..GenerateOptions::default() };
-        let generated = generate(policy, &ids, &self.config, &self.streams, first_row, options)?;
-        Ok(generated
-            .into_iter()
-            .map(|answer| Response {
-                text: self.tokenizer.decode(&answer.ids),
-                ended: answer.finish == Finish::Stop,
-                ids: answer.ids,
-                log_probs: answer.log_probs,
-            })
-            .collect())
+        let config = SamplingConfig {
+            stop: if self.past_end { Vec::new() } else { self.config.stop.clone() },
+            ..self.config.clone()
+        };
+        let generated = generate(policy, &ids, &config, &self.streams, first_row, options)?;
+        Ok(generated.into_iter().map(|answer| self.response(answer.ids, answer.log_probs, answer.finish)).collect())
+    }
+
+    fn response(&self, ids: Vec<u32>, log_probs: Vec<f32>, finish: Finish) -> Response {
+        let end = ids.iter().position(|id| self.past_end && self.config.stop.contains(id));
+        let n_after_end = end.map_or(0, |end| ids.len() - end - 1);
+        let response = Response {
+            ended: finish == Finish::Stop || end.is_some(),
+            n_after_end,
+            ids,
+            log_probs,
+            ..Response::default()
+        };
+        Response { text: self.tokenizer.decode(response.answer()), ..response }
     }
 }
 
@@ -130,6 +150,24 @@ mod tests {
             assert!(response.ended && is_end(last) && !others.iter().any(is_end), "{:?}", response.ids);
         }
         assert!(responses.iter().any(|response| response.ids.last() != Some(&end)));
+    }
+
+    #[test]
+    fn past_its_end_a_response_goes_on_to_the_limit_with_the_same_answer() {
+        let tokenizer = byte_tokenizer();
+        let policy = policy(tokenizer.vocab_size());
+        let ends = (0..tokenizer.vocab_size() as u32).filter(|id| id % 9 == 0).collect();
+        let tokenizer = tokenizer.with_end_ids(ends);
+        let prompts: Vec<Vec<u32>> = (0..8).map(|i| vec![1, i]).collect();
+        let mut sampling = Sampling::new(1.0, 24, Streams::new(1), &tokenizer, 3);
+        let stopped = sampling.answer(&policy, &prompts, 0).unwrap();
+        sampling.past_end = true;
+        let whole = sampling.answer(&policy, &prompts, 0).unwrap();
+        for (stopped, whole) in stopped.iter().zip(&whole) {
+            assert_eq!((whole.ids.len(), whole.log_probs.len()), (24, 24));
+            assert_eq!((whole.answer(), &whole.text, whole.ended), (&*stopped.ids, &stopped.text, stopped.ended));
+        }
+        assert!(whole.iter().any(|response| response.n_after_end > 0));
     }
 
     #[test]
