@@ -336,6 +336,15 @@ impl Gpt {
         }
     }
 
+    /// The same model with other values of the weights that training changes, see [`to_trained`](Self::to_trained).
+    ///
+    /// # Errors
+    /// If a tensor is missing, unused or has another shape.
+    pub fn with_trained(self, named: NamedTensors) -> Result<Self, NamedError> {
+        let wanted: fn(&str) -> bool = if self.adapters.is_some() { trains_beside_trunk } else { |_| true };
+        super::named::load_where(self, named, wanted)
+    }
+
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.
     fn embed(&self, ids: Tensor<2, Int>, positions: Option<&[usize]>, start: usize) -> Tensor<3> {
         let [_, seq] = ids.dims();

@@ -27,6 +27,8 @@ pub struct Contents<'a> {
     pub value: Option<&'a ScalarGpt>,
     /// The stage's own state.
     pub stage: Value,
+    /// A moving average of the trained weights, which is exported in their place.
+    pub average: Option<&'a NamedTensors>,
     /// The model to export in place of the trained weights, such as a reward model whose scores were normalised.
     pub exported: Option<Exported<'a>>,
 }
@@ -34,7 +36,8 @@ pub struct Contents<'a> {
 impl<'a> Contents<'a> {
     /// A model and its only optimiser.
     pub fn new(weights: Exported<'a>, optimizer: &'a AdamW) -> Self {
-        Self { weights, optimizers: vec![("optimizer", optimizer)], value: None, stage: Value::Null, exported: None }
+        let optimizers = vec![("optimizer", optimizer)];
+        Self { weights, optimizers, value: None, stage: Value::Null, average: None, exported: None }
     }
 }
 

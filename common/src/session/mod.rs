@@ -451,7 +451,7 @@ impl Session {
     /// Saves everything a resume needs.
     fn save(&mut self, contents: Contents<'_>) -> anyhow::Result<()> {
         self.check_gradient()?;
-        let Contents { weights, optimizers, value, stage, exported } = contents;
+        let Contents { weights, optimizers, value, stage, average, exported } = contents;
         self.progress.seconds = self.recorder.seconds();
         self.progress.stage = stage;
         self.progress.updates = optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.n_updates())).collect();
@@ -459,6 +459,8 @@ impl Session {
             optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
         let current = weights.to_trained();
         tensors.insert("weights".into(), current.clone());
+        tensors.extend(average.map(|average| ("average".into(), average.clone())));
+        let current = average.cloned().unwrap_or(current);
         let [base, value_base] = &self.bases;
         let exported = match exported {
             Some(exported) => exported.with(exported.to_trained(), base),

@@ -37,6 +37,14 @@ impl Restored {
         self.tensors.remove(name).with_context(|| format!("the checkpoint lacks `state/{name}.safetensors`"))
     }
 
+    /// The moving average of the trained weights.
+    ///
+    /// # Errors
+    /// If the checkpoint has none.
+    pub fn average(&mut self) -> anyhow::Result<NamedTensors> {
+        self.tensors("average")
+    }
+
     /// The language model that was trained.
     ///
     /// # Errors
