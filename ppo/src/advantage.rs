@@ -1,7 +1,12 @@
-//! From rewards and values to advantages: generalised advantage estimation and whitening.
+//! From rewards and values to advantages: generalised advantage estimation, comparison within a group, whitening.
+
+use crate::dialect::Variance;
 
 /// Added to the variance before its square root, so that equal values whiten to zero and not to infinity.
 const WHITEN_EPS: f64 = 1e-8;
+
+/// Added to the deviation of a group's rewards, so that equal rewards give no advantage.
+const GROUP_EPS: f64 = 1e-4;
 
 /// Generalised advantage estimates for one response.
 ///
@@ -45,10 +50,55 @@ pub fn gae(rewards: &[f32], values: &[f32], gamma: f32, lambda: f32) -> Vec<f32>
 /// `whiten` in lm-human-preferences, `lm_human_preferences/utils/core.py`. TRL's `masked_whiten` divides by `n − 1`
 /// instead of `n`; the sums here are f64, so that a long batch loses nothing.
 pub fn whiten(values: &[f32], shift_mean: bool) -> Vec<f32> {
+    whiten_by(values, shift_mean, Variance::Population)
+}
+
+/// [`whiten`] by the variance with the given divisor.
+pub fn whiten_by(values: &[f32], shift_mean: bool, divisor: Variance) -> Vec<f32> {
     let (mean, variance) = mean_and_variance(values.iter().map(|&value| f64::from(value)));
+    let variance = variance * divisor.correction(values.len());
     let inverse_deviation = 1.0 / (variance + WHITEN_EPS).sqrt();
     let added_back = if shift_mean { 0.0 } else { mean };
     values.iter().map(|&value| ((f64::from(value) - mean) * inverse_deviation + added_back) as f32).collect()
+}
+
+impl Variance {
+    /// The factor on the population variance of `n` values; 1 of fewer than two, whose variance is 0.
+    fn correction(self, n: usize) -> f64 {
+        match self {
+            Self::Sample if n > 1 => n as f64 / (n - 1) as f64,
+            Self::Population | Self::Sample => 1.0,
+        }
+    }
+}
+
+/// Leave-one-out advantages of the responses to one prompt: `A_i = R_i − mean_{j≠i} R_j`.
+///
+/// # Shapes
+/// - `rewards`: `[n_responses]`, at least 2, each summed over its response
+///
+/// # Panics
+/// If there are fewer than two.
+///
+/// # Source
+/// Ahmadian et al., arXiv:2402.14740, section 3.
+pub fn leave_one_out(rewards: &[f64]) -> Vec<f32> {
+    assert!(rewards.len() > 1, "one of {} responses left out leaves none to compare with", rewards.len());
+    let sum: f64 = rewards.iter().sum();
+    rewards.iter().map(|&reward| (reward - (sum - reward) / (rewards.len() - 1) as f64) as f32).collect()
+}
+
+/// Group-relative advantages of the responses to one prompt: `A_i = (R_i − mean)/(σ + 1e-4)`.
+///
+/// # Shapes
+/// - `rewards`: `[n_responses]`, each summed over its response
+///
+/// # Source
+/// Shao et al., arXiv:2402.03300, section 4.1.2; the 1e-4 and the divisor `n − 1` of σ² as in TRL's `GRPOTrainer`.
+pub fn group_relative(rewards: &[f64], divisor: Variance) -> Vec<f32> {
+    let (mean, variance) = mean_and_variance(rewards.iter().copied());
+    let deviation = (variance * divisor.correction(rewards.len())).sqrt();
+    rewards.iter().map(|&reward| ((reward - mean) / (deviation + GROUP_EPS)) as f32).collect()
 }
 
 /// The share of the returns' variance that the values predict.
@@ -129,6 +179,27 @@ mod tests {
         assert_close(&whiten(&[3.0; 5], true), &[0.0; 5], EXACT);
         assert_close(&whiten(&[3.0; 5], false), &[3.0; 5], EXACT);
         assert!(whiten(&[], true).is_empty());
+    }
+
+    #[test]
+    fn group_advantages_match_hand_worked_responses() {
+        // The others' means: 3.5, 2.5, 3, 3.
+        assert_close(&leave_one_out(&[1.0, 4.0, 2.5, 2.5]), &[-2.0, 2.0, 0.0, 0.0], 1e-6);
+        // Mean 2.5; variance 4.5/3 = 1.5 by n − 1, 4.5/4 by n.
+        let deviation = 1.5_f32.sqrt() + 1e-4;
+        let expected = [-1.5 / deviation, 1.5 / deviation, 0.0, 0.0];
+        assert_close(&group_relative(&[1.0, 4.0, 2.5, 2.5], Variance::Sample), &expected, 1e-6);
+        let deviation = 1.125_f32.sqrt() + 1e-4;
+        let expected = [-1.5 / deviation, 1.5 / deviation, 0.0, 0.0];
+        assert_close(&group_relative(&[1.0, 4.0, 2.5, 2.5], Variance::Population), &expected, 1e-6);
+        assert_close(&group_relative(&[3.0, 3.0], Variance::Sample), &[0.0, 0.0], EXACT);
+    }
+
+    #[test]
+    fn whiten_by_the_sample_variance_matches_a_hand_worked_batch() {
+        // Variance 8/2 = 4.
+        assert_close(&whiten_by(&[2.0, 4.0, 6.0], true, Variance::Sample), &[-1.0, 0.0, 1.0], 1e-6);
+        assert_close(&whiten_by(&[3.0], true, Variance::Sample), &[0.0], EXACT);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use common::cli::{RuntimeArgs, StageArgs, at_least_1};
 
+use crate::dialect::Dialect;
+
 /// Improve a policy against a reward model by PPO
 #[derive(Debug, Parser)]
 #[command(
@@ -32,6 +34,40 @@ pub enum Command {
     Eval(EvalArgs),
     /// Examine what a run would start from, before it starts
     Doctor(DoctorArgs),
+    /// List what implementations of PPO do differently, switch by switch, with the line of the source
+    Dialects(DialectsArgs),
+    /// Compare the equations of training with what the original implementations make of the same numbers
+    Oracle(OracleArgs),
+}
+
+/// Flags of `ppo oracle`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exits with 1 if an equation is off.\n\nExample:\n  ppo oracle --dialect trl")]
+pub struct OracleArgs {
+    /// Only this dialect
+    #[arg(long, value_name = "NAME")]
+    pub dialect: Option<Dialect>,
+
+    /// Recorded numbers to compare with [default: those in the program]
+    #[arg(long, value_name = "FILE")]
+    pub vectors: Option<PathBuf>,
+
+    /// Print one JSON object in place of a line an equation
+    #[arg(long)]
+    pub json: bool,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `ppo dialects`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ppo dialects --json")]
+pub struct DialectsArgs {
+    /// Print one JSON object in place of the list
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Flags of `ppo train`.

@@ -5,13 +5,24 @@ use common::capacity::Settings;
 use common::cli::StageArgs;
 use common::kernels::TrunkPrecision;
 use common::model::LoraConfig;
-use common::optim::{OptimizerConfig, RlhfDefaults};
+use common::optim::{AdamStyle, OptimizerConfig, RlhfDefaults};
 use common::rng::Streams;
 use common::score::{Sampling, TooLong};
 use common::session::{self, DataConfig, RunConfig};
 use common::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::dialect::{
+    Dialect, Estimator, KlEstimator, KlPlace, LossMean, MissingEos, ScorePosition, Switches, ValueInit, Variance,
+    Whiten,
+};
+
+/// The least number of responses in a minibatch whose rewards are whitened.
+///
+/// # Source
+/// lm-human-preferences, `train_policy.py:74`, which whitens no fewer.
+const LEAST_WHITENED: usize = 8;
 
 /// `ppo.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,7 +47,8 @@ pub struct PpoConfig {
     pub value_optimizer: OptimizerConfig,
     /// Training length and batch sizes.
     pub train: TrainConfig,
-    /// Rollouts, rewards, advantages and the clipped objectives.
+    /// Rollouts, rewards, advantages and the clipped objectives. A switch that is left out is as `dialect` and `estimator` set it.
+    #[serde(deserialize_with = "ppo_section")]
     pub ppo: PpoSection,
     /// Intervals of logging, evaluation and checkpoints, in PPO steps. The best evaluation is the one with the highest
     /// `val/score − kl_coef·val/kl`.
@@ -53,6 +65,10 @@ fn run_section<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<RunC
     run_defaults().or_given(deserializer)
 }
 
+fn ppo_section<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<PpoSection, D::Error> {
+    Ok(PpoSection::deserialize(deserializer)?.resolved())
+}
+
 impl Default for PpoConfig {
     fn default() -> Self {
         Self {
@@ -62,7 +78,7 @@ impl Default for PpoConfig {
             optimizer: OptimizerConfig::rlhf(),
             value_optimizer: OptimizerConfig::rlhf(),
             train: TrainConfig::default(),
-            ppo: PpoSection::default(),
+            ppo: PpoSection::default().resolved(),
             run: run_defaults(),
         }
     }
@@ -75,7 +91,7 @@ pub struct TrainConfig {
     /// Number of PPO steps; each samples a batch of responses and makes all updates on it.
     #[schemars(range(min = 1, max = 1_000_000_000_000_u64))]
     pub steps: u64,
-    /// Number of prompts in a step, with one response each.
+    /// Number of responses in a step, to as many prompts, or to `batch_size / ppo.samples_per_prompt` of them.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub batch_size: usize,
     /// Number of responses computed at once, sorted by length to save padding, with gradients accumulated over the
@@ -113,13 +129,20 @@ impl Default for TrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PpoSection {
+    /// The implementation whose choices the switches take that are not set; `ppo dialects` prints them with their sources.
+    pub dialect: Dialect,
+    /// Estimator of the advantages. `rloo` and `grpo` whiten neither rewards nor advantages; `grpo` charges k3 in the loss, takes the mean over responses and the sample variance.
+    pub estimator: Estimator,
+    /// Number of responses to a prompt in a step; divides `train.batch_size`. At least 2 for `rloo` and `grpo`.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub samples_per_prompt: usize,
     /// Maximum number of tokens in a response, `<|end|>` included.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub response_length: usize,
     /// Sampling temperature; log-probabilities are taken at the same temperature.
     #[schemars(range(min = 0.001, max = 1000))]
     pub temperature: f64,
-    /// Score of a response that was cut off before `<|end|>`, in place of the reward model's.
+    /// Score of a response that was cut off before `<|end|>`, in place of the reward model's or as `missing_eos` says.
     #[schemars(range(min = -1_000_000, max = 1_000_000))]
     pub missing_eos_score: f64,
     /// KL coefficient: reward lost per nat of divergence from the reference policy. With `kl_target`, its initial value.
@@ -132,8 +155,6 @@ pub struct PpoSection {
     /// Time constant of the adaptive KL coefficient, in responses.
     #[schemars(range(min = 1e-3, max = 1e12))]
     pub kl_horizon: f64,
-    /// Estimator of the advantages.
-    pub estimator: Estimator,
     /// Discount factor γ per token; 1 because a response is one decision in many tokens.
     #[schemars(range(min = 0, max = 1))]
     pub gamma: f64,
@@ -149,17 +170,139 @@ pub struct PpoSection {
     /// Clip range ε of the policy: probability ratios are clipped to `1 ± clip_range`.
     #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub clip_range: f64,
-    /// Clip range of the value model: values are clipped to within this distance of the old ones, in units of the score.
-    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
-    pub value_clip_range: f64,
-    /// Initial weights of the value model.
-    pub value_init: ValueInit,
     /// Largest difference from 1 that probability ratios may have before the first update of a step; it should be rounding
     /// alone.
     #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub ratio_tolerance: f64,
     /// What an alarm does: a metric beyond its limit, of those that docs/doctor.md lists.
     pub on_alarm: OnAlarm,
+    /// Where the score joins the rewards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score_position: Option<ScorePosition>,
+    /// What `missing_eos_score` does to the score of a response that was cut off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing_eos: Option<MissingEos>,
+    /// Estimator of the divergence from the reference that is charged; `objective/kl` is k1 always.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_estimator: Option<KlEstimator>,
+    /// Where the divergence from the reference is charged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_place: Option<KlPlace>,
+    /// Largest absolute value of a token's divergence as it is charged, in nats; 0 sets no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub kl_clip: Option<f64>,
+    /// Whether rewards are scaled to variance 1 before advantages are estimated, over the same tokens as advantages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub whiten_rewards: Option<bool>,
+    /// Which tokens advantages are whitened over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub whiten_advantages: Option<Whiten>,
+    /// The divisor of the variance of whitening, and of a group's rewards in `grpo`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub whiten_variance: Option<Variance>,
+    /// How the losses of tokens become that of a minibatch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_mean: Option<LossMean>,
+    /// Clip range of the value model: values are clipped to within this distance of the old ones, in units of the score.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
+    pub value_clip_range: Option<f64>,
+    /// Factor on the value model's loss; its optimiser is its own, so that only ε and the clip of its gradient feel it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
+    pub value_loss_coef: Option<f64>,
+    /// Largest absolute value of a score as it is trained on; 0 sets no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub reward_clip: Option<f64>,
+    /// Largest absolute value of the logarithm of a probability ratio; 0 sets no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub log_ratio_clip: Option<f64>,
+    /// Probability ratio at which a token of negative advantage stops adding to the loss: above 1, or 0 for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub dual_clip: Option<f64>,
+    /// Initial weights of the value model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value_init: Option<ValueInit>,
+    /// Where ε of both optimisers stands.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_style: Option<AdamStyle>,
+    /// Added to `temperature` wherever that is used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1))]
+    pub temperature_eps: Option<f64>,
+    /// Factor on the loss on pretraining text beside the policy's. Only 0, which leaves it out, is supported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub ptx_coef: Option<f64>,
+    /// Decay, per step, of a moving average of the policy, which is evaluated and handed on in its place; 0 keeps none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
+    pub policy_ema: Option<f64>,
+}
+
+impl PpoSection {
+    /// The value of every switch: as it is set, or else as dialect and estimator say.
+    pub fn switches(&self) -> Switches {
+        let of = Switches::of(self.dialect, self.estimator);
+        Switches {
+            score_position: self.score_position.unwrap_or(of.score_position),
+            missing_eos: self.missing_eos.unwrap_or(of.missing_eos),
+            kl_estimator: self.kl_estimator.unwrap_or(of.kl_estimator),
+            kl_place: self.kl_place.unwrap_or(of.kl_place),
+            kl_clip: self.kl_clip.unwrap_or(of.kl_clip),
+            whiten_rewards: self.whiten_rewards.unwrap_or(of.whiten_rewards),
+            whiten_advantages: self.whiten_advantages.unwrap_or(of.whiten_advantages),
+            whiten_variance: self.whiten_variance.unwrap_or(of.whiten_variance),
+            loss_mean: self.loss_mean.unwrap_or(of.loss_mean),
+            value_clip_range: self.value_clip_range.unwrap_or(of.value_clip_range),
+            value_loss_coef: self.value_loss_coef.unwrap_or(of.value_loss_coef),
+            reward_clip: self.reward_clip.unwrap_or(of.reward_clip),
+            log_ratio_clip: self.log_ratio_clip.unwrap_or(of.log_ratio_clip),
+            dual_clip: self.dual_clip.unwrap_or(of.dual_clip),
+            value_init: self.value_init.unwrap_or(of.value_init),
+            adam_style: self.adam_style.unwrap_or(of.adam_style),
+            temperature_eps: self.temperature_eps.unwrap_or(of.temperature_eps),
+            ptx_coef: self.ptx_coef.unwrap_or(of.ptx_coef),
+            policy_ema: self.policy_ema.unwrap_or(of.policy_ema),
+        }
+    }
+
+    /// The same section with every switch set.
+    #[must_use]
+    pub fn resolved(self) -> Self {
+        let all = self.switches();
+        Self {
+            score_position: Some(all.score_position),
+            missing_eos: Some(all.missing_eos),
+            kl_estimator: Some(all.kl_estimator),
+            kl_place: Some(all.kl_place),
+            kl_clip: Some(all.kl_clip),
+            whiten_rewards: Some(all.whiten_rewards),
+            whiten_advantages: Some(all.whiten_advantages),
+            whiten_variance: Some(all.whiten_variance),
+            loss_mean: Some(all.loss_mean),
+            value_clip_range: Some(all.value_clip_range),
+            value_loss_coef: Some(all.value_loss_coef),
+            reward_clip: Some(all.reward_clip),
+            log_ratio_clip: Some(all.log_ratio_clip),
+            dual_clip: Some(all.dual_clip),
+            value_init: Some(all.value_init),
+            adam_style: Some(all.adam_style),
+            temperature_eps: Some(all.temperature_eps),
+            ptx_coef: Some(all.ptx_coef),
+            policy_ema: Some(all.policy_ema),
+            ..self
+        }
+    }
+
+    /// The temperature of sampling and of every log-probability.
+    pub fn temperature(&self) -> f64 {
+        self.temperature + self.switches().temperature_eps
+    }
 }
 
 /// What an alarm does.
@@ -173,54 +316,44 @@ pub enum OnAlarm {
     Stop,
 }
 
-/// Estimator of the advantages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Estimator {
-    /// Generalised advantage estimation, with a value model.
-    #[default]
-    Gae,
-}
-
-impl Estimator {
-    /// Whether a value model is trained beside the policy.
-    pub fn has_critic(self) -> bool {
-        match self {
-            Self::Gae => true,
-        }
-    }
-}
-
-/// Initial weights of the value model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum ValueInit {
-    /// The reward model with its head.
-    #[default]
-    RewardModel,
-    /// The reward model's trunk with a head of zeros: no response is worth more than another at first.
-    ZeroHead,
-}
-
 impl Default for PpoSection {
     fn default() -> Self {
         Self {
+            dialect: Dialect::default(),
+            estimator: Estimator::default(),
+            samples_per_prompt: 1,
             response_length: 64,
             temperature: 1.0,
             missing_eos_score: -1.0,
             kl_coef: 0.05,
             kl_target: None,
             kl_horizon: 10_000.0,
-            estimator: Estimator::default(),
             gamma: 1.0,
             lambda: 0.95,
             epochs: 4,
             minibatches: 1,
             clip_range: 0.2,
-            value_clip_range: 0.2,
-            value_init: ValueInit::default(),
             ratio_tolerance: 1e-3,
             on_alarm: OnAlarm::default(),
+            score_position: None,
+            missing_eos: None,
+            kl_estimator: None,
+            kl_place: None,
+            kl_clip: None,
+            whiten_rewards: None,
+            whiten_advantages: None,
+            whiten_variance: None,
+            loss_mean: None,
+            value_clip_range: None,
+            value_loss_coef: None,
+            reward_clip: None,
+            log_ratio_clip: None,
+            dual_clip: None,
+            value_init: None,
+            adam_style: None,
+            temperature_eps: None,
+            ptx_coef: None,
+            policy_ema: None,
         }
     }
 }
@@ -256,6 +389,46 @@ impl PpoConfig {
             micro > 0 && minibatch.is_multiple_of(micro),
             "`train.micro_batch_size` {micro} does not divide the {minibatch} responses of a minibatch"
         );
+        self.validate_switches(minibatch)
+    }
+
+    /// Checks that estimator and switches make sense together, with `minibatch` responses in a minibatch.
+    fn validate_switches(&self, minibatch: usize) -> anyhow::Result<()> {
+        let PpoSection { estimator, samples_per_prompt, .. } = self.ppo;
+        let switches = self.ppo.switches();
+        let batch_size = self.train.batch_size;
+        ensure!(
+            batch_size.is_multiple_of(samples_per_prompt),
+            "`ppo.samples_per_prompt` {samples_per_prompt} does not divide `train.batch_size` {batch_size}"
+        );
+        ensure!(
+            estimator.has_critic() || samples_per_prompt > 1,
+            "without a value model a response is compared with others to its prompt, but `ppo.samples_per_prompt` is 1\n\
+             hint: set it to 4, say"
+        );
+        ensure!(
+            switches.kl_place == KlPlace::Reward || switches.kl_estimator != KlEstimator::K1,
+            "`ppo.kl_estimator` \"k1\" in the loss (`ppo.kl_place`) holds nothing back: its expected gradient is 0\n\
+             hint: take \"k3\" or \"k2\", or `ppo.kl_place = \"reward\"`"
+        );
+        ensure!(
+            estimator.has_critic() || !switches.whiten_rewards,
+            "`ppo.whiten_rewards` is for `ppo.estimator` \"gae\": otherwise rewards count by their sum alone"
+        );
+        ensure!(
+            !switches.whiten_rewards || minibatch >= LEAST_WHITENED,
+            "`ppo.whiten_rewards` needs at least {LEAST_WHITENED} responses in a minibatch, found {minibatch}"
+        );
+        ensure!(
+            switches.dual_clip == 0.0 || switches.dual_clip > 1.0,
+            "`ppo.dual_clip` must be above 1, or 0 for no limit, found {}",
+            switches.dual_clip
+        );
+        let ptx_coef = switches.ptx_coef;
+        ensure!(
+            ptx_coef == 0.0,
+            "`ppo.ptx_coef` is not supported yet, found {ptx_coef}\nhint: leave it out, or set it to 0"
+        );
         Ok(())
     }
 
@@ -275,8 +448,10 @@ impl PpoConfig {
 
     /// How the policy answers prompts.
     pub fn sampling<'a>(&self, streams: Streams, tokenizer: &'a Tokenizer) -> Sampling<'a> {
-        let PpoSection { temperature, response_length, .. } = self.ppo;
-        Sampling::new(temperature, response_length, streams, tokenizer, self.train.rollout_batch_size)
+        let (temperature, length) = (self.ppo.temperature(), self.ppo.response_length);
+        let mut sampling = Sampling::new(temperature, length, streams, tokenizer, self.train.rollout_batch_size);
+        sampling.past_end = self.ppo.switches().score_position == ScorePosition::FixedEnd;
+        sampling
     }
 }
 
@@ -295,5 +470,63 @@ mod tests {
         assert_eq!(optimizer, OptimizerConfig { lr: 0.5, ..PpoConfig::default().optimizer });
         let unknown = parse("[run]\nlog_evry = 1\n").expect_err("unknown").to_string();
         assert!(unknown.contains("line 2") && unknown.contains("did you mean `log_every`?"), "{unknown}");
+    }
+
+    fn parsed(text: &str, overrides: &[&str]) -> PpoConfig {
+        let overrides: Vec<String> = overrides.iter().map(|&flag| flag.to_owned()).collect();
+        common::config::parse(text, Path::new("ppo.toml"), &overrides).expect("valid")
+    }
+
+    #[test]
+    fn a_dialect_sets_every_switch_and_one_that_is_set_beside_it_wins() {
+        for dialect in Dialect::ALL {
+            let text = format!("[ppo]\ndialect = \"{}\"\nreward_clip = 2.5\n", dialect.name());
+            let ppo = parsed(&text, &["ppo.whiten_variance=sample"]).ppo;
+            let expected = Switches {
+                reward_clip: 2.5,
+                whiten_variance: Variance::Sample,
+                ..Switches::of(dialect, Estimator::Gae)
+            };
+            assert_eq!(ppo.switches(), expected);
+        }
+        assert_eq!(parsed("", &[]), PpoConfig::default());
+        assert_eq!(parsed("[ppo]\nepochs = 1", &["ppo.dialect=trl"]).ppo.temperature(), 1.0 + 1e-7);
+    }
+
+    #[test]
+    fn the_resolved_configuration_has_every_switch_and_reads_back_as_itself() {
+        let config = parsed("[ppo]\ndialect = \"verl\"\nestimator = \"grpo\"\nsamples_per_prompt = 4\n", &[]);
+        let text = common::config::to_toml(&config).expect("writable");
+        for row in crate::dialect::rows() {
+            assert!(text.contains(&format!("\n{} = ", row.name)), "{} is not in {text}", row.name);
+        }
+        assert_eq!(parsed(&text, &[]), config);
+        assert_eq!((config.ppo.kl_place, config.ppo.dual_clip), (Some(KlPlace::Loss), Some(3.0)));
+    }
+
+    #[test]
+    fn what_makes_no_sense_together_is_refused_by_name() {
+        for (flags, named) in [
+            (&["ppo.estimator=rloo"][..], "`ppo.samples_per_prompt` is 1"),
+            (&["ppo.samples_per_prompt=3"], "does not divide `train.batch_size` 64"),
+            (&["ppo.kl_place=loss"], "`ppo.kl_estimator` \"k1\" in the loss"),
+            (&["ppo.estimator=grpo", "ppo.samples_per_prompt=4", "ppo.kl_estimator=k1"], "\"k1\" in the loss"),
+            (&["ppo.estimator=rloo", "ppo.samples_per_prompt=4", "ppo.whiten_rewards=true"], "`ppo.whiten_rewards`"),
+            (&["ppo.dialect=lm-human-preferences", "ppo.minibatches=16"], "at least 8 responses"),
+            (&["ppo.dual_clip=0.5"], "`ppo.dual_clip` must be above 1"),
+            (&["ppo.ptx_coef=27.8"], "`ppo.ptx_coef`"),
+        ] {
+            let config = PpoConfig {
+                data: DataConfig { train: vec!["a".into()], val: vec!["b".into()], ..DataConfig::default() },
+                ..parsed("", flags)
+            };
+            let error = config.validate().expect_err("refused").to_string();
+            assert!(error.contains(named), "{flags:?}: {error}");
+        }
+        let of_data = DataConfig { train: vec!["a".into()], val: vec!["b".into()], ..DataConfig::default() };
+        for dialect in Dialect::ALL {
+            let config = parsed("", &[&format!("ppo.dialect={}", dialect.name())]);
+            PpoConfig { data: of_data.clone(), ..config }.validate().expect("a dialect makes sense");
+        }
     }
 }

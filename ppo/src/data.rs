@@ -31,7 +31,7 @@ pub(crate) fn line(rollout: &Rollout, score: f32) -> Value {
         "response": rollout.response.text,
         "score": score,
         "kl": rollout.kl(),
-        "length": rollout.response.ids.len(),
+        "length": rollout.response.answer().len(),
         "finish": if rollout.response.ended { "stop" } else { "length" },
     });
     if let Some(gold) = rollout.gold {
@@ -47,7 +47,8 @@ mod tests {
 
     #[test]
     fn a_line_of_rollouts_names_what_it_holds() {
-        let response = Response { ids: vec![5; 2], log_probs: vec![-1.0, -0.5], text: "r".into(), ended: true };
+        let response =
+            Response { ids: vec![5; 2], log_probs: vec![-1.0, -0.5], text: "r".into(), ended: true, n_after_end: 0 };
         let mut rollout = Rollout {
             prompt: EncodedPrompt { ids: vec![0, 1], text: "p".into() },
             response,

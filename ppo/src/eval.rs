@@ -94,7 +94,7 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy)?;
-    let temperature = args.temperature.or(trained.as_ref().map(|ppo| ppo.temperature)).unwrap_or(1.0);
+    let temperature = args.temperature.or(trained.as_ref().map(PpoSection::temperature)).unwrap_or(1.0);
     if !(temperature > 0.0 && temperature.is_finite()) {
         let reason = format!("invalid `--temperature`: expected a number above 0, found `{temperature}`");
         return Err(UsageError(reason).into());

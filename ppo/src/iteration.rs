@@ -47,7 +47,8 @@ pub struct StepOutput {
 }
 
 impl Iteration<'_> {
-    /// Makes step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`.
+    /// Makes step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`. The same prompt stands
+    /// `ppo.samples_per_prompt` times in a row.
     ///
     /// # Errors
     /// If sampling, scoring or the updates fail.
@@ -67,7 +68,7 @@ impl Iteration<'_> {
         let score = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
-        let (learner, metrics) = learner.update(&batch, self.config, self.streams, step)?;
+        let (learner, metrics) = learner.update(&batch, self.config, self.streams, step, kl_coef)?;
         let update = clock.elapsed().as_secs_f64();
         Ok(StepOutput { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
     }
@@ -84,7 +85,7 @@ impl Iteration<'_> {
         kl_coef: f32,
     ) -> Result<Vec<Experience>, ScoreError> {
         let rollouts = self.frozen.rollouts(prompts, responses, self.sampling.config.temperature)?;
-        let values = learner.values(&rollouts, self.config.micro_batch_size())?;
+        let values = learner.values(&rollouts, &self.config.ppo, self.config.micro_batch_size())?;
         Ok(Experience::of_batch(rollouts, values, kl_coef, &self.config.ppo))
     }
 }

@@ -2,6 +2,22 @@
 
 pub use common::score::kl::{k1, k2, k3};
 
+use crate::dialect::KlEstimator;
+
+/// The divergence of each token by `estimator`, within `±clip` unless that is 0.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn estimate(estimator: KlEstimator, log_probs: &[f32], ref_log_probs: &[f32], clip: f32) -> Vec<f32> {
+    let estimate = match estimator {
+        KlEstimator::K1 => k1,
+        KlEstimator::K2 => k2,
+        KlEstimator::K3 => k3,
+    };
+    let kl = estimate(log_probs, ref_log_probs);
+    if clip > 0.0 { kl.into_iter().map(|kl| kl.clamp(-clip, clip)).collect() } else { kl }
+}
+
 /// Moves the KL coefficient so that the divergence stays near a target.
 ///
 /// `e = clip(KL/target − 1, −0.2, 0.2)`, then `β ← β·(1 + e·n_episodes/horizon)`: proportional control in log space.

@@ -2,14 +2,16 @@
 
 use burn::module::Module;
 use common::checkpoint::{Checkpoint, CheckpointError};
-use common::model::{Gpt, ScalarGpt};
+use common::model::{Gpt, NamedTensors, ScalarGpt};
 use common::optim::AdamW;
 use common::runtime::Runtime;
 use common::score::{Rollout, ScoreError, of_response_tokens, values};
 use common::session::{Contents, Exported, Restored};
 use serde_json::json;
 
-use crate::config::{PpoConfig, ValueInit};
+use crate::config::{PpoConfig, PpoSection};
+use crate::dialect::ValueInit;
+use crate::targets::places_after;
 
 /// The models that are trained, on an autodiff device.
 #[derive(Debug)]
@@ -20,6 +22,14 @@ pub struct Learner {
     pub policy_optimizer: AdamW,
     /// The value model, where the estimator has one.
     pub critic: Option<Critic>,
+}
+
+/// The response's tokens before each of which the value model sees a state: one more, of any kind, where there is a place
+/// `after` the last.
+pub(crate) fn valued_ids(rollout: &Rollout, after: bool) -> Vec<u32> {
+    let mut ids = rollout.response.ids.clone();
+    ids.extend(after.then_some(0));
+    ids
 }
 
 /// A value model and its optimiser.
@@ -45,50 +55,64 @@ impl Learner {
         restored: Option<Restored>,
         runtime: &Runtime,
     ) -> anyhow::Result<Self> {
-        let has_critic = config.ppo.estimator.has_critic();
+        let (has_critic, switches) = (config.ppo.estimator.has_critic(), config.ppo.switches());
         let Some(mut restored) = restored else {
             let value = || -> Result<ScalarGpt, CheckpointError> {
                 let model = runtime.scalar(reward_model)?;
-                Ok(match config.ppo.value_init {
+                Ok(match switches.value_init {
                     ValueInit::RewardModel => model,
                     ValueInit::ZeroHead => model.with_zero_head(),
                 })
             };
             let critic = has_critic.then(value).transpose()?;
+            let optimizer = |config| runtime.optimizer(config).with_style(switches.adam_style);
             return Ok(Self {
                 policy: runtime.gpt(initial)?,
-                policy_optimizer: runtime.optimizer(&config.optimizer),
-                critic: critic.map(|model| Critic { model, optimizer: runtime.optimizer(&config.value_optimizer) }),
+                policy_optimizer: optimizer(&config.optimizer),
+                critic: critic.map(|model| Critic { model, optimizer: optimizer(&config.value_optimizer) }),
             });
         };
         let critic = if has_critic {
             let model = runtime.value(&restored.checkpoint)?;
             let optimizer = restored.optimizer("value_optimizer", &config.value_optimizer, runtime)?;
-            Some(Critic { model, optimizer })
+            Some(Critic { model, optimizer: optimizer.with_style(switches.adam_style) })
         } else {
             None
         };
         Ok(Self {
             policy: restored.gpt(runtime)?,
-            policy_optimizer: restored.optimizer("optimizer", &config.optimizer, runtime)?,
+            policy_optimizer: restored
+                .optimizer("optimizer", &config.optimizer, runtime)?
+                .with_style(switches.adam_style),
             critic,
         })
     }
 
-    /// The values of each response's tokens, `batch_size` responses at a time; `None` without a value model.
+    /// The values of each response's tokens, and of the place after the last where `config` gives the score that,
+    /// `batch_size` responses at a time; `None` without a value model.
     ///
     /// # Errors
     /// If the device cannot be read.
-    pub fn values(&self, rollouts: &[Rollout], batch_size: usize) -> Result<Option<Vec<Vec<f32>>>, ScoreError> {
+    pub fn values(
+        &self,
+        rollouts: &[Rollout],
+        config: &PpoSection,
+        batch_size: usize,
+    ) -> Result<Option<Vec<Vec<f32>>>, ScoreError> {
         let Some(critic) = &self.critic else { return Ok(None) };
         let model = critic.model.valid();
-        let responses: Vec<_> = rollouts.iter().map(Rollout::ids).collect();
+        let valued = places_after(rollouts, config);
+        let responses: Vec<Vec<u32>> =
+            rollouts.iter().zip(valued).map(|(rollout, after)| valued_ids(rollout, after)).collect();
+        let responses: Vec<(&[u32], &[u32])> =
+            rollouts.iter().zip(&responses).map(|(rollout, ids)| (&*rollout.prompt.ids, &**ids)).collect();
         Ok(Some(of_response_tokens(&responses, batch_size, |batch| values(&model, batch))?))
     }
 
-    /// The contents of a checkpoint: models, optimisers and the KL coefficient.
-    pub(crate) fn contents(&self, kl_coef: f32) -> Contents<'_> {
+    /// The contents of a checkpoint: models, optimisers, the policy's moving average and the KL coefficient.
+    pub(crate) fn contents<'a>(&'a self, average: Option<&'a NamedTensors>, kl_coef: f32) -> Contents<'a> {
         let mut contents = Contents {
+            average,
             value: self.critic.as_ref().map(|critic| &critic.model),
             stage: json!({ "kl_coef": kl_coef }),
             ..Contents::new(Exported::Lm(&self.policy), &self.policy_optimizer)

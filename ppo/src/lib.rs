@@ -7,7 +7,8 @@
 //! In reading order: `train` is the loop, [`Iteration`] one step of it. A step samples and scores with
 //! [`common::score`]; [`targets`] turns that into rewards and advantages, from [`advantage`], [`rewards`] and [`kl`], plain
 //! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, and [`loss`]
-//! is their objective, on tensors. [`doctor`] examines what a run would start from.
+//! is their objective, on tensors. [`doctor`] examines what a run would start from; [`dialect`] says how other
+//! implementations choose, and `oracle` compares the equations with theirs.
 //!
 //! # Source
 //! Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593; Huang et al., "The N+ Implementation Details
@@ -20,6 +21,7 @@ mod alarms;
 mod cli;
 mod config;
 mod data;
+pub mod dialect;
 pub mod doctor;
 mod eval;
 mod iteration;
@@ -29,14 +31,16 @@ pub mod loss;
 mod measured;
 mod models;
 mod needs;
+mod oracle;
 pub mod rewards;
 pub mod targets;
 mod train;
 mod update;
 
-pub use cli::{Cli, Command, DoctorArgs, EvalArgs, TrainArgs};
+pub use cli::{Cli, Command, DialectsArgs, DoctorArgs, EvalArgs, OracleArgs, TrainArgs};
 pub use common::score::{Gold, TooLong};
-pub use config::{Estimator, OnAlarm, PpoConfig, PpoSection, TrainConfig, ValueInit};
+pub use config::{OnAlarm, PpoConfig, PpoSection, TrainConfig};
+pub use dialect::{Dialect, Estimator, ValueInit};
 pub use eval::{Evaluation, evaluate};
 pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
@@ -59,6 +63,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
         Command::Doctor(args) => args.runtime.run(|| doctor::run(&args)),
+        Command::Dialects(args) => dialect::run(&args),
+        Command::Oracle(args) => args.runtime.run(|| oracle::run(&args)),
     }
 }
 

@@ -6,9 +6,12 @@
 //! one minibatch is accumulated from add up to those of the minibatch in one go, however unequal the pieces; without
 //! accumulation it is `n_tokens`, and the sums are plain means.
 //!
-//! The diagnostics are tensors without gradient, so that no step waits for the device to report them.
+//! A dialect may weigh tokens otherwise, see [`Weights`]; the diagnostics are means over tokens all the same. They
+//! are tensors without gradient, so that no step waits for the device to report them.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
+
+use crate::dialect::{KlEstimator, LossMean, Switches};
 
 /// The policy's objective and its diagnostics, each of shape `[1]`.
 #[derive(Debug, Clone)]
@@ -34,6 +37,82 @@ pub struct ValueLoss {
     pub clip_frac: Tensor<1>,
 }
 
+/// The size of a whole minibatch, the denominator of its means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MinibatchSize {
+    /// Responses.
+    pub responses: usize,
+    /// Numbers of all responses: tokens for the policy, values for the value model.
+    pub numbers: usize,
+    /// Maximum number of tokens in a response.
+    pub response_length: usize,
+}
+
+/// How much each token of a minibatch counts.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "there is one a micro-batch")]
+pub enum Weights {
+    /// `1/n` each.
+    Equal(f32),
+    /// Its own part, `[n_tokens]`.
+    Each(Tensor<1>),
+}
+
+impl Weights {
+    /// `1/n` for each of `n` tokens.
+    const fn of(n: usize) -> Self {
+        Self::Equal(n as f32)
+    }
+
+    /// Those of `loss_mean` for a piece of a minibatch whose responses have `lengths` numbers; the weights of all pieces
+    /// together are those of the minibatch.
+    pub fn of_responses(loss_mean: LossMean, lengths: &[usize], minibatch: MinibatchSize, device: &Device) -> Self {
+        let MinibatchSize { responses, numbers, response_length } = minibatch;
+        match loss_mean {
+            LossMean::Token => Self::of(numbers),
+            LossMean::FixedLength => Self::of(responses * response_length),
+            LossMean::Sequence => {
+                let each = |&length: &usize| vec![1.0 / (responses * length) as f32; length];
+                let weights: Vec<f32> = lengths.iter().flat_map(each).collect();
+                Self::Each(Tensor::from_floats(weights.as_slice(), device))
+            }
+        }
+    }
+
+    /// The weighted sum of `x`.
+    fn mean(&self, x: Tensor<1>) -> Tensor<1> {
+        match self {
+            Self::Equal(n) => x.sum().div_scalar(*n),
+            Self::Each(weights) => (x * weights.clone()).sum(),
+        }
+    }
+}
+
+/// Where the policy's objective is cut off; 0 sets no limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clips {
+    /// ε of the ratio.
+    pub ratio: f32,
+    /// Of the logarithm of the ratio.
+    pub log_ratio: f32,
+    /// Of the ratio where the advantage is negative.
+    pub dual: f32,
+}
+
+impl Clips {
+    /// Those of `switches`, with the clip range ε.
+    pub const fn of(clip_range: f64, switches: &Switches) -> Self {
+        Self { ratio: clip_range as f32, log_ratio: switches.log_ratio_clip as f32, dual: switches.dual_clip as f32 }
+    }
+}
+
+impl ValueLoss {
+    /// The loss to minimise: `coef` times the value loss.
+    pub fn priced(&self, coef: f64) -> Tensor<1> {
+        if coef == 1.0 { self.loss.clone() } else { self.loss.clone() * coef }
+    }
+}
+
 /// PPO's clipped surrogate objective, as a loss.
 ///
 /// `mean(max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)))` with `ρ = π(a)/π_old(a) = exp(log π − log π_old)`.
@@ -56,22 +135,81 @@ pub fn policy_loss(
     clip_range: f32,
     minibatch_tokens: usize,
 ) -> PolicyLoss {
+    let clips = Clips { ratio: clip_range, log_ratio: 0.0, dual: 0.0 };
+    clipped_policy_loss(log_probs, old_log_probs, advantages, clips, &Weights::of(minibatch_tokens), minibatch_tokens)
+}
+
+/// [`policy_loss`] with the further `clips` and the `weights` of a dialect.
+///
+/// With `clips.dual`, c, a token of negative advantage costs no more than `−A·c`.
+///
+/// # Source
+/// Ye et al., arXiv:1912.09729, equation 4, for the dual clip.
+pub fn clipped_policy_loss(
+    log_probs: Tensor<1>,
+    old_log_probs: Tensor<1>,
+    advantages: Tensor<1>,
+    clips: Clips,
+    weights: &Weights,
+    minibatch_tokens: usize,
+) -> PolicyLoss {
     let mean = |x: Tensor<1>| x.sum().div_scalar(minibatch_tokens as f32);
-    let log_ratio = log_probs - old_log_probs; // [n_tokens]
+    let mut log_ratio = log_probs - old_log_probs; // [n_tokens]
+    if clips.log_ratio > 0.0 {
+        log_ratio = log_ratio.clamp(-clips.log_ratio, clips.log_ratio);
+    }
     let ratio = log_ratio.clone().exp();
-    let clipped_ratio = ratio.clone().clamp(1.0 - clip_range, 1.0 + clip_range);
+    let clipped_ratio = ratio.clone().clamp(1.0 - clips.ratio, 1.0 + clips.ratio);
+    let bound = (clips.dual > 0.0).then(|| {
+        let positive = advantages.clone().greater_equal_elem(0.0);
+        (-advantages.clone() * clips.dual).mask_fill(positive, f32::MAX)
+    });
     let unclipped = -(advantages.clone() * ratio.clone());
     let clipped = -(advantages * clipped_ratio);
 
     let (ratio, log_ratio) = (ratio.inner(), log_ratio.inner());
     let clip_raised = clipped.clone().inner().greater(unclipped.clone().inner());
+    let larger = unclipped.max_pair(clipped);
     PolicyLoss {
-        loss: mean(unclipped.max_pair(clipped)),
+        loss: weights.mean(match bound {
+            Some(bound) => larger.min_pair(bound),
+            None => larger,
+        }),
         clip_frac: mean(clip_raised.float()),
         approx_kl: mean(log_ratio.square()).mul_scalar(0.5),
         ratio_mean: mean(ratio.clone()),
         ratio_max: ratio.max(),
     }
+}
+
+/// The divergence from the reference as a part of the policy's loss, times nothing yet.
+///
+/// # Shapes
+/// - `log_probs`: `[n_tokens]`, with gradient
+/// - `ref_log_probs`: `[n_tokens]`
+/// - returns `[1]`
+///
+/// # Source
+/// Shao et al., arXiv:2402.03300, equation 4, for k3. The estimate is within `±clip` unless that is 0, as in `OpenRLHF`,
+/// `models/utils.py`, with no gradient beyond.
+pub fn kl_loss(
+    log_probs: Tensor<1>,
+    ref_log_probs: Tensor<1>,
+    estimator: KlEstimator,
+    clip: f32,
+    weights: &Weights,
+) -> Tensor<1> {
+    let mut log_ratio = ref_log_probs - log_probs; // [n_tokens]
+    if clip > 0.0 && estimator == KlEstimator::K3 {
+        // Beyond it k3 is above the clip, and its exponential must not overflow.
+        log_ratio = log_ratio.clamp_max(clip);
+    }
+    let kl = match estimator {
+        KlEstimator::K1 => -log_ratio,
+        KlEstimator::K2 => log_ratio.square().mul_scalar(0.5),
+        KlEstimator::K3 => log_ratio.clone().exp().sub_scalar(1.0) - log_ratio,
+    };
+    weights.mean(if clip > 0.0 { kl.clamp(-clip, clip) } else { kl })
 }
 
 /// Half the squared error of the values, clipped around the old ones.
@@ -89,12 +227,24 @@ pub fn policy_loss(
 /// # Source
 /// `vf_losses1`, `vf_losses2` in lm-human-preferences, `train_policy.py`; the clip is not in the PPO paper.
 /// The coefficient `vf_coef` of a joint loss has no place here: the value network has its own optimiser, to whose
-/// steps the scale of the loss makes no difference.
+/// steps the scale of the loss makes no difference but by ε and the clip of its gradient.
 pub fn value_loss(
     values: Tensor<1>,
     old_values: Tensor<1>,
     returns: Tensor<1>,
     clip_range: f32,
+    minibatch_tokens: usize,
+) -> ValueLoss {
+    weighted_value_loss(values, old_values, returns, clip_range, &Weights::of(minibatch_tokens), minibatch_tokens)
+}
+
+/// [`value_loss`] with the `weights` of a dialect.
+pub fn weighted_value_loss(
+    values: Tensor<1>,
+    old_values: Tensor<1>,
+    returns: Tensor<1>,
+    clip_range: f32,
+    weights: &Weights,
     minibatch_tokens: usize,
 ) -> ValueLoss {
     let mean = |x: Tensor<1>| x.sum().div_scalar(minibatch_tokens as f32);
@@ -104,7 +254,7 @@ pub fn value_loss(
     let unclipped = (values - returns.clone()).square();
     let clipped = (clipped_values - returns).square();
     let clip_raised = clipped.clone().inner().greater(unclipped.clone().inner());
-    ValueLoss { loss: mean(unclipped.max_pair(clipped)).mul_scalar(0.5), clip_frac: mean(clip_raised.float()) }
+    ValueLoss { loss: weights.mean(unclipped.max_pair(clipped)).mul_scalar(0.5), clip_frac: mean(clip_raised.float()) }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::config::PpoConfig;
 use crate::data;
 use crate::doctor::{Answered, orders};
 use crate::iteration::StepOutput;
-use crate::rewards::score_of_ended;
+use crate::targets::counted;
 
 /// Means over responses and the scores that count.
 struct Means {
@@ -36,9 +36,9 @@ impl Means {
             kl: mean(&|rollout, _| rollout.kl()),
             score: mean(&|_, score| f64::from(score)),
             gold: (!golds.is_empty()).then(|| golds.iter().sum::<f64>() / golds.len() as f64),
-            response_length: mean(&|rollout, _| rollout.response.ids.len() as f64),
+            response_length: mean(&|rollout, _| rollout.response.answer().len() as f64),
             eos_rate: mean(&|rollout, _| f64::from(u8::from(rollout.response.ended))),
-            repetition: mean(&|rollout, _| repetition(&rollout.response.ids)),
+            repetition: mean(&|rollout, _| repetition(rollout.response.answer())),
         }
     }
 }
@@ -118,8 +118,7 @@ impl HeldOut<'_> {
             if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
         let responses = self.sampling.answer(&policy.valid(), &all[..n], 0)?;
         let rollouts = self.frozen.rollouts(&all[..n], responses, self.sampling.config.temperature)?;
-        let missing_eos_score = self.config.ppo.missing_eos_score as f32;
-        let counts = |rollout: &Rollout| score_of_ended(rollout.score, rollout.response.ended, missing_eos_score);
+        let counts = |rollout: &Rollout| counted(rollout, &self.config.ppo);
         let means = Means::of(rollouts.iter().map(|rollout| (rollout, counts(rollout))));
         ensure!(means.kl.is_finite(), "the divergence from the reference is {} at step {step}", means.kl);
         let mut metrics = vec![

@@ -8,7 +8,8 @@ use common::rng::Streams;
 use common::runtime::Runtime;
 use common::session::Restored;
 
-use crate::config::{PpoConfig, ValueInit};
+use crate::config::PpoConfig;
+use crate::dialect::ValueInit;
 use crate::learner::{Critic, Learner};
 
 /// The models of a run.
@@ -85,6 +86,7 @@ impl Adapting<'_> {
             Some(restored) => restored.optimizer("optimizer", &config.optimizer, training)?,
             None => training.optimizer(&config.optimizer),
         };
+        let policy_optimizer = policy_optimizer.with_style(config.ppo.switches().adam_style);
         let critic = if config.ppo.estimator.has_critic() {
             Some(self.critic(reward_model, trunk, restored.as_mut())?)
         } else {
@@ -121,12 +123,14 @@ impl Adapting<'_> {
     /// The value model on `trunk`. It goes on from the reward model's adapter if that is one, whatever its settings.
     fn critic(&self, reward_model: &Checkpoint, trunk: Gpt, restored: Option<&mut Restored>) -> anyhow::Result<Critic> {
         let Self { config, lora, training, .. } = *self;
+        let switches = config.ppo.switches();
         let trunk = trunk.with_checkpoints(training.checkpoint_activations);
         let optimizer = &config.value_optimizer;
         if let Some(restored) = restored {
             let HostAdapter { adapters, tensors, head } = restored.checkpoint.value_adapter(trunk.config())?;
             let model = ScalarGpt::with_adapters(trunk, &adapters, tensors, head.bias(), &training.device)?;
-            return Ok(Critic { model, optimizer: restored.optimizer("value_optimizer", optimizer, training)? });
+            let optimizer = restored.optimizer("value_optimizer", optimizer, training)?;
+            return Ok(Critic { model, optimizer: optimizer.with_style(switches.adam_style) });
         }
         let own = reward_model.adapter().cloned();
         let start = match own {
@@ -135,10 +139,10 @@ impl Adapting<'_> {
         };
         let bias = reward_model.score_bias();
         let model = ScalarGpt::with_adapters(trunk, &start.adapters, start.tensors, bias, &training.device)?;
-        let model = match config.ppo.value_init {
+        let model = match switches.value_init {
             ValueInit::RewardModel => model,
             ValueInit::ZeroHead => model.with_zero_head(),
         };
-        Ok(Critic { model, optimizer: training.optimizer(optimizer) })
+        Ok(Critic { model, optimizer: training.optimizer(optimizer).with_style(switches.adam_style) })
     }
 }

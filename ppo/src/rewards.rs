@@ -1,6 +1,7 @@
 //! The reward of each response token: one score for the response, less the price of leaving the reference.
 
-use crate::kl::k1;
+use crate::dialect::{KlPlace, MissingEos, Switches};
+use crate::kl::{self, k1};
 
 /// Per-token rewards of one response: the KL penalty everywhere, the score on the last token.
 ///
@@ -10,7 +11,7 @@ use crate::kl::k1;
 ///
 /// # Shapes
 /// - `log_probs`, `ref_log_probs`: `[response_len]`, of the sampled tokens, at the sampling temperature, in nats
-/// - `score`: the reward model's number for the whole response, after [`score_of_ended`]
+/// - `score`: the reward model's number for the whole response, after [`score_that_counts`]
 /// - `kl_coef`: β, reward per nat
 /// - returns `[response_len]`, not whitened
 ///
@@ -22,13 +23,45 @@ use crate::kl::k1;
 /// too, and TRL adds the score one place later, on the first padding token; there is neither here. `OpenRLHF` and
 /// `DeepSpeed-Chat` do as here.
 pub fn kl_shaped(log_probs: &[f32], ref_log_probs: &[f32], score: f32, kl_coef: f32) -> Vec<f32> {
-    let mut rewards: Vec<f32> = k1(log_probs, ref_log_probs).into_iter().map(|kl| -kl_coef * kl).collect();
+    with_score(charged(&k1(log_probs, ref_log_probs), kl_coef), score, false)
+}
+
+/// [`kl_shaped`] as `switches` say.
+///
+/// With `place_after` the score is the reward of one place more, after the last token: `[response_len + 1]`. Nothing is
+/// charged where the price is part of the loss.
+///
+/// # Panics
+/// As [`kl_shaped`].
+pub fn shaped(
+    log_probs: &[f32],
+    ref_log_probs: &[f32],
+    score: f32,
+    kl_coef: f32,
+    place_after: bool,
+    switches: &Switches,
+) -> Vec<f32> {
+    let price = if switches.kl_place == KlPlace::Reward { kl_coef } else { 0.0 };
+    let kl = kl::estimate(switches.kl_estimator, log_probs, ref_log_probs, switches.kl_clip as f32);
+    with_score(charged(&kl, price), score, place_after)
+}
+
+fn charged(kl: &[f32], kl_coef: f32) -> Vec<f32> {
+    kl.iter().map(|kl| -kl_coef * kl).collect()
+}
+
+fn with_score(mut rewards: Vec<f32>, score: f32, place_after: bool) -> Vec<f32> {
     let last = rewards.last_mut().expect("a response has at least one token");
-    *last += score;
+    if place_after {
+        rewards.push(score);
+    } else {
+        *last += score;
+    }
     rewards
 }
 
-/// The score that counts: the reward model's where the response ended, `missing_eos_score` where it did not.
+/// The score that counts: the reward model's where the response ended, and where it did not as `missing_eos` says; then
+/// clipped to `reward_clip`.
 ///
 /// A response cut off by the length limit is a fragment, and what the reward model says of fragments is not to be
 /// trusted; a fixed low score teaches the policy to end. It replaces the score after normalisation, so −1 is one
@@ -37,13 +70,21 @@ pub fn kl_shaped(log_probs: &[f32], ref_log_probs: &[f32], score: f32, kl_coef: 
 /// # Source
 /// lm-human-preferences and "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031) replace the score
 /// by −1. TRL subtracts a penalty instead.
-pub fn score_of_ended(score: f32, ended: bool, missing_eos_score: f32) -> f32 {
-    if ended { score } else { missing_eos_score }
+pub fn score_that_counts(score: f32, ended: bool, missing_eos_score: f32, switches: &Switches) -> f32 {
+    let score = match switches.missing_eos {
+        _ if ended => score,
+        MissingEos::Replace => missing_eos_score,
+        MissingEos::Subtract => score + missing_eos_score,
+        MissingEos::None => score,
+    };
+    let clip = switches.reward_clip as f32;
+    if clip > 0.0 { score.clamp(-clip, clip) } else { score }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dialect::{Dialect, Estimator};
     use common::testing::assert_close;
     use proptest::prelude::*;
 
@@ -66,9 +107,25 @@ mod tests {
     }
 
     #[test]
-    fn only_unended_responses_lose_their_score() {
-        assert_eq!(score_of_ended(2.5, true, -1.0), 2.5);
-        assert_eq!(score_of_ended(2.5, false, -1.0), -1.0);
+    fn a_response_that_was_cut_off_scores_as_the_dialect_says() {
+        let counts = |dialect, ended| score_that_counts(2.5, ended, -1.0, &Switches::of(dialect, Estimator::Gae));
+        for dialect in Dialect::ALL {
+            assert_eq!(counts(dialect, true), 2.5);
+        }
+        assert_eq!(counts(Dialect::Kindling, false), -1.0);
+        assert_eq!(counts(Dialect::Trl, false), 1.5);
+        assert_eq!(counts(Dialect::Verl, false), 2.5);
+        let clipped = Switches::of(Dialect::DeepSpeedChat, Estimator::Gae);
+        assert_eq!(score_that_counts(-7.0, true, -1.0, &clipped), -5.0);
+    }
+
+    #[test]
+    fn a_place_after_the_last_token_takes_the_score_alone() {
+        let switches = Switches::of(Dialect::NPlus, Estimator::Gae);
+        let rewards = shaped(&[-1.0, -1.25], &[-1.5, -1.0], 2.0, 0.5, true, &switches);
+        assert_close(&rewards, &[-0.25, 0.125, 2.0], 0.0);
+        let in_loss = Switches { kl_place: KlPlace::Loss, ..switches };
+        assert_close(&shaped(&[-1.0, -1.25], &[-1.5, -1.0], 2.0, 0.5, false, &in_loss), &[0.0, 2.0], 0.0);
     }
 
     proptest! {

@@ -8,10 +8,11 @@ use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
 use common::interrupt::Interrupt;
 use common::metrics::{self, Recorder};
+use common::model::NamedTensors;
 use common::optim::GradNorm;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts};
-use common::session::{Contents, Outcome, Plan, Session, Step, Training};
+use common::session::{Contents, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::Interval;
 
 use crate::alarms::Alarms;
@@ -59,7 +60,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         runtime: &runtime,
         total_steps: config.train.steps,
     };
-    let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
+    let (session, mut restored) = Session::start(&args.stage, &plan, interrupt)?;
     let mut kl_coef = config.ppo.kl_coef as f32;
     if restored.is_some() {
         let saved = session.progress().stage["kl_coef"].as_f64();
@@ -70,6 +71,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
     if restored.is_some() {
         alarms.replay(&args.stage.out)?;
     }
+    let decay = config.ppo.switches().policy_ema as f32;
+    let average = restored.as_mut().filter(|_| decay > 0.0).map(Restored::average).transpose()?;
     let models = Models::load(&config, &mut initial, &mut reward_model, restored, &runtime)?;
     let Models { learner, reference, reward_model } = models;
     let frozen = FrozenModels { reference, reward_model, gold, batch_size: config.micro_batch_size() };
@@ -80,8 +83,10 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         held_out.encoded.len()
     );
     let sampling = config.sampling(streams, tokenizer);
+    let average = (decay > 0.0).then(|| average.unwrap_or_else(|| learner.policy.to_trained()));
     session.drive(Ppo {
         learner,
+        average,
         kl_coef,
         alarms,
         kl_error: 0.0,
@@ -116,9 +121,24 @@ pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)>
     Ok((initial, reward_model))
 }
 
+/// Moves `average` towards `weights`: `decay·average + (1 − decay)·weights`.
+///
+/// # Source
+/// Ouyang et al., arXiv:2203.02155, appendix C.4; `OpenRLHF`, `utils/deepspeed/deepspeed.py:503`, which averages after every
+/// optimiser step, here after every step of a batch.
+fn average_in(average: &mut NamedTensors, weights: &NamedTensors, decay: f32) {
+    for (name, average) in average {
+        for (average, weight) in average.data.iter_mut().zip(&weights[name].data) {
+            *average = decay * *average + (1.0 - decay) * weight;
+        }
+    }
+}
+
 /// A policy that is being trained.
 struct Ppo<'a> {
     learner: Learner,
+    /// The moving average of the policy's weights, where one is kept.
+    average: Option<NamedTensors>,
     /// Reward per nat away from the reference, at present.
     kl_coef: f32,
     alarms: Alarms,
@@ -135,15 +155,20 @@ struct Ppo<'a> {
 impl Training for Ppo<'_> {
     fn step(mut self, step: u64, recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
         let batch_size = self.config.train.batch_size as u64;
-        let first = step * batch_size;
-        let prompts: Vec<EncodedPrompt> = (first..first + batch_size)
-            .map(|position| self.training.encoded[self.order.item(position)].clone())
+        let n_samples = self.config.ppo.samples_per_prompt;
+        let n_prompts = batch_size / n_samples as u64;
+        let first = step * n_prompts;
+        let prompts: Vec<EncodedPrompt> = (first..first + n_prompts)
+            .flat_map(|position| vec![self.training.encoded[self.order.item(position)].clone(); n_samples])
             .collect();
         let output = self.iteration.run(self.learner, &prompts, step, self.kl_coef)?;
         let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
         let measured = Measured::of(&output, self.kl_coef, lr);
         let StepOutput { learner, batch, update, .. } = output;
         self.learner = learner;
+        if let Some(average) = &mut self.average {
+            average_in(average, &self.learner.policy.to_trained(), self.config.ppo.switches().policy_ema as f32);
+        }
         for experience in &batch {
             let line = data::line(&experience.rollout, experience.score);
             recorder.append_to(ROLLOUTS_FILE, step + 1, &line)?;
@@ -163,7 +188,8 @@ impl Training for Ppo<'_> {
     }
 
     fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
-        self.held_out.evaluate(session, &self.learner.policy)
+        let Some(average) = &self.average else { return self.held_out.evaluate(session, &self.learner.policy) };
+        self.held_out.evaluate(session, &self.learner.policy.clone().with_trained(average.clone())?)
     }
 
     /// The policy that training starts from is evaluated too.
@@ -183,6 +209,6 @@ impl Training for Ppo<'_> {
     }
 
     fn contents(&self) -> Contents<'_> {
-        self.learner.contents(self.kl_coef)
+        self.learner.contents(self.average.as_ref(), self.kl_coef)
     }
 }

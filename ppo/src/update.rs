@@ -8,14 +8,15 @@ use common::rng::Streams;
 use common::score::{ResponseBatch, by_length, log_probs_and_entropy, values};
 
 use crate::config::PpoConfig;
-use crate::learner::{Critic, Learner};
-use crate::loss::{policy_loss, value_loss};
+use crate::dialect::KlPlace;
+use crate::learner::{Critic, Learner, valued_ids};
+use crate::loss::{Clips, MinibatchSize, Weights, clipped_policy_loss, kl_loss, weighted_value_loss};
 use crate::targets::{Experience, ValueTargets};
 
 /// Means over all minibatches of a step, but for the maximum.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UpdateMetrics {
-    /// Clipped policy loss.
+    /// Clipped policy loss, with the price of divergence where that is part of it.
     pub policy_loss: f64,
     /// Fraction of response tokens whose ratio was clipped.
     pub clip_frac: f64,
@@ -52,7 +53,8 @@ impl UpdateMetrics {
 }
 
 impl Learner {
-    /// Makes the updates of step `step` of `config.train.steps`.
+    /// Makes the updates of step `step` of `config.train.steps`; a nat of divergence costs `kl_coef` where that is part of
+    /// the loss.
     ///
     /// Every epoch draws a fresh permutation of the responses and cuts it into `ppo.minibatches` equal parts, one
     /// optimiser step each. Losses are means over the response tokens of a minibatch, however it is cut into
@@ -66,6 +68,7 @@ impl Learner {
         config: &PpoConfig,
         streams: Streams,
         step: u64,
+        kl_coef: f32,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
         let n_steps = config.train.steps;
         let lrs = (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
@@ -74,7 +77,9 @@ impl Learner {
             let order = streams.get("minibatches", step * config.ppo.epochs + epoch).permutation(batch.len());
             for minibatch in order.chunks(batch.len() / config.ppo.minibatches) {
                 let minibatch: Vec<&Experience> = minibatch.iter().map(|&i| &batch[i]).collect();
-                let (policy_grads, value_grads) = self.gradients(&minibatch, config, &mut sums)?;
+                let own = Experience::of_minibatch(&minibatch, &config.ppo);
+                let minibatch = own.as_ref().map_or(minibatch, |own| own.iter().collect());
+                let (policy_grads, value_grads) = self.gradients(&minibatch, config, kl_coef, &mut sums)?;
                 self = self.descend(policy_grads, value_grads, lrs, &mut sums);
             }
         }
@@ -86,14 +91,15 @@ impl Learner {
         &self,
         minibatch: &[&Experience],
         config: &PpoConfig,
+        kl_coef: f32,
         sums: &mut Sums,
     ) -> anyhow::Result<(Grads, Grads)> {
-        let n_tokens = minibatch.iter().map(|experience| experience.n_tokens()).sum();
+        let counts = Counts::of(minibatch);
         let lengths = minibatch.iter().map(|e| e.rollout.prompt.ids.len() + e.rollout.response.ids.len());
         let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
         for part in by_length(lengths, config.micro_batch_size()) {
-            let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), n_tokens);
-            let of_policy = || part.policy_gradients(self, config);
+            let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), counts);
+            let of_policy = || part.policy_gradients(self, config, kl_coef);
             let of_value = || self.critic.as_ref().map(|critic| part.value_gradients(critic, config));
             let (policy, value) = if self.policy.is_narrow() {
                 // Memory is short: the activations of one model at a time.
@@ -206,18 +212,51 @@ struct ValueGradients {
     means: Vec<Tensor<1>>,
 }
 
+/// The size of a whole minibatch, the denominator of every mean.
+#[derive(Clone, Copy)]
+struct Counts {
+    responses: usize,
+    /// Response tokens.
+    tokens: usize,
+    /// Rewards, and so values: one more than tokens for a response with a place after its last.
+    values: usize,
+}
+
+impl Counts {
+    fn of(minibatch: &[&Experience]) -> Self {
+        Self {
+            responses: minibatch.len(),
+            tokens: minibatch.iter().map(|experience| experience.n_tokens()).sum(),
+            values: minibatch.iter().map(|experience| experience.rewards.len()).sum(),
+        }
+    }
+}
+
 /// The responses of one micro-batch.
 struct MicroBatch<'a> {
     experiences: Vec<&'a Experience>,
     batch: ResponseBatch,
-    /// Response tokens of the whole minibatch, the denominator of every mean.
-    minibatch_tokens: usize,
+    minibatch: Counts,
 }
 
 impl<'a> MicroBatch<'a> {
-    fn new(experiences: Vec<&'a Experience>, minibatch_tokens: usize) -> Self {
+    fn new(experiences: Vec<&'a Experience>, minibatch: Counts) -> Self {
         let batch = ResponseBatch::new(experiences.iter().map(|experience| experience.rollout.ids()));
-        Self { experiences, batch, minibatch_tokens }
+        Self { experiences, batch, minibatch }
+    }
+
+    /// How much each number counts, of which a response has `length` and the minibatch `numbers`.
+    fn weights(
+        &self,
+        device: &Device,
+        config: &PpoConfig,
+        numbers: usize,
+        length: fn(&Experience) -> usize,
+    ) -> Weights {
+        let size =
+            MinibatchSize { responses: self.minibatch.responses, numbers, response_length: config.ppo.response_length };
+        let lengths: Vec<usize> = self.experiences.iter().map(|experience| length(experience)).collect();
+        Weights::of_responses(config.ppo.switches().loss_mean, &lengths, size, device)
     }
 
     /// The numbers of the response tokens, `[n_tokens]`.
@@ -226,17 +265,27 @@ impl<'a> MicroBatch<'a> {
         Tensor::from_floats(flat.as_slice(), device)
     }
 
-    fn policy_gradients(&self, learner: &Learner, config: &PpoConfig) -> PolicyGradients {
+    fn policy_gradients(&self, learner: &Learner, config: &PpoConfig, kl_coef: f32) -> PolicyGradients {
         let device = learner.policy.device();
+        let switches = config.ppo.switches();
+        let n_tokens = self.minibatch.tokens;
+        let weights = self.weights(&device, config, n_tokens, Experience::n_tokens);
         // [n_tokens]
-        let (log_probs, entropy) = log_probs_and_entropy(&learner.policy, &self.batch, config.ppo.temperature);
-        let loss = policy_loss(
+        let (log_probs, entropy) = log_probs_and_entropy(&learner.policy, &self.batch, config.ppo.temperature());
+        let mut loss = clipped_policy_loss(
             log_probs.clone(),
             self.flat(&device, |experience| &experience.rollout.response.log_probs),
             self.flat(&device, |experience| &experience.advantages),
-            config.ppo.clip_range as f32,
-            self.minibatch_tokens,
+            Clips::of(config.ppo.clip_range, &switches),
+            &weights,
+            n_tokens,
         );
+        if switches.kl_place == KlPlace::Loss {
+            let ref_log_probs = self.flat(&device, |experience| &experience.rollout.ref_log_probs);
+            let clip = switches.kl_clip as f32;
+            let kl = kl_loss(log_probs.clone(), ref_log_probs, switches.kl_estimator, clip, &weights);
+            loss.loss = loss.loss + kl * kl_coef;
+        }
         let gradients = learner.policy_optimizer.scaled(loss.loss.clone()).backward();
         PolicyGradients {
             grads: Grads::take(&learner.policy, gradients),
@@ -245,7 +294,7 @@ impl<'a> MicroBatch<'a> {
                 loss.clip_frac,
                 loss.approx_kl,
                 loss.ratio_mean,
-                entropy.inner().sum().div_scalar(self.minibatch_tokens as f32),
+                entropy.inner().sum().div_scalar(n_tokens as f32),
             ],
             ratio_max: loss.ratio_max,
             log_probs: log_probs.inner(),
@@ -257,15 +306,29 @@ impl<'a> MicroBatch<'a> {
             experience.critic.as_ref().expect("an estimator with a value model gives it targets")
         }
         let device = critic.model.device();
-        let loss = value_loss(
-            values(&critic.model, &self.batch),
+        let switches = config.ppo.switches();
+        let n_values = self.minibatch.values;
+        let loss = weighted_value_loss(
+            self.values(critic),
             self.flat(&device, |experience| &targets(experience).values),
             self.flat(&device, |experience| &targets(experience).returns),
-            config.ppo.value_clip_range as f32,
-            self.minibatch_tokens,
+            switches.value_clip_range as f32,
+            &self.weights(&device, config, n_values, |experience| experience.rewards.len()),
+            n_values,
         );
-        let gradients = critic.optimizer.scaled(loss.loss.clone()).backward();
+        let gradients = critic.optimizer.scaled(loss.priced(switches.value_loss_coef)).backward();
         ValueGradients { grads: Grads::take(&critic.model, gradients), means: vec![loss.loss.inner(), loss.clip_frac] }
+    }
+
+    /// Values of the states before the response tokens, and after the last where that is the place of the score, `[n_values]`.
+    fn values(&self, critic: &Critic) -> Tensor<1> {
+        let is_after = |experience: &Experience| experience.rewards.len() > experience.n_tokens();
+        if !self.experiences.iter().any(|experience| is_after(experience)) {
+            return values(&critic.model, &self.batch);
+        }
+        let ids: Vec<Vec<u32>> = self.experiences.iter().map(|e| valued_ids(&e.rollout, is_after(e))).collect();
+        let prompts = self.experiences.iter().map(|experience| &*experience.rollout.prompt.ids);
+        values(&critic.model, &ResponseBatch::new(prompts.zip(ids.iter().map(Vec::as_slice))))
     }
 
     /// Checks that the policy, not yet updated, gives the sampled tokens the probability they were sampled with.

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use common::checkpoint::Stage;
-use common::testing::{assert_snapshot, byte_tokenizer, kill_after_first_save, run, save_tiny};
+use common::testing::{assert_close, assert_snapshot, byte_tokenizer, kill_after_first_save, run, save_tiny};
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -143,8 +144,30 @@ fn training_writes_the_policy_the_value_model_every_metric_and_every_rollout() {
 
 #[test]
 fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
+    ends_with_the_same_bytes_after_a_kill(&[], true);
+}
+
+#[test]
+fn a_killed_and_resumed_run_without_a_value_model_ends_with_the_same_bytes() {
+    let grouped = ["--set", "ppo.samples_per_prompt=4"];
+    for estimator in ["ppo.estimator=rloo", "ppo.estimator=grpo"] {
+        ends_with_the_same_bytes_after_a_kill(&[&grouped[..], &["--set", estimator]].concat(), false);
+    }
+}
+
+#[test]
+fn a_killed_and_resumed_run_of_another_dialect_ends_with_the_same_bytes() {
+    for dialect in ["ppo.dialect=lm-human-preferences", "ppo.dialect=trl"] {
+        let batch = ["--set", "train.batch_size=16", "--set", "ppo.missing_eos_score=-2"];
+        ends_with_the_same_bytes_after_a_kill(&[&batch[..], &["--set", dialect]].concat(), true);
+    }
+}
+
+/// Trains with `settings` in one go, and again killed and resumed.
+fn ends_with_the_same_bytes_after_a_kill(settings: &[&str], has_values: bool) {
     let dir = workplace();
     let more = ["--set", "train.steps=60", "--set", "run.save_every=4", "--set", "run.eval_every=15"];
+    let more = [&more[..], settings].concat();
     let (code, _, stderr) = train(dir.path(), "whole", &more);
     assert_eq!(code, 0, "{stderr}");
     let args = [&TRAIN[..], &["--out", "parts"], &more].concat();
@@ -154,15 +177,21 @@ fn a_killed_and_resumed_run_ends_with_the_same_bytes() {
     assert_eq!(code, 0, "{stderr}");
     assert!(stderr.contains(&format!("resuming at step {step} of 60")), "{stderr}");
     let (a, b) = (dir.path().join("whole"), dir.path().join("parts"));
-    for file in [
+    let files = [
         "model.safetensors",
-        "value/model.safetensors",
         "state/weights.safetensors",
         "state/optimizer.safetensors",
-        "state/value_optimizer.safetensors",
         "rollouts.jsonl",
         "samples.jsonl",
-    ] {
+        "value/model.safetensors",
+        "state/value_optimizer.safetensors",
+    ];
+    let of_values = if has_values { 0 } else { 2 };
+    for file in &files[files.len() - of_values..] {
+        assert!(!a.join(file).exists(), "{file} is written without a value model");
+    }
+    assert_eq!(a.join("value").exists(), has_values);
+    for file in &files[..files.len() - of_values] {
         assert!(std::fs::read(a.join(file)).unwrap() == std::fs::read(b.join(file)).unwrap(), "{file} differs");
     }
     assert_eq!(metrics(&a), metrics(&b));
@@ -242,7 +271,9 @@ fn evaluation_of_the_reference_itself_is_a_draw() {
 fn help_and_version_are_as_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let mut all = String::new();
-    for args in [&["--help"][..], &["train", "--help"], &["eval", "--help"], &["doctor", "--help"]] {
+    for command in ["", "train", "eval", "doctor", "dialects", "oracle"] {
+        let args: Vec<&str> = command.split(' ').filter(|command| !command.is_empty()).chain(["--help"]).collect();
+        let args = args.as_slice();
         let (code, stdout, _) = run(PROGRAM, args, dir.path());
         assert_eq!(code, 0, "{args:?}");
         write!(all, "$ ppo {}\n{stdout}\n", args.join(" ")).unwrap();
@@ -278,6 +309,10 @@ fn errors_name_what_is_wrong_and_what_to_do() {
         train(&["--set", "train.micro_batch_size=3"]),
         train(&["--set", "ppo.lambda=1.5"]),
         train(&["--set", "ppo.kl_target=0"]),
+        train(&["--set", "ppo.dialect=trlx"]),
+        train(&["--set", "ppo.estimator=rloo"]),
+        train(&["--set", "ppo.kl_place=loss"]),
+        train(&["--set", "ppo.ptx_coef=27.8"]),
         train(&["--set", "optimizer.lr=-1"]),
         train(&["--set", "data.train=[]"]),
         train(&["--set", "data.train=['nowhere.jsonl']"]),
@@ -287,6 +322,8 @@ fn errors_name_what_is_wrong_and_what_to_do() {
         train(&["--set", "data.train=['long.jsonl']", "--set", "data.on_too_long=skip"]),
         train(&["--resume"]),
         [&eval[..], &["--temperature", "0"]].concat(),
+        vec!["oracle", "--vectors", "nowhere.json"],
+        vec!["oracle", "--vectors", "val.jsonl"],
     ];
     let mut all = String::new();
     for args in cases {
@@ -299,6 +336,73 @@ fn errors_name_what_is_wrong_and_what_to_do() {
         std::fs::remove_dir_all(path("out")).ok();
     }
     assert_snapshot(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/errors.txt"), &all);
+}
+
+#[test]
+fn a_moving_average_of_the_policy_is_handed_on_and_resumed() {
+    let dir = workplace();
+    let (code, _, stderr) = train(dir.path(), "out", &["--set", "ppo.policy_ema=0.75", "--set", "train.steps=1"]);
+    assert_eq!(code, 0, "{stderr}");
+    let tensors = |file: &str| safetensors(&dir.path().join(file));
+    let (initial, last) = (tensors("sft/model.safetensors"), tensors("out/model.safetensors"));
+    let (code, _, stderr) = train(dir.path(), "plain", &["--set", "train.steps=1"]);
+    assert_eq!(code, 0, "{stderr}");
+    for (name, trained) in tensors("plain/model.safetensors") {
+        let expected: Vec<f32> = initial[&name].iter().zip(&trained).map(|(a, b)| 0.75 * a + 0.25 * b).collect();
+        assert_close(&last[&name], &expected, 1e-6);
+    }
+    ends_with_the_same_bytes_after_a_kill(&["--set", "ppo.policy_ema=0.75", "--set", "run.keep_best=true"], true);
+}
+
+/// The tensors of a file, flat.
+fn safetensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let (model, ..) = common::hf::read(path.parent().unwrap()).unwrap();
+    model.tensors.into_iter().map(|(name, tensor)| (name, tensor.data)).collect()
+}
+
+#[test]
+fn the_resolved_configuration_shows_every_switch_of_the_dialect() {
+    let dir = workplace();
+    let set = ["--set", "ppo.dialect=verl", "--set", "ppo.dual_clip=4", "--print-config"];
+    let (code, printed, stderr) = train(dir.path(), "out", &set);
+    assert_eq!(code, 0, "{stderr}");
+    let (code, listed, _) = run(PROGRAM, &["dialects", "--json"], dir.path());
+    assert_eq!(code, 0);
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    for row in listed["switches"].as_array().unwrap() {
+        let name = row["switch"].as_str().unwrap();
+        let cell = &row["dialects"]["verl"];
+        assert!(!cell["source"].as_str().unwrap().is_empty());
+        let value = if name == "dual_clip" { json!(4.0) } else { cell["value"].clone() };
+        assert!(printed.contains(&format!("\n{name} = {value}\n")), "{name} = {value} is not in\n{printed}");
+    }
+    let (code, text, _) = run(PROGRAM, &["dialects"], dir.path());
+    assert_eq!(code, 0);
+    assert!(text.contains("  deepspeed-chat        5.0             rlhf/ppo_trainer.py:67\n"), "{text}");
+}
+
+#[test]
+fn the_oracle_passes_and_fails_by_the_recorded_numbers() {
+    let dir = workplace();
+    let (code, stdout, stderr) = run(PROGRAM, &["oracle"], dir.path());
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stdout.lines().count() > 200 && stdout.lines().all(|line| line.starts_with("pass  ")), "{stdout}");
+
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/dialects.json");
+    let mut vectors: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
+    let value_loss = &mut vectors["dialects"]["trl"]["cases"]["short"]["value_loss"];
+    *value_loss = json!(value_loss.as_f64().unwrap() * 1.001);
+    std::fs::write(dir.path().join("vectors.json"), vectors.to_string()).unwrap();
+    let (code, stdout, stderr) = run(PROGRAM, &["oracle", "--vectors", "vectors.json", "--json"], dir.path());
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("1 of ") && stderr.contains("`value loss` of dialect `trl`"), "{stderr}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["passed"], false);
+    let failed: Vec<&Value> =
+        report["equations"].as_array().unwrap().iter().filter(|equation| equation["passed"] == false).collect();
+    assert_eq!((failed.len(), &failed[0]["equation"], &failed[0]["case"]), (1, &json!("value loss"), &json!("short")));
+    let only = ["oracle", "--vectors", "vectors.json", "--dialect", "openrlhf"];
+    assert_eq!(run(PROGRAM, &only, dir.path()).0, 0);
 }
 
 #[test]

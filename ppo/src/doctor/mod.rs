@@ -38,6 +38,7 @@ pub(crate) use scores::{Answered, orders};
 
 use crate::cli::DoctorArgs;
 use crate::config::PpoConfig;
+use crate::dialect::MissingEos;
 use crate::learner::Learner;
 use crate::models::Models;
 use crate::needs;
@@ -272,7 +273,7 @@ impl Examination<'_> {
             }
         };
         self.checks.push(policy::answers_end(&responses));
-        let temperature = self.config.ppo.temperature;
+        let temperature = self.config.ppo.temperature();
         let rollouts = match frozen.rollouts(&chosen, responses, temperature) {
             Ok(rollouts) => rollouts,
             Err(error @ ScoreError::NotFinite) => {
@@ -282,18 +283,23 @@ impl Examination<'_> {
             Err(error) => return Err(error.into()),
         };
         self.same_log_probs(learner, &rollouts)?;
-        if let Some(values) = learner.values(&rollouts, frozen.batch_size)? {
+        if let Some(values) = learner.values(&rollouts, &self.config.ppo, frozen.batch_size)? {
             self.checks.push(policy::values_finite(&values));
         }
         let scores = |of: &[Rollout]| of.iter().map(|rollout| f64::from(rollout.score)).collect::<Vec<f64>>();
         self.checks.push(scores::scale(&scores(&rollouts)));
         let ended: Vec<Rollout> = rollouts.iter().filter(|rollout| rollout.response.ended).cloned().collect();
-        self.checks.push(scores::missing_eos(&scores(&ended), self.config.ppo.missing_eos_score));
+        if self.config.ppo.switches().missing_eos == MissingEos::Replace {
+            self.checks.push(scores::missing_eos(&scores(&ended), self.config.ppo.missing_eos_score));
+        }
         let repeated: Vec<EncodedPrompt> =
             chosen.iter().take(N_HEADROOM_PROMPTS).flat_map(|prompt| vec![prompt.clone(); BEST_OF]).collect();
         let responses = sampling.answer(&policy, &repeated, N_PROMPTS as u64)?;
-        let rows: Vec<Vec<u32>> =
-            repeated.iter().zip(&responses).map(|(prompt, response)| [&*prompt.ids, &response.ids].concat()).collect();
+        let rows: Vec<Vec<u32>> = repeated
+            .iter()
+            .zip(&responses)
+            .map(|(prompt, response)| [&*prompt.ids, response.answer()].concat())
+            .collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let best_of = common::score::score_rows(&frozen.reward_model, &rows, frozen.batch_size)?;
         let by_prompt: Vec<Vec<f64>> =
@@ -304,7 +310,7 @@ impl Examination<'_> {
 
     /// Log-probabilities of sampled tokens by the reference, without the cache, and as training takes them.
     fn same_log_probs(&mut self, learner: &Learner, rollouts: &[Rollout]) -> anyhow::Result<()> {
-        let (tolerance, temperature) = (self.config.ppo.ratio_tolerance, self.config.ppo.temperature);
+        let (tolerance, temperature) = (self.config.ppo.ratio_tolerance, self.config.ppo.temperature());
         self.checks.push(policy::kl_of_itself(rollouts, tolerance));
         let some = &rollouts[..rollouts.len().min(N_RECOMPUTED)];
         let sampled: Vec<&[f32]> = some.iter().map(|rollout| rollout.response.log_probs.as_slice()).collect();

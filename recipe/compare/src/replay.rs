@@ -57,7 +57,7 @@ pub fn replay(args: &TrainArgs, reference: &Path, n_prompts: usize, responses: O
     let responses = with_log_probs(&policy, &prompts, &ids, &config, &sampling)?;
     let iteration = Iteration { config: &config, sampling: &sampling, frozen: &frozen, streams };
     let batch = iteration.experience(&learner, &prompts, responses, config.ppo.kl_coef as f32)?;
-    let (learner, update) = learner.update(&batch, &config, streams, 0)?;
+    let (learner, update) = learner.update(&batch, &config, streams, 0, config.ppo.kl_coef as f32)?;
     let after = with_log_probs(&learner.policy.valid(), &prompts, &ids, &config, &sampling)?;
     let tokens = batch.iter().zip(&after);
     let ratio = tokens
@@ -92,13 +92,14 @@ fn with_log_probs(
     let pairs: Vec<(&[u32], &[u32])> =
         prompts.iter().zip(ids).map(|(prompt, response)| (&*prompt.ids, &**response)).collect();
     let probs = of_response_tokens(&pairs, config.micro_batch_size(), |batch| {
-        log_probs(policy, batch, config.ppo.temperature)
+        log_probs(policy, batch, config.ppo.temperature())
     })?;
     let responses = ids.iter().zip(probs).map(|(ids, log_probs)| Response {
         ids: ids.clone(),
         log_probs,
         text: sampling.tokenizer.decode(ids),
         ended: ids.last().is_some_and(|id| sampling.config.stop.contains(id)),
+        n_after_end: 0,
     });
     Ok(responses.collect())
 }
