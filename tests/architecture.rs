@@ -380,7 +380,7 @@ fn the_maths_of_a_stage_know_only_common_and_each_other() {
         |line| {
             line.match_indices("crate::").any(|(at, _)| {
                 let rest = &line[at + "crate::".len()..];
-                !["advantage", "kl", "loss", "rewards"].iter().any(|module| rest.starts_with(module))
+                !["advantage", "dialect", "kl", "loss", "rewards"].iter().any(|module| rest.starts_with(module))
             })
         },
     );
