@@ -17,8 +17,8 @@ const MAX_LINES: usize = 600;
 /// A `main` parses, runs and reports; anything else belongs where it can be tested.
 const MAX_LINES_OF_MAIN: usize = 20;
 
-/// What each library crate may use of the others; stages know `common` alone.
-const LIBRARIES: [(&str, &[&str]); 11] = [
+/// What each crate may use of the others; stages know `common` alone, but for the gold score that can label pairs.
+const LIBRARIES: [(&str, &[&str]); 12] = [
     ("base", &[]),
     ("kernels", &[]),
     ("text", &["base"]),
@@ -26,6 +26,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
     ("score", &["base", "kernels", "model", "text"]),
     ("common", &["base", "kernels", "model", "score", "text"]),
     ("toy", &["common"]),
+    ("reward-model", &["common", "toy"]),
     ("plot", &[]),
     ("bench", &["common", "ppo", "pretrain"]),
     ("compare", &["common", "plot", "ppo", "pretrain", "reward-model", "sft"]),

@@ -45,6 +45,11 @@ impl Interrupt {
         Self { signal: &NEVER }
     }
 
+    /// Notes a Ctrl-C that a program reads as a key, as one that came as a signal.
+    pub fn request(&self) {
+        self.signal.store(SIGINT, Ordering::SeqCst);
+    }
+
     /// Whether to finish the step, save and return.
     pub fn requested(&self) -> bool {
         self.signal.load(Ordering::SeqCst) != 0

@@ -10,17 +10,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agreement;
 mod cli;
 mod config;
 mod data;
 mod eval;
+mod label;
 pub mod loss;
 mod needs;
 mod normalisation;
 mod score;
 mod train;
 
-pub use cli::{Cli, Command, EvalArgs, ScoreArgs, TrainArgs};
+pub use cli::{AgreementArgs, By, Cli, Command, EvalArgs, LabelArgs, ScoreArgs, TrainArgs};
 pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
 pub use data::check_data;
 pub use eval::{Evaluation, evaluate};
@@ -41,6 +43,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
         Command::Score(args) => args.runtime.run(|| score::run(&args)),
+        Command::Label(args) => label::run(&args),
+        Command::Agreement(args) => agreement::run(&args),
     }
 }
 

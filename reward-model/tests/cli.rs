@@ -182,7 +182,14 @@ fn micro_batches_add_up_to_the_batch() {
 fn help_and_version_are_as_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let mut all = String::new();
-    for args in [&["--help"][..], &["train", "--help"], &["eval", "--help"], &["score", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["train", "--help"],
+        &["eval", "--help"],
+        &["score", "--help"],
+        &["label", "--help"],
+        &["agreement", "--help"],
+    ] {
         let (code, stdout, _) = run(PROGRAM, args, dir.path());
         assert_eq!(code, 0, "{args:?}");
         write!(all, "$ reward-model {}\n{stdout}\n", args.join(" ")).unwrap();

@@ -6,6 +6,7 @@
 
 mod answers;
 mod json;
+mod labels;
 mod options;
 mod pages;
 mod pairs;
@@ -26,6 +27,7 @@ use super::DataError;
 use crate::conversation::{Message, Role};
 pub use answers::{AnswerRecord, Answers, read_answers};
 use json::Record;
+pub use labels::{Label, LabelFile, Verdict, read_labels};
 pub use options::{OnBadRecord, ReadOptions, RecordLimit};
 pub use tally::Summary;
 pub use texts::{Separator, Texts};
@@ -112,7 +114,8 @@ pub fn check_conversations(path: &Path, options: impl Into<ReadOptions>) -> Resu
 
 /// Reads preference pairs: `{"prompt", "chosen", "rejected"}`; `{"chosen", "rejected"}`, both conversations, or
 /// transcripts as in HH-RLHF; each with an optional `margin`. A ranked list `{"prompt", "responses"}`, the best first,
-/// gives every pair of its responses, the better one as `chosen`.
+/// gives every pair of its responses, the better one as `chosen`. `{"prompt", "tied"}`, a person's word that neither of
+/// two answers is better, gives none.
 ///
 /// Beside a `prompt`, an answer is a string, the assistant's message, or a whole conversation that begins with the
 /// prompt, as in `UltraFeedback`. Without a `prompt`, it is the longest beginning that both share, up to where an answer

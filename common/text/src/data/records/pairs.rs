@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::json::Record;
+use super::labels::tied_of;
 use super::{Pair, any_messages_of, check_turns, kind, prompt_of, shapes, string_of};
 use crate::conversation::{Message, Role};
 
@@ -15,10 +16,12 @@ const MAX_RESPONSES: usize = 64;
 /// The largest margin, in units of score: a batch's sum of losses has to stay within f32.
 const MAX_MARGIN: f64 = 1e30;
 
-/// The pairs of a record: one, or every pair of a ranked list.
+/// The pairs of a record: one, every pair of a ranked list, or none where two answers are said to be equally good.
 pub(super) fn pairs_of(record: &Record) -> Result<Vec<Pair>, String> {
     let has = |key| record.contains_key(key);
-    if has("responses") && !has("chosen") && !has("rejected") {
+    if tied_of(record)?.is_some() {
+        Ok(Vec::new())
+    } else if has("responses") && !has("chosen") && !has("rejected") {
         ranked(record)
     } else if has("chosen") || has("rejected") {
         Ok(vec![pair_of(record)?])
@@ -86,7 +89,7 @@ fn ranked(record: &Record) -> Result<Vec<Pair>, String> {
     Ok(pairs)
 }
 
-fn check_prompt(prompt: &[Message]) -> Result<(), String> {
+pub(super) fn check_prompt(prompt: &[Message]) -> Result<(), String> {
     check_turns(prompt, "the prompt")?;
     if prompt.last().is_some_and(|last| last.role == Role::Assistant) {
         return Err("the prompt ends with the assistant's message: there is nothing to answer".to_owned());
@@ -107,7 +110,7 @@ fn margin_of(record: &Record) -> Result<Option<f32>, String> {
 }
 
 /// Who decided and how long it took, where the record says so.
-fn origin_of(record: &Record) -> Pair {
+pub(super) fn origin_of(record: &Record) -> Pair {
     let annotator = match record.get("annotator") {
         Some(Value::String(name)) => Some(name.clone()),
         Some(Value::Number(number)) => Some(number.to_string()),

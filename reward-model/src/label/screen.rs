@@ -1,0 +1,250 @@
+//! The terminal: prompt above, answers side by side, one key a decision.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use common::conversation::{Message, Role};
+use common::data::records::Verdict;
+use common::interrupt::Interrupt;
+use ratatui::Frame;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Style, Stylize};
+use ratatui::text::{Line, Text};
+use ratatui::widgets::{Block, Paragraph, Wrap};
+
+use super::desk::Desk;
+use super::questions::Question;
+
+/// How long a key is waited for before the clock is drawn again.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Columns below which answers stand above each other.
+const NARROW: u16 = 72;
+
+/// The longest prompt, in lines of the screen, that is shown whole.
+const PROMPT_LINES: u16 = 8;
+
+const KEYS: &str = " a/← A is better   b/→ B is better   t tie   x both bad   s skip   u undo   ↑↓ answers   [ ] prompt   q save and leave";
+
+/// What a key asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Decide(Verdict),
+    Skip,
+    Undo,
+    ScrollAnswers(i16),
+    ScrollPrompt(i16),
+    Leave,
+    Interrupt,
+}
+
+/// How far the texts of a question are scrolled, in lines.
+#[derive(Debug, Clone, Copy, Default)]
+struct Scroll {
+    prompt: u16,
+    answers: u16,
+}
+
+/// Asks until there is nothing left, or the person leaves.
+///
+/// # Errors
+/// If the terminal cannot be used, a question not be sampled, or a decision not be written; the terminal is then as before.
+pub(super) fn run(desk: &mut Desk, interrupt: Interrupt) -> anyhow::Result<()> {
+    let mut terminal = ratatui::try_init().context("failed to take over the terminal")?;
+    let mut scroll = Scroll::default();
+    let mut serve = || -> anyhow::Result<()> {
+        while !interrupt.requested() {
+            desk.refill()?;
+            terminal.draw(|frame| draw(frame, desk, &mut scroll)).context("failed to draw")?;
+            if !event::poll(TICK).context("failed to read the terminal")? {
+                continue;
+            }
+            let Event::Key(key) = event::read().context("failed to read the terminal")? else { continue };
+            match action(key) {
+                None => {}
+                Some(Action::Leave) => break,
+                Some(Action::Interrupt) => interrupt.request(),
+                Some(Action::ScrollAnswers(by)) => scroll.answers = scroll.answers.saturating_add_signed(by),
+                Some(Action::ScrollPrompt(by)) => scroll.prompt = scroll.prompt.saturating_add_signed(by),
+                Some(act) => {
+                    match act {
+                        Action::Decide(verdict) => desk.decide(verdict, desk.seconds())?,
+                        Action::Undo => desk.undo()?,
+                        _ => desk.skip(),
+                    }
+                    scroll = Scroll::default();
+                }
+            }
+        }
+        Ok(())
+    };
+    let served = serve();
+    ratatui::restore();
+    served
+}
+
+/// The meaning of a key.
+fn action(key: KeyEvent) -> Option<Action> {
+    if key.kind != KeyEventKind::Press {
+        return None;
+    }
+    if key.modifiers.contains(KeyModifiers::CONTROL) {
+        return (key.code == KeyCode::Char('c')).then_some(Action::Interrupt);
+    }
+    Some(match key.code {
+        KeyCode::Char('a' | 'A' | '1') | KeyCode::Left => Action::Decide(Verdict::First),
+        KeyCode::Char('b' | 'B' | '2') | KeyCode::Right => Action::Decide(Verdict::Second),
+        KeyCode::Char('t' | 'T' | '=') => Action::Decide(Verdict::Tie),
+        KeyCode::Char('x' | 'X') => Action::Decide(Verdict::BothBad),
+        KeyCode::Char('s' | 'S') => Action::Skip,
+        KeyCode::Char('u' | 'U') | KeyCode::Backspace => Action::Undo,
+        KeyCode::Up => Action::ScrollAnswers(-1),
+        KeyCode::Down => Action::ScrollAnswers(1),
+        KeyCode::PageUp => Action::ScrollAnswers(-10),
+        KeyCode::PageDown => Action::ScrollAnswers(10),
+        KeyCode::Char('[') => Action::ScrollPrompt(-1),
+        KeyCode::Char(']') => Action::ScrollPrompt(1),
+        KeyCode::Char('q' | 'Q') | KeyCode::Esc => Action::Leave,
+        _ => return None,
+    })
+}
+
+fn draw(frame: &mut Frame, desk: &Desk, scroll: &mut Scroll) {
+    let keys = Paragraph::new(KEYS).wrap(Wrap { trim: true }).dim();
+    let keys_height = keys.line_count(frame.area().width).min(3) as u16;
+    let [head, body, foot] =
+        Layout::vertical([Constraint::Length(1), Constraint::Min(3), Constraint::Length(keys_height)])
+            .areas(frame.area());
+    frame.render_widget(Line::from(pace(desk)).bold(), head);
+    frame.render_widget(keys, foot);
+    if let Some(question) = desk.question() {
+        draw_question(frame, body, question, scroll);
+        return;
+    }
+    let text = if desk.is_over() {
+        "Nothing is left to decide. u takes the last decision back, q leaves."
+    } else {
+        "The policy is writing two answers …"
+    };
+    frame.render_widget(Paragraph::new(text).block(Block::bordered()), body);
+}
+
+fn draw_question(frame: &mut Frame, area: Rect, question: &Question, scroll: &mut Scroll) {
+    let prompt = Paragraph::new(turns(&question.prompt)).wrap(Wrap { trim: false });
+    let inner_width = area.width.saturating_sub(2);
+    let prompt_lines = prompt.line_count(inner_width) as u16;
+    let prompt_height = prompt_lines.min(PROMPT_LINES).min(area.height / 3).max(1) + 2;
+    let [above, below] = Layout::vertical([Constraint::Length(prompt_height), Constraint::Min(3)]).areas(area);
+    scroll.prompt = scroll.prompt.min(prompt_lines.saturating_sub(prompt_height - 2));
+    frame.render_widget(prompt.block(Block::bordered().title(" prompt ")).scroll((scroll.prompt, 0)), above);
+
+    let halves = [Constraint::Fill(1), Constraint::Fill(1)];
+    let [left, right] = if area.width < NARROW {
+        Layout::vertical(halves).areas(below)
+    } else {
+        Layout::horizontal(halves).areas(below)
+    };
+    let texts = question.answers.each_ref().map(|answer| Paragraph::new(answer.as_str()).wrap(Wrap { trim: false }));
+    let hidden = texts.iter().zip([left, right]).map(|(text, area)| {
+        (text.line_count(area.width.saturating_sub(2)) as u16).saturating_sub(area.height.saturating_sub(2))
+    });
+    let most = hidden.max().unwrap_or(0);
+    scroll.answers = scroll.answers.min(most);
+    for ((text, area), name) in texts.into_iter().zip([left, right]).zip([" A ", " B "]) {
+        let mut block = Block::bordered().title(name);
+        if scroll.answers < most {
+            block = block.title_bottom(Line::from(" ↓ more ").right_aligned());
+        }
+        frame.render_widget(text.block(block).scroll((scroll.answers, 0)), area);
+    }
+}
+
+/// The turns of a prompt; a single message stands without its role.
+fn turns(prompt: &[Message]) -> Text<'_> {
+    if let [only] = prompt {
+        return Text::raw(only.content.as_str());
+    }
+    let mut text = Text::default();
+    for message in prompt {
+        let role = match message.role {
+            Role::System => "system",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+        };
+        text.push_line(Line::styled(format!("{role}:"), Style::new().bold()));
+        text.extend(Text::raw(message.content.as_str()));
+    }
+    text
+}
+
+/// How far the session is and how fast.
+fn pace(desk: &Desk) -> String {
+    let (n_decided, n_all, time) = desk.progress();
+    let mut text = format!(" {n_decided} of {n_all} decided");
+    if n_decided > 0 {
+        let each = time.as_secs_f64() / n_decided as f64;
+        let minutes = each * n_all.saturating_sub(n_decided) as f64 / 60.0;
+        text.push_str(&format!("   {each:.1} s each   about {minutes:.0} min left"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    use super::super::desk::tests::desk;
+    use super::*;
+
+    fn screen(desk: &Desk, width: u16, height: u16) -> Vec<String> {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).expect("a screen");
+        terminal.draw(|frame| draw(frame, desk, &mut Scroll::default())).expect("drawn");
+        let buffer = terminal.backend().buffer().clone();
+        let line = |y| (0..width).map(|x| buffer[(x, y)].symbol().to_owned()).collect::<String>();
+        (0..height).map(line).collect()
+    }
+
+    #[test]
+    fn answers_stand_side_by_side_and_on_a_narrow_screen_above_each_other() {
+        let (mut desk, _dir) = desk(2, None);
+        assert!(screen(&desk, 100, 20)[1..].concat().contains("The policy is writing"));
+        desk.wait().expect("a question");
+        let wide = screen(&desk, 100, 20);
+        assert!(wide[0].starts_with(" 0 of 2 decided"), "{wide:#?}");
+        assert!(wide.iter().any(|line| line.contains(" A ") && line.contains(" B ")), "{wide:#?}");
+        assert!(wide.iter().any(|line| line.contains("good") && line.contains("bad")), "{wide:#?}");
+        let narrow = screen(&desk, 50, 20);
+        assert!(!narrow.iter().any(|line| line.contains("good") && line.contains("bad")), "{narrow:#?}");
+        assert!(narrow.concat().contains("good") && narrow.concat().contains("bad"), "{narrow:#?}");
+        // No screen is too small to be drawn.
+        for (width, height) in [(1, 1), (10, 3), (72, 5)] {
+            screen(&desk, width, height);
+        }
+    }
+
+    #[test]
+    fn an_answer_cannot_move_the_cursor() {
+        let mut terminal = Terminal::new(TestBackend::new(80, 16)).expect("a screen");
+        let question = Question {
+            number: 0,
+            prompt: vec![Message::new(Role::User, "p\x1b[2J")],
+            answers: ["\x1b]0;title\x07a".to_owned(), "b\u{9b}\r".to_owned()],
+        };
+        let mut scroll = Scroll::default();
+        terminal.draw(|frame| draw_question(frame, frame.area(), &question, &mut scroll)).expect("drawn");
+        let symbols = terminal.backend().buffer().content().iter().map(ratatui::buffer::Cell::symbol);
+        assert!(!symbols.flat_map(str::chars).any(char::is_control));
+    }
+
+    #[test]
+    fn keys_have_their_meanings() {
+        let press = |code| action(KeyEvent::new(code, KeyModifiers::NONE));
+        assert_eq!(press(KeyCode::Left), Some(Action::Decide(Verdict::First)));
+        assert_eq!(press(KeyCode::Char('b')), Some(Action::Decide(Verdict::Second)));
+        assert_eq!(press(KeyCode::Char('z')), None);
+        let control = |c| action(KeyEvent::new(KeyCode::Char(c), KeyModifiers::CONTROL));
+        assert_eq!((control('c'), control('a')), (Some(Action::Interrupt), None));
+    }
+}
