@@ -11,6 +11,8 @@ use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
 use crate::collect::PairFiles;
+use crate::config::{CollectConfig, LabelledBy};
+use crate::people;
 use crate::setup::Setup;
 use crate::steps::Step;
 
@@ -180,6 +182,7 @@ impl Checker<'_> {
             Step::Collect | Step::Ppo | Step::Evaluate => {
                 for (file, prompts) in self.prompts(step)? {
                     self.gold(step, &file, &prompts)?;
+                    self.labels(step, &file, prompts.len())?;
                 }
             }
         }
@@ -190,6 +193,17 @@ impl Checker<'_> {
             records::check_pairs(&pairs, OnBadRecord::Fail)?;
         }
         Ok(())
+    }
+
+    /// There are as many pairs as people are to decide about.
+    fn labels(&self, step: Step, file: &Path, n_prompts: usize) -> Result<()> {
+        let asks = |collect: &&CollectConfig| {
+            step == Step::Collect && collect.labels == LabelledBy::People && same(&collect.prompts, file)
+        };
+        let Some(collect) = self.setup.recipe.config.collect.as_ref().filter(asks) else { return Ok(()) };
+        let n_used = if collect.n_prompts > 0 { n_prompts.min(collect.n_prompts) } else { n_prompts };
+        let k = collect.samples_per_prompt;
+        people::check_n_labels(collect.n_labels, n_used * k * (k - 1) / 2)
     }
 
     /// The prompts that a step answers, file by file, as far as they are there.
@@ -216,7 +230,9 @@ impl Checker<'_> {
     fn gold(&self, step: Step, file: &Path, prompts: &[Prompt]) -> Result<()> {
         let Some(gold) = &self.setup.gold else { return Ok(()) };
         let foreign = prompts.iter().find(|prompt| !gold.understands(&prompt.text));
+        let is_labelled = self.setup.recipe.config.collect.as_ref().is_some_and(|c| c.labels == LabelledBy::Simulated);
         if step == Step::Collect
+            && is_labelled
             && let Some(prompt) = foreign
         {
             bail!(

@@ -2,7 +2,7 @@
 //!
 //! Two answers to the same prompt are shown to the simulated labeller, who prefers the first with probability
 //! `σ((gold_a − gold_b) / temperature)` ([`toy::label_pair`]). A reward model that is to score this model's
-//! answers learns most from pairs of exactly such answers.
+//! answers learns most from pairs of exactly such answers. Or people label them: [`crate::people`].
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,14 +16,14 @@ use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
 use common::rng::Streams;
 use common::score::Response;
-use common::session::Outcome;
 use serde_json::json;
 
 use crate::answers::PromptSampler;
-use crate::config::{BasePrompt, CollectConfig};
+use crate::config::{BasePrompt, CollectConfig, LabelledBy};
 use crate::gold::GoldScorer;
+use crate::people;
 use crate::setup::Setup;
-use crate::steps::Step;
+use crate::steps::{Progress, Step};
 use toy::label_pair;
 
 /// Sampling streams from here on belong to this step; those of the stages begin at 0.
@@ -54,8 +54,8 @@ impl PairFiles {
 pub struct Collector<'a> {
     /// Its configuration.
     pub config: &'a CollectConfig,
-    /// The score by which the labeller prefers.
-    pub gold: &'a GoldScorer,
+    /// The score by which the simulated labeller prefers.
+    pub gold: Option<&'a GoldScorer>,
     /// The recipe.
     pub setup: &'a Setup,
     /// On what to run.
@@ -64,12 +64,69 @@ pub struct Collector<'a> {
     pub interrupt: Interrupt,
 }
 
+/// The prompts of the pairs to train on and to validate by, with their answers, those to one prompt side by side.
+pub(crate) struct Sampled {
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) answers: Vec<Response>,
+    /// The test pairs, labelled by the gold score.
+    pub(crate) test: Option<Pairs>,
+}
+
 impl Collector<'_> {
-    /// Samples, labels and writes the pairs.
+    /// Samples, labels and writes the pairs, or has people label them.
     ///
     /// # Errors
     /// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
-    pub fn run(&self) -> Result<Outcome> {
+    pub fn run(&self, goes_on: bool) -> Result<Progress> {
+        match self.config.labels {
+            LabelledBy::People => people::collect(self, goes_on),
+            LabelledBy::Simulated => self.simulate(),
+        }
+    }
+
+    /// Labels by the gold score.
+    fn simulate(&self) -> Result<Progress> {
+        let config = self.config;
+        let Some(Sampled { prompts, answers, test }) = self.sample_all()? else { return Ok(Progress::Interrupted) };
+        let n_train = prompts.len() - config.n_val_prompts;
+        let k = config.samples_per_prompt;
+        let files = PairFiles::in_out(&self.setup.out);
+        let labeller = self.labeller()?;
+        let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
+        ensure!(
+            train.n > 0,
+            "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference` ({})\nhint: train the \
+             model for longer, or lower the least difference; 0 keeps every pair of different answers",
+            config.prompts.display(),
+            config.least_difference
+        );
+        let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
+        self.prepare_data_dir()?;
+        train.write(&files.train)?;
+        val.write(&files.val)?;
+        self.write_test(test)?;
+        Ok(Progress::Finished)
+    }
+
+    /// The labeller that the gold score simulates.
+    fn labeller(&self) -> Result<Labeller<'_>> {
+        let gold = self.gold.context("the recipe has no `[gold]`")?;
+        Ok(Labeller { config: self.config, gold, streams: self.streams() })
+    }
+
+    /// Makes the folder of the pairs.
+    pub(crate) fn prepare_data_dir(&self) -> Result<()> {
+        let dir = self.setup.data_dir();
+        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))
+    }
+
+    /// Writes the test pairs where there are any.
+    pub(crate) fn write_test(&self, test: Option<Pairs>) -> Result<()> {
+        test.map_or(Ok(()), |pairs| pairs.write(&PairFiles::in_out(&self.setup.out).test))
+    }
+
+    /// Answers all prompts; `None` if the user asked to stop.
+    pub(crate) fn sample_all(&self) -> Result<Option<Sampled>> {
         let config = self.config;
         let checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())
             .and_then(|checkpoint| checkpoint.of_stage(&[Stage::Sft]))
@@ -86,7 +143,6 @@ impl Collector<'_> {
             },
             batch_size: config.batch_size,
         };
-        let labeller = Labeller { config, gold: self.gold, streams: self.streams() };
 
         let mut prompts = read_prompts(&config.prompts, OnBadRecord::Fail)?;
         if config.n_prompts > 0 {
@@ -99,33 +155,17 @@ impl Collector<'_> {
             prompts.len(),
             config.n_val_prompts
         );
-        let n_train = prompts.len() - config.n_val_prompts;
-        let Some(answers) = self.sample(&sampler, &prompts, FIRST_ROW)? else { return Ok(Outcome::Interrupted) };
-        let k = config.samples_per_prompt;
-        let files = PairFiles::in_out(&self.setup.out);
-        let train = labeller.pairs(&prompts[..n_train], &answers[..n_train * k], "train")?;
-        ensure!(
-            train.n > 0,
-            "no two answers to the prompts of `{}` differ in gold score by `collect.least_difference` ({})\nhint: train the \
-             model for longer, or lower the least difference; 0 keeps every pair of different answers",
-            config.prompts.display(),
-            config.least_difference
-        );
-        let val = labeller.pairs(&prompts[n_train..], &answers[n_train * k..], "val")?;
-        let mut all = vec![(&files.train, train), (&files.val, val)];
+        let Some(answers) = self.sample(&sampler, &prompts, FIRST_ROW)? else { return Ok(None) };
+        let mut test = None;
         if !config.test_prompts.as_os_str().is_empty() {
             let prompts = read_prompts(&config.test_prompts, OnBadRecord::Fail)?;
-            let Some(answers) = self.sample(&sampler, &prompts, FIRST_TEST_ROW)? else {
-                return Ok(Outcome::Interrupted);
-            };
-            all.push((&files.test, labeller.pairs(&prompts, &answers, "test")?));
+            let Some(answers) = self.sample(&sampler, &prompts, FIRST_TEST_ROW)? else { return Ok(None) };
+            test = Some(self.labeller()?.pairs(&prompts, &answers, "test")?);
         }
-        let dir = self.setup.data_dir();
-        std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
-        all.into_iter().try_for_each(|(path, pairs)| pairs.write(path))?;
-        Ok(Outcome::Finished)
+        Ok(Some(Sampled { prompts, answers, test }))
     }
 
+    /// The random streams of the recipe.
     fn streams(&self) -> Streams {
         Streams::new(self.setup.recipe.config.seed)
     }
@@ -148,7 +188,7 @@ struct Labeller<'a> {
 
 /// Labelled pairs as a file's text, with what there is to say of them.
 #[derive(Debug, Default)]
-struct Pairs {
+pub(crate) struct Pairs {
     jsonl: String,
     n: usize,
     n_wrong: usize,

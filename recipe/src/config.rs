@@ -68,6 +68,10 @@ pub struct CollectConfig {
     /// Maximum number of tokens in an answer.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub max_tokens: usize,
+    /// Who labels the pairs.
+    pub labels: LabelledBy,
+    /// With `labels = "people"`, number of decisions after which the recipe goes on; 0 waits until every pair has one.
+    pub n_labels: usize,
     /// Temperature of the simulated labeller, in units of the gold score; the higher, the more labels are wrong.
     #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub label_temperature: f64,
@@ -89,11 +93,24 @@ impl Default for CollectConfig {
             samples_per_prompt: 2,
             temperature: 1.0,
             max_tokens: 128,
+            labels: LabelledBy::default(),
+            n_labels: 200,
             label_temperature: toy::labeller::TEMPERATURE,
             least_difference: 0.02,
             batch_size: 64,
         }
     }
+}
+
+/// Who says which of two answers is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LabelledBy {
+    /// A labeller who prefers the answer of the higher gold score, and errs where two are close.
+    #[default]
+    Simulated,
+    /// People, through `reward-model label`: the recipe stops, says how, and goes on when there are enough labels.
+    People,
 }
 
 /// `[evaluate]`: answers of the base model, the SFT model and the policies after PPO and DPO to prompts that none was trained on.
@@ -172,9 +189,15 @@ impl RecipeConfig {
         if let Some(collect) = &self.collect {
             collect.validate().context("invalid `[collect]`")?;
             ensure!(
-                self.gold.is_some(),
+                self.gold.is_some() || collect.labels == LabelledBy::People,
                 "`[collect]` needs `[gold]`: the simulated labeller prefers the answer of the higher gold score\n\
-                 hint: add `[gold]`, or give the reward model pairs of your own in reward-model.toml"
+                 hint: add `[gold]`, set `collect.labels` to \"people\", or give the reward model pairs of your own in \
+                 reward-model.toml"
+            );
+            ensure!(
+                self.gold.is_some() || collect.test_prompts.as_os_str().is_empty(),
+                "`collect.test_prompts` needs `[gold]`: pairs for the report alone are not shown to people\n\
+                 hint: leave it out, or name labelled pairs as `evaluate.pairs`"
             );
         }
         if let Some(evaluate) = &self.evaluate {

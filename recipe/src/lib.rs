@@ -28,6 +28,7 @@ pub mod gold;
 pub mod inputs;
 mod memory;
 mod new;
+mod people;
 mod plan;
 mod print;
 pub mod record;
@@ -38,7 +39,7 @@ mod setup;
 pub mod steps;
 
 pub use cli::{Cli, Command, NewArgs, PlanArgs, RunArgs, WorldArgs};
-pub use config::{BasePrompt, CollectConfig, EvaluateConfig, RecipeConfig};
+pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelledBy, RecipeConfig};
 pub use folder::Recipe;
 pub use run::run;
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::inputs::{Change, Inputs};
+use crate::people::questions_file;
 use crate::record::{RunRecord, StepRecord};
 use crate::report::duration;
 use crate::setup::Setup;
@@ -59,8 +60,9 @@ pub fn state_of(setup: &Setup, step: Step, old: &StepRecord, now: &Inputs) -> Re
     Ok((state, changes))
 }
 
+/// Whether a step that is not finished left what it can go on from: a checkpoint, or questions that people answer.
 fn has_checkpoint(setup: &Setup, step: Step) -> bool {
-    setup.dir(step).join("manifest.json").is_file()
+    setup.dir(step).join("manifest.json").is_file() || step == Step::Collect && questions_file(&setup.out).is_file()
 }
 
 /// Looks at every step of the recipe before any of them runs; `wanted` are those to run, all if empty.

@@ -25,7 +25,7 @@ use crate::record::{RunRecord, StepRecord};
 use crate::report;
 use crate::results::{Policy, Results};
 use crate::setup::Setup;
-use crate::steps::Step;
+use crate::steps::{Progress, Step};
 
 /// Runs a recipe from where it stands to its end, or to where the user stops it.
 ///
@@ -41,16 +41,20 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, &args.runtime)?;
     let mut run = Run::start(args, setup, earlier, interrupt)?;
-    let outcome = run.steps()?;
-    if outcome == Outcome::Finished {
+    let progress = run.steps()?;
+    if progress == Progress::Finished {
         tracing::info!("[{0}/{0}] report", run.n_steps());
     }
     report::write(&args.out).context("failed to write the report")?;
-    match outcome {
-        Outcome::Finished => run.say_result()?,
-        Outcome::Interrupted => tracing::info!("stopped"),
+    match progress {
+        Progress::Finished => run.say_result()?,
+        Progress::Waiting => {}
+        Progress::Interrupted => {
+            tracing::info!("stopped");
+            return Ok(Outcome::Interrupted);
+        }
     }
-    Ok(outcome)
+    Ok(Outcome::Finished)
 }
 
 struct Run<'a> {
@@ -145,31 +149,31 @@ impl<'a> Run<'a> {
     }
 
     /// Runs every step that is wanted and not finished.
-    fn steps(&mut self) -> Result<Outcome> {
+    fn steps(&mut self) -> Result<Progress> {
         let n = self.n_steps();
         for (i, step) in self.setup.recipe.config.steps().into_iter().enumerate() {
             if !self.args.stages.is_empty() && !self.args.stages.contains(&step) {
                 continue;
             }
             if self.interrupt.requested() {
-                return Ok(Outcome::Interrupted);
+                return Ok(Progress::Interrupted);
             }
             let title = format!("[{}/{n}] {step}", i + 1);
             let inputs = self.setup.inputs(step).with_context(|| format!("failed to prepare the step `{step}`"))?;
-            let outcome = self.step(step, &title, inputs)?;
-            if outcome == Outcome::Interrupted {
-                return Ok(outcome);
+            let progress = self.step(step, &title, inputs)?;
+            if progress != Progress::Finished {
+                return Ok(progress);
             }
             if step == Step::Tokenizer && self.due.contains(&step) {
                 let rest: Vec<Step> = self.due.iter().copied().filter(|&later| later > step).collect();
                 check::check_lengths(&self.setup, &rest)?;
             }
         }
-        Ok(Outcome::Finished)
+        Ok(Progress::Finished)
     }
 
     /// Runs one step unless it is done, and records how far it came.
-    fn step(&mut self, step: Step, title: &str, inputs: Inputs) -> Result<Outcome> {
+    fn step(&mut self, step: Step, title: &str, inputs: Inputs) -> Result<Progress> {
         let state = match self.record.steps.get(&step) {
             Some(old) => plan::state_of(&self.setup, step, old, &inputs)?.0,
             None => State::Due,
@@ -187,7 +191,7 @@ impl<'a> Run<'a> {
                 (record.inputs, record.stale) = (inputs, false);
             }
             self.record.save(&self.args.out)?;
-            return Ok(Outcome::Finished);
+            return Ok(Progress::Finished);
         }
         let goes_on = state == State::GoesOn;
         tracing::info!("{title}{}", if goes_on { ": resuming" } else { "" });
@@ -203,14 +207,18 @@ impl<'a> Run<'a> {
         self.record.save(&self.args.out)?;
 
         let started = Instant::now();
-        let outcome = self.carry_out(step, goes_on).with_context(|| format!("the step `{step}` failed"))?;
+        let progress = self.carry_out(step, goes_on).with_context(|| format!("the step `{step}` failed"))?;
         record.seconds += started.elapsed().as_secs_f64();
-        record.finished = outcome == Outcome::Finished;
-        let ended = if record.finished { "done" } else { "interrupted and saved" };
+        record.finished = progress == Progress::Finished;
+        let ended = match progress {
+            Progress::Finished => "done",
+            Progress::Interrupted => "interrupted and saved",
+            Progress::Waiting => "waiting for labels",
+        };
         tracing::info!("{title}: {ended} after {}", report::duration(record.seconds));
         self.record.steps.insert(step, record);
         self.record.save(&self.args.out)?;
-        Ok(outcome)
+        Ok(progress)
     }
 
     /// Removes what a step left that is about to be done anew, before its new inputs are recorded: a checkpoint beside a
@@ -227,7 +235,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn carry_out(&self, step: Step, goes_on: bool) -> Result<Outcome> {
+    fn carry_out(&self, step: Step, goes_on: bool) -> Result<Progress> {
         let config = &self.setup.recipe.config;
         match step {
             Step::World => {
@@ -236,29 +244,30 @@ impl<'a> Run<'a> {
                 let n: usize = summary.files.iter().map(|(_, n)| n).sum();
                 let (records, n_files) = (counted(n, "record", "records"), summary.files.len());
                 tracing::info!("{records} in {n_files} files in `{}`", self.setup.data_dir().display());
-                Ok(Outcome::Finished)
+                Ok(Progress::Finished)
             }
-            Step::Tokenizer => self.tokenizer(),
+            Step::Tokenizer => self.tokenizer().map(Progress::from),
             Step::Collect => Collector {
                 config: config.collect.as_ref().context("the recipe has no `[collect]`")?,
-                gold: self.setup.gold.as_ref().context("the recipe has no `[gold]`")?,
+                gold: self.setup.gold.as_ref(),
                 setup: &self.setup,
                 runtime: &self.args.runtime,
                 interrupt: self.interrupt,
             }
-            .run(),
+            .run(goes_on),
             Step::Evaluate => Evaluator {
                 config: config.evaluate.as_ref().context("the recipe has no `[evaluate]`")?,
                 setup: &self.setup,
                 runtime: &self.args.runtime,
                 interrupt: self.interrupt,
             }
-            .run(),
+            .run()
+            .map(Progress::from),
             stage => {
                 if stage == Step::Ppo && !goes_on {
                     doctor::run(&self.setup, &self.args.runtime)?;
                 }
-                self.train(stage, self.stage_args(stage, goes_on)?)
+                self.train(stage, self.stage_args(stage, goes_on)?).map(Progress::from)
             }
         }
     }

@@ -2,8 +2,29 @@
 
 use std::fmt;
 
+use common::session::Outcome;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+/// How far a step came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// To its end.
+    Finished,
+    /// To where the user stopped it.
+    Interrupted,
+    /// To where people have to do something.
+    Waiting,
+}
+
+impl From<Outcome> for Progress {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Finished => Self::Finished,
+            Outcome::Interrupted => Self::Interrupted,
+        }
+    }
+}
 
 /// One step of a recipe, in the order in which they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]

@@ -64,23 +64,33 @@ pub(crate) fn run(args: &AgreementArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If a file cannot be read, or no two people were asked about the same answers.
 pub fn measure(files: &[impl AsRef<Path>]) -> anyhow::Result<Agreement> {
-    let mut decisions = Decisions::new();
+    let mut labels = Vec::new();
     for file in files {
         let file = file.as_ref();
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        for label in read_labels(file, OnBadRecord::Fail)? {
-            let person = label.annotator.clone().unwrap_or_else(|| name.clone().into_owned());
-            let question = Label::question(&label.prompt, &label.answers);
-            decisions.entry(question).or_default().insert(person, Decision::of(&label));
+        for mut label in read_labels(file, OnBadRecord::Fail)? {
+            label.annotator.get_or_insert_with(|| name.clone().into_owned());
+            labels.push(label);
         }
     }
-    let agreement = of_decisions(&decisions);
+    let agreement = of_labels(&labels);
     ensure!(
         agreement.shared > 0,
         "no two people decided about the same answers\nhint: have several people label the same `--pairs`, each with an \
          `--annotator` of their own"
     );
     Ok(agreement)
+}
+
+/// The agreement of `labels`, each of which names its annotator; of several by one person on the same answers, the last counts.
+pub fn of_labels(labels: &[Label]) -> Agreement {
+    let mut decisions = Decisions::new();
+    for label in labels {
+        let person = label.annotator.clone().unwrap_or_default();
+        let question = Label::question(&label.prompt, &label.answers);
+        decisions.entry(question).or_default().insert(person, Decision::of(label));
+    }
+    of_decisions(&decisions)
 }
 
 impl Decision {

@@ -7,8 +7,9 @@ use crate::steps::Step;
 use common::stats;
 
 /// Builds the report: `stages.<stage>.{seconds,tokens,metrics}`, `total_seconds`, what was run, `doctor` as `ppo doctor --json`
-/// prints it but without the numbers of checks that have none, and of the answers to held-out prompts `gold` where it is
-/// known, `score` where there is a reward model, `best_of` where the recipe asks for it, `words` and `ended`.
+/// prints it but without the numbers of checks that have none, `labels` where people labelled, and of the answers to held-out
+/// prompts `gold` where it is known, `score` where there is a reward model, `best_of` where the recipe asks for it, `words`
+/// and `ended`.
 ///
 /// `metrics` are the last values of `metrics.jsonl`; those measured afterwards on the test files are added under the names
 /// that `reward-model eval`, `ppo eval` and `dpo eval` print.
@@ -42,6 +43,9 @@ pub fn report(source: &Source) -> Value {
     });
     if let Some(doctor) = &source.doctor {
         report["doctor"] = doctor.clone();
+    }
+    if let Some(labels) = &source.labels {
+        report["labels"] = json!(labels);
     }
     if let Some(results) = &source.results {
         if !results.gold.is_empty() {

@@ -16,6 +16,7 @@ use common::metrics::MetricsLog;
 use serde_json::Value;
 
 use crate::doctor;
+use crate::people::Summary;
 use crate::record::{RunRecord, StepRecord};
 use crate::results::{AnswerRow, Results};
 use crate::steps::Step;
@@ -28,6 +29,8 @@ struct Source {
     stages: Vec<StageSource>,
     /// What `doctor::run` found before PPO.
     doctor: Option<Value>,
+    /// What people's labels came to.
+    labels: Option<Summary>,
     results: Option<Results>,
     answers: Vec<AnswerRow>,
 }
@@ -78,7 +81,9 @@ impl Source {
             (None, Vec::new())
         };
         let doctor = if record.current(Step::Ppo).is_some() { doctor::read(out)? } else { None };
-        Ok(Self { record, stages, doctor, results, answers })
+        let labels =
+            record.current(Step::Collect).filter(|step| step.finished).map(|_| Summary::read(out)).transpose()?;
+        Ok(Self { record, stages, doctor, labels: labels.flatten(), results, answers })
     }
 
     /// Wall seconds of all steps together.

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::stages::{self, Section};
 use super::text::{compact, counted, duration, mean_of, percent, policy_title, signed, title};
 use super::{Source, StageSource};
+use crate::people::Summary;
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
 use crate::steps::Step;
 use common::stats::{Interval, METHOD};
@@ -194,13 +195,28 @@ fn note(source: &Source, step: Step) -> String {
     match step {
         Step::World => "stories, conversations and prompts, generated from the seed".to_owned(),
         Step::Tokenizer => "learned from the pretraining text".to_owned(),
-        Step::Collect => match source.record.samples_per_prompt {
-            Some(n) => format!("answers of the fine-tuned model, {n} to a prompt, labelled"),
-            None => "answers of the fine-tuned model, labelled".to_owned(),
+        Step::Collect => match (&source.labels, source.record.samples_per_prompt) {
+            (Some(labels), _) => people(labels),
+            (None, Some(n)) => format!("answers of the fine-tuned model, {n} to a prompt, labelled"),
+            (None, None) => "answers of the fine-tuned model, labelled".to_owned(),
         },
         Step::Evaluate => "every model’s answers to the held-out prompts".to_owned(),
         _ => String::new(),
     }
+}
+
+/// What people's labels came to, in a line.
+fn people(labels: &Summary) -> String {
+    let Summary { decisions, preferences, people, gold_accuracy, agreement } = labels;
+    let by: Vec<String> = people.iter().map(|(name, n)| format!("{name} {n}")).collect();
+    let mut text = format!("{decisions} decisions of people ({}), {preferences} of them for one answer", by.join(", "));
+    if let Some(accuracy) = gold_accuracy {
+        text.push_str(&format!("; {} of these in the order of the gold scores", percent(*accuracy)));
+    }
+    if let Some(alpha) = agreement["alpha"].as_f64() {
+        text.push_str(&format!("; Krippendorff’s alpha {alpha:.2} over {} shared pairs", agreement["shared"]));
+    }
+    text
 }
 
 /// The models side by side, by their gold score where it is known, else by the reward model's.

@@ -1,0 +1,235 @@
+//! Preference pairs that people label.
+//!
+//! The step asks its questions in a file, stops, and is carried out again by the same command until `<out>/labels/` has
+//! enough decisions about them. A label is never removed by the recipe: it is somebody's work.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use common::data::records::{Label, OnBadRecord, Verdict, read_labels};
+use common::files::{read_if_there, write_whole};
+use reward_model::agreement::{self, Agreement};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::collect::{Collector, PairFiles, Sampled};
+use crate::gold::GoldScorer;
+use crate::steps::Progress;
+
+/// The summary's name in the output directory.
+const SUMMARY_FILE: &str = "labels.json";
+
+/// The file of the pairs that are to be labelled, in a recipe's output directory.
+pub(crate) fn questions_file(out: &Path) -> PathBuf {
+    out.join("data/pairs.questions.jsonl")
+}
+
+/// What people's labels came to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Summary {
+    /// Decisions used.
+    pub(crate) decisions: usize,
+    /// Those for one of the answers; the others teach nothing.
+    pub(crate) preferences: usize,
+    /// Decisions of each person.
+    pub(crate) people: BTreeMap<String, usize>,
+    /// Fraction of the preferences that are in the order of the gold scores, where these are known and differ.
+    pub(crate) gold_accuracy: Option<f64>,
+    /// How far people agree who were asked the same.
+    pub(crate) agreement: Value,
+}
+
+impl Summary {
+    /// The summary in a recipe's output directory, if people labelled there.
+    pub(crate) fn read(out: &Path) -> Result<Option<Self>> {
+        let path = out.join(SUMMARY_FILE);
+        let Some(text) = read_if_there(&path)? else { return Ok(None) };
+        serde_json::from_str(&text).map(Some).with_context(|| format!("`{}` is no summary of labels", path.display()))
+    }
+}
+
+/// Asks, or takes the answers: see the module.
+pub(crate) fn collect(collector: &Collector<'_>, goes_on: bool) -> Result<Progress> {
+    let out = &collector.setup.out;
+    let path = questions_file(out);
+    if !(goes_on && path.is_file()) {
+        let Some(sampled) = collector.sample_all()? else { return Ok(Progress::Interrupted) };
+        collector.prepare_data_dir()?;
+        write_whole(&path, questions(&sampled, collector.config.samples_per_prompt)?)?;
+        collector.write_test(sampled.test)?;
+    }
+    let asked = read_labels(&path, OnBadRecord::Fail)?;
+    let n_wanted = match collector.config.n_labels {
+        0 => asked.len(),
+        n => n,
+    };
+    check_n_labels(n_wanted, asked.len())?;
+    let labels = labels_about(&asked, &out.join("labels"))?;
+    if labels.len() < n_wanted {
+        say_how(out, &path, labels.len(), n_wanted)?;
+        return Ok(Progress::Waiting);
+    }
+    write_pairs(collector, &labels)?;
+    Ok(Progress::Finished)
+}
+
+/// Whether so many labels can be waited for.
+pub(crate) fn check_n_labels(n_wanted: usize, n_pairs: usize) -> Result<()> {
+    ensure!(
+        n_wanted <= n_pairs,
+        "`collect.n_labels` is {n_wanted}, but there are {n_pairs} pairs to label\nhint: lower it, or raise \
+         `collect.n_prompts` or `collect.samples_per_prompt`"
+    );
+    Ok(())
+}
+
+/// Every two different answers to a prompt, one pair of each prompt before the second of any.
+fn questions(sampled: &Sampled, k: usize) -> Result<String> {
+    let mut text = String::new();
+    for a in 0..k {
+        for b in a + 1..k {
+            for (prompt, answers) in sampled.prompts.iter().zip(sampled.answers.chunks(k)) {
+                if answers[a].text != answers[b].text {
+                    let tied = [&answers[a].text, &answers[b].text];
+                    writeln!(text, "{}", json!({ "prompt": prompt.messages, "tied": tied }))?;
+                }
+            }
+        }
+    }
+    ensure!(!text.is_empty(), "no prompt has two different answers\nhint: raise `collect.temperature`");
+    Ok(text)
+}
+
+/// The decisions about what was asked, each person's last word on a question, in the order of the questions.
+fn labels_about(asked: &[Label], dir: &Path) -> Result<Vec<Label>> {
+    let number: HashMap<String, usize> = asked
+        .iter()
+        .enumerate()
+        .map(|(number, label)| (Label::question(&label.prompt, &label.answers), number))
+        .collect();
+    let mut said: BTreeMap<(usize, String), Label> = BTreeMap::new();
+    let mut n_foreign = 0;
+    for path in label_files(dir)? {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if path.metadata().is_ok_and(|file| file.len() == 0) {
+            continue;
+        }
+        for mut label in read_labels(&path, OnBadRecord::Fail)? {
+            let Some(&number) = number.get(&Label::question(&label.prompt, &label.answers)) else {
+                n_foreign += 1;
+                continue;
+            };
+            let person = label.annotator.get_or_insert_with(|| stem.clone()).clone();
+            said.insert((number, person), label);
+        }
+    }
+    if n_foreign > 0 {
+        tracing::warn!("{n_foreign} labels in `{}` are about other answers, and are left out", dir.display());
+    }
+    Ok(said.into_values().collect())
+}
+
+/// The files of labels, in the order of their names.
+fn label_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = dir.read_dir().with_context(|| format!("failed to read `{}`", dir.display()))?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|ending| ending == "jsonl"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Tells on stdout how to label, and that the same command goes on.
+fn say_how(out: &Path, questions: &Path, n: usize, n_wanted: usize) -> Result<()> {
+    let labels = out.join("labels");
+    std::fs::create_dir_all(&labels).with_context(|| format!("failed to make `{}`", labels.display()))?;
+    writeln!(
+        std::io::stdout(),
+        "{n} of {n_wanted} labels are there. To label in a terminal, each person under a name:\n  \
+         reward-model label --pairs {} --out {} --annotator NAME\nThen run this command again: it goes on.",
+        questions.display(),
+        labels.join("NAME.jsonl").display()
+    )
+    .context("failed to write the result")
+}
+
+/// Writes the pairs to train on and to validate by, and the summary.
+fn write_pairs(collector: &Collector<'_>, labels: &[Label]) -> Result<()> {
+    let (config, out) = (collector.config, &collector.setup.out);
+    let preferences: Vec<&Label> = labels.iter().filter(|label| is_preference(label)).collect();
+    let mut prompts: HashMap<String, usize> = HashMap::new();
+    for label in &preferences {
+        let n = prompts.len();
+        prompts.entry(prompt_key(label)).or_insert(n);
+    }
+    // The part that the recipe keeps for validation, spread evenly: people start at the beginning.
+    let n = prompts.len();
+    let n_all = if config.n_prompts > 0 { config.n_prompts } else { n.max(config.n_val_prompts + 1) };
+    let n_val = (n * config.n_val_prompts).div_ceil(n_all).min(n.saturating_sub(1));
+    let is_val = |number: usize| (number + 1) * n_val / n > number * n_val / n;
+    let files = PairFiles::in_out(out);
+    let (mut train, mut val, mut right, mut n_known) = (String::new(), String::new(), 0, 0);
+    for label in &preferences {
+        let (record, is_right) = record(label, collector.gold);
+        n_known += usize::from(is_right.is_some());
+        right += usize::from(is_right == Some(true));
+        let part = if is_val(prompts[&prompt_key(label)]) { &mut val } else { &mut train };
+        writeln!(part, "{record}")?;
+    }
+    ensure!(
+        !train.is_empty() && !val.is_empty(),
+        "{n} prompts have a label that prefers an answer: too few to train and to validate\nhint: label more, or lower \
+         `collect.n_val_prompts`"
+    );
+    write_whole(&files.train, train)?;
+    write_whole(&files.val, val)?;
+    let mut people = BTreeMap::new();
+    for label in labels {
+        *people.entry(label.annotator.clone().unwrap_or_default()).or_insert(0) += 1;
+    }
+    let Agreement { pairs, alpha, shared, .. } = agreement::of_labels(labels);
+    let summary = Summary {
+        decisions: labels.len(),
+        preferences: preferences.len(),
+        people,
+        gold_accuracy: (n_known > 0).then(|| f64::from(right as u32) / n_known as f64),
+        agreement: json!({ "pairs": pairs, "alpha": alpha, "shared": shared }),
+    };
+    tracing::info!(
+        "{} decisions of {} people, {} preferences",
+        summary.decisions,
+        summary.people.len(),
+        preferences.len()
+    );
+    Ok(write_whole(&out.join(SUMMARY_FILE), serde_json::to_string_pretty(&summary)?)?)
+}
+
+fn is_preference(label: &Label) -> bool {
+    matches!(label.verdict, Verdict::First | Verdict::Second)
+}
+
+fn prompt_key(label: &Label) -> String {
+    json!(label.prompt).to_string()
+}
+
+/// The record of a preference, with the gold scores where there are any, and whether it is in their order.
+fn record(label: &Label, gold: Option<&GoldScorer>) -> (Value, Option<bool>) {
+    let mut record = label.to_record();
+    let text = |record: &serde_json::Map<String, Value>, key: &str| record[key].as_str().unwrap_or_default().to_owned();
+    let (chosen, rejected) = (text(&record, "chosen"), text(&record, "rejected"));
+    let prompt = label.prompt.last().map_or("", |message| message.content.as_str());
+    let score = |answer: &str| gold.and_then(|gold| gold.score(prompt, answer));
+    let (Some(of_chosen), Some(of_rejected)) = (score(&chosen), score(&rejected)) else {
+        return (Value::Object(record), None);
+    };
+    record.insert("gold_chosen".to_owned(), json!(of_chosen));
+    record.insert("gold_rejected".to_owned(), json!(of_rejected));
+    (Value::Object(record), (of_chosen != of_rejected).then_some(of_chosen > of_rejected))
+}

@@ -1,0 +1,76 @@
+//! `recipe run` with pairs that people label: it asks, waits, and goes on.
+
+#![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
+
+mod lab;
+
+use std::fs;
+
+use clap::Parser;
+use lab::{Lab, n_skipped};
+
+const PEOPLE: [&str; 4] = ["--set", "recipe.collect.labels=people", "--set", "recipe.collect.n_labels=16"];
+
+/// Both streams of a run that ends with 0.
+fn run(lab: &Lab, args: &[&str]) -> (String, String) {
+    let output = lab.command(&[&PEOPLE[..], args].concat()).output().unwrap();
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    (stdout, stderr)
+}
+
+/// Labels as somebody who prefers at random: a model that has learned nothing writes nothing of worth.
+fn label(lab: &Lab, name: &str, limit: &str, seed: &str) {
+    let questions = lab.out("data/pairs.questions.jsonl").display().to_string();
+    let out = lab.out(&format!("labels/{name}.jsonl")).display().to_string();
+    let args = ["reward-model", "label", "--pairs", &questions, "--out", &out, "--annotator", name, "--by", "gold"];
+    let more = ["--label-temperature", "0.1", "--limit", limit, "--seed", seed];
+    reward_model::run(reward_model::Cli::parse_from(args.into_iter().chain(more))).unwrap();
+}
+
+#[test]
+fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
+    let lab = Lab::new();
+    let (stdout, stderr) = run(&lab, &[]);
+    assert!(
+        stdout.starts_with("0 of 16 labels are there.") && stdout.contains("reward-model label --pairs"),
+        "{stdout}"
+    );
+    assert!(stderr.contains("collect: waiting for labels") && !stderr.contains("reward-model:"), "{stderr}");
+    let asked = fs::read(lab.out("data/pairs.questions.jsonl")).unwrap();
+
+    label(&lab, "mia", "10", "0");
+    let (stdout, stderr) = run(&lab, &[]);
+    assert!(stdout.starts_with("10 of 16 labels are there."), "{stdout}");
+    assert!(n_skipped(&stderr) == 4 && stderr.contains("collect: resuming"), "{stderr}");
+    assert!(fs::read(lab.out("data/pairs.questions.jsonl")).unwrap() == asked, "the questions stay the same");
+
+    label(&lab, "tom", "10", "1");
+    fs::write(lab.out("labels/stray.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"b\"}\n").unwrap();
+    let (stdout, stderr) = run(&lab, &[]);
+    assert!(stdout.contains("report: "), "{stdout}");
+    assert!(stderr.contains("warning: 1 labels in `out/labels` are about other answers"), "{stderr}");
+    let labels = &lab.json("report.json")["labels"];
+    assert_eq!(
+        (&labels["decisions"], &labels["people"]["mia"], &labels["people"]["tom"]),
+        (&20.into(), &10.into(), &10.into())
+    );
+    assert_eq!(labels["agreement"]["shared"], 10, "{labels}");
+    assert!(fs::read_to_string(lab.out("report.html")).unwrap().contains("20 decisions of people (mia 10, tom 10)"));
+    let lines = |file: &str| fs::read_to_string(lab.out(file)).unwrap().lines().count();
+    assert_eq!(lines("data/pairs.train.jsonl") + lines("data/pairs.val.jsonl"), 20);
+    assert!(fs::read_to_string(lab.out("data/pairs.train.jsonl")).unwrap().contains("\"annotator\":\"mia\""));
+
+    // Nobody's work is thrown away unasked.
+    let (_, stderr) = run(&lab, &[]);
+    assert_eq!(n_skipped(&stderr), 8, "{stderr}");
+    let error = lab.fail(&[&PEOPLE[..], &["--set", "recipe.collect.temperature=0.5"]].concat());
+    assert!(error.contains("`recipe.collect.temperature` changed from 1.0 to 0.5"), "{error}");
+}
+
+#[test]
+fn more_labels_than_pairs_cannot_be_waited_for() {
+    let lab = Lab::new();
+    let error = lab.fail(&["--set", "recipe.collect.labels=people", "--set", "recipe.collect.n_labels=9999"]);
+    assert!(error.contains("`collect.n_labels` is 9999, but there are"), "{error}");
+}
