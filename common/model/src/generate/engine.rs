@@ -67,6 +67,7 @@ pub fn generate(
         max_rows: if max_batch == 0 { DEFAULT_MAX_BATCH } else { max_batch },
         capacity: prompts.iter().map(n_positions).max().unwrap_or(0),
         batch_invariant,
+        prompt_piece: None,
     };
     let mut scheduler = Scheduler::new(model, limits)?;
     // Longest first: neighbours need little padding, and what needs most memory runs (or fails) first.
@@ -75,7 +76,7 @@ pub fn generate(
     for prompt_idx in order {
         let rng = streams.get("sampling", first_row + prompt_idx as u64);
         let prompt = prompts[prompt_idx].clone();
-        scheduler.submit(Request { id: prompt_idx, prompt, sampling: config.clone(), rng })?;
+        scheduler.submit(Request { id: prompt_idx, prompt, sampling: config.clone(), rng, n_likeliest: 0 })?;
     }
 
     let nothing = Generated { ids: Vec::new(), log_probs: Vec::new(), finish: Finish::Interrupted };

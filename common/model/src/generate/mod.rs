@@ -17,7 +17,7 @@ mod tests;
 pub use beam::{BeamConfig, Hypothesis, MAX_BEAMS, beam_search};
 pub use engine::{DEFAULT_MAX_BATCH, GenerateOptions, Generated, OnToken, generate};
 pub use sampling::{Choice, NonFiniteLogit, Sampler, SamplingConfig, TEMPERATURE_EPS};
-pub use scheduler::{Finish, Limits, Request, SampledToken, Scheduler};
+pub use scheduler::{Failed, Finish, Limits, Request, SampledToken, Scheduler};
 
 use std::fmt::{Display, LowerExp};
 

@@ -1,5 +1,7 @@
 //! From one row of logits to one token. Pure, on the host.
 
+use std::collections::BTreeMap;
+
 use super::{GenerateError, invalid};
 use base::rng::Rng;
 use kernels::softmax::{self, BLOCK, max_of, ordered_bits};
@@ -13,7 +15,8 @@ pub const TEMPERATURE_EPS: f64 = 1e-7;
 
 /// How tokens are chosen and when to stop.
 ///
-/// The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, then the draw.
+/// The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, then the draw; the penalties of
+/// OpenAI's interface come behind the repetition penalty.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingConfig {
     /// Divides the logits; below [`TEMPERATURE_EPS`] the likeliest token is taken, the one with the lowest id among
@@ -25,6 +28,10 @@ pub struct SamplingConfig {
     pub top_p: f64,
     /// Divides the positive and multiplies the negative logits of tokens already in the prompt or the answer; 1 is off.
     pub repetition_penalty: f64,
+    /// Subtracted from the logit of a token for each time that the answer has it; 0 is off.
+    pub frequency_penalty: f64,
+    /// Subtracted from the logits of the tokens that the answer has; 0 is off.
+    pub presence_penalty: f64,
     /// Most tokens of one answer, the stop token included.
     pub max_tokens: usize,
     /// Tokens that end an answer; they are part of it.
@@ -34,7 +41,16 @@ pub struct SamplingConfig {
 impl Default for SamplingConfig {
     /// The model's own distribution, 128 tokens, no stop token.
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, max_tokens: 128, stop: Vec::new() }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            max_tokens: 128,
+            stop: Vec::new(),
+        }
     }
 }
 
@@ -56,9 +72,19 @@ impl SamplingConfig {
             return Err(invalid("top_p", "a number above 0 and up to 1", self.top_p));
         }
         check_repetition_penalty(self.repetition_penalty)?;
+        for (name, penalty) in
+            [("frequency_penalty", self.frequency_penalty), ("presence_penalty", self.presence_penalty)]
+        {
+            if !(-MAX_PENALTY..=MAX_PENALTY).contains(&penalty) {
+                return Err(invalid(name, "a number from -2 to 2", penalty));
+            }
+        }
         check_max_tokens(self.max_tokens)
     }
 }
+
+/// The largest frequency or presence penalty, as in OpenAI's interface.
+const MAX_PENALTY: f64 = 2.0;
 
 /// Refuses a repetition penalty that sampling in f32 would turn into 0 or infinity.
 pub(super) fn check_repetition_penalty(penalty: f64) -> Result<(), GenerateError> {
@@ -79,7 +105,7 @@ pub struct Choice {
     /// The token.
     pub id: u32,
     /// Its log-probability in nats under `softmax(logits / temperature)` over the whole vocabulary, before the
-    /// repetition penalty, top-k and top-p (at temperature 0: under `softmax(logits)`). This is what PPO needs of the
+    /// penalties, top-k and top-p (at temperature 0: under `softmax(logits)`). This is what PPO needs of the
     /// policy it sampled from, and why its rollouts use none of the three.
     pub log_prob: f32,
 }
@@ -108,9 +134,13 @@ pub struct Sampler {
     top_k: usize,
     top_p: f64,
     repetition_penalty: f32,
+    frequency_penalty: f32,
+    presence_penalty: f32,
     rng: Rng,
-    /// Distinct tokens of the prompt and the answer so far; stays empty while the penalty is off.
+    /// Distinct tokens of the prompt and the answer so far; stays empty while the repetition penalty is off.
     seen: Vec<u32>,
+    /// How often the answer has each of its tokens; stays empty while neither of its penalties is on.
+    counts: BTreeMap<u32, u32>,
     weights: Vec<f32>,
     sums: Vec<f64>,
     masses: Vec<f64>,
@@ -131,8 +161,11 @@ impl Sampler {
             top_k: config.top_k,
             top_p: config.top_p,
             repetition_penalty: config.repetition_penalty as f32,
+            frequency_penalty: config.frequency_penalty as f32,
+            presence_penalty: config.presence_penalty as f32,
             rng,
             seen,
+            counts: BTreeMap::new(),
             weights: Vec::new(),
             sums: Vec::new(),
             masses: Vec::new(),
@@ -140,7 +173,7 @@ impl Sampler {
         }
     }
 
-    /// Chooses the next token; changes `logits` where the repetition penalty applies.
+    /// Chooses the next token; changes `logits` where penalties apply.
     ///
     /// Takes one uniform number from the stream (none at temperature 0) and inverts the cumulative distribution in the
     /// order of the ids. Weights are f32, their sums f64; the exponential is our own, so that every processor and
@@ -160,7 +193,7 @@ impl Sampler {
         // Of a token that only the penalty made likely, at a low temperature, it can lie below what f32 holds.
         let log_prob = |logit: f32| ((f64::from(logit) - max) * scale - log_total).max(f64::from(f32::MIN)) as f32;
 
-        if self.repetition_penalty == 1.0 {
+        if self.repetition_penalty == 1.0 && !self.counts_tokens() {
             let id = if self.is_greedy() {
                 argmax(logits)
             } else {
@@ -169,8 +202,8 @@ impl Sampler {
             };
             return Ok(Choice { id, log_prob: log_prob(logits[id as usize]) });
         }
-        let unpenalised: Vec<f32> = self.seen.iter().map(|&id| logits[id as usize]).collect();
-        penalise(logits, &self.seen, self.repetition_penalty);
+        let unpenalised = logits.to_vec();
+        self.penalise(logits);
         let id = if self.is_greedy() {
             argmax(logits)
         } else {
@@ -178,14 +211,39 @@ impl Sampler {
             self.filter(logits);
             self.draw()
         };
-        let logit = match self.seen.binary_search(&id) {
-            Ok(at) => unpenalised[at],
-            Err(at) => {
-                self.seen.insert(at, id);
-                logits[id as usize]
-            }
-        };
-        Ok(Choice { id, log_prob: log_prob(logit) })
+        if self.repetition_penalty != 1.0
+            && let Err(at) = self.seen.binary_search(&id)
+        {
+            self.seen.insert(at, id);
+        }
+        if self.counts_tokens() {
+            *self.counts.entry(id).or_default() += 1;
+        }
+        Ok(Choice { id, log_prob: log_prob(unpenalised[id as usize]) })
+    }
+
+    /// The `n` likeliest tokens with their log-probabilities as [`Choice::log_prob`] has them, likeliest first, the lowest
+    /// id among equals.
+    ///
+    /// # Errors
+    /// [`NonFiniteLogit`] if a logit is NaN or infinite.
+    pub fn likeliest(&mut self, logits: &[f32], n: usize) -> Result<Vec<(u32, f32)>, NonFiniteLogit> {
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        check_finite(logits)?;
+        let scale = self.scale();
+        let max = f64::from(self.weigh(logits, scale));
+        let log_total = self.total().ln();
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let likelier = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+        if n < order.len() {
+            order.select_nth_unstable_by(n - 1, likelier);
+            order.truncate(n);
+        }
+        order.sort_unstable_by(likelier);
+        let log_prob = |id: u32| ((f64::from(logits[id as usize]) - max) * scale - log_total).max(f64::from(f32::MIN));
+        Ok(order.into_iter().map(|id| (id, log_prob(id) as f32)).collect())
     }
 
     /// The probabilities that [`choose`](Self::choose) would draw from, after the penalty and the filters.
@@ -200,7 +258,7 @@ impl Sampler {
     pub fn distribution(&mut self, logits: &mut [f32]) -> Result<Vec<f64>, NonFiniteLogit> {
         assert!(!logits.is_empty(), "there is no token to choose from");
         check_finite(logits)?;
-        penalise(logits, &self.seen, self.repetition_penalty);
+        self.penalise(logits);
         if self.is_greedy() {
             let chosen = argmax(logits);
             return Ok((0..logits.len() as u32).map(|id| if id == chosen { 1.0 } else { 0.0 }).collect());
@@ -209,6 +267,25 @@ impl Sampler {
         self.filter(logits);
         let total = self.total();
         Ok(self.weights.iter().map(|&weight| f64::from(weight) / total).collect())
+    }
+
+    /// Whether a penalty depends on how often the answer has a token.
+    fn counts_tokens(&self) -> bool {
+        self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+
+    /// Applies every penalty.
+    ///
+    /// # Source
+    /// OpenAI, "Advanced usage", parameter details: `logit[j] −= count[j]·frequency + (count[j] > 0)·presence`, where the
+    /// tokens of the prompt do not count.
+    fn penalise(&self, logits: &mut [f32]) {
+        penalise(logits, &self.seen, self.repetition_penalty);
+        for (&id, &count) in &self.counts {
+            let penalty = count as f32 * self.frequency_penalty + self.presence_penalty;
+            let logit = &mut logits[id as usize];
+            *logit = (*logit - penalty).clamp(f32::MIN, f32::MAX);
+        }
     }
 
     /// Whether the likeliest token is taken: at a temperature this low nothing else would be drawn, but for equals.

@@ -1,7 +1,12 @@
 //! Continuous batching: requests are admitted into the rows of one cache, stepped together and retired, each at its own
 //! length.
 
+mod pieces;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData};
@@ -10,6 +15,7 @@ use super::{GenerateError, NonFiniteLogit, Sampler, SamplingConfig, check_prompt
 use crate::{Cache, Gpt};
 use base::rng::Rng;
 use kernels::BATCH_INVARIANT_ROWS;
+use pieces::Reading;
 
 /// Tokens of prompts, padding included, that one forward pass takes at most, unless a single prompt is longer: the
 /// activations of a pass must not outgrow the cache.
@@ -26,6 +32,8 @@ pub struct Request {
     pub sampling: SamplingConfig,
     /// Its own random stream.
     pub rng: Rng,
+    /// How many of the likeliest tokens are told with each token, see [`SampledToken::likeliest`].
+    pub n_likeliest: usize,
 }
 
 /// Why a sequence ended.
@@ -40,7 +48,7 @@ pub enum Finish {
 }
 
 /// A new token of a request.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SampledToken {
     /// The request's number.
     pub request: usize,
@@ -50,7 +58,12 @@ pub struct SampledToken {
     pub log_prob: f32,
     /// Why the request ended with this token, if it did.
     pub finish: Option<Finish>,
+    /// The [`n_likeliest`](Request::n_likeliest) tokens in its place with their log-probabilities, likeliest first.
+    pub likeliest: Vec<(u32, f32)>,
 }
+
+/// The number of a request that failed, and why.
+pub type Failed = (usize, GenerateError);
 
 /// The bounds of a [`Scheduler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +78,10 @@ pub struct Limits {
     /// bits. With this, prompts are read one by one, and the number of rows stays within
     /// [`BATCH_INVARIANT_ROWS`](kernels::BATCH_INVARIANT_ROWS): spare rows are computed where there are fewer.
     pub batch_invariant: bool,
+    /// Most tokens of a prompt that are read between two tokens of the running requests, so that a long prompt does not stop
+    /// them. Its pieces are the same whatever runs beside it. `None` reads prompts whole, several together, as a list of
+    /// requests is done soonest.
+    pub prompt_piece: Option<NonZeroUsize>,
 }
 
 /// Decodes requests together, in the order in which they were submitted.
@@ -74,7 +91,8 @@ pub struct Limits {
 /// its own stream, so its tokens depend neither on its row nor on its neighbours.
 ///
 /// To copy no rows for a single free slot, requests are admitted, and without a queue the cache is cut to the rows in
-/// use, when a quarter of the rows is free.
+/// use, when a quarter of the rows is free. With [`Limits::prompt_piece`] a step gives every running request one more token
+/// and reads one piece, and who comes is admitted at once.
 #[derive(Debug)]
 pub struct Scheduler<'m> {
     model: &'m Gpt,
@@ -83,6 +101,8 @@ pub struct Scheduler<'m> {
     cache: Cache,
     /// The request in each row of the cache; `None` if the row is free.
     rows: Vec<Option<Row>>,
+    /// The requests whose prompts are read in pieces.
+    reading: VecDeque<Reading>,
 }
 
 /// A request that is running.
@@ -94,6 +114,7 @@ struct Row {
     last: u32,
     n_generated: usize,
     max_tokens: usize,
+    n_likeliest: usize,
 }
 
 impl<'m> Scheduler<'m> {
@@ -109,8 +130,9 @@ impl<'m> Scheduler<'m> {
         if limits.capacity > model.config().max_seq_len {
             return Err(invalid("capacity", "at most the model's context", limits.capacity));
         }
-        let cache = Cache::new(model, 0, limits.capacity);
-        Ok(Self { model, limits, queue: VecDeque::new(), cache, rows: Vec::new() })
+        // In pieces it grows with what is in use.
+        let cache = Cache::new(model, 0, if limits.prompt_piece.is_some() { 0 } else { limits.capacity });
+        Ok(Self { model, limits, queue: VecDeque::new(), cache, rows: Vec::new(), reading: VecDeque::new() })
     }
 
     /// Queues a request.
@@ -131,6 +153,7 @@ impl<'m> Scheduler<'m> {
     /// Ends a request, queued or running; its row is free for the next one.
     pub fn cancel(&mut self, request: usize) {
         self.queue.retain(|queued| queued.id != request);
+        self.reading.retain(|reading| reading.id() != request);
         if let Some(row) = self.rows.iter().position(|row| row.as_ref().is_some_and(|row| row.request == request)) {
             self.retire(row);
         }
@@ -138,10 +161,15 @@ impl<'m> Scheduler<'m> {
 
     /// Whether no request is queued or running.
     pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.n_running() == 0
+        self.queue.is_empty() && self.reading.is_empty() && self.n_running() == 0
     }
 
-    /// How many requests are running.
+    /// Whether the next step reads a prompt: a long operation, which all threads of the pool should share.
+    pub fn is_reading(&self) -> bool {
+        !(self.queue.is_empty() && self.reading.is_empty())
+    }
+
+    /// How many requests are running, those whose prompts are not read yet left out.
     pub fn n_running(&self) -> usize {
         self.rows.iter().flatten().count()
     }
@@ -157,6 +185,21 @@ impl<'m> Scheduler<'m> {
     /// If logits are not finite, of the request with the lowest number; all such requests are ended. If the device
     /// fails.
     pub fn step(&mut self) -> Result<Vec<SampledToken>, GenerateError> {
+        let (tokens, failed): (Vec<_>, Vec<_>) = self.step_each()?.into_iter().partition(Result::is_ok);
+        match failed.into_iter().filter_map(Result::err).min_by_key(|&(request, _)| request) {
+            Some((_, error)) => Err(error),
+            None => Ok(tokens.into_iter().flatten().collect()),
+        }
+    }
+
+    /// [`step`](Self::step), where a request whose logits are not finite ends by itself and the others go on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn step_each(&mut self) -> Result<Vec<Result<SampledToken, Failed>>, GenerateError> {
+        if let Some(piece) = self.limits.prompt_piece {
+            return self.step_in_pieces(piece.get());
+        }
         let n_running = self.n_running();
         if !self.queue.is_empty() && n_running * 4 <= self.max_rows() * 3 {
             return self.admit();
@@ -165,6 +208,11 @@ impl<'m> Scheduler<'m> {
             return Ok(Vec::new());
         }
         self.shrink();
+        self.decode()
+    }
+
+    /// Gives every running request its next token.
+    fn decode(&mut self) -> Result<Vec<Result<SampledToken, Failed>>, GenerateError> {
         let ids: Vec<i32> = self.rows.iter().map(|row| row.as_ref().map_or(0, |row| row.last as i32)).collect();
         let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [self.rows.len(), 1]), &self.model.device());
         let hidden = self.model.decode(input, &mut self.cache); // [n_rows, 1, d_model]
@@ -172,11 +220,12 @@ impl<'m> Scheduler<'m> {
             self.cache.truncate(row, 0);
         }
         let all: Vec<usize> = (0..self.rows.len()).collect();
-        self.choose(&all, logits_of(self.model, hidden)?)
+        let logits = logits_of(self.model, hidden)?;
+        Ok(self.choose(&all, logits))
     }
 
     /// Reads the prompts of as many queued requests as there are free rows, and chooses their first tokens.
-    fn admit(&mut self) -> Result<Vec<SampledToken>, GenerateError> {
+    fn admit(&mut self) -> Result<Vec<Result<SampledToken, Failed>>, GenerateError> {
         let slots = self.free_slots();
         let admitted: Vec<Request> = self.queue.drain(..slots.len()).collect();
         let prompts: Vec<&[u32]> = admitted.iter().map(|request| &*request.prompt).collect();
@@ -192,18 +241,8 @@ impl<'m> Scheduler<'m> {
             hidden.push(prefill(self.model, prompts, &mut fresh));
             self.cache.replace_rows(slots, &fresh);
         }
-        let max_seq_len = self.model.config().max_seq_len;
         for (&slot, request) in slots.iter().zip(&admitted) {
-            let Request { id, prompt, sampling, rng } = request;
-            let room = max_seq_len.min(self.limits.capacity + 1) - prompt.len();
-            self.rows[slot] = Some(Row {
-                request: *id,
-                sampler: Sampler::new(sampling, prompt, rng.clone()),
-                stop: sampling.stop.clone(),
-                last: 0,
-                n_generated: 0,
-                max_tokens: sampling.max_tokens.min(room),
-            });
+            self.rows[slot] = Some(self.row(request));
         }
         let mut logits = Vec::new();
         if self.limits.batch_invariant {
@@ -213,7 +252,22 @@ impl<'m> Scheduler<'m> {
         } else {
             logits = logits_of(self.model, Tensor::cat(hidden, 0).unsqueeze_dim(1))?;
         }
-        self.choose(&slots, logits)
+        Ok(self.choose(&slots, logits))
+    }
+
+    /// A row for a request whose prompt is read.
+    fn row(&self, request: &Request) -> Row {
+        let Request { id, prompt, sampling, rng, n_likeliest } = request;
+        let room = self.model.config().max_seq_len.min(self.limits.capacity + 1) - prompt.len();
+        Row {
+            request: *id,
+            sampler: Sampler::new(sampling, prompt, rng.clone()),
+            stop: sampling.stop.clone(),
+            last: 0,
+            n_generated: 0,
+            max_tokens: sampling.max_tokens.min(room),
+            n_likeliest: *n_likeliest,
+        }
     }
 
     /// The rows that the next requests go into: free ones, or else new ones.
@@ -259,7 +313,7 @@ impl<'m> Scheduler<'m> {
     ///
     /// # Shapes
     /// - `logits`: `slots.len() · vocab_size`, row after row
-    fn choose(&mut self, slots: &[usize], mut logits: Vec<f32>) -> Result<Vec<SampledToken>, GenerateError> {
+    fn choose(&mut self, slots: &[usize], mut logits: Vec<f32>) -> Vec<Result<SampledToken, Failed>> {
         let vocab_size = logits.len() / slots.len();
         let mut rows: Vec<Option<&mut Row>> = self.rows.iter_mut().map(Option::as_mut).collect();
         let mut tasks: Vec<_> = slots
@@ -274,11 +328,7 @@ impl<'m> Scheduler<'m> {
                 self.retire(*slot);
             }
         }
-        let (tokens, failed): (Vec<_>, Vec<_>) = chosen.into_iter().map(|(_, chosen)| chosen).partition(Result::is_ok);
-        match failed.into_iter().filter_map(Result::err).min_by_key(|&(request, _)| request) {
-            Some((_, error)) => Err(error),
-            None => Ok(tokens.into_iter().flatten().collect()),
-        }
+        chosen.into_iter().map(|(_, chosen)| chosen).collect()
     }
 
     fn retire(&mut self, row: usize) {
@@ -312,12 +362,14 @@ impl<'m> Scheduler<'m> {
 }
 
 impl Row {
-    /// Takes the next token. An error comes with the request's number.
-    fn choose(&mut self, logits: &mut [f32]) -> Result<SampledToken, (usize, GenerateError)> {
-        let choice = self.sampler.choose(logits).map_err(|NonFiniteLogit { id, logit }| {
-            let (prompt_idx, n_generated) = (self.request, self.n_generated);
+    /// Takes the next token.
+    fn choose(&mut self, logits: &mut [f32]) -> Result<SampledToken, Failed> {
+        let (prompt_idx, n_generated) = (self.request, self.n_generated);
+        let not_finite = |NonFiniteLogit { id, logit }| {
             (prompt_idx, GenerateError::NonFinite { prompt_idx, n_generated, id, logit })
-        })?;
+        };
+        let likeliest = self.sampler.likeliest(logits, self.n_likeliest).map_err(not_finite)?;
+        let choice = self.sampler.choose(logits).map_err(not_finite)?;
         self.last = choice.id;
         self.n_generated += 1;
         let finish = if self.stop.contains(&choice.id) {
@@ -325,7 +377,7 @@ impl Row {
         } else {
             (self.n_generated == self.max_tokens).then_some(Finish::Length)
         };
-        Ok(SampledToken { request: self.request, id: choice.id, log_prob: choice.log_prob, finish })
+        Ok(SampledToken { request: self.request, id: choice.id, log_prob: choice.log_prob, finish, likeliest })
     }
 }
 

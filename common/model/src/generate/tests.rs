@@ -134,7 +134,9 @@ fn scheduled(
     let mut scheduler = Scheduler::new(model, limits).unwrap();
     for &id in order {
         let rng = Streams::new(1).get("sampling", id as u64);
-        scheduler.submit(Request { id, prompt: prompts[id].clone(), sampling: sampling.clone(), rng }).unwrap();
+        scheduler
+            .submit(Request { id, prompt: prompts[id].clone(), sampling: sampling.clone(), rng, n_likeliest: 0 })
+            .unwrap();
     }
     let nothing = Generated { ids: Vec::new(), log_probs: Vec::new(), finish: Finish::Interrupted };
     let mut answers = vec![nothing; prompts.len()];
@@ -181,7 +183,7 @@ fn ten_thousand_prompts_take_no_more_rows_than_allowed() {
     let sampling = SamplingConfig { max_tokens: 5, stop: vec![1, 2, 3, 30], ..SamplingConfig::default() };
     let order: Vec<usize> = (0..prompts.len()).collect();
     for batch_invariant in [false, true] {
-        let limits = Limits { max_rows: 24, capacity: 11, batch_invariant };
+        let limits = Limits { max_rows: 24, capacity: 11, batch_invariant, prompt_piece: None };
         let (mut most_rows, mut most_positions, mut n_full) = (0, 0, 0);
         let answers = scheduled(&model, &prompts, &sampling, &order, limits, |scheduler| {
             most_rows = most_rows.max(scheduler.cache().n_rows());
@@ -199,7 +201,7 @@ fn ten_thousand_prompts_take_no_more_rows_than_allowed() {
 fn a_cancelled_request_frees_its_row_and_disturbs_nobody() {
     let (model, prompts) = (small(), prompts(&[5, 3, 8, 2, 6]));
     let sampling = SamplingConfig { max_tokens: 12, ..SamplingConfig::default() };
-    let limits = Limits { max_rows: 2, capacity: 40, batch_invariant: false };
+    let limits = Limits { max_rows: 2, capacity: 40, batch_invariant: false, prompt_piece: None };
     let order = [0, 1, 2, 3, 4];
     let undisturbed = scheduled(&model, &prompts, &sampling, &order, limits, |_| ());
     let mut n_steps = 0;
@@ -223,11 +225,15 @@ fn a_cancelled_request_frees_its_row_and_disturbs_nobody() {
 #[test]
 fn requests_sample_each_in_its_own_way() {
     let (model, prompts) = (small(), prompts(&[4, 4]));
-    let mut scheduler = Scheduler::new(&model, Limits { max_rows: 8, capacity: 48, batch_invariant: false }).unwrap();
+    let mut scheduler =
+        Scheduler::new(&model, Limits { max_rows: 8, capacity: 48, batch_invariant: false, prompt_piece: None })
+            .unwrap();
     let samplings = [SamplingConfig::greedy(3, vec![]), SamplingConfig { max_tokens: 9, ..SamplingConfig::default() }];
     for (id, (prompt, sampling)) in prompts.iter().zip(&samplings).enumerate() {
         let rng = Streams::new(1).get("sampling", id as u64);
-        scheduler.submit(Request { id, prompt: prompt.clone(), sampling: sampling.clone(), rng }).unwrap();
+        scheduler
+            .submit(Request { id, prompt: prompt.clone(), sampling: sampling.clone(), rng, n_likeliest: 0 })
+            .unwrap();
     }
     let mut found = vec![Vec::new(); 2];
     while !scheduler.is_idle() {
@@ -353,7 +359,7 @@ proptest! {
         let (model, prompts) = (random_model(&shape, &Device::flex()), prompts(&lengths));
         let sampling = SamplingConfig { max_tokens: 9, stop: vec![1, 4], ..SamplingConfig::default() };
         let mut order: Vec<usize> = (0..lengths.len()).collect();
-        let limit = |max_rows| Limits { max_rows, capacity: 40, batch_invariant: true };
+        let limit = |max_rows| Limits { max_rows, capacity: 40, batch_invariant: true, prompt_piece: None };
         let answers = scheduled(&model, &prompts, &sampling, &order, limit(limits.0), |_| ());
         Streams::new(seed).get("order", 0).shuffle(&mut order);
         prop_assert_eq!(&answers, &scheduled(&model, &prompts, &sampling, &order, limit(limits.1), |_| ()));

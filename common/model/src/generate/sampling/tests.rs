@@ -257,3 +257,51 @@ proptest! {
         prop_assert!((f64::from(choice.log_prob) - expected).abs() < ROUNDING * expected.abs().max(1.0));
     }
 }
+
+#[test]
+fn frequency_and_presence_count_the_tokens_of_the_answer_alone() {
+    let config = SamplingConfig { frequency_penalty: 0.5, presence_penalty: 0.25, ..SamplingConfig::greedy(9, vec![]) };
+    let mut sampler = sampler(&config, &[0, 0, 2], 0);
+    let chosen: Vec<u32> = (0..5).map(|_| sampler.choose(&mut [3.0, 2.6, 0.0]).unwrap().id).collect();
+    // 3 − 0.75 < 2.6; then 2.25 and 1.85, 1.75 and 1.85, 1.75 and 1.35.
+    assert_eq!(chosen, [0, 1, 0, 1, 0]);
+    let config = SamplingConfig { presence_penalty: 2.0, ..SamplingConfig::default() };
+    let mut sampler = Sampler { counts: [(1, 3)].into(), ..sampler_of(&config) };
+    let found = sampler.distribution(&mut [0.0, 2.0]).unwrap();
+    assert!(found.iter().all(|p| (p - 0.5).abs() < ROUNDING), "{found:?}");
+    for penalty in [2.1, f64::NAN, -3.0] {
+        let config = SamplingConfig { frequency_penalty: penalty, ..SamplingConfig::default() };
+        assert!(config.validate().unwrap_err().to_string().starts_with("invalid `frequency_penalty`"));
+    }
+}
+
+fn sampler_of(config: &SamplingConfig) -> Sampler {
+    sampler(config, &[], 0)
+}
+
+#[test]
+fn a_penalised_token_keeps_the_log_probability_of_the_model() {
+    let config = SamplingConfig { frequency_penalty: 2.0, ..SamplingConfig::greedy(9, vec![]) };
+    let mut sampler = sampler_of(&config);
+    for _ in 0..2 {
+        let choice = sampler.choose(&mut [9.0, 9f32 - 1.0]).unwrap();
+        let expected = if choice.id == 0 { -(-1f64).exp().ln_1p() } else { -1.0 - (-1f64).exp().ln_1p() };
+        assert!((f64::from(choice.log_prob) - expected).abs() < ROUNDING, "{choice:?}");
+    }
+}
+
+#[test]
+fn the_likeliest_tokens_come_in_order_with_the_log_probabilities_of_the_choice() {
+    let mut logits = [1.0, 4.0, -2.0, 4.0, 3.0];
+    let config = SamplingConfig { temperature: 0.7, top_k: 1, ..SamplingConfig::default() };
+    let mut sampler = sampler_of(&config);
+    let likeliest = sampler.likeliest(&logits, 3).unwrap();
+    assert_eq!(likeliest.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 4]);
+    let choice = sampler.choose(&mut logits).unwrap();
+    let of_choice = likeliest.iter().find(|(id, _)| *id == choice.id).unwrap();
+    assert_eq!(of_choice.1, choice.log_prob);
+    let all = sampler.likeliest(&logits, 99).unwrap();
+    let total: f64 = all.iter().map(|(_, log_prob)| f64::from(*log_prob).exp()).sum();
+    assert!(all.len() == 5 && (total - 1.0).abs() < ROUNDING, "{all:?}");
+    assert!(sampler.likeliest(&[0.0, f32::NAN], 1).is_err() && sampler.likeliest(&[0.0], 0).unwrap().is_empty());
+}

@@ -1,0 +1,150 @@
+//! Prompts in pieces: the same tokens and bits whatever runs beside them, and nobody waits for a long one.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+
+use burn::tensor::Device;
+use proptest::prelude::*;
+
+use super::{Finish, Limits, Request, SampledToken, Scheduler};
+use crate::generate::tests::random_model;
+use crate::generate::{GenerateOptions, SamplingConfig, generate};
+use crate::{Gpt, GptConfig, Positions};
+use base::rng::Streams;
+
+fn limits(max_rows: usize, piece: usize) -> Limits {
+    Limits { max_rows, capacity: 600, batch_invariant: true, prompt_piece: NonZeroUsize::new(piece) }
+}
+
+fn model() -> Gpt {
+    let config = GptConfig {
+        d_model: 48,
+        n_layers: 2,
+        n_heads: 4,
+        d_ff: 96,
+        max_seq_len: 700,
+        positions: Positions::Sinusoidal,
+        ..GptConfig::gpt2(61)
+    };
+    random_model(&config, &Device::flex())
+}
+
+fn prompt(n: usize) -> Vec<u32> {
+    let mut rng = Streams::new(8).get("test", n as u64);
+    (0..n).map(|_| rng.below(61) as u32).collect()
+}
+
+fn request(id: usize, n: usize, max_tokens: usize) -> Request {
+    let sampling = SamplingConfig { max_tokens, stop: vec![7], ..SamplingConfig::default() };
+    Request { id, prompt: prompt(n), sampling, rng: Streams::new(1).get("sampling", id as u64), n_likeliest: 2 }
+}
+
+/// The tokens of requests that are submitted at the given steps.
+fn scheduled(model: &Gpt, limits: Limits, requests: &[(usize, Request)]) -> BTreeMap<usize, Vec<SampledToken>> {
+    let mut scheduler = Scheduler::new(model, limits).unwrap();
+    let mut found = BTreeMap::<usize, Vec<SampledToken>>::new();
+    for step in 0.. {
+        for (_, request) in requests.iter().filter(|(at, _)| *at == step) {
+            scheduler.submit(request.clone()).unwrap();
+        }
+        if scheduler.is_idle() && requests.iter().all(|(at, _)| *at <= step) {
+            break;
+        }
+        for token in scheduler.step().unwrap() {
+            found.entry(token.request).or_default().push(token);
+        }
+        assert!(scheduler.n_running() <= limits.max_rows.min(64));
+    }
+    found
+}
+
+#[test]
+fn a_long_prompt_stops_nobody() {
+    let model = model();
+    let mut scheduler = Scheduler::new(&model, limits(8, 16)).unwrap();
+    let talker = Request { sampling: SamplingConfig { max_tokens: 90, ..Default::default() }, ..request(0, 5, 90) };
+    scheduler.submit(talker).unwrap();
+    assert_eq!(scheduler.step().unwrap().len(), 1);
+    scheduler.submit(request(1, 500, 3)).unwrap();
+    scheduler.submit(request(2, 4, 3)).unwrap();
+    let mut firsts = BTreeMap::new();
+    for step in 0..60 {
+        let tokens = scheduler.step().unwrap();
+        assert!(tokens.iter().any(|token| token.request == 0), "step {step} gave the running request no token");
+        for token in tokens {
+            firsts.entry(token.request).or_insert(step);
+        }
+    }
+    assert_eq!(firsts[&1] + 1, 500_usize.div_ceil(16), "one piece a step");
+    assert!(firsts[&2] <= 1, "the short prompt waited for the long one: {firsts:?}");
+}
+
+#[test]
+fn a_cancelled_prompt_is_read_no_further() {
+    let model = model();
+    let mut scheduler = Scheduler::new(&model, limits(1, 16)).unwrap();
+    scheduler.submit(request(0, 500, 3)).unwrap();
+    scheduler.step().unwrap();
+    assert!(scheduler.is_reading() && !scheduler.is_idle());
+    scheduler.submit(request(1, 3, 3)).unwrap();
+    scheduler.cancel(0);
+    assert_eq!(scheduler.step().unwrap().first().map(|token| token.request), Some(1));
+}
+
+#[test]
+fn logits_that_are_not_finite_end_their_request_alone() {
+    let mut named = model().to_named();
+    // Position 40 and whatever sees it.
+    let config = GptConfig { positions: Positions::Learned, ..model().config().clone() };
+    let table: Vec<f32> = (0..700 * 48).map(|i| if i / 48 == 40 { f32::NAN } else { 0.0 }).collect();
+    let learned = Gpt::new(&config, &Streams::new(1), &Device::flex()).to_named();
+    let (name, mut tensor) = learned.into_iter().find(|(name, _)| !named.contains_key(name)).unwrap();
+    tensor.data = table;
+    named.insert(name, tensor);
+    let model = Gpt::from_named(&config, named, &Device::flex()).unwrap();
+    let mut scheduler = Scheduler::new(&model, limits(8, 16)).unwrap();
+    for (id, n) in [(0, 3), (1, 60), (2, 5)] {
+        scheduler.submit(request(id, n, 9)).unwrap();
+    }
+    let mut failed = Vec::new();
+    let mut ended = Vec::new();
+    while !scheduler.is_idle() {
+        for token in scheduler.step_each().unwrap() {
+            match token {
+                Ok(token) => ended.extend(token.finish.map(|_| token.request)),
+                Err((request, _)) => failed.push(request),
+            }
+        }
+    }
+    ended.sort_unstable();
+    assert_eq!((failed, ended), (vec![1], vec![0, 2]));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10))]
+    #[test]
+    fn tokens_and_bits_do_not_depend_on_what_runs_beside(
+        others in prop::collection::vec((0usize..12, 1usize..200, 1usize..40), 0..12),
+        (length, max_tokens, at) in (1usize..300, 1usize..40, 0usize..9),
+        max_rows in 1usize..9,
+    ) {
+        let model = model();
+        let ours = request(99, length, max_tokens);
+        let alone = scheduled(&model, limits(4, 32), &[(0, ours.clone())]).remove(&99).unwrap();
+        let mut requests: Vec<_> =
+            others.iter().enumerate().map(|(id, &(at, n, max))| (at, request(id, n, max))).collect();
+        requests.push((at, ours.clone()));
+        let together = scheduled(&model, limits(max_rows, 32), &requests);
+        prop_assert_eq!(together.len(), requests.len());
+        prop_assert_eq!(&alone, &together[&99]);
+        prop_assert!(alone.last().unwrap().finish.is_some_and(|finish| finish != Finish::Interrupted));
+        // As for a list of prompts, which are read whole.
+        let listed = generate(
+            &model, &[ours.prompt], &ours.sampling, &Streams::new(1), 99, GenerateOptions::default(),
+        ).unwrap().remove(0);
+        prop_assert_eq!(alone.iter().map(|token| token.id).collect::<Vec<_>>(), listed.ids);
+        for (token, log_prob) in alone.iter().zip(&listed.log_probs) {
+            prop_assert!((token.log_prob - log_prob).abs() < 1e-4 * log_prob.abs().max(1.0));
+        }
+    }
+}
