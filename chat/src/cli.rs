@@ -39,6 +39,113 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Add an adapter into the weights of its base
     Merge(MergeArgs),
+    /// Answer requests over HTTP, as OpenAI's API does
+    Serve(ServeArgs),
+}
+
+/// Flags of `chat serve`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  chat serve --checkpoint sft=runs/tiny/sft --checkpoint ppo=runs/tiny/ppo --port 8080\n\n\
+        docs/serve.md says what is answered, and how."
+)]
+pub struct ServeArgs {
+    /// Checkpoint of a language model, and the name that requests choose it by; by default that of its directory
+    /// (repeatable)
+    #[arg(long, value_name = "[NAME=]DIR", required = true, value_parser = named_checkpoint)]
+    pub checkpoint: Vec<NamedCheckpoint>,
+
+    /// Reward model that scores conversations
+    #[arg(long, value_name = "DIR")]
+    pub reward_model: Option<PathBuf>,
+
+    /// Name or address to listen on; by default this machine alone can connect
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub host: String,
+
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, value_name = "N", default_value_t = 8080)]
+    pub port: u16,
+
+    /// File with the key that every client has to send
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Origin whose pages may send requests from a browser, such as <https://chat.example> (repeatable)
+    #[arg(long, value_name = "ORIGIN")]
+    pub allow_origin: Vec<String>,
+
+    /// Also log the texts of requests and answers
+    #[arg(long)]
+    pub log_text: bool,
+
+    /// Limits of the server
+    #[command(flatten)]
+    pub limits: ServeLimits,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// What `chat serve` takes at most.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct ServeLimits {
+    /// Answers that each model decodes together
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub slots: u64,
+
+    /// Answers that wait for each model; what comes beyond is refused with 429
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(0..=100_000))]
+    pub queue: u64,
+
+    /// Tokens of an answer; also where a conversation does not say how many
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub max_tokens: u64,
+
+    /// Tokens of a prompt and its answer together, where the model's context is longer
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(2..=1_000_000_000))]
+    pub max_context: u64,
+
+    /// Bytes of a request
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    pub max_body: u64,
+
+    /// Seconds from a request to the end of its answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+
+    /// Seconds that running requests have left after Ctrl-C or SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub grace: u64,
+}
+
+/// A checkpoint with the name that requests choose it by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedCheckpoint {
+    /// The name.
+    pub name: String,
+    /// The checkpoint's directory.
+    pub dir: PathBuf,
+}
+
+/// Parses `[NAME=]DIR`. The name goes into the log, so it is plain.
+fn named_checkpoint(text: &str) -> Result<NamedCheckpoint, String> {
+    let (name, dir) = match text.split_once('=') {
+        Some((name, dir)) if !name.contains('/') => (name.to_owned(), PathBuf::from(dir)),
+        _ => {
+            let dir = PathBuf::from(text);
+            // `.` has no name, but its directory has.
+            let whole = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+            (whole.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(), dir)
+        }
+    };
+    let is_plain = |c: char| c.is_alphanumeric() || "-_.:@+".contains(c);
+    if name.is_empty() || !name.chars().all(is_plain) {
+        return Err("expected NAME=DIR with a name of letters, digits and any of `-_.:@+`".to_owned());
+    }
+    Ok(NamedCheckpoint { name, dir })
 }
 
 /// Flags of `chat merge`.
@@ -232,6 +339,7 @@ impl SamplingArgs {
                 repetition_penalty,
                 max_tokens,
                 stop,
+                ..SamplingConfig::default()
             };
             sampling.validate().map_err(|error| usage_error(&error))?;
             if self.length_penalty.is_some() {
@@ -296,6 +404,17 @@ mod tests {
         let cli = Cli::try_parse_from(["chat", "generate", "--checkpoint", "c", "--prompt", "-x"]).unwrap();
         assert!(cli.conversation.checkpoint.is_none());
         assert!(matches!(cli.command, Some(Command::Generate(args)) if args.prompt == "-x"));
+    }
+
+    #[test]
+    fn a_checkpoint_has_the_name_of_its_directory_unless_another_is_given() {
+        let parse = |text: &str| named_checkpoint(text).map(|NamedCheckpoint { name, dir }| (name, dir));
+        assert_eq!(parse("runs/tiny/ppo"), Ok(("ppo".to_owned(), PathBuf::from("runs/tiny/ppo"))));
+        assert_eq!(parse("new=runs/a=b"), Ok(("new".to_owned(), PathBuf::from("runs/a=b"))));
+        assert_eq!(parse("runs/a=b/sft"), Ok(("sft".to_owned(), PathBuf::from("runs/a=b/sft"))));
+        for wrong in ["=runs/sft", "two words=runs/sft", "a\nb=runs/sft", ""] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

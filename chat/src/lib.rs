@@ -1,7 +1,7 @@
 //! Talking to any checkpoint of a language model.
 //!
-//! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers one prompt, once or several times. What is written for the
-//! user goes through the chat template of the checkpoint's tokenizer; `chat generate --raw` continues plain text.
+//! `chat` holds a conversation in the terminal (or with a pipe), `chat generate` answers one prompt, once or several times,
+//! and `chat serve` answers requests over HTTP. What is written for the user goes through the chat template of the checkpoint's tokenizer; `chat generate --raw` continues plain text.
 
 #![forbid(unsafe_code)]
 
@@ -12,10 +12,13 @@ mod history;
 mod merge;
 mod model;
 mod repl;
+mod serve;
 mod stop_text;
 mod terminal;
 
-pub use cli::{Cli, Command, ConversationArgs, GenerateArgs, MergeArgs, SamplingArgs};
+pub use cli::{
+    Cli, Command, ConversationArgs, GenerateArgs, MergeArgs, NamedCheckpoint, SamplingArgs, ServeArgs, ServeLimits,
+};
 pub use history::History;
 pub use model::{ChatModel, Completion, FinishReason, OnText};
 pub use stop_text::StopText;
@@ -28,6 +31,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Some(Command::Generate(args)) => generate::run(args),
         Some(Command::Merge(args)) => merge::run(args),
+        Some(Command::Serve(args)) => serve::run(args),
         None => repl::run(&cli.conversation),
     }
 }

@@ -4,12 +4,13 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 use anyhow::Context;
-use common::checkpoint::{Checkpoint, Stage};
+use common::checkpoint::{Checkpoint, Opening, Stage};
 use common::cli::RuntimeArgs;
 use common::exit::UsageError;
 use common::generate::{Finish, GenerateOptions, Generated, beam_search, generate};
 use common::model::{Gpt, param_paths};
 use common::rng::Streams;
+use common::runtime::Runtime;
 use common::tokenizer::{StreamDecoder, Tokenizer};
 use serde::Serialize;
 
@@ -18,6 +19,34 @@ use crate::stop_text::StopText;
 
 /// Called with each piece of a text as it becomes certain; `Break` ends the text.
 pub type OnText<'a> = &'a mut dyn FnMut(&str) -> ControlFlow<()>;
+
+/// A language model of a checkpoint with what turns its tokens into text.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// Directory, stage, step and size.
+    pub description: String,
+    /// The model.
+    pub gpt: Gpt,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The tokens that end an answer.
+    pub stop: Vec<u32>,
+}
+
+impl Loaded {
+    /// Loads the language model in `dir`.
+    ///
+    /// # Errors
+    /// If the directory holds no language model or no tokenizer.
+    pub(crate) fn open(dir: &Path, runtime: &Runtime, opening: Opening<'_>) -> anyhow::Result<Self> {
+        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS)?;
+        let tokenizer = checkpoint.require_tokenizer()?.clone();
+        let gpt = runtime.gpt(&checkpoint)?;
+        // A model that was never taught `<|end|>` ends a document by beginning the next.
+        let stop = tokenizer.end_ids().into_iter().chain(tokenizer.bos()).collect();
+        Ok(Self { description: describe(&checkpoint, &gpt), gpt, tokenizer, stop })
+    }
+}
 
 /// A loaded model and how its tokens are chosen.
 #[derive(Debug)]
@@ -64,15 +93,10 @@ impl ChatModel {
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
         let (backend, opening) = (&runtime.backend, runtime.opening());
-        let runtime = runtime.open()?;
-        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS)?;
-        let tokenizer = checkpoint.require_tokenizer()?.clone();
-        let gpt = runtime.gpt(&checkpoint)?;
-        // A model that was never taught `<|end|>` ends a document by beginning the next.
-        let stop = tokenizer.end_ids().into_iter().chain(tokenizer.bos()).collect();
+        let Loaded { description, gpt, tokenizer, stop } = Loaded::open(dir, &runtime.open()?, opening)?;
         tracing::debug!("loaded `{}` on {}", dir.display(), backend);
         Ok(Self {
-            description: describe(&checkpoint, &gpt),
+            description,
             gpt,
             tokenizer,
             strategy: sampling.strategy(stop)?,
@@ -126,7 +150,7 @@ impl ChatModel {
     /// # Errors
     /// As [`common::generate::generate()`].
     pub fn complete(&self, prompt: Vec<u32>, row: u64, on_text: OnText<'_>) -> anyhow::Result<Completion> {
-        let mut transcript = Transcript::new(self);
+        let mut transcript = Transcript::new(&self.tokenizer, self.stop_texts.clone());
         let mut hear = |id| on_text(&transcript.push(id)).is_break() || transcript.stopped;
         let generated = match &self.strategy {
             Strategy::Sample(config) => {
@@ -161,7 +185,8 @@ impl ChatModel {
     pub fn samples(&self, prompt: &[u32], rows: Range<u64>) -> anyhow::Result<Vec<Completion>> {
         let Strategy::Sample(config) = &self.strategy else { panic!("beam search has one answer") };
         let prompts: Vec<Vec<u32>> = rows.clone().map(|_| prompt.to_vec()).collect();
-        let mut transcripts: Vec<Transcript<'_>> = rows.clone().map(|_| Transcript::new(self)).collect();
+        let mut transcripts: Vec<Transcript<'_>> =
+            rows.clone().map(|_| Transcript::new(&self.tokenizer, self.stop_texts.clone())).collect();
         let mut on_token = |i: usize, id| {
             let transcript: &mut Transcript<'_> = &mut transcripts[i];
             transcript.push(id);
@@ -189,20 +214,21 @@ fn describe(checkpoint: &Checkpoint, gpt: &Gpt) -> String {
 }
 
 /// The text of tokens as they come, up to a stop text.
-struct Transcript<'t> {
+#[derive(Debug)]
+pub(crate) struct Transcript<'t> {
     decoder: StreamDecoder<'t>,
     stop_text: StopText,
     text: String,
     n_tokens: usize,
     /// Whether a stop text was found: what comes after it is not heard.
-    stopped: bool,
+    pub stopped: bool,
 }
 
 impl<'t> Transcript<'t> {
-    fn new(model: &'t ChatModel) -> Self {
+    pub(crate) fn new(tokenizer: &'t Tokenizer, stop_texts: Vec<String>) -> Self {
         Self {
-            decoder: StreamDecoder::new(&model.tokenizer),
-            stop_text: StopText::new(model.stop_texts.clone()),
+            decoder: StreamDecoder::new(tokenizer),
+            stop_text: StopText::new(stop_texts),
             text: String::new(),
             n_tokens: 0,
             stopped: false,
@@ -210,7 +236,7 @@ impl<'t> Transcript<'t> {
     }
 
     /// Takes a token and returns the text that is now certain, often none.
-    fn push(&mut self, id: u32) -> String {
+    pub(crate) fn push(&mut self, id: u32) -> String {
         self.n_tokens += 1;
         let (certain, stopped) = self.stop_text.push(&self.decoder.push(id));
         self.stopped = stopped;
@@ -219,7 +245,7 @@ impl<'t> Transcript<'t> {
     }
 
     /// The text that was held back to the end, and the whole of it with its tokens.
-    fn finish(self, generated: Generated) -> (String, Completion) {
+    pub(crate) fn finish(self, generated: Generated) -> (String, Completion) {
         let Self { decoder, mut stop_text, mut text, n_tokens, mut stopped } = self;
         let mut rest = String::new();
         if !stopped {

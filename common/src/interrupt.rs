@@ -1,8 +1,7 @@
 //! Ctrl-C and the other signals that ask a program to stop.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Signals that follow the first one so closely are the same request: `timeout` and job schedulers signal both the
@@ -15,6 +14,21 @@ const SIGINT: i32 = 2;
 /// The number of the signal that asked to stop; 0 until one does.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static NEVER: AtomicI32 = AtomicI32::new(0);
+
+/// How the program stops, as the user is told.
+static STOPPING: OnceLock<Stopping> = OnceLock::new();
+
+/// What the user is told at a request to stop.
+#[derive(Debug, Clone, Copy)]
+pub struct Stopping {
+    /// At the first: what is done before the end.
+    pub first: &'static str,
+    /// At a second one, which ends the program at once.
+    pub second: &'static str,
+}
+
+/// A training run, which saves.
+const TRAINING: Stopping = Stopping { first: "finishing the step, then saving", second: "stopped without saving" };
 
 /// Whether the user asked to stop.
 ///
@@ -31,9 +45,18 @@ impl Interrupt {
     /// # Errors
     /// If the system refuses the handler.
     pub fn install() -> Result<Self, InterruptError> {
+        Self::install_with(TRAINING)
+    }
+
+    /// [`install`](Self::install) in a program that stops in another way than a training run; the first call decides.
+    ///
+    /// # Errors
+    /// If the system refuses the handler.
+    pub fn install_with(stopping: Stopping) -> Result<Self, InterruptError> {
         static INSTALLED: Mutex<bool> = Mutex::new(false);
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         if !*installed {
+            STOPPING.get_or_init(|| stopping);
             watch().map_err(InterruptError)?;
             *installed = true;
         }
@@ -106,11 +129,12 @@ impl Requests {
             Action::FinishTheStep => {
                 SIGNAL.store(signal, Ordering::SeqCst);
                 let again = if signal == SIGINT { "press Ctrl-C again" } else { "signal once more" };
-                tracing::warn!("finishing the step, then saving; {again} to stop at once");
+                let Stopping { first, .. } = STOPPING.get_or_init(|| TRAINING);
+                tracing::warn!("{first}; {again} to stop at once");
             }
             Action::Nothing => {}
             Action::StopAtOnce => {
-                tracing::warn!("stopped without saving");
+                tracing::warn!("{}", STOPPING.get_or_init(|| TRAINING).second);
                 std::process::exit(i32::from(Stopped { signal }.exit_code()));
             }
         }

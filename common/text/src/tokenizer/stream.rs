@@ -30,7 +30,7 @@ impl<'a> StreamDecoder<'a> {
             return String::new();
         };
         self.window.push(id);
-        if is_byte(&token) {
+        if byte(&token).is_some() {
             return String::new();
         }
         let text = self.tokenizer.decode(&self.window);
@@ -59,13 +59,46 @@ impl<'a> StreamDecoder<'a> {
     }
 }
 
-/// Whether a token is a single byte, spelled `<0x0A>`, to which `SentencePiece` falls back.
-fn is_byte(token: &str) -> bool {
-    token.len() == 6
-        && token
-            .strip_prefix("<0x")
-            .and_then(|rest| rest.strip_suffix('>'))
-            .is_some_and(|hex| u8::from_str_radix(hex, 16).is_ok())
+impl Tokenizer {
+    /// The bytes that a token adds to a text, which need not be whole characters; a special token's are those of its
+    /// spelling. Empty for an id outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.token_text(id) else { return Vec::new() };
+        if self.is_special(id) {
+            return token.into_bytes();
+        }
+        if let Some(byte) = byte(&token) {
+            return vec![byte];
+        }
+        let text = self.decode(&[id]);
+        if text.contains(char::REPLACEMENT_CHARACTER)
+            && let Some(bytes) = token.chars().map(byte_of_level).collect()
+        {
+            return bytes;
+        }
+        // The decoder takes the space from the beginning of a text.
+        let lost_space = token.starts_with('▁') && !text.starts_with(' ');
+        if lost_space { format!(" {text}").into_bytes() } else { text.into_bytes() }
+    }
+}
+
+/// The byte of a token that is a single byte, spelled `<0x0A>`, to which `SentencePiece` falls back.
+fn byte(token: &str) -> Option<u8> {
+    let hex = token.strip_prefix("<0x")?.strip_suffix('>').filter(|hex| hex.len() == 2)?;
+    u8::from_str_radix(hex, 16).ok()
+}
+
+/// The byte that a character stands for in a byte-level vocabulary.
+///
+/// # Source
+/// GPT-2's `bytes_to_unicode`: printable characters of Latin-1 stand for themselves, those from U+0100 on for the other
+/// bytes in their order.
+fn byte_of_level(c: char) -> Option<u8> {
+    let is_itself = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    match u8::try_from(c) {
+        Ok(byte) => Some(byte).filter(is_itself),
+        Err(_) => (0..=u8::MAX).filter(|byte| !is_itself(byte)).nth(c as usize - 256),
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +107,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::tokenizer::{TokenizerConfig, TokenizerKind};
 
     /// Words, spaces, line breaks and all bytes, decoded by `decoder`.
     fn tokenizer(decoder: &Value) -> Tokenizer {
@@ -116,6 +150,24 @@ mod tests {
         let tokenizer = tokenizer(&decoders()[0]);
         let ids: Vec<u32> = "好你\n".bytes().map(|byte| 15 + u32::from(byte)).chain([3]).collect();
         assert_eq!(streamed(&tokenizer, &ids), "好你\na");
+    }
+
+    #[test]
+    fn a_token_has_its_bytes_whole_character_or_not() {
+        let tokenizer = tokenizer(&decoders()[1]);
+        // `▁a` begins with a space that decoding it alone does not give; 0x0A is spelled `<0x0A>`.
+        assert_eq!([4, 3, 25].map(|id| tokenizer.token_bytes(id)), [b" a".to_vec(), b"a".to_vec(), vec![10]]);
+        assert!(tokenizer.token_bytes(9_999).is_empty());
+        let bytes = TokenizerConfig { kind: TokenizerKind::Byte, ..TokenizerConfig::default() };
+        let tokenizer = Tokenizer::train(&bytes, std::iter::empty::<&str>(), true).unwrap();
+        let ids = tokenizer.encode("é\n\u{ad} ").unwrap();
+        assert_eq!(
+            ids.iter().map(|&id| tokenizer.token_bytes(id)).collect::<Vec<_>>().concat(),
+            "é\n\u{ad} ".as_bytes()
+        );
+        assert!(tokenizer.token_bytes(tokenizer.specials().end) == b"<|end|>");
+        let level: Vec<u8> = "ĠâĢĵĊ".chars().filter_map(byte_of_level).collect();
+        assert_eq!(level, " –\n".as_bytes());
     }
 
     #[test]

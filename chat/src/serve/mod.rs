@@ -1,0 +1,171 @@
+//! `chat serve`: OpenAI's HTTP interface to one or several checkpoints.
+//!
+//! Each model runs on a thread of its own (`engine.rs`), which decodes whatever requests there are together. Requests are
+//! read, encoded and answered on one thread of tokio (`http.rs`, `params.rs`, `answer.rs`, `shapes.rs`); what it hands to
+//! an engine is bounded (`Engine::admit`), and so is everything else that a client can send.
+
+mod answer;
+mod engine;
+mod error;
+mod http;
+mod params;
+mod record;
+mod score;
+mod shapes;
+mod state;
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, ensure};
+use axum::http::HeaderValue;
+use axum::serve::ListenerExt;
+use common::checkpoint::{Checkpoint, Stage};
+use common::exit::UsageError;
+use common::hash::sha256_of;
+use common::interrupt::{Interrupt, Stopping};
+use common::runtime::on_pool;
+
+use crate::cli::{NamedCheckpoint, ServeArgs, ServeLimits};
+use crate::model::Loaded;
+use engine::{Bounds, Engine};
+use record::Metrics;
+use score::Scorer;
+use state::{App, RequestLimits, Shared};
+
+/// How often a request to stop is looked for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Carries out `chat serve`, until a signal asks it to stop.
+pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    let origins = origins(&args.allow_origin)?;
+    check_names(&args.checkpoint)?;
+    args.runtime.start()?;
+    let first = "no more requests are taken, those that run are finished";
+    let interrupt = Interrupt::install_with(Stopping { first, second: "stopped" })?;
+    let key = args.api_key_file.as_deref().map(read_key).transpose()?;
+    // Before the models are loaded: a port that is taken is an error at once.
+    let (host, port) = (&*args.host, args.port);
+    let listener = TcpListener::bind((host, port)).with_context(|| format!("failed to listen on `{host}:{port}`"))?;
+    let address = listener.local_addr()?;
+    let is_loopback = address.ip().is_loopback();
+    if !is_loopback && key.is_none() {
+        tracing::warn!("whoever reaches {address} can use the server: `--api-key-file` asks for a key");
+    }
+    let app = Arc::new(Shared {
+        checks_host: is_loopback && key.is_none(),
+        key: key.map(|key| sha256_of(key.as_bytes())),
+        ..load(args)?
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        tracing::info!("listening on http://{address}");
+        serve(app, origins, listener, interrupt, Duration::from_secs(args.limits.grace)).await
+    })?;
+    // What was not finished in time is not waited for.
+    runtime.shutdown_background();
+    Err(interrupt.stopped().into())
+}
+
+/// Answers requests until the signal, then up to `grace` those that run.
+async fn serve(
+    app: App,
+    origins: Vec<HeaderValue>,
+    listener: tokio::net::TcpListener,
+    interrupt: Interrupt,
+    grace: Duration,
+) -> anyhow::Result<()> {
+    // A token is a packet: waiting for more to send would only delay it.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
+    let server = axum::serve(listener, http::router(app, origins)).with_graceful_shutdown(asked_to_stop(interrupt));
+    tokio::select! {
+        served = server.into_future() => served.context("failed to serve"),
+        () = async { asked_to_stop(interrupt).await; tokio::time::sleep(grace).await } => {
+            tracing::warn!("requests that ran longer than {} seconds were broken off", grace.as_secs());
+            Ok(())
+        }
+    }
+}
+
+/// Waits for the signal.
+async fn asked_to_stop(interrupt: Interrupt) {
+    while !interrupt.requested() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Loads the models and starts their threads.
+fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
+    let runtime = args.runtime.open()?;
+    let ServeLimits { slots, queue, max_tokens, max_context, max_body, timeout, .. } = args.limits;
+    let bounds = Bounds { slots: slots as usize, queue: queue as usize, context: max_context as usize };
+    let mut engines = Vec::new();
+    for NamedCheckpoint { name, dir } in &args.checkpoint {
+        let loaded = on_pool(|| Loaded::open(dir, &runtime, args.runtime.opening()))?;
+        tracing::info!("model `{name}`: {}", loaded.description);
+        engines.push((name.clone(), Engine::start(name, loaded, bounds)?));
+    }
+    let scorer = args.reward_model.as_deref().map(|dir| -> anyhow::Result<Scorer> {
+        let checkpoint = Checkpoint::open_with(dir, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
+        let tokenizer = checkpoint.require_tokenizer()?.clone();
+        Ok(Scorer::new(on_pool(|| runtime.scalar(&checkpoint))?, tokenizer, queue as usize))
+    });
+    Ok(Shared {
+        engines,
+        scorer: scorer.transpose().context("failed to load the reward model")?,
+        limits: RequestLimits {
+            max_tokens: max_tokens as usize,
+            max_body: max_body as usize,
+            timeout: Duration::from_secs(timeout),
+        },
+        key: None,
+        checks_host: true,
+        log_text: args.log_text,
+        metrics: Metrics::new()?,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    })
+}
+
+/// Refuses two models of one name.
+fn check_names(checkpoints: &[NamedCheckpoint]) -> Result<(), UsageError> {
+    for (i, NamedCheckpoint { name, .. }) in checkpoints.iter().enumerate() {
+        if checkpoints[..i].iter().any(|earlier| earlier.name == *name) {
+            return Err(UsageError(format!(
+                "two checkpoints are named `{name}`\nhint: name them with `--checkpoint NAME=DIR`"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The origins of pages that may use the server, as browsers name them.
+fn origins(origins: &[String]) -> Result<Vec<HeaderValue>, UsageError> {
+    let is_origin = |origin: &str| {
+        let host = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*', ' ', '@']))
+    };
+    let parse = |origin: &String| {
+        let parsed = HeaderValue::from_str(origin).ok().filter(|_| is_origin(origin));
+        parsed.ok_or_else(|| {
+            let expected = "expected an origin such as `https://chat.example`";
+            UsageError(format!("invalid `--allow-origin`: {expected}, found `{origin}`"))
+        })
+    };
+    origins.iter().map(parse).collect()
+}
+
+/// The key that clients have to send: the one line of a file.
+fn read_key(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read the API key from `{shown}`"))?;
+    let key = text.trim();
+    let is_key = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
+    ensure!(is_key, "`{shown}` holds no API key: expected one line without spaces");
+    Ok(key.to_owned())
+}

@@ -1,0 +1,71 @@
+//! What every request can see.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+
+use super::engine::Engine;
+use super::error::ApiError;
+use super::record::Metrics;
+use super::score::Scorer;
+
+/// The state of the server.
+pub(super) type App = Arc<Shared>;
+
+/// See [`App`].
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// The models by name, in the order of the command line.
+    pub engines: Vec<(String, Engine)>,
+    /// The reward model, where there is one.
+    pub scorer: Option<Scorer>,
+    /// What a request may ask for.
+    pub limits: RequestLimits,
+    /// SHA-256 of the key, where one is needed.
+    pub key: Option<String>,
+    /// Whether only requests to a loopback name are answered.
+    pub checks_host: bool,
+    /// Whether texts are logged.
+    pub log_text: bool,
+    /// Counts what happens.
+    pub metrics: Metrics,
+    /// When the server started, in seconds since 1970.
+    pub started: u64,
+}
+
+/// What a request may ask for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RequestLimits {
+    /// Most tokens of an answer.
+    pub max_tokens: usize,
+    /// Most bytes of a body.
+    pub max_body: usize,
+    /// Longest time to an answer's end.
+    pub timeout: Duration,
+}
+
+impl Shared {
+    /// The model of that name; without one the only model.
+    ///
+    /// # Errors
+    /// If there is no such model, or several and none is named.
+    pub(super) fn engine(&self, model: Option<String>) -> Result<(&str, &Engine), ApiError> {
+        match (model, &*self.engines) {
+            (None, [(name, engine)]) => Ok((name, engine)),
+            (None, _) => {
+                let names: Vec<String> = self.engines.iter().map(|(name, _)| format!("`{name}`")).collect();
+                Err(ApiError::invalid(format!("`model` is missing: there are {}", names.join(", "))).about("model"))
+            }
+            (Some(model), engines) => {
+                let known = engines.iter().find(|(name, _)| *name == model);
+                known.map(|(name, engine)| (name.as_str(), engine)).ok_or_else(|| {
+                    let model: String = model.chars().take(64).collect();
+                    let message = format!("there is no model `{model}`; `GET /v1/models` lists them");
+                    let error = ApiError::of_status(StatusCode::NOT_FOUND, message);
+                    error.about("model").coded("model_not_found")
+                })
+            }
+        }
+    }
+}

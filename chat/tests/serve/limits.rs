@@ -1,0 +1,158 @@
+//! Who waits for whom: slots, the queue, clients that leave, and the end.
+
+use std::io::Read;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::server::{Server, chat_body, read_until};
+
+const RUNNING: &str = "kindling_answers_running{model=\"lm\"}";
+
+/// An answer that takes far longer than any test.
+fn endless(stream: bool) -> Value {
+    chat_body("hi", &json!({ "stream": stream, "max_tokens": 60_000, "seed": 1 }))
+}
+
+/// A server whose model talks for long, with a slot.
+fn one_slot(more: &[&str]) -> Server {
+    let flags = ["--checkpoint", "lm=long-winded", "--slots", "1", "--max-tokens", "60000", "--max-context", "65536"];
+    Server::start(&[&flags, more].concat())
+}
+
+#[test]
+fn a_client_that_hangs_up_frees_its_slot() {
+    let server = one_slot(&[]);
+    for stream in [true, false, true] {
+        let mut client = server.open("/v1/chat/completions", &endless(stream));
+        if stream {
+            read_until(&mut client, "\"content\":\"");
+        }
+        server.wait_for(RUNNING, 1.0);
+        drop(client);
+        server.wait_for(RUNNING, 0.0);
+        // The slot is free: else this would wait for the end of the answer.
+        assert_eq!(server.chat("hi", &json!({ "max_tokens": 2 })).status, 200);
+    }
+    server.log_with("POST /v1/chat/completions 499 model=lm");
+    server.log_with("client_left");
+    // One that waits gives its place up, too.
+    let running = server.open("/v1/chat/completions", &endless(true));
+    server.wait_for(RUNNING, 1.0);
+    let waiting = "kindling_answers_waiting{model=\"lm\"}";
+    let waits = server.open("/v1/chat/completions", &endless(true));
+    server.wait_for(waiting, 1.0);
+    drop(waits);
+    server.wait_for(waiting, 0.0);
+    drop(running);
+}
+
+#[test]
+fn a_full_queue_is_429_with_the_time_to_wait() {
+    let server = one_slot(&["--queue", "1"]);
+    let running = server.open("/v1/chat/completions", &endless(true));
+    server.wait_for(RUNNING, 1.0);
+    let waiting = server.open("/v1/chat/completions", &endless(true));
+    server.wait_for("kindling_answers_waiting{model=\"lm\"}", 1.0);
+    let refused = server.chat("hi", &json!({}));
+    assert_eq!((refused.status, &refused.json()["error"]["type"]), (429, &json!("rate_limit_error")));
+    assert!(refused.header("retry-after").unwrap().parse::<u64>().unwrap() > 0);
+    assert_eq!(server.chat("hi", &json!({ "n": 3 })).status, 422, "never fits");
+    drop((running, waiting));
+    server.wait_for(RUNNING, 0.0);
+    assert_eq!(server.chat("hi", &json!({ "max_tokens": 1, "n": 2 })).status, 200);
+}
+
+#[test]
+fn others_get_their_tokens_beside_a_long_prompt_and_a_slow_reader() {
+    let server = Server::start(&[
+        "--checkpoint",
+        "lm=long-winded",
+        "--slots",
+        "3",
+        "--max-tokens",
+        "60000",
+        "--max-context",
+        "65536",
+    ]);
+    let slow = server.open("/v1/chat/completions", &endless(true)); // which never reads
+    let long = server.open("/v1/chat/completions", &chat_body(&"x".repeat(40_000), &json!({ "max_tokens": 1 })));
+    server.wait_for(RUNNING, 1.0);
+    let began = Instant::now();
+    for _ in 0..3 {
+        assert_eq!(server.chat("hi", &json!({ "max_tokens": 5 })).status, 200);
+    }
+    let finished = |stream: &TcpStream| {
+        stream.set_nonblocking(true).unwrap();
+        (&*stream).read(&mut [0; 1]).is_ok()
+    };
+    assert!(!finished(&long), "the long prompt was read within {:?}: too short for this test", began.elapsed());
+    drop((slow, long));
+}
+
+#[test]
+fn an_answer_that_takes_too_long_is_broken_off() {
+    let server = one_slot(&["--timeout", "1"]);
+    let late = server.post("/v1/chat/completions", &endless(false));
+    assert_eq!((late.status, &late.json()["error"]["code"]), (504, &json!("timeout")));
+    let late = server.post("/v1/chat/completions", &endless(true)).text;
+    assert!(late.contains("\"timeout\"") && !late.contains("[DONE]"));
+    server.wait_for(RUNNING, 0.0);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_lets_running_requests_finish() {
+    use rustix::process::Signal;
+
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
+        let server = one_slot(&[]);
+        let body = chat_body("hi", &json!({ "stream": true, "max_tokens": 3000 }));
+        let mut client = server.open("/v1/chat/completions", &body);
+        read_until(&mut client, "\"content\":\"");
+        server.signal(signal);
+        let rest = read_until(&mut client, "[DONE]");
+        assert!(rest.contains("\"finish_reason\":\"length\""), "{rest}");
+        let port = server.port;
+        let (found, log) = server.wait();
+        assert_eq!(found, Some(code), "{log}");
+        assert!(log.contains("no more requests are taken") && !log.contains("error"), "{log}");
+        assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn what_runs_beyond_the_grace_is_broken_off() {
+    let server = one_slot(&["--grace", "1"]);
+    let mut client = server.open("/v1/chat/completions", &endless(true));
+    read_until(&mut client, "\"content\":\"");
+    let began = Instant::now();
+    server.signal(rustix::process::Signal::TERM);
+    let (code, log) = server.wait();
+    assert_eq!(code, Some(143), "{log}");
+    assert!(began.elapsed() > Duration::from_secs(1) && log.contains("were broken off"), "{log}");
+}
+
+#[test]
+fn metrics_count_requests_and_tokens() {
+    let server = Server::start(&["--checkpoint", "lm"]);
+    for _ in 0..3 {
+        server.chat("hi", &json!({ "max_tokens": 4 }));
+    }
+    server.chat("hi", &json!({ "shout": true }));
+    let metrics = server.get("/metrics", &[]);
+    assert!(metrics.header("content-type").unwrap().starts_with("text/plain"));
+    for (name, expected) in [
+        ("kindling_requests_total{route=\"/v1/chat/completions\",status=\"200\"}", 3.0),
+        ("kindling_requests_total{route=\"/v1/chat/completions\",status=\"400\"}", 1.0),
+        ("kindling_prompt_tokens_total{model=\"lm\"}", 18.0),
+        ("kindling_completion_tokens_total{model=\"lm\"}", 12.0),
+        ("kindling_first_token_seconds_count{model=\"lm\"}", 3.0),
+        ("kindling_request_seconds_count{route=\"/v1/chat/completions\"}", 4.0),
+        (RUNNING, 0.0),
+    ] {
+        assert_eq!(server.metric(name), expected, "{name}: {}", metrics.text);
+    }
+}

@@ -1,0 +1,14 @@
+//! `chat serve` from outside: what is answered, what is refused, and who waits for whom.
+
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+#![allow(clippy::print_stderr)] // a test that is skipped says why
+
+mod answers;
+mod clients;
+mod limits;
+mod refusals;
+mod server;
+#[cfg(unix)]
+mod soak;
+#[path = "../support/mod.rs"]
+mod support;
