@@ -63,12 +63,17 @@ const AMOUNTS: [&str; 16] = [
 ];
 
 /// Each command that takes numbers, by the words that lead to it, with the least it needs otherwise.
-const COMMANDS: [(&str, &[&str], &str); 17] = [
+const COMMANDS: [(&str, &[&str], &str); 19] = [
     ("pretrain", &["tokenizer"], "--config configs/pretrain.toml --out out --overwrite"),
     ("pretrain", &["eval"], "--checkpoint base --data data/val.txt"),
     ("sft", &["eval"], "--checkpoint sft --data data/sft.val.jsonl"),
     ("reward-model", &["eval"], "--checkpoint reward --data data/pairs.val.jsonl"),
     ("reward-model", &["score"], "--checkpoint reward --data data/pairs.val.jsonl"),
+    (
+        "reward-model",
+        &["label"],
+        "--policy sft --prompts data/prompts.val.jsonl --by gold --max-tokens 8 --out labels.jsonl",
+    ),
     (
         "ppo",
         &["eval"],
@@ -77,6 +82,8 @@ const COMMANDS: [(&str, &[&str], &str); 17] = [
     ("dpo", &["eval"], "--checkpoint sft --reference sft --data data/pairs.val.jsonl"),
     ("chat", &[], "--checkpoint sft"),
     ("chat", &["generate"], "--checkpoint sft --prompt hi --json"),
+    // It would serve until it is stopped.
+    ("chat", &["serve"], "--checkpoint no-such-model"),
     ("recipe", &["run"], "no-such-recipe --out out"),
     ("recipe", &["compare"], "no-such-recipe --backends flex"),
     ("recipe", &["duel"], "sft sft --prompts data/prompts.val.jsonl --reward-model reward --max-tokens 8"),
