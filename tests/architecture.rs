@@ -63,6 +63,7 @@ const EDGES: [(&str, &[&str]); 14] = [
             "model",
             "optim",
             "out_dir",
+            "rng",
             "runtime",
             "tokenizer",
         ],

@@ -13,7 +13,7 @@ use common::model::Gpt;
 use common::optim::{AdamW, GradNorm, Grads};
 use common::rng::Streams;
 use common::score::{Pairs, by_length};
-use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
+use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training, gpt_and_optimizer};
 use common::stats::win;
 
 use crate::cli::TrainArgs;
@@ -62,18 +62,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     let pairs = [&training, &held_out];
     let reference =
         Reference::read_or_compute(&args.stage.out, &init, pairs, batch_size, interrupt, || Ok(plain.gpt(&init)?))?;
-    let (policy, optimizer) = match restored {
-        Some(mut restored) => {
-            let policy = match config.lora {
-                Some(_) => restored.adapted_gpt(runtime.trunk(&mut init)?, &runtime)?,
-                None => restored.gpt(&runtime)?,
-            };
-            (policy, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
-        }
-        None => {
-            (runtime.gpt_to_train(&mut init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer))
-        }
-    };
+    let (policy, optimizer) =
+        gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
     tracing::info!(
         "{} parameters, {} training pairs, {} held out",
@@ -107,11 +97,9 @@ struct Dpo<'a> {
 
 impl Training for Dpo<'_> {
     fn step(mut self, step: u64, _recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
-        let (batch_size, micro) = (self.config.train.batch_size as u64, self.config.train.amount().micro());
+        let micro = self.config.train.amount().micro();
         let device = self.policy.device();
-        let chosen: Vec<usize> = (step * batch_size..(step + 1) * batch_size)
-            .flat_map(|position| self.training.records[self.order.item(position)].clone())
-            .collect();
+        let chosen = self.training.of_step(&mut self.order, step, self.config.train.batch_size);
         let mut grads = Grads::default();
         let mut micro_batches = Vec::new();
         let mut n_tokens = 0;

@@ -144,9 +144,8 @@ impl Training for RewardTraining<'_> {
         let (batch_size, micro) = (self.config.train.batch_size, self.config.train.amount().micro());
         let device = self.model.device();
         let first = step * batch_size as u64;
-        let chosen: Vec<&EncodedPair> = (first..first + batch_size as u64)
-            .flat_map(|position| &self.training.encoded[self.training.records[self.order.item(position)].clone()])
-            .collect();
+        let chosen = self.training.of_step(&mut self.order, step, batch_size);
+        let chosen: Vec<&EncodedPair> = chosen.into_iter().map(|i| &self.training.encoded[i]).collect();
         let n_in_batch = chosen.len();
         let mut grads = Grads::default();
         let mut micro_batches = Vec::new();

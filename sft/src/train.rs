@@ -14,7 +14,7 @@ use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
 use common::rng::Streams;
-use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
+use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training, gpt_and_optimizer};
 use serde_json::json;
 
 use crate::cli::TrainArgs;
@@ -61,18 +61,8 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         total_steps,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
-    let (gpt, optimizer) = match restored {
-        Some(mut restored) => {
-            let gpt = match config.lora {
-                Some(_) => restored.adapted_gpt(runtime.trunk(&mut init)?, &runtime)?,
-                None => restored.gpt(&runtime)?,
-            };
-            (gpt, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
-        }
-        None => {
-            (runtime.gpt_to_train(&mut init, config.lora.as_ref(), &streams)?, runtime.optimizer(&config.optimizer))
-        }
-    };
+    let (gpt, optimizer) =
+        gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
     tracing::info!(
         "{} parameters, {} training conversations, {} held out",

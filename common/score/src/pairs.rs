@@ -9,6 +9,7 @@ use model::ScalarGpt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use text::conversation::{self, ConversationError};
+use text::data::order::Order;
 use text::data::records::{self, Pair, ReadOptions};
 use text::tokenizer::Tokenizer;
 
@@ -98,6 +99,14 @@ impl Pairs {
             }
         }
         if all.encoded.is_empty() { Err(ScoreError::NoPair) } else { Ok(all) }
+    }
+}
+
+impl Pairs {
+    /// Which of the pairs step `step` learns from: all pairs of the `batch_size` records that come next in `order`.
+    pub fn of_step(&self, order: &mut Order, step: u64, batch_size: usize) -> Vec<usize> {
+        let first = step * batch_size as u64;
+        (first..first + batch_size as u64).flat_map(|position| self.records[order.item(position)].clone()).collect()
     }
 }
 
@@ -228,6 +237,7 @@ pub fn negative_log_sigmoid(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base::rng::Streams;
 
     fn pair(chosen: &[u32], rejected: &[u32], n_prompt: usize, margin: Option<f32>) -> EncodedPair {
         EncodedPair { chosen: chosen.to_vec(), rejected: rejected.to_vec(), n_prompt, margin }
@@ -241,6 +251,24 @@ mod tests {
         assert_eq!(long.with_prompt_cut(7), Some(long.clone()));
         assert_eq!(long.with_prompt_cut(4).map(|cut| cut.n_prompt), Some(2));
         assert_eq!(long.with_prompt_cut(3), None);
+    }
+
+    #[test]
+    fn the_steps_of_an_epoch_take_every_pair_once_and_those_of_a_record_together() {
+        let records = vec![0..1, 1..4, 4..5, 5..6];
+        let pairs = Pairs { encoded: (0..6).map(|i| pair(&[0, i], &[0, 9], 1, None)).collect(), records };
+        let mut order = Order::new(4, Streams::new(3), "order");
+        for epoch in 0..2 {
+            let mut seen: Vec<usize> = Vec::new();
+            for step in 2 * epoch..2 * epoch + 2 {
+                let of_step = pairs.of_step(&mut order, step, 2);
+                let ranked = of_step.iter().filter(|i| (1..4).contains(*i)).count();
+                assert!(ranked == 0 || ranked == 3, "{of_step:?}");
+                seen.extend(of_step);
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
+        }
     }
 
     #[test]

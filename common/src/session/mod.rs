@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
 pub use contents::{Contents, Exported};
-pub use resume::Restored;
+pub use resume::{Restored, gpt_and_optimizer};
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, State};
 use crate::cli::{RuntimeArgs, StageArgs};

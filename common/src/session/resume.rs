@@ -15,8 +15,9 @@ use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH};
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration};
 use crate::files::read_if_there;
-use crate::model::{Adapters, Gpt, NamedTensors, ScalarGpt};
+use crate::model::{Adapters, Gpt, LoraConfig, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
+use crate::rng::Streams;
 use crate::runtime::Runtime;
 
 /// Characters of a hash that a message shows.
@@ -29,6 +30,29 @@ pub struct Restored {
     pub checkpoint: Checkpoint,
     pub(super) tensors: BTreeMap<String, NamedTensors>,
     pub(super) updates: BTreeMap<String, u64>,
+}
+
+/// The language model and the optimiser that training begins with, from `init`, or goes on with, where there is a run
+/// `restored`; with `lora` adapters beside the frozen weights of `init`.
+///
+/// # Errors
+/// As [`Runtime::gpt_to_train`], [`Restored::gpt`] and [`Restored::optimizer`].
+pub fn gpt_and_optimizer(
+    restored: Option<Restored>,
+    init: &mut Checkpoint,
+    lora: Option<&LoraConfig>,
+    optimizer: &OptimizerConfig,
+    runtime: &Runtime,
+    streams: &Streams,
+) -> anyhow::Result<(Gpt, AdamW)> {
+    let Some(mut restored) = restored else {
+        return Ok((runtime.gpt_to_train(init, lora, streams)?, runtime.optimizer(optimizer)));
+    };
+    let gpt = match lora {
+        Some(_) => restored.adapted_gpt(runtime.trunk(init)?, runtime)?,
+        None => restored.gpt(runtime)?,
+    };
+    Ok((gpt, restored.optimizer("optimizer", optimizer, runtime)?))
 }
 
 impl Restored {
