@@ -47,8 +47,8 @@ impl Comparing<'_> {
                 all.push(self.compared(&recorded.how, &case.name, name, tolerance, &ours, &theirs)?);
             }
         }
-        let (ours, theirs) = self.adam()?;
-        all.push(self.compared("run", "steps", "adam", TENSORS, &ours, &theirs)?);
+        let (ours, theirs, how) = self.adam()?;
+        all.push(self.compared(how, "steps", "adam", TENSORS, &ours, &theirs)?);
         match self.dialect {
             Dialect::Trl => all.extend(self.estimators()?),
             Dialect::Verl => all.extend(self.loss_means()?),
@@ -166,8 +166,9 @@ impl Comparing<'_> {
         (Weights::of_responses(loss_mean, lengths, size, self.device), numbers)
     }
 
-    /// The parameter after every step of Adam, ours and theirs.
-    fn adam(&self) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+    /// The parameter after every step of Adam, ours and theirs, and how theirs were made: `torch.optim.AdamW` was run,
+    /// `TensorFlow`'s formula computed.
+    fn adam(&self) -> anyhow::Result<(Vec<f64>, Vec<f64>, &'static str)> {
         let adam = &self.vectors.adam;
         let style = self.config().switches().adam_style;
         let device = self.device.clone().inner();
@@ -193,11 +194,11 @@ impl Comparing<'_> {
             ours.extend(host(&new)?);
             (param, moments) = (new, [m, v]);
         }
-        let theirs = match style {
-            AdamStyle::Torch => &adam.torch,
-            AdamStyle::Tf => &adam.tf,
+        let (theirs, how) = match style {
+            AdamStyle::Torch => (&adam.torch, "run"),
+            AdamStyle::Tf => (&adam.tf, "float64 formulas"),
         };
-        Ok((ours, theirs.concat()))
+        Ok((ours, theirs.concat(), how))
     }
 
     /// RLOO and GRPO, whose prompts have several responses.
@@ -206,7 +207,7 @@ impl Comparing<'_> {
         let recorded = &self.vectors.estimators;
         let of = |estimator, equation, theirs: &[f64]| {
             let config = PpoSection { estimator, samples_per_prompt: recorded.samples_per_prompt, ..self.config() };
-            // TRL's own estimators replace nothing, so that the score of a response that was cut off is given.
+            // TRL's estimators replace no score; the recorded ones were given `missing_eos_score` where an answer was cut off.
             let config = PpoSection { dialect: Dialect::Kindling, ..config };
             let rollouts = rollouts(case, ScorePosition::LastToken);
             let batch = Experience::of_batch(rollouts, None, config.kl_coef as f32, &config);
@@ -271,6 +272,7 @@ impl Comparing<'_> {
         let difference = |&(ours, theirs): &(f64, f64)| (ours - theirs).abs() / theirs.abs().max(median);
         let pairs = ours.iter().copied().zip(theirs.iter().copied());
         let worst = pairs.max_by(|a, b| difference(a).total_cmp(&difference(b)));
+        let numbers = ours.len();
         let (ours, theirs) = worst.context("there is a number")?;
         let largest_difference = difference(&(ours, theirs));
         Ok(Comparison {
@@ -281,7 +283,7 @@ impl Comparing<'_> {
             ours,
             theirs,
             largest_difference,
-            numbers: sizes.len().max(1),
+            numbers,
             tolerance,
             passed: largest_difference <= tolerance,
         })
