@@ -3,7 +3,7 @@
 //! The step asks its questions in a file, stops, and is carried out again by the same command until `<out>/labels/` has
 //! enough decisions about them. A label is never removed by the recipe: it is somebody's work.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use common::data::records::{Label, OnBadRecord, Verdict, read_labels};
 use common::files::{read_if_there, write_whole};
+use common::logging::counted;
 use reward_model::agreement::{self, Agreement};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -72,7 +73,8 @@ pub(crate) fn collect(collector: &Collector<'_>, goes_on: bool) -> Result<Progre
         say_how(out, &path, labels.len(), n_wanted)?;
         return Ok(Progress::Waiting);
     }
-    write_pairs(collector, &labels)?;
+    let n_prompts = asked.iter().map(prompt_key).collect::<HashSet<_>>().len();
+    write_pairs(collector, &labels, n_prompts)?;
     Ok(Progress::Finished)
 }
 
@@ -127,7 +129,8 @@ fn labels_about(asked: &[Label], dir: &Path) -> Result<Vec<Label>> {
         }
     }
     if n_foreign > 0 {
-        tracing::warn!("{n_foreign} labels in `{}` are about other answers, and are left out", dir.display());
+        let labels = counted(n_foreign, "label", "labels");
+        tracing::warn!("{labels} in `{}` left out: about answers that were not asked about", dir.display());
     }
     Ok(said.into_values().collect())
 }
@@ -160,8 +163,14 @@ fn say_how(out: &Path, questions: &Path, n: usize, n_wanted: usize) -> Result<()
     .context("failed to write the result")
 }
 
-/// Writes the pairs to train on and to validate by, and the summary.
-fn write_pairs(collector: &Collector<'_>, labels: &[Label]) -> Result<()> {
+/// How many of `n_labelled` prompts are for validation, where `n_val` of `n_asked` are to be: as large a part, at least one, and
+/// at least one is left to train on.
+fn n_for_validation(n_labelled: usize, n_val: usize, n_asked: usize) -> usize {
+    (n_labelled * n_val).div_ceil(n_asked.max(1)).clamp(1, n_labelled.max(2) - 1)
+}
+
+/// Writes the pairs to train on and to validate by, and the summary; questions about `n_asked` prompts were asked.
+fn write_pairs(collector: &Collector<'_>, labels: &[Label], n_asked: usize) -> Result<()> {
     let (config, out) = (collector.config, &collector.setup.out);
     let preferences: Vec<&Label> = labels.iter().filter(|label| is_preference(label)).collect();
     let mut prompts: HashMap<String, usize> = HashMap::new();
@@ -171,11 +180,10 @@ fn write_pairs(collector: &Collector<'_>, labels: &[Label]) -> Result<()> {
     }
     // The part that the recipe keeps for validation, spread evenly: people start at the beginning.
     let n = prompts.len();
-    let n_all = if config.n_prompts > 0 { config.n_prompts } else { n.max(config.n_val_prompts + 1) };
-    let n_val = (n * config.n_val_prompts).div_ceil(n_all).min(n.saturating_sub(1));
-    let is_val = |number: usize| (number + 1) * n_val / n > number * n_val / n;
+    let n_val = n_for_validation(n, config.n_val_prompts, n_asked);
+    let is_val = |number: usize| (number + 1) * n_val / n > number * n_val / n; // of a label, so that `n` is not 0
     let files = PairFiles::in_out(out);
-    let (mut train, mut val, mut right, mut n_known) = (String::new(), String::new(), 0, 0);
+    let (mut train, mut val, mut right, mut n_known) = (String::new(), String::new(), 0_usize, 0_usize);
     for label in &preferences {
         let (record, is_right) = record(label, collector.gold);
         n_known += usize::from(is_right.is_some());
@@ -199,7 +207,7 @@ fn write_pairs(collector: &Collector<'_>, labels: &[Label]) -> Result<()> {
         decisions: labels.len(),
         preferences: preferences.len(),
         people,
-        gold_accuracy: (n_known > 0).then(|| f64::from(right as u32) / n_known as f64),
+        gold_accuracy: (n_known > 0).then(|| right as f64 / n_known as f64),
         agreement: json!({ "pairs": pairs, "alpha": alpha, "shared": shared }),
     };
     tracing::info!(
@@ -221,15 +229,34 @@ fn prompt_key(label: &Label) -> String {
 
 /// The record of a preference, with the gold scores where there are any, and whether it is in their order.
 fn record(label: &Label, gold: Option<&GoldScorer>) -> (Value, Option<bool>) {
-    let mut record = label.to_record();
-    let text = |record: &serde_json::Map<String, Value>, key: &str| record[key].as_str().unwrap_or_default().to_owned();
-    let (chosen, rejected) = (text(&record, "chosen"), text(&record, "rejected"));
+    let [first, second] = &label.answers;
+    let (chosen, rejected) = if label.verdict == Verdict::First { (first, second) } else { (second, first) };
+    let mut record = json!({ "prompt": label.prompt, "chosen": chosen, "rejected": rejected });
+    if let Some(annotator) = &label.annotator {
+        record["annotator"] = json!(annotator);
+    }
+    if let Some(seconds) = label.seconds {
+        record["seconds"] = json!(seconds);
+    }
     let prompt = label.prompt.last().map_or("", |message| message.content.as_str());
     let score = |answer: &str| gold.and_then(|gold| gold.score(prompt, answer));
-    let (Some(of_chosen), Some(of_rejected)) = (score(&chosen), score(&rejected)) else {
-        return (Value::Object(record), None);
-    };
-    record.insert("gold_chosen".to_owned(), json!(of_chosen));
-    record.insert("gold_rejected".to_owned(), json!(of_rejected));
-    (Value::Object(record), (of_chosen != of_rejected).then_some(of_chosen > of_rejected))
+    let (Some(of_chosen), Some(of_rejected)) = (score(chosen), score(rejected)) else { return (record, None) };
+    record["gold_chosen"] = json!(of_chosen);
+    record["gold_rejected"] = json!(of_rejected);
+    (record, (of_chosen != of_rejected).then_some(of_chosen > of_rejected))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn validation_takes_its_part_of_what_is_labelled() {
+        assert_eq!(n_for_validation(40, 200, 1000), 8);
+        assert_eq!(n_for_validation(41, 200, 1000), 9);
+        assert_eq!(n_for_validation(3, 1, 1000), 1);
+        assert_eq!(n_for_validation(40, 999, 1000), 39);
+        // Too few to divide: the caller says so.
+        assert_eq!((n_for_validation(1, 200, 1000), n_for_validation(0, 200, 1000)), (1, 1));
+    }
 }

@@ -49,7 +49,7 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
     fs::write(lab.out("labels/stray.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"b\"}\n").unwrap();
     let (stdout, stderr) = run(&lab, &[]);
     assert!(stdout.contains("report: "), "{stdout}");
-    assert!(stderr.contains("warning: 1 labels in `out/labels` are about other answers"), "{stderr}");
+    assert!(stderr.contains("warning: 1 label in `out/labels` left out"), "{stderr}");
     let labels = &lab.json("report.json")["labels"];
     assert_eq!(
         (&labels["decisions"], &labels["people"]["mia"], &labels["people"]["tom"]),

@@ -57,11 +57,11 @@ fn the_gold_score_labels_a_policys_answers_and_goes_on_where_it_stopped() {
     assert_eq!((code, stdout.as_str()), (0, ""), "{stderr}");
     assert!(stderr.contains("6 decisions"), "{stderr}");
     for limit in ["2", "5", "6"] {
-        let (code, _, stderr) = label("parts.jsonl", &["--limit", limit]);
+        let (code, _, stderr) = label("new/parts.jsonl", &["--limit", limit]);
         assert_eq!(code, 0, "{stderr}");
     }
     let whole = records(&dir.path().join("whole.jsonl"));
-    assert_eq!(whole, records(&dir.path().join("parts.jsonl")));
+    assert_eq!(whole, records(&dir.path().join("new/parts.jsonl")));
     assert!(whole.iter().all(|record| record["annotator"] == "gold" && record.get("seconds").is_none()), "{whole:#?}");
 }
 

@@ -47,6 +47,9 @@ pub(crate) fn run(args: &LabelArgs) -> anyhow::Result<()> {
         bail!("`{}` is both `--pairs` and `--out`\nhint: name another file to write to", pairs.display());
     }
     let annotator = annotator(args);
+    if let Some(folder) = args.out.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("failed to make `{}`", folder.display()))?;
+    }
     let (file, said) = LabelFile::open(&args.out)?;
     let said: Vec<Label> =
         said.into_iter().filter(|label| label.annotator.as_deref() == Some(annotator.as_str())).collect();

@@ -103,7 +103,8 @@ impl Label {
     }
 }
 
-/// Reads decisions: preference pairs in every form of [`read_pairs`](super::read_pairs), and `{"prompt", "tied"}`.
+/// Reads decisions: pairs in every form of [`read_pairs`](super::read_pairs), whose better answer comes first, and
+/// `{"prompt", "tied"}`.
 ///
 /// # Errors
 /// As [`read_texts`](super::read_texts).
