@@ -15,7 +15,7 @@ use common::generate::SamplingConfig;
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
 use futures_util::stream;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -75,6 +75,15 @@ impl Prompts {
     /// The parameter that has them.
     fn param(&self) -> &'static str {
         if matches!(self, Self::Conversation(_)) { "messages" } else { "prompt" }
+    }
+
+    /// As a request has them, for the log.
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Conversation(messages) => json!(messages),
+            Self::Texts(texts) => json!(texts),
+            Self::Ids(rows) => json!(rows),
+        }
     }
 
     /// Their token ids. Text never yields one that structures a conversation.
@@ -152,8 +161,8 @@ fn prompts(params: &mut Params) -> Result<Prompts, ApiError> {
     Ok(prompts)
 }
 
-/// Refuses a prompt that the model cannot take.
-fn check(engine: &Engine, param: &str, ids: &[u32]) -> Result<(), ApiError> {
+/// Refuses a prompt that the model cannot take, or not with an answer of the length that is asked for.
+fn check(engine: &Engine, param: &str, ids: &[u32], generation: &Generation) -> Result<(), ApiError> {
     if ids.is_empty() {
         return Err(ApiError::unprocessable(param, "the prompt has no token"));
     }
@@ -165,6 +174,15 @@ fn check(engine: &Engine, param: &str, ids: &[u32]) -> Result<(), ApiError> {
         let (found, context) = (ids.len(), engine.context);
         let message =
             format!("the prompt has {found} tokens, but {context} is the most for prompt and answer together");
+        return Err(ApiError::invalid(message).about(param).coded("context_length_exceeded"));
+    }
+    let (found, asked, context) = (ids.len(), generation.sampling.max_tokens, engine.context);
+    if let Some(param) = generation.length_param
+        && found + asked > context
+    {
+        let message = format!(
+            "the prompt has {found} tokens and the answer may have {asked}, but {context} is the most for both together"
+        );
         return Err(ApiError::invalid(message).about(param).coded("context_length_exceeded"));
     }
     Ok(())
@@ -185,12 +203,12 @@ async fn answer(
     let permit = engine.admit(n_choices)?;
     let tokenizer = Arc::clone(&engine.tokenizer);
     if app.log_text {
-        record.note_prompt(format!("{prompts:?}"));
+        record.note_prompt(prompts.to_json().to_string());
     }
     let encoded = tokio::task::spawn_blocking(move || prompts.encode(&tokenizer)).await;
     let failed = |_| ApiError::server(StatusCode::INTERNAL_SERVER_ERROR, "the prompt could not be encoded");
     let rows = encoded.map_err(failed)??;
-    rows.iter().try_for_each(|ids| check(engine, param, ids))?;
+    rows.iter().try_for_each(|ids| check(engine, param, ids, &generation))?;
     let n_prompt = rows.iter().map(Vec::len).sum();
     record.begin(name, n_prompt);
 
@@ -226,6 +244,7 @@ async fn answer(
         log_probs: generation.log_probs,
         receiver,
         offsets: vec![0; n_choices],
+        told: vec![0; n_choices],
         n_open: n_choices,
         usage: Usage { prompt: n_prompt, completion: 0 },
         record,
@@ -248,6 +267,8 @@ struct Replies {
     receiver: UnboundedReceiver<(usize, Event)>,
     /// Where each choice's next token begins in its text, in characters.
     offsets: Vec<usize>,
+    /// Tokens of each choice so far.
+    told: Vec<usize>,
     /// Choices that have not ended.
     n_open: usize,
     usage: Usage,
@@ -275,6 +296,7 @@ impl Replies {
         match event {
             Event::Token(token) => {
                 self.record.token();
+                self.told[choice] += 1;
                 if let Some(log_probs) = &mut log_probs {
                     log_probs.push(&self.tokenizer, &token);
                     *offset = log_probs.end();
@@ -285,7 +307,8 @@ impl Replies {
             Event::End { text, finish, n_tokens } => {
                 self.n_open -= 1;
                 self.usage.completion += n_tokens;
-                self.record.count(n_tokens);
+                // The token that ends an answer is not told.
+                self.record.count(n_tokens - self.told[choice]);
                 self.record.note_answer(&text);
                 Ok(Some((choice, Written { text, log_probs: None, finish: Some(finish) })))
             }

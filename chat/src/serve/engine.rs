@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -57,6 +57,8 @@ pub(super) struct Engine {
     room: Arc<Semaphore>,
     n_places: usize,
     running: Arc<AtomicUsize>,
+    /// Set where what runs is to be broken off.
+    stops: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
@@ -129,15 +131,16 @@ impl Engine {
         let vocab_size = gpt.config().vocab_size;
         let tokenizer = Arc::new(tokenizer);
         let running = Arc::new(AtomicUsize::new(0));
+        let stops = Arc::new(AtomicBool::new(false));
         let (jobs, to_do) = mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("engine {name}")).spawn({
-            let (tokenizer, running) = (Arc::clone(&tokenizer), Arc::clone(&running));
-            move || work(&gpt, &tokenizer, limits, to_do, &running)
+            let (tokenizer, running, stops) = (Arc::clone(&tokenizer), Arc::clone(&running), Arc::clone(&stops));
+            move || work(&gpt, &tokenizer, limits, to_do, &running, &stops)
         });
         let thread = thread.context("failed to start the thread of a model")?;
         let n_places = bounds.slots + bounds.queue;
         let room = Arc::new(Semaphore::new(n_places));
-        Ok(Self { tokenizer, stop, context, vocab_size, jobs, room, n_places, running, thread })
+        Ok(Self { tokenizer, stop, context, vocab_size, jobs, room, n_places, running, stops, thread })
     }
 
     /// Room for `n` answers, until the permit is dropped.
@@ -155,6 +158,11 @@ impl Engine {
     /// Hands a job to the thread. Where that has ended, the job's events end at once.
     pub(super) fn submit(&self, job: Job) {
         let _ = self.jobs.send(job);
+    }
+
+    /// Breaks off what runs and waits, each with an error.
+    pub(super) fn break_off(&self) {
+        self.stops.store(true, Ordering::Relaxed);
     }
 
     /// Whether the thread still works.
@@ -192,12 +200,20 @@ struct Work<'m> {
     scheduler: Scheduler<'m>,
     answers: HashMap<usize, Answer<'m>>,
     n_taken: usize,
+    stops: &'m AtomicBool,
 }
 
 /// Answers what comes, until nobody can send any more.
-fn work(gpt: &Gpt, tokenizer: &Tokenizer, limits: Limits, jobs: mpsc::Receiver<Job>, running: &AtomicUsize) {
+fn work(
+    gpt: &Gpt,
+    tokenizer: &Tokenizer,
+    limits: Limits,
+    jobs: mpsc::Receiver<Job>,
+    running: &AtomicUsize,
+    stops: &AtomicBool,
+) {
     let scheduler = Scheduler::new(gpt, limits).expect("limits within the model's context");
-    let mut work = Work { jobs, tokenizer, scheduler, answers: HashMap::new(), n_taken: 0 };
+    let mut work = Work { jobs, tokenizer, scheduler, answers: HashMap::new(), n_taken: 0, stops };
     while let Ok(job) = work.jobs.recv() {
         work.take(job);
         while !work.answers.is_empty() {
@@ -254,9 +270,10 @@ impl Work<'_> {
         }
     }
 
-    /// Ends the answers that nobody waits for any more and those that took too long.
+    /// Ends the answers that nobody waits for any more, those that took too long and, where the server stops, all.
     fn give_up(&mut self) {
         let now = Instant::now();
+        let stops = self.stops.load(Ordering::Relaxed);
         let scheduler = &mut self.scheduler;
         self.answers.retain(|&id, answer| {
             let is_late = now > answer.deadline;
@@ -264,7 +281,10 @@ impl Work<'_> {
                 let message = "the answer took longer than the server allows";
                 answer.tell(Event::Failed(ApiError::server(StatusCode::GATEWAY_TIMEOUT, message).coded("timeout")));
             }
-            let goes_on = !is_late && !answer.events.is_closed();
+            if stops && !is_late {
+                answer.tell(Event::Failed(ApiError::server(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping")));
+            }
+            let goes_on = !is_late && !stops && !answer.events.is_closed();
             if !goes_on {
                 scheduler.cancel(id);
             }

@@ -38,6 +38,9 @@ use state::{App, RequestLimits, Shared};
 /// How often a request to stop is looked for.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// How long clients may take to read that their answers were broken off.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Carries out `chat serve`, until a signal asks it to stop.
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let origins = origins(&args.allow_origin)?;
@@ -83,13 +86,18 @@ async fn serve(
     let listener = listener.tap_io(|stream| {
         let _ = stream.set_nodelay(true);
     });
-    let server = axum::serve(listener, http::router(app, origins)).with_graceful_shutdown(asked_to_stop(interrupt));
+    let router = http::router(App::clone(&app), origins);
+    let server = axum::serve(listener, router).with_graceful_shutdown(asked_to_stop(interrupt));
+    let break_off = async {
+        asked_to_stop(interrupt).await;
+        tokio::time::sleep(grace).await;
+        tracing::warn!("requests that ran longer than {} seconds are broken off", grace.as_secs());
+        app.engines.iter().for_each(|(_, engine)| engine.break_off());
+        tokio::time::sleep(LAST_WORDS).await;
+    };
     tokio::select! {
         served = server.into_future() => served.context("failed to serve"),
-        () = async { asked_to_stop(interrupt).await; tokio::time::sleep(grace).await } => {
-            tracing::warn!("requests that ran longer than {} seconds were broken off", grace.as_secs());
-            Ok(())
-        }
+        () = break_off => Ok(()),
     }
 }
 

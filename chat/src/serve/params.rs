@@ -113,8 +113,10 @@ impl Params {
         match self.fields.iter().find(|(name, value)| !is_honoured(name, value)) {
             None => Ok(()),
             Some((name, _)) => {
+                let only = defaults.iter().find(|(key, _)| key == name);
+                let only = only.map_or(String::new(), |(_, value)| format!(" but as `{value}`, which changes nothing"));
                 let name: String = name.chars().take(64).collect();
-                let message = format!("the parameter `{name}` is not supported with this value");
+                let message = format!("the parameter `{name}` is not supported{only}");
                 Err(ApiError::invalid(message).about(&name).coded("unsupported_parameter"))
             }
         }
@@ -137,6 +139,8 @@ pub(super) struct Generation {
     pub shape: Shape,
     /// How tokens are chosen; without stop tokens.
     pub sampling: SamplingConfig,
+    /// The parameter by which the request says how many tokens an answer may have, which the context then has to hold.
+    pub length_param: Option<&'static str>,
     /// Answers to each prompt.
     pub n: usize,
     /// Texts at which an answer ends.
@@ -157,13 +161,14 @@ impl Generation {
     /// # Errors
     /// If a parameter is of the wrong type or outside its range.
     pub(super) fn take(params: &mut Params, shape: Shape, most_tokens: usize) -> Result<Self, ApiError> {
-        let max_tokens = params.count("max_tokens", 1, most_tokens)?;
-        let (max_tokens, log_probs) = match shape {
+        let mut length = |name| Ok::<_, ApiError>(params.count(name, 1, most_tokens)?.map(|length| (name, length)));
+        let max_tokens = length("max_tokens")?;
+        let (asked, default, log_probs) = match shape {
             Shape::Chat => {
-                let max_completion_tokens = params.count("max_completion_tokens", 1, most_tokens)?;
-                (max_completion_tokens.or(max_tokens).unwrap_or(most_tokens), chat_log_probs(params)?)
+                let asked = length("max_completion_tokens")?.or(max_tokens);
+                (asked, most_tokens, chat_log_probs(params)?)
             }
-            Shape::Text => (max_tokens.unwrap_or(DEFAULT_MAX_TOKENS.min(most_tokens)), params.count("logprobs", 0, 5)?),
+            Shape::Text => (max_tokens, DEFAULT_MAX_TOKENS.min(most_tokens), params.count("logprobs", 0, 5)?),
         };
         let sampling = SamplingConfig {
             temperature: params.number("temperature", 0.0, 2.0)?.unwrap_or(1.0),
@@ -171,13 +176,14 @@ impl Generation {
             top_p: params.number("top_p", 0.0, 1.0)?.unwrap_or(1.0).max(f64::MIN_POSITIVE),
             frequency_penalty: params.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(0.0),
             presence_penalty: params.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
-            max_tokens,
+            max_tokens: asked.map_or(default, |(_, length)| length),
             ..SamplingConfig::default()
         };
         let stream = params.take("stream", "`true` or `false`")?.unwrap_or(false);
         Ok(Self {
             shape,
             sampling,
+            length_param: asked.map(|(name, _)| name),
             n: params.count("n", 1, MAX_N)?.unwrap_or(1),
             stop_texts: stops(params)?,
             seed: seed(params)?,

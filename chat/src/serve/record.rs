@@ -135,10 +135,12 @@ impl Record {
     /// There is a token.
     pub(super) fn token(&self) {
         let elapsed = self.began.elapsed();
-        self.known().first_token.get_or_insert(elapsed);
+        let mut known = self.known();
+        known.first_token.get_or_insert(elapsed);
+        known.n_completion += 1;
     }
 
-    /// An answer of so many tokens has ended.
+    /// There are so many tokens more, which are not told.
     pub(super) fn count(&self, n_tokens: usize) {
         self.known().n_completion += n_tokens;
     }
@@ -193,7 +195,7 @@ impl Drop for Record {
             line += " client_left";
         }
         if self.app.log_text && known.model.is_some() {
-            line += &format!(" prompt={:?} answer={:?}", known.prompt, known.answer);
+            line += &format!(" prompt={} answer={:?}", known.prompt, known.answer);
         }
         tracing::info!("{line}");
     }

@@ -1,5 +1,7 @@
 //! Answers: the tokens of `chat generate`, in OpenAI's shapes.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Device;
 use common::checkpoint::Checkpoint;
 use common::conversation::{Message, Role, encode_prompt, encode_response};
@@ -8,7 +10,7 @@ use common::testing::byte_tokenizer;
 use serde_json::{Value, json};
 
 use crate::server::{Server, generate};
-use crate::support::checkpoints;
+use crate::support::{SCORE_BIAS, checkpoints};
 
 /// `chat generate` decodes one row, the server several: their sums differ in the last bits.
 const REORDERED: f64 = 1e-4;
@@ -164,6 +166,43 @@ fn penalties_and_top_p_change_what_is_sampled() {
     assert_eq!(ask(json!({ "top_p": 0, "max_tokens": 40 })), free);
 }
 
+/// At temperature 0 each token is the best of `logprob − count·frequency − (count > 0)·presence`: the log-probabilities
+/// that are told are the model's own.
+#[test]
+fn each_penalty_is_subtracted_for_the_tokens_of_the_answer() {
+    let server = &server();
+    for (frequency, presence) in [(0.6, 0.0), (-0.6, 0.0), (0.0, 1.2), (0.0, -1.2), (0.5, 0.4)] {
+        let reply = server.chat(
+            "hi",
+            &json!({
+                "temperature": 0, "max_tokens": 40, "logprobs": true, "top_logprobs": 20,
+                "frequency_penalty": frequency, "presence_penalty": presence,
+            }),
+        );
+        let reply = reply.json();
+        let mut counts = BTreeMap::<String, f64>::new();
+        let mut n_moved = 0;
+        for token in reply["choices"][0]["logprobs"]["content"].as_array().unwrap() {
+            let penalty = |count: f64| if count > 0.0 { count * frequency + presence } else { 0.0 };
+            let value = |told: &Value| {
+                let count = counts.get(&told["bytes"].to_string()).copied().unwrap_or(0.0);
+                told["logprob"].as_f64().unwrap() - penalty(count)
+            };
+            let top = token["top_logprobs"].as_array().unwrap();
+            let best = top.iter().map(value).fold(f64::MIN, f64::max);
+            // A token that is not told is less likely than all that are, and gains at most what the most frequent one does.
+            let gain = counts.values().map(|&count| -penalty(count)).fold(0.0, f64::max);
+            let not_told = top[19]["logprob"].as_f64().unwrap() + gain;
+            if best > not_told {
+                assert!(value(token) > best - REORDERED, "{frequency} {presence} {counts:?}: {token}, best {best}");
+                n_moved += usize::from(token["bytes"] != top[0]["bytes"]);
+            }
+            *counts.entry(token["bytes"].to_string()).or_default() += 1.0;
+        }
+        assert!(n_moved > 2, "{frequency} {presence}: the penalty changed {n_moved} tokens");
+    }
+}
+
 #[test]
 fn models_are_chosen_by_their_names() {
     let server = &server();
@@ -217,7 +256,9 @@ fn a_score_is_that_of_the_reward_model() {
     let mut row = encode_prompt(&tokenizer, &[Message::new(Role::User, "hi")]).unwrap();
     row.extend(encode_response(&tokenizer, "hello").unwrap());
     let expected = f64::from(score_rows(&model, &[&row], 1).unwrap()[0]);
-    assert!((reply["score"].as_f64().unwrap() - expected).abs() < REORDERED, "{reply}, expected {expected}");
+    for (name, expected) in [("score", expected), ("raw_score", expected - SCORE_BIAS)] {
+        assert!((reply[name].as_f64().unwrap() - expected).abs() < REORDERED, "{reply}, expected {expected} as {name}");
+    }
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Who waits for whom: slots, the queue, clients that leave, and the end.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::server::{Server, chat_body, read_until};
+use crate::server::{PATIENCE, Server, chat_body, read_until};
 
 const RUNNING: &str = "kindling_answers_running{model=\"lm\"}";
 
@@ -15,23 +15,37 @@ fn endless(stream: bool) -> Value {
     chat_body("hi", &json!({ "stream": stream, "max_tokens": 60_000, "seed": 1 }))
 }
 
-/// A server whose model talks for long, with a slot.
+/// A server whose model talks for long.
+fn long_winded(n_slots: &str, more: &[&str]) -> Server {
+    let flags = ["--checkpoint", "lm=long-winded", "--max-tokens", "60000", "--max-context", "65536"];
+    Server::start(&[&flags[..], &["--slots", n_slots], more].concat())
+}
+
+/// The same with a slot.
 fn one_slot(more: &[&str]) -> Server {
-    let flags = ["--checkpoint", "lm=long-winded", "--slots", "1", "--max-tokens", "60000", "--max-context", "65536"];
-    Server::start(&[&flags, more].concat())
+    long_winded("1", more)
+}
+
+/// Whether something came, or the end.
+fn has_reply(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).unwrap();
+    (&*stream).read(&mut [0; 1]).is_ok()
 }
 
 #[test]
 fn a_client_that_hangs_up_frees_its_slot() {
-    let server = one_slot(&[]);
+    let server = long_winded("2", &[]);
+    // As long as any that follows, and before all of them: they do not come to their ends by themselves.
+    let first = server.open("/v1/chat/completions", &endless(false));
+    server.wait_for(RUNNING, 1.0);
     for stream in [true, false, true] {
         let mut client = server.open("/v1/chat/completions", &endless(stream));
         if stream {
             read_until(&mut client, "\"content\":\"");
         }
-        server.wait_for(RUNNING, 1.0);
+        server.wait_for(RUNNING, 2.0);
         drop(client);
-        server.wait_for(RUNNING, 0.0);
+        server.wait_for(RUNNING, 1.0);
         // The slot is free: else this would wait for the end of the answer.
         assert_eq!(server.chat("hi", &json!({ "max_tokens": 2 })).status, 200);
     }
@@ -39,13 +53,14 @@ fn a_client_that_hangs_up_frees_its_slot() {
     server.log_with("client_left");
     // One that waits gives its place up, too.
     let running = server.open("/v1/chat/completions", &endless(true));
-    server.wait_for(RUNNING, 1.0);
+    server.wait_for(RUNNING, 2.0);
     let waiting = "kindling_answers_waiting{model=\"lm\"}";
     let waits = server.open("/v1/chat/completions", &endless(true));
     server.wait_for(waiting, 1.0);
     drop(waits);
     server.wait_for(waiting, 0.0);
-    drop(running);
+    assert!(!has_reply(&first), "those who hung up were answered to the end");
+    drop((first, running));
 }
 
 #[test]
@@ -53,6 +68,7 @@ fn a_full_queue_is_429_with_the_time_to_wait() {
     let server = one_slot(&["--queue", "1"]);
     let running = server.open("/v1/chat/completions", &endless(true));
     server.wait_for(RUNNING, 1.0);
+    assert_eq!(server.chat("hi", &json!({ "n": 2 })).status, 429, "there is one place, for one answer");
     let waiting = server.open("/v1/chat/completions", &endless(true));
     server.wait_for("kindling_answers_waiting{model=\"lm\"}", 1.0);
     let refused = server.chat("hi", &json!({}));
@@ -66,16 +82,7 @@ fn a_full_queue_is_429_with_the_time_to_wait() {
 
 #[test]
 fn others_get_their_tokens_beside_a_long_prompt_and_a_slow_reader() {
-    let server = Server::start(&[
-        "--checkpoint",
-        "lm=long-winded",
-        "--slots",
-        "3",
-        "--max-tokens",
-        "60000",
-        "--max-context",
-        "65536",
-    ]);
+    let server = long_winded("3", &[]);
     let slow = server.open("/v1/chat/completions", &endless(true)); // which never reads
     let long = server.open("/v1/chat/completions", &chat_body(&"x".repeat(40_000), &json!({ "max_tokens": 1 })));
     server.wait_for(RUNNING, 1.0);
@@ -83,11 +90,7 @@ fn others_get_their_tokens_beside_a_long_prompt_and_a_slow_reader() {
     for _ in 0..3 {
         assert_eq!(server.chat("hi", &json!({ "max_tokens": 5 })).status, 200);
     }
-    let finished = |stream: &TcpStream| {
-        stream.set_nonblocking(true).unwrap();
-        (&*stream).read(&mut [0; 1]).is_ok()
-    };
-    assert!(!finished(&long), "the long prompt was read within {:?}: too short for this test", began.elapsed());
+    assert!(!has_reply(&long), "the long prompt was read within {:?}: too short for this test", began.elapsed());
     drop((slow, long));
 }
 
@@ -99,6 +102,32 @@ fn an_answer_that_takes_too_long_is_broken_off() {
     let late = server.post("/v1/chat/completions", &endless(true)).text;
     assert!(late.contains("\"timeout\"") && !late.contains("[DONE]"));
     server.wait_for(RUNNING, 0.0);
+}
+
+#[test]
+fn a_body_that_takes_too_long_is_not_waited_for() {
+    let server = one_slot(&["--timeout", "1"]);
+    let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+    write!(client, "{head}Content-Length: 100\r\n\r\n{{\"prompt\":").unwrap();
+    let reply = read_until(&mut client, "too long");
+    assert!(reply.starts_with("HTTP/1.1 408 "), "{reply}");
+}
+
+#[cfg(unix)]
+#[test]
+fn nobody_new_is_let_in_while_running_requests_finish() {
+    // Longer than the patience below.
+    let server = one_slot(&["--grace", "600"]);
+    let mut client = server.open("/v1/chat/completions", &endless(true));
+    read_until(&mut client, "\"content\":\"");
+    server.signal(rustix::process::Signal::TERM);
+    let began = Instant::now();
+    while TcpStream::connect(("127.0.0.1", server.port)).is_ok() {
+        assert!(began.elapsed() < PATIENCE, "new clients are let in after the signal: {}", server.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[cfg(unix)]
@@ -130,9 +159,11 @@ fn what_runs_beyond_the_grace_is_broken_off() {
     read_until(&mut client, "\"content\":\"");
     let began = Instant::now();
     server.signal(rustix::process::Signal::TERM);
+    let rest = read_until(&mut client, "the server is stopping");
+    assert!(rest.contains("\"error\"") && !rest.contains("[DONE]"), "{rest}");
     let (code, log) = server.wait();
     assert_eq!(code, Some(143), "{log}");
-    assert!(began.elapsed() > Duration::from_secs(1) && log.contains("were broken off"), "{log}");
+    assert!(began.elapsed() > Duration::from_secs(1) && log.contains("are broken off"), "{log}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What is refused, in OpenAI's form.
 
+use common::hash::sha256_of;
 use serde_json::{Value, json};
 
 use crate::server::{Server, chat_body};
@@ -100,6 +101,22 @@ fn a_parameter_that_cannot_be_honoured_is_an_error() {
 }
 
 #[test]
+fn an_answer_longer_than_the_context_leaves_room_for_is_an_error() {
+    let server = strict();
+    let prompt = "x".repeat(50); // with four marks, in a context of 96 tokens
+    for name in ["max_tokens", "max_completion_tokens"] {
+        let refused = server.chat(&prompt, &json!({ name: 43 }));
+        let error = &refused.json()["error"];
+        assert_eq!(
+            (refused.status, &error["param"], &error["code"]),
+            (400, &json!(name), &json!("context_length_exceeded"))
+        );
+        assert_eq!(server.chat(&prompt, &json!({ name: 42 })).status, 200);
+    }
+    assert_eq!(server.chat(&prompt, &json!({})).status, 200, "what is not asked for is as long as there is room");
+}
+
+#[test]
 fn a_body_that_is_no_request_is_an_error() {
     let server = strict();
     let deep = "[".repeat(2000);
@@ -162,6 +179,11 @@ fn without_the_key_only_the_health_is_told() {
             assert_eq!(get(path, wrong), 401, "{wrong} {path}");
         }
     }
+    // One whose hash begins as that of the key: all of it counts.
+    let begins = |key: &str| sha256_of(key.as_bytes())[..4].to_owned();
+    let hash = begins("open-sesame");
+    let alike = (0..1 << 24).map(|i| format!("key-{i}")).find(|key| begins(key) == hash).unwrap();
+    assert_eq!(get("/v1/models", &format!("Bearer {alike}")), 401);
     let refused = server.chat("hi", &json!({ "max_tokens": 1 }));
     assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")));
     assert_eq!(refused.json()["error"]["code"], "invalid_api_key");
@@ -206,5 +228,9 @@ fn the_log_has_a_line_a_request_and_texts_only_when_asked_to() {
     let answer = reply["choices"][0]["message"]["content"].as_str().unwrap();
     let log = server.log_with("POST");
     let line = log.lines().find(|line| line.starts_with("POST")).unwrap();
-    assert!(line.contains("a\\\\nsecret") && line.contains(&format!("answer={answer:?}")), "{line}");
+    assert!(
+        line.contains(r#"prompt=[{"role":"user","content":"a\nsecret"}]"#)
+            && line.contains(&format!("answer={answer:?}")),
+        "{line}"
+    );
 }

@@ -10,6 +10,9 @@ use common::rng::Streams;
 use common::testing::byte_tokenizer;
 use common::tokenizer::Tokenizer;
 
+/// What the reward model adds to each score.
+pub(crate) const SCORE_BIAS: f64 = 0.75;
+
 /// A directory with the checkpoints `lm`, `long-winded`, `reward-model`, `no-tokenizer` and `diverged`, made once.
 pub(crate) fn checkpoints() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -28,7 +31,7 @@ pub(crate) fn checkpoints() -> &'static Path {
         named.get_mut("head").unwrap().data.fill(f32::MAX);
         save_checkpoint(&dir.join("diverged"), Stage::Sft, lm(named), Some(&tokenizer));
         let named = ScalarGpt::new(gpt, &Streams::new(0)).to_named();
-        let scalar = Weights::Scalar { named, config: config.clone(), score_bias: 0.0 };
+        let scalar = Weights::Scalar { named, config: config.clone(), score_bias: SCORE_BIAS };
         save_checkpoint(&dir.join("reward-model"), Stage::RewardModel, scalar, Some(&tokenizer));
         dir
     })
