@@ -7,8 +7,10 @@
 pub mod names;
 
 mod log;
+mod tensorboard;
 
 pub use log::{MetricsLog, Sample, first_and_last, read_samples};
+pub use tensorboard::EVENTS_FILE;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -21,6 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::files::FileError;
 use crate::logging::bars;
+use tensorboard::Events;
 
 /// The file of metrics in an output directory.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -50,6 +53,7 @@ pub struct Recorder {
     earlier_seconds: f64,
     started: Instant,
     last: BTreeMap<String, f64>,
+    events: Option<Events>,
     throughput: (Instant, Option<u64>),
     bar: Option<ProgressBar>,
 }
@@ -58,11 +62,16 @@ impl Recorder {
     /// A recorder for the stage that writes to `out` and has `total_steps` steps.
     ///
     /// With `resume`, lines after its step are dropped from both files, as is a last line cut short by a crash.
-    /// Without, what the files held is gone.
+    /// Without, what the files held is gone. With `tensorboard`, [`EVENTS_FILE`] has the metrics too.
     ///
     /// # Errors
     /// If the files cannot be read or written.
-    pub fn open(out: &Path, total_steps: u64, resume: Option<ResumePoint>) -> Result<Self, MetricsError> {
+    pub fn open(
+        out: &Path,
+        total_steps: u64,
+        resume: Option<ResumePoint>,
+        tensorboard: bool,
+    ) -> Result<Self, MetricsError> {
         let mut last = BTreeMap::new();
         for file in [METRICS_FILE, SAMPLES_FILE] {
             let path = out.join(file);
@@ -72,10 +81,12 @@ impl Recorder {
                 None => {}
             }
         }
-        for record in read(&out.join(METRICS_FILE))? {
-            keep_numbers(&mut last, &record);
+        let rows = read(&out.join(METRICS_FILE))?;
+        for row in &rows {
+            keep_numbers(&mut last, row);
         }
         let point = resume.unwrap_or(ResumePoint { step: 0, seconds: 0.0 });
+        let events = tensorboard.then(|| Events::create(out, &rows, point.seconds)).transpose()?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -92,6 +103,7 @@ impl Recorder {
             earlier_seconds: point.seconds,
             started,
             last,
+            events,
             throughput: (started, None),
             bar,
         })
@@ -144,6 +156,9 @@ impl Recorder {
             }
         }
         append(&self.out.join(METRICS_FILE), &line)?;
+        if let Some(events) = &self.events {
+            events.append(&self.out, &line)?;
+        }
         keep_numbers(&mut self.last, &line);
         self.show(step, values);
         Ok(())
@@ -347,7 +362,7 @@ mod tests {
     #[test]
     fn a_record_is_one_line_with_step_seconds_tokens_and_names() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        let mut recorder = Recorder::open(dir.path(), 10, None, false).expect("opens");
         recorder.record(1, 64, &[(names::TRAIN_LOSS, 2.5), (names::TRAIN_GRAD_NORM, f64::NAN)]).expect("writes");
         let text = std::fs::read_to_string(dir.path().join(METRICS_FILE)).expect("written");
         let record: Value = serde_json::from_str(&text).expect("one line");
@@ -360,7 +375,7 @@ mod tests {
     #[test]
     fn a_resume_drops_later_lines_and_a_torn_one_and_carries_seconds() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        let mut recorder = Recorder::open(dir.path(), 10, None, false).expect("opens");
         for step in 1..=5 {
             recorder.record(step, step * 10, &[(names::TRAIN_LOSS, step as f64)]).expect("writes");
             recorder.sample(step, &serde_json::json!({ "text": "x" })).expect("writes");
@@ -370,7 +385,7 @@ mod tests {
         let mut file = OpenOptions::new().append(true).open(&path).expect("there");
         file.write_all(b"{\"step\": 6, \"sec").expect("writes");
         let resume = Some(ResumePoint { step: 3, seconds: 100.0 });
-        let mut recorder = Recorder::open(dir.path(), 10, resume).expect("resumes");
+        let mut recorder = Recorder::open(dir.path(), 10, resume, false).expect("resumes");
         assert_eq!(recorder.last()["train/loss"], 3.0);
         recorder.record(4, 40, &[(names::TRAIN_LOSS, 9.0)]).expect("writes");
         assert_eq!(steps(&path), [1, 2, 3, 4]);
@@ -383,7 +398,7 @@ mod tests {
     fn a_fresh_start_forgets_what_was_there() {
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join(METRICS_FILE), "{\"step\":1}\n").expect("writes");
-        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        let mut recorder = Recorder::open(dir.path(), 10, None, false).expect("opens");
         recorder.record(1, 0, &[]).expect("writes");
         assert_eq!(steps(&dir.path().join(METRICS_FILE)), [1]);
     }
@@ -393,7 +408,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let out = dir.path().join("run");
         std::fs::create_dir(&out).expect("made");
-        let mut recorder = Recorder::open(&out, 10, None).expect("opens");
+        let mut recorder = Recorder::open(&out, 10, None, false).expect("opens");
         recorder.record(1, 0, &[]).expect("writes");
         std::fs::create_dir(dir.path().join("new")).expect("made");
         std::fs::copy(out.join(METRICS_FILE), dir.path().join("new").join(METRICS_FILE)).expect("copied");
@@ -431,7 +446,7 @@ mod tests {
     #[test]
     fn throughput_counts_from_the_last_restart() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut recorder = Recorder::open(dir.path(), 10, None).expect("opens");
+        let mut recorder = Recorder::open(dir.path(), 10, None, false).expect("opens");
         assert_eq!(recorder.tokens_per_second(100), None);
         recorder.restart_clock(100);
         std::thread::sleep(Duration::from_millis(20));

@@ -5,7 +5,7 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
-const OUR_FILES: [&str; 15] = [
+const OUR_FILES: [&str; 16] = [
     "config.toml",
     "manifest.json",
     "config.json",
@@ -18,6 +18,7 @@ const OUR_FILES: [&str; 15] = [
     "metrics.jsonl",
     "samples.jsonl",
     "rollouts.jsonl",
+    "events.out.tfevents.kindling",
     "reference.json",
     "state",
     "value",

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-pub use base::testing::{assert_close, assert_snapshot, run, shared};
+pub use base::testing::{assert_close, assert_snapshot, python_with, run, shared};
 use burn::tensor::Device;
 
 use crate::checkpoint::{self, Manifest, Snapshot, Stage, Weights};

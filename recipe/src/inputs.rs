@@ -20,7 +20,8 @@ const ABSENT: &str = "absent";
 const WEIGHTS: &str = "weights of ";
 
 /// Settings that say when a run writes something or gives up, and not what it computes.
-const WITHOUT_EFFECT: [&str; 4] = ["run.log_every", "run.save_every", "run.save_every_minutes", "ppo.on_alarm"];
+const WITHOUT_EFFECT: [&str; 5] =
+    ["run.log_every", "run.save_every", "run.save_every_minutes", "run.tensorboard", "ppo.on_alarm"];
 
 /// Names and values: settings as `--set` takes them, hashes of files and of the weights a step starts from.
 ///

@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use common::testing::python_with;
 use serde_json::Value;
 
-use crate::server::{Server, chat_body, python_with};
+use crate::server::{Server, chat_body};
 
 /// A server with a key, and the file that it is in.
 fn server() -> (Server, tempfile::TempDir) {

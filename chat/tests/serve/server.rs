@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -212,16 +211,4 @@ pub(crate) fn generate(args: &[&str]) -> Vec<Value> {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Python, from `KINDLING_PYTHON` or the path, if it has `module`; else says why the test is skipped.
-pub(crate) fn python_with(module: &str) -> Option<Command> {
-    let python = std::env::var_os("KINDLING_PYTHON").unwrap_or_else(|| "python3".into());
-    let has = Command::new(&python).args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
-    if has.is_ok_and(|status| status.success()) {
-        return Some(Command::new(python));
-    }
-    let shown = Path::new(&python).display();
-    eprintln!("skipped: `{shown}` has no `{module}` (KINDLING_PYTHON names another Python)");
-    None
 }

@@ -1,7 +1,7 @@
 //! Helpers for the tests of several crates (feature `testing`).
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// The file or folder `relative` to the folder `shared` beside the workspace, which holds real data and recorded numbers.
 ///
@@ -14,6 +14,21 @@ pub fn shared(relative: &str) -> Option<PathBuf> {
     #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
     {
         eprintln!("skipped: there is no `{}`", path.display());
+    }
+    None
+}
+
+/// Python, from the variable `KINDLING_PYTHON` or the path, if it has `module`; else says on stderr that the test is skipped.
+pub fn python_with(module: &str) -> Option<Command> {
+    let python = std::env::var_os("KINDLING_PYTHON").unwrap_or_else(|| "python3".into());
+    let has = Command::new(&python).args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
+    if has.is_ok_and(|status| status.success()) {
+        return Some(Command::new(python));
+    }
+    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+    {
+        let shown = Path::new(&python).display();
+        eprintln!("skipped: `{shown}` has no `{module}` (KINDLING_PYTHON names another Python)");
     }
     None
 }

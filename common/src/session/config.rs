@@ -33,6 +33,8 @@ pub struct RunConfig {
     pub patience: u64,
     /// Whether a run that needs more memory than there is stops before it begins.
     pub check_memory: bool,
+    /// Whether the metrics are also written to an event file, for TensorBoard.
+    pub tensorboard: bool,
 }
 
 impl Default for RunConfig {
@@ -45,6 +47,7 @@ impl Default for RunConfig {
             keep_best: false,
             patience: 0,
             check_memory: true,
+            tensorboard: false,
         }
     }
 }
@@ -66,6 +69,7 @@ impl RunConfig {
             keep_best: Option<bool>,
             patience: Option<u64>,
             check_memory: Option<bool>,
+            tensorboard: Option<bool>,
         }
         let given = Given::deserialize(deserializer)?;
         Ok(Self {
@@ -76,6 +80,7 @@ impl RunConfig {
             keep_best: given.keep_best.unwrap_or(self.keep_best),
             patience: given.patience.unwrap_or(self.patience),
             check_memory: given.check_memory.unwrap_or(self.check_memory),
+            tensorboard: given.tensorboard.unwrap_or(self.tensorboard),
         })
     }
 

@@ -246,7 +246,7 @@ impl Session {
             run: plan.run.clone(),
             total_steps: plan.total_steps,
             interrupt,
-            recorder: Recorder::open(&args.out, plan.total_steps, point)?,
+            recorder: Recorder::open(&args.out, plan.total_steps, point, plan.run.tensorboard)?,
             last_save: (resumed.then_some(progress.step), Instant::now()),
             progress,
             manifest: Manifest {
