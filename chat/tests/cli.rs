@@ -116,7 +116,7 @@ fn errors_are_as_documented() {
         ("a server of a reward model", vec!["serve", "--checkpoint", "reward-model", "--port", "0"], 1),
         (
             "a server that scores with no reward model",
-            vec!["serve", "--checkpoint", "lm", "--reward-model", "lm", "--port", "0"],
+            vec!["serve", "--checkpoint", "lm", "--reward-model", "lm", "--port", "0", "-q"],
             1,
         ),
     ];
@@ -254,7 +254,7 @@ fn a_message_without_an_answer_leaves_an_empty_line() {
 fn a_conversation_says_which_model_answers_and_what_its_commands_did() {
     let ran = chat(&["--checkpoint", "lm", "--system", "rhyme"], b"/reset\n/system\n/reset\n/system be kind\n");
     let said: Vec<&str> = ran.stderr.lines().collect();
-    assert!(said[0].starts_with("`lm`: stage `sft`, step 0, ") && said[0].ends_with(" parameters"), "{}", ran.stderr);
+    assert!(said[0].contains(" `lm`: stage `sft`, step 0, ") && said[0].ends_with(" parameters"), "{}", ran.stderr);
     let expected = [
         "(a new conversation, with the same system message)",
         "(no system message)",

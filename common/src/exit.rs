@@ -15,11 +15,16 @@ pub struct UsageError(pub String);
 
 /// Prints what went wrong, if anything did, and gives the exit code.
 ///
-/// The chain becomes `error: outer: inner`; the lines `hint: …` of all its errors follow.
+/// The chain becomes `error: outer: inner`; the lines `hint: …` of all its errors follow. A reader of stdout that has
+/// had enough, as `head` has, is no error.
 pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
     if let Some(stopped) = error.downcast_ref::<Stopped>() {
         return ExitCode::from(stopped.exit_code());
+    }
+    let io_kind = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref().map(std::io::Error::kind);
+    if error.chain().any(|cause| io_kind(cause) == Some(std::io::ErrorKind::BrokenPipe)) {
+        return ExitCode::SUCCESS;
     }
     let text = error_text(&error);
     // Nothing is left to try if stderr itself is gone.

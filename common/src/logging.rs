@@ -1,9 +1,10 @@
 //! Log messages and progress bars, both on stderr.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use indicatif::MultiProgress;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
@@ -30,7 +31,10 @@ const OURS: [&str; 17] = [
     "toy",
 ];
 
-/// Sends log messages to stderr, above the progress bars.
+/// Between two lines on the progress of work that has no bar.
+const SAY_EVERY: Duration = Duration::from_mins(1);
+
+/// Sends log messages to stderr, above the progress bars; with date and time where that is no terminal but a file.
 ///
 /// `verbose` counts `-v`. The variable `RUST_LOG` goes before both flags. A second call does nothing.
 pub fn init(verbose: u8, quiet: bool) {
@@ -42,7 +46,10 @@ pub fn init(verbose: u8, quiet: bool) {
     };
     let default = OURS.map(|name| format!("{name}={level}")).join(",") + if verbose > 1 { ",info" } else { ",warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(AboveBars).event_format(Plain);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(AboveBars)
+        .event_format(Plain { is_dated: !std::io::stderr().is_terminal() });
     // An error means that logging was set up before, by a test or by the recipe that runs this stage.
     let _ = subscriber.try_init();
 }
@@ -57,6 +64,45 @@ pub fn counted(n: usize, one: &str, many: &str) -> String {
 pub fn bars() -> &'static MultiProgress {
     static BARS: OnceLock<MultiProgress> = OnceLock::new();
     BARS.get_or_init(MultiProgress::new)
+}
+
+/// How far a piece of work is, such as the scoring of pairs: a bar on a terminal, elsewhere a line a minute.
+#[derive(Debug)]
+pub struct Progress {
+    bar: ProgressBar,
+    what: String,
+    things: &'static str,
+    began: Instant,
+    said: Instant,
+}
+
+impl Progress {
+    /// Of the work `what` on `n` `things`.
+    pub fn new(what: &str, n: usize, things: &'static str) -> Self {
+        let template = format!("{{msg}} {{wide_bar}} {{pos}}/{{len}} {things}, {{eta}} left");
+        let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = bars().add(ProgressBar::new(n as u64).with_style(style).with_message(what.to_owned()));
+        let now = Instant::now();
+        Self { bar, what: what.to_owned(), things, began: now, said: now }
+    }
+
+    /// Notes that `n` more are done.
+    pub fn add(&mut self, n: usize) {
+        self.bar.inc(n as u64);
+        if bars().is_hidden() && self.said.elapsed() >= SAY_EVERY {
+            self.said = Instant::now();
+            let (done, all) = (self.bar.position(), self.bar.length().unwrap_or(0));
+            let left = self.began.elapsed().as_secs_f64() / done as f64 * all.saturating_sub(done) as f64;
+            tracing::info!("{}: {done}/{all} {}, {left:.0} s left", self.what, self.things);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+        bars().remove(&self.bar);
+    }
 }
 
 /// Writes a line to stderr, above the progress bars.
@@ -93,7 +139,10 @@ impl MakeWriter<'_> for AboveBars {
 }
 
 /// A message as a person wrote it; its level only where it is not `info`, in the style of the error line.
-struct Plain;
+struct Plain {
+    /// Whether date and time stand before it.
+    is_dated: bool,
+}
 
 impl<S, N> FormatEvent<S, N> for Plain
 where
@@ -106,6 +155,9 @@ where
         mut writer: Writer<'_>,
         event: &tracing::Event<'_>,
     ) -> std::fmt::Result {
+        if self.is_dated {
+            write!(writer, "{} ", chrono::Local::now().format("%Y-%m-%d %H:%M:%S"))?;
+        }
         match *event.metadata().level() {
             tracing::Level::ERROR => writer.write_str("error: ")?,
             tracing::Level::WARN => writer.write_str("warning: ")?,

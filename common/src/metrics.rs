@@ -49,9 +49,10 @@ pub struct ResumePoint {
 pub struct Recorder {
     out: PathBuf,
     total_steps: u64,
-    first_step: u64,
     earlier_seconds: f64,
     started: Instant,
+    /// When this process began to make steps, and after which step.
+    training_since: (Instant, u64),
     last: BTreeMap<String, f64>,
     events: Option<Events>,
     throughput: (Instant, Option<u64>),
@@ -99,9 +100,9 @@ impl Recorder {
         Ok(Self {
             out: out.to_owned(),
             total_steps,
-            first_step: point.step,
             earlier_seconds: point.seconds,
             started,
+            training_since: (started, point.step),
             last,
             events,
             throughput: (started, None),
@@ -132,6 +133,14 @@ impl Recorder {
     /// Starts a new span for [`Recorder::tokens_per_second`]: after evaluating or saving, and before the first step.
     pub fn restart_clock(&mut self, tokens: u64) {
         self.throughput = (Instant::now(), Some(tokens));
+    }
+
+    /// Says that the first step begins now: what was prepared before does not count when the time that is left is estimated.
+    pub fn begin(&mut self) {
+        self.training_since.0 = Instant::now();
+        if let Some(bar) = &self.bar {
+            bar.reset_eta();
+        }
     }
 
     /// Moves the progress bar; needs no number from the device, so it may be called at every step.
@@ -208,14 +217,15 @@ impl Recorder {
                 return;
             }
         }
-        let done = step.saturating_sub(self.first_step);
-        let remaining = self.total_steps.saturating_sub(step);
-        let left = if done == 0 || remaining == 0 {
-            String::new()
-        } else {
-            format!("  {} left", duration_text(self.started.elapsed().as_secs_f64() / done as f64 * remaining as f64))
-        };
+        let left = self.seconds_left(step).map_or_else(String::new, |left| format!("  {} left", duration_text(left)));
         tracing::info!("step {step}/{}  {text}{left}", self.total_steps);
+    }
+
+    /// Seconds until the last step, by the pace of this process; `None` before its first step and after the last.
+    fn seconds_left(&self, step: u64) -> Option<f64> {
+        let (since, first) = self.training_since;
+        let (done, remaining) = (step.saturating_sub(first), self.total_steps.saturating_sub(step));
+        (done > 0 && remaining > 0).then(|| since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
     }
 }
 
@@ -441,6 +451,19 @@ mod tests {
         ];
         assert_eq!(console_text(&values), "loss 2.310  lr 3.00e-4  12.3k tokens/s");
         assert_eq!([3.0, 187.0, 7500.0].map(duration_text), ["3s", "3m07s", "2h05m"]);
+    }
+
+    #[test]
+    fn the_time_left_goes_by_the_pace_since_the_first_step() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let resume = Some(ResumePoint { step: 2, seconds: 50.0 });
+        let mut recorder = Recorder::open(dir.path(), 10, resume, false).expect("opens");
+        recorder.training_since.0 -= Duration::from_secs(100); // of preparation
+        let before = recorder.seconds_left(4).expect("steps are left");
+        assert!((before - 300.0).abs() < 10.0, "{before}");
+        recorder.begin();
+        assert!(recorder.seconds_left(4).expect("steps are left") < 10.0);
+        assert_eq!([2, 10].map(|step| recorder.seconds_left(step)), [None, None]);
     }
 
     #[test]

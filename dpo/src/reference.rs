@@ -11,6 +11,7 @@ use common::checkpoint::Checkpoint;
 use common::files::{read_if_there, write_whole};
 use common::hash::sha256_of;
 use common::interrupt::Interrupt;
+use common::logging::Progress;
 use common::model::Gpt;
 use common::score::{EncodedPair, Pairs, log_probs, of_response_tokens};
 use serde::{Deserialize, Serialize};
@@ -57,13 +58,15 @@ impl Reference {
         }
         tracing::info!("log-probabilities of {} pairs under the reference", train.encoded.len() + val.encoded.len());
         let gpt = load()?;
-        let of = |pairs: &Pairs| -> anyhow::Result<Vec<PairLogProbs>> {
+        let mut progress = Progress::new("reference", train.encoded.len() + val.encoded.len(), "pairs");
+        let mut of = |pairs: &Pairs| -> anyhow::Result<Vec<PairLogProbs>> {
             let mut all = Vec::with_capacity(pairs.encoded.len());
             for some in pairs.encoded.chunks(N_AT_A_TIME) {
                 if interrupt.requested() {
                     return Err(interrupt.stopped().into());
                 }
                 all.extend(pair_log_probs(&gpt, some, batch_size)?);
+                progress.add(some.len());
             }
             Ok(all)
         };

@@ -386,7 +386,10 @@ fn the_oracle_passes_and_fails_by_the_recorded_numbers() {
     let dir = workplace();
     let (code, stdout, stderr) = run(PROGRAM, &["oracle"], dir.path());
     assert_eq!(code, 0, "{stdout}{stderr}");
-    assert!(stdout.lines().count() > 200 && stdout.lines().all(|line| line.starts_with("pass  ")), "{stdout}");
+    let lines: Vec<&str> = stdout.lines().collect();
+    let (last, equations) = lines.split_last().unwrap();
+    assert!(equations.len() > 200 && equations.iter().all(|line| line.starts_with("pass  ")), "{stdout}");
+    assert_eq!(*last, format!("{0} of {0} pass", equations.len()));
 
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/dialects.json");
     let mut vectors: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
@@ -403,6 +406,15 @@ fn the_oracle_passes_and_fails_by_the_recorded_numbers() {
     assert_eq!((failed.len(), &failed[0]["equation"], &failed[0]["case"]), (1, &json!("value loss"), &json!("short")));
     let only = ["oracle", "--vectors", "vectors.json", "--dialect", "openrlhf"];
     assert_eq!(run(PROGRAM, &only, dir.path()).0, 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_has_had_enough_is_no_error() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = std::process::Command::new(PROGRAM).arg("oracle").stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(0), String::new()));
 }
 
 #[test]

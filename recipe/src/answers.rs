@@ -6,12 +6,11 @@ use anyhow::{Context, Result};
 use common::conversation::{self, Message};
 use common::generate::SamplingConfig;
 use common::interrupt::Interrupt;
-use common::logging::bars;
+use common::logging::Progress;
 use common::model::{Gpt, ScalarGpt};
 use common::rng::Streams;
 use common::score::{Response, Sampling, score_rows};
 use common::tokenizer::Tokenizer;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::BasePrompt;
 
@@ -53,7 +52,7 @@ impl PromptSampler<'_> {
             past_end: false,
         };
         let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
-        let bar = progress_bar(ids.len(), what);
+        let mut progress = Progress::new(what, ids.len(), "answers");
         let mut answers = Vec::with_capacity(ids.len());
         // A few batches at a time, so that those of like length still meet and the bar moves.
         let n_at_a_time = self.batch_size.max(1) * 8;
@@ -68,10 +67,8 @@ impl PromptSampler<'_> {
                 return Ok(None);
             }
             answers.extend(responses);
-            bar.inc(chunk.len() as u64);
+            progress.add(chunk.len());
         }
-        bar.finish_and_clear();
-        bars().remove(&bar);
         Ok(Some(answers))
     }
 
@@ -118,10 +115,4 @@ pub fn scores(
     let mut scored =
         score_rows(model, &fitting, batch_size).context("failed to read the scores from the device")?.into_iter();
     Ok(rows.iter().map(|row| if fits(row) { scored.next().map(f64::from) } else { None }).collect())
-}
-
-fn progress_bar(n: usize, what: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} answers, {eta} left")
-        .expect("the template is part of the program");
-    bars().add(ProgressBar::new(n as u64).with_style(style).with_message(what.to_owned()))
 }

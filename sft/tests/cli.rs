@@ -82,6 +82,18 @@ fn lines(path: &Path) -> Vec<Value> {
 }
 
 #[test]
+fn messages_in_a_file_have_date_and_time() {
+    let dir = workplace();
+    let stderr = train(dir.path(), "out", &["--set", "train.steps=1"]);
+    for line in stderr.lines() {
+        let (date, message) = line.split_at(20);
+        let shape: String = date.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        assert!(shape == "0000-00-00 00:00:00 " && !message.is_empty(), "{line}");
+    }
+    assert!(stderr.contains(" step 1/1  val/loss "), "{stderr}");
+}
+
+#[test]
 fn help_has_an_example_and_version_a_number() {
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");

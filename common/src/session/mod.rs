@@ -301,6 +301,7 @@ impl Session {
             training.begin(&mut self)?;
             self.watched(&mut training, &[], true)?;
         }
+        self.recorder.begin();
         while self.goes_on() {
             let step;
             (training, step) = training.step(self.progress.step, &self.recorder)?;

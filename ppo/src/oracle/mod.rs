@@ -75,7 +75,7 @@ pub(crate) fn run(args: &OracleArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One line an equation.
+/// One line an equation, and how many of them pass.
 fn text(comparisons: &[Comparison]) -> String {
     let mut lines = String::new();
     for Comparison { dialect, how, case, equation, ours, theirs, largest_difference, numbers, tolerance, passed } in
@@ -87,7 +87,8 @@ fn text(comparisons: &[Comparison]) -> String {
              {largest_difference:.1e} (limit {tolerance:.0e}) of {numbers} numbers, {how}\n"
         );
     }
-    lines
+    let n_passed = comparisons.iter().filter(|comparison| comparison.passed).count();
+    lines + &format!("{n_passed} of {} pass\n", comparisons.len())
 }
 
 #[cfg(test)]
