@@ -63,7 +63,7 @@ const AMOUNTS: [&str; 16] = [
 ];
 
 /// Each command that takes numbers, by the words that lead to it, with the least it needs otherwise.
-const COMMANDS: [(&str, &[&str], &str); 19] = [
+const COMMANDS: [(&str, &[&str], &str); 20] = [
     ("pretrain", &["tokenizer"], "--config configs/pretrain.toml --out out --overwrite"),
     ("pretrain", &["eval"], "--checkpoint base --data data/val.txt"),
     ("sft", &["eval"], "--checkpoint sft --data data/sft.val.jsonl"),
@@ -87,6 +87,7 @@ const COMMANDS: [(&str, &[&str], &str); 19] = [
     ("recipe", &["run"], "no-such-recipe --out out"),
     ("recipe", &["compare"], "no-such-recipe --backends flex"),
     ("recipe", &["duel"], "sft sft --prompts data/prompts.val.jsonl --reward-model reward --max-tokens 8"),
+    ("recipe", &["overoptimise"], "no-such-recipe --out out"),
     ("recipe", &["world"], "--out out --overwrite"),
     ("recipe", &["bench", "train"], "--steps 1 --warmup 1 --n-layers 1 --d-model 16 --n-heads 2 --ctx 16 --vocab 64"),
     (

@@ -42,6 +42,8 @@ pub enum Command {
     Compare(CompareArgs),
     /// Let two checkpoints answer the same prompts and print how often the first one's answer is the better
     Duel(DuelArgs),
+    /// Measure how far best-of-n, PPO, RLOO and DPO can be driven before the gold score falls
+    Overoptimise(OveroptimiseArgs),
     /// Generate the data of configs/tiny as files
     World(WorldArgs),
     /// Measure the speed of training, decoding or PPO with random weights and tokens: one line of JSON
@@ -137,6 +139,49 @@ pub struct PlanArgs {
     /// Print one JSON object, in bytes
     #[arg(long)]
     pub json: bool,
+
+    /// Device, precision, threads and verbosity
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Flags of `recipe overoptimise`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Needs `[overoptimise]` in recipe.toml. The recipe's steps up to its pairs are run first, or taken from an earlier run \
+        in --out. Then reward models and policies are trained in OUT/overoptimise, one after the other; what is done is kept, and the same \
+        command goes on after an interruption. The whole of configs/tiny takes a night, --quick ten minutes on two cores.\n\nExample:\n  \
+        recipe overoptimise configs/tiny --out runs/tiny --quick\n  \
+        recipe overoptimise configs/tiny --out runs/tiny"
+)]
+pub struct OveroptimiseArgs {
+    /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
+    #[arg(value_name = "RECIPE")]
+    pub recipe: String,
+
+    /// Directory for everything, which may hold a run of the recipe; the results are overoptimise.json and overoptimise.html
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// One seed, fewer answers and reward models, and of every method its first setting
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Folder that $DATA/ stands for in the paths of the recipe [env: KINDLING_DATA]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+
+    /// Random seed of the recipe's steps, instead of the recipe's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    pub seed: Option<u64>,
+
+    /// Changes to the recipe's files
+    #[command(flatten)]
+    pub changes: ChangeArgs,
+
+    /// Do finished work again whose settings or inputs changed
+    #[arg(long)]
+    pub overwrite: bool,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

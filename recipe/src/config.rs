@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::doctor::DoctorConfig;
 use crate::gold::GoldConfig;
+use crate::overoptimise::config::OveroptimiseConfig;
 use crate::steps::Step;
 use toy::WorldConfig;
 
@@ -45,6 +46,10 @@ pub struct RecipeConfig {
     /// Evaluation of the base model, the SFT model and the policies after PPO and DPO on held-out prompts, for the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<EvaluateConfig>,
+    /// Curves of gold and proxy against the distance from the SFT model, as `recipe overoptimise` measures them; `recipe run` does not
+    /// look at it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overoptimise: Option<OveroptimiseConfig>,
 }
 
 /// `[collect]`: pairs of the SFT model's own answers, labelled by the simulated labeller.
@@ -200,6 +205,9 @@ impl RecipeConfig {
                  hint: leave it out, or name labelled pairs as `evaluate.pairs`"
             );
         }
+        if let Some(overoptimise) = &self.overoptimise {
+            overoptimise.validate().context("invalid `[overoptimise]`")?;
+        }
         if let Some(evaluate) = &self.evaluate {
             evaluate.validate().context("invalid `[evaluate]`")?;
             let has = |step| self.stages().contains(&step);
@@ -247,6 +255,7 @@ impl RecipeConfig {
             paths.push(&mut evaluate.prompts);
             paths.extend(&mut evaluate.pairs);
         }
+        paths.extend(self.overoptimise.iter_mut().map(|overoptimise| &mut overoptimise.prompts));
         paths.extend(self.gold.iter_mut().filter_map(|gold| gold.words.as_mut()));
         paths.retain(|path| !path.as_os_str().is_empty());
         paths

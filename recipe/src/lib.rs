@@ -7,7 +7,7 @@
 //! This is the only crate that depends on the stages; they do not know each other and meet in checkpoints. Modules in
 //! reading order: [`steps`], `config` and `folder` (the recipe's files), `setup` (everything read and checked), `run`,
 //! `plan` with [`inputs`] and [`record`] (when a step has to run again), `print` (`--print-config`), `memory` (what each stage needs), `check` (what can be found wrong at once),
-//! `collect`, `evaluate`, [`report`], [`gold`] (what an answer is really worth), [`toy`] (the generated data of
+//! `collect`, `evaluate`, `overoptimise`, [`report`], [`gold`] (what an answer is really worth), [`toy`] (the generated data of
 //! `configs/tiny`), [`bench`] (how fast all of it is here) and [`compare`] (whether backends
 //! agree).
 
@@ -28,6 +28,7 @@ pub mod gold;
 pub mod inputs;
 mod memory;
 mod new;
+mod overoptimise;
 mod people;
 mod plan;
 mod print;
@@ -38,9 +39,10 @@ mod run;
 mod setup;
 pub mod steps;
 
-pub use cli::{Cli, Command, NewArgs, PlanArgs, RunArgs, WorldArgs};
+pub use cli::{Cli, Command, NewArgs, OveroptimiseArgs, PlanArgs, RunArgs, WorldArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelledBy, RecipeConfig};
 pub use folder::Recipe;
+pub use overoptimise::config::OveroptimiseConfig;
 pub use run::run;
 
 use std::io::Write as _;
@@ -65,6 +67,11 @@ pub fn execute(cli: Cli) -> Result<()> {
         Command::Plan(args) => {
             args.runtime.start()?;
             memory::print_plan(&args)
+        }
+        Command::Overoptimise(args) => {
+            session::run(&args.runtime, "run the same command again to continue", |interrupt| {
+                overoptimise::overoptimise(&args, interrupt)
+            })
         }
         Command::Duel(args) => args.runtime.run(|| duel::duel(&args)),
         Command::New(args) => {

@@ -37,6 +37,23 @@ use crate::steps::{Progress, Step};
 pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
     let _lock = OutLock::take_inside(&args.out)?;
+    let (record, progress) = carry_out(args, recipe, interrupt)?;
+    match progress {
+        Progress::Finished => say_result(&args.out, &record)?,
+        Progress::Waiting => {}
+        Progress::Interrupted => {
+            tracing::info!("stopped");
+            return Ok(Outcome::Interrupted);
+        }
+    }
+    Ok(Outcome::Finished)
+}
+
+/// Carries out the steps that `args` name, and writes the report.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn carry_out(args: &RunArgs, recipe: Recipe, interrupt: Interrupt) -> Result<(RunRecord, Progress)> {
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, &args.runtime)?;
@@ -46,15 +63,7 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
         tracing::info!("[{0}/{0}] report", run.n_steps());
     }
     report::write(&args.out).context("failed to write the report")?;
-    match progress {
-        Progress::Finished => run.say_result()?,
-        Progress::Waiting => {}
-        Progress::Interrupted => {
-            tracing::info!("stopped");
-            return Ok(Outcome::Interrupted);
-        }
-    }
-    Ok(Outcome::Finished)
+    Ok((run.record, progress))
 }
 
 struct Run<'a> {
@@ -324,36 +333,36 @@ impl<'a> Run<'a> {
             runtime: self.args.runtime.clone(),
         })
     }
+}
 
-    /// Says on stdout where the report is and how it came out.
-    fn say_result(&self) -> Result<()> {
-        let mut text = String::new();
-        let evaluated = self.record.current(Step::Evaluate).is_some_and(|record| record.finished);
-        if let Some(results) = Results::read(&self.args.out)?.filter(|_| evaluated) {
-            let (name, scores) = if results.gold.is_empty() {
-                ("reward model's score", &results.score)
-            } else {
-                ("gold score", &results.gold)
-            };
-            let scores: Vec<String> = Policy::ALL
-                .into_iter()
-                .filter_map(|policy| Some((policy, scores.get(&policy)?)))
-                .map(|(policy, score)| {
-                    let bounds = if score.has_width() {
-                        format!("95 % {:.3} to {:.3}", score.low, score.high)
-                    } else {
-                        "one prompt".to_owned()
-                    };
-                    format!("{} {:.3} ({bounds})", policy.name(), score.mean)
-                })
-                .collect();
-            if !scores.is_empty() {
-                text = format!("{name} on held-out prompts: {}\n", scores.join(", "));
-            }
+/// Says on stdout where the report is and how it came out.
+fn say_result(out: &Path, record: &RunRecord) -> Result<()> {
+    let mut text = String::new();
+    let evaluated = record.current(Step::Evaluate).is_some_and(|record| record.finished);
+    if let Some(results) = Results::read(out)?.filter(|_| evaluated) {
+        let (name, scores) = if results.gold.is_empty() {
+            ("reward model's score", &results.score)
+        } else {
+            ("gold score", &results.gold)
+        };
+        let scores: Vec<String> = Policy::ALL
+            .into_iter()
+            .filter_map(|policy| Some((policy, scores.get(&policy)?)))
+            .map(|(policy, score)| {
+                let bounds = if score.has_width() {
+                    format!("95 % {:.3} to {:.3}", score.low, score.high)
+                } else {
+                    "one prompt".to_owned()
+                };
+                format!("{} {:.3} ({bounds})", policy.name(), score.mean)
+            })
+            .collect();
+        if !scores.is_empty() {
+            text = format!("{name} on held-out prompts: {}\n", scores.join(", "));
         }
-        let report = self.args.out.join("report.html");
-        writeln!(std::io::stdout(), "{text}report: {}", report.display()).context("failed to write the result")
     }
+    let report = out.join("report.html");
+    writeln!(std::io::stdout(), "{text}report: {}", report.display()).context("failed to write the result")
 }
 
 /// Whether the step's results are a directory of their own.

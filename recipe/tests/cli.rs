@@ -47,6 +47,7 @@ fn help_has_an_example_and_version_a_number() {
         ("run-help.txt", vec!["run", "--help"]),
         ("plan-help.txt", vec!["plan", "--help"]),
         ("compare-help.txt", vec!["compare", "--help"]),
+        ("overoptimise-help.txt", vec!["overoptimise", "--help"]),
         ("world-help.txt", vec!["world", "--help"]),
         ("bench-train-help.txt", vec!["bench", "train", "--help"]),
         ("bench-generate-help.txt", vec!["bench", "generate", "--help"]),

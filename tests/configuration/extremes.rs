@@ -97,8 +97,7 @@ impl Checked for PpoConfig {
 }
 
 impl Checked for RecipeConfig {
-    const BASE: &'static str =
-        "[world]\n[gold]\nkind = \"world\"\n[collect]\nprompts = \"a\"\n[evaluate]\nprompts = \"b\"\n";
+    const BASE: &'static str = "[world]\n[gold]\nkind = \"world\"\n[collect]\nprompts = \"a\"\n[evaluate]\nprompts = \"b\"\n[overoptimise]\nprompts = \"c\"\n";
 
     fn validate(&self) -> anyhow::Result<()> {
         self.validate()

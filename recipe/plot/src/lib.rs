@@ -38,6 +38,8 @@ pub enum Weight {
     Trend,
     /// Dots alone: held-out values beside a trend.
     Dots,
+    /// A pale area whose outline the points are, forth along one edge and back along the other.
+    Band,
 }
 
 /// One line of a plot.
@@ -59,6 +61,7 @@ impl Weight {
         match self {
             Self::Faint => " faint",
             Self::Dots => " dots",
+            Self::Band => " band",
             Self::Strong | Self::Trend => "",
         }
     }
@@ -133,6 +136,12 @@ impl Plot<'_> {
             .draw()
             .map_err(drawing)?;
         for curve in self.curves {
+            if curve.weight == Weight::Band {
+                let outline: Vec<_> = curve.points.iter().copied().filter(is_finite).collect();
+                let area = Polygon::new(outline, paint(curve.hue.rgb()).mix(0.15).filled());
+                chart.draw_series([area]).map_err(drawing)?;
+                continue;
+            }
             let points = thin(&curve.points.iter().copied().filter(is_finite).collect::<Vec<_>>());
             let color = paint(curve.hue.rgb());
             let (color, width) = match curve.weight {
@@ -310,6 +319,14 @@ mod tests {
         assert!(draw(&[]).is_none());
         assert!(draw(&[curve(vec![(1.0, f64::NAN)])]).is_none());
         assert!(draw(&[curve(vec![(0.0, 1.0)])]).is_some());
+    }
+
+    #[test]
+    fn a_band_is_an_area() {
+        let band = Curve { weight: Weight::Band, ..curve(vec![(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]) };
+        let plot = Plot { x_label: "x", y_label: "y", curves: &[band], width: 320, height: 200 };
+        let svg = plot.to_svg().unwrap().unwrap();
+        assert!(svg.contains("<polygon opacity=\"0.15\" fill=\"var(--ember"), "{svg}");
     }
 
     #[test]

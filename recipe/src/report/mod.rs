@@ -21,6 +21,7 @@ use crate::record::{RunRecord, StepRecord};
 use crate::results::{AnswerRow, Results};
 use crate::steps::Step;
 
+pub(crate) use page::fill;
 pub use text::duration;
 
 /// All that the two reports are made from.

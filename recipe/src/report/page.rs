@@ -138,9 +138,19 @@ pub fn render(source: &Source) -> Result<String> {
         answers: source.answers.iter().take(N_ANSWERS).map(prompt_view).collect(),
         answers_lede: answers_lede(source),
     };
+    fill(include_str!("page.html"), &page)
+}
+
+/// Fills an HTML template, which may include `style.css`, with `values`.
+///
+/// # Errors
+/// If the template is broken, or asks for what `values` lacks.
+pub(crate) fn fill<T: Serialize>(template: &str, values: &T) -> Result<String> {
     let mut environment = Environment::new();
-    environment.add_template("page.html", include_str!("page.html")).context("the report's template is broken")?;
-    environment.get_template("page.html")?.render(Serde(&page)).context("failed to render the report")
+    for (name, text) in [("style.css", include_str!("style.css")), ("page.html", template)] {
+        environment.add_template(name, text).context("the report's template is broken")?;
+    }
+    environment.get_template("page.html")?.render(Serde(values)).context("failed to render the report")
 }
 
 fn overview(source: &Source) -> Vec<OverviewRow> {

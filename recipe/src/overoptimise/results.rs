@@ -1,0 +1,223 @@
+//! `overoptimise.json`, and the sentences that its numbers make.
+
+use common::stats::Interval;
+use serde::Serialize;
+
+use super::curves::{Curve, Ensemble};
+use super::design::{Axis, Design, Judge};
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Results {
+    /// Name of the recipe.
+    pub recipe: String,
+    /// Its title.
+    pub title: String,
+    /// Program version.
+    pub version: String,
+    /// Whether this is the quick form.
+    pub quick: bool,
+    /// The seeds.
+    pub seeds: Vec<u64>,
+    /// Held-out prompts.
+    pub prompts: usize,
+    /// Answers to each of them.
+    pub pool: usize,
+    /// Preference pairs in all.
+    pub pairs: usize,
+    /// Gold score of the SFT model's answers, over prompts.
+    pub gold: Interval,
+    /// Wall seconds of all that the page rests on, less the recipe's own steps.
+    pub seconds: f64,
+    /// How good each reward model is.
+    pub judges: Vec<JudgeResult>,
+    /// Every curve.
+    pub curves: Vec<NamedCurve>,
+    /// What the numbers say.
+    pub findings: Vec<Finding>,
+}
+
+/// A reward model, over its seeds.
+#[derive(Debug, Serialize)]
+pub(crate) struct JudgeResult {
+    /// What was trained.
+    pub judge: Judge,
+    /// How often each seed's model puts two answers of the pool in their gold order.
+    pub accuracy: Vec<Interval>,
+}
+
+/// How a curve was made.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Method {
+    /// Best-of-n by one reward model.
+    BestOfN,
+    /// Best-of-n by several.
+    Ensemble(Ensemble),
+    /// PPO with this KL coefficient.
+    Ppo(f64),
+    /// RLOO with this KL coefficient.
+    Rloo(f64),
+    /// DPO with one β after the other.
+    Dpo,
+}
+
+impl Method {
+    /// In words.
+    pub(crate) fn title(self) -> String {
+        match self {
+            Self::BestOfN => "best-of-n".to_owned(),
+            Self::Ensemble(Ensemble::Mean) => "best-of-n, mean".to_owned(),
+            Self::Ensemble(Ensemble::Worst) => "best-of-n, worst".to_owned(),
+            Self::Ensemble(Ensemble::MeanLessVariance) => "best-of-n, mean less variance".to_owned(),
+            Self::Ppo(kl_coef) => format!("PPO, KL coefficient {kl_coef}"),
+            Self::Rloo(kl_coef) => format!("RLOO, KL coefficient {kl_coef}"),
+            Self::Dpo => "DPO".to_owned(),
+        }
+    }
+}
+
+/// A curve with what it is of.
+#[derive(Debug, Serialize)]
+pub(crate) struct NamedCurve {
+    /// How it was made.
+    pub method: Method,
+    /// By which reward model, or from whose pairs.
+    pub judge: Judge,
+    /// Its points and fit.
+    #[serde(flatten)]
+    pub curve: Curve,
+}
+
+/// An expectation from the literature, and what was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Finding {
+    /// The expectation.
+    pub claim: String,
+    /// `found`, `refuted` or `not seen`.
+    pub verdict: &'static str,
+    /// The numbers.
+    pub numbers: String,
+}
+
+impl Results {
+    /// The curve of a method by a reward model.
+    pub(crate) fn curve(&self, method: Method, judge: &Judge) -> Option<&Curve> {
+        let is_it = |named: &&NamedCurve| named.method == method && named.judge == *judge;
+        self.curves.iter().find(is_it).map(|named| &named.curve)
+    }
+
+    /// The methods by which there are curves of the centre.
+    pub(crate) fn methods(&self, design: &Design) -> Vec<Method> {
+        self.curves.iter().filter(|named| named.judge == design.centre).map(|named| named.method).collect()
+    }
+
+    /// The first PPO of the design.
+    pub(crate) fn first_ppo(&self, design: &Design) -> Option<Method> {
+        self.methods(design).into_iter().find(|method| matches!(method, Method::Ppo(_)))
+    }
+
+    /// Judges the expectations.
+    pub(crate) fn find(&mut self, design: &Design) {
+        let mut findings = Vec::new();
+        let bon = self.curve(Method::BestOfN, &design.centre);
+        let ppo = self.first_ppo(design).and_then(|method| self.curve(method, &design.centre));
+        if let (Some(bon), Some(ppo)) = (bon, ppo) {
+            findings.push(Finding {
+                claim: "Best-of-n turns over later than PPO, per nat of KL.".to_owned(),
+                verdict: verdict(&[Turn::of(ppo), Turn::of(bon)]),
+                numbers: format!("PPO: {}; best-of-n: {}.", describe(ppo), describe(bon)),
+            });
+        }
+        for (axis, what) in [
+            (Axis::Pairs, "More preference pairs turn over later."),
+            (Axis::Size, "A larger reward model turns over later."),
+            (Axis::WrongLabels, "Fewer wrong labels turn over later."),
+        ] {
+            let mut judges = design.along(axis);
+            if axis == Axis::WrongLabels {
+                judges.reverse();
+            }
+            let methods = [Some(Method::BestOfN), self.first_ppo(design)];
+            for method in methods.into_iter().flatten() {
+                let curves: Vec<(&Judge, &Curve)> =
+                    judges.iter().filter_map(|judge| Some((*judge, self.curve(method, judge)?))).collect();
+                if curves.len() < 2 {
+                    continue;
+                }
+                let turns: Vec<Turn> = curves.iter().map(|(_, curve)| Turn::of(curve)).collect();
+                let numbers: Vec<String> =
+                    curves.iter().map(|(judge, curve)| format!("{}: {}", judge.title(), describe(curve))).collect();
+                findings.push(Finding {
+                    claim: format!("{what} ({})", method.title()),
+                    verdict: verdict(&turns),
+                    numbers: format!("{}.", numbers.join("; ")),
+                });
+            }
+        }
+        self.findings = findings;
+    }
+}
+
+/// Where a curve turns over, in nats.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Turn {
+    at: Option<f64>,
+    /// How far was measured: a curve that has not turned by then turns later than that, if ever.
+    reach: f64,
+}
+
+impl Turn {
+    fn of(curve: &Curve) -> Self {
+        Self { at: curve.turn(), reach: curve.reach() }
+    }
+
+    /// Whether `self` certainly turns before `other`; `None` where the measurement does not say.
+    fn is_before(self, other: Self) -> Option<bool> {
+        match (self.at, other.at) {
+            (Some(a), Some(b)) => Some(a < b),
+            (Some(a), None) => (a < other.reach).then_some(true),
+            (None, Some(b)) => (b < self.reach).then_some(false),
+            (None, None) => None,
+        }
+    }
+}
+
+/// What turns, which are expected in rising order, say of it.
+fn verdict(turns: &[Turn]) -> &'static str {
+    let steps: Vec<Option<bool>> = turns.windows(2).map(|pair| pair[0].is_before(pair[1])).collect();
+    if steps.contains(&Some(false)) {
+        "refuted"
+    } else if steps.contains(&Some(true)) {
+        "found"
+    } else {
+        "not seen"
+    }
+}
+
+/// A curve's turn and its best, in words.
+pub(crate) fn describe(curve: &Curve) -> String {
+    let best = curve.best();
+    let turn = match curve.turn() {
+        Some(kl) => format!("turns over at {kl:.1} nats"),
+        None => format!("does not turn over within {:.1} nats", curve.reach()),
+    };
+    format!("{turn}, gains {:+.3} at best, at {:.1} nats", best.gold[0], best.kl)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expectations_are_judged_as_far_as_the_measurement_goes() {
+        let turn = |at: f64| Turn { at: Some(at), reach: 10.0 };
+        let beyond = |reach: f64| Turn { at: None, reach };
+        assert_eq!(verdict(&[turn(1.0), turn(2.0), beyond(3.0)]), "found");
+        assert_eq!(verdict(&[turn(1.0), turn(3.0), turn(2.0)]), "refuted");
+        assert_eq!(verdict(&[beyond(5.0), turn(2.0)]), "refuted");
+        assert_eq!(verdict(&[beyond(1.0), turn(2.0)]), "not seen");
+        assert_eq!(verdict(&[turn(2.0), beyond(1.0)]), "not seen");
+        assert_eq!(verdict(&[beyond(5.0), beyond(6.0)]), "not seen");
+    }
+}
