@@ -18,13 +18,14 @@ const MAX_LINES: usize = 600;
 const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each crate may use of the others; stages know `common` alone, but for the gold score that can label pairs.
-const LIBRARIES: [(&str, &[&str]); 12] = [
+const LIBRARIES: [(&str, &[&str]); 13] = [
     ("base", &[]),
+    ("group", &[]),
     ("kernels", &[]),
     ("text", &["base"]),
-    ("model", &["base", "kernels"]),
-    ("score", &["base", "kernels", "model", "text"]),
-    ("common", &["base", "kernels", "model", "score", "text"]),
+    ("model", &["base", "group", "kernels"]),
+    ("score", &["base", "group", "kernels", "model", "text"]),
+    ("common", &["base", "group", "kernels", "model", "score", "text"]),
     ("toy", &["common"]),
     ("reward-model", &["common", "toy"]),
     ("plot", &[]),
@@ -35,13 +36,13 @@ const LIBRARIES: [(&str, &[&str]); 12] = [
 
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
 const EDGES: [(&str, &[&str]); 14] = [
-    ("backend", &["config", "kernels"]),
+    ("backend", &["config", "group", "kernels"]),
     ("capacity", &["model", "kernels", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
     ("cli", &["backend", "checkpoint", "config", "exit", "kernels", "logging", "model", "out_dir", "runtime"]),
     ("config", &["files"]),
     ("exit", &["interrupt", "logging"]),
-    ("interrupt", &[]),
+    ("interrupt", &["group"]),
     ("lib", &[]),
     ("logging", &[]),
     ("metrics", &["files", "logging"]),
@@ -55,14 +56,18 @@ const EDGES: [(&str, &[&str]); 14] = [
             "cli",
             "config",
             "data",
+            "exit",
             "files",
+            "group",
             "hf",
             "interrupt",
             "kernels",
+            "logging",
             "metrics",
             "model",
             "optim",
             "out_dir",
+            "reduce",
             "rng",
             "runtime",
             "tokenizer",

@@ -14,7 +14,11 @@ use burn::tensor::DeviceType;
 use burn::tensor::{Device, FloatDType};
 
 use crate::config::nearest;
+use crate::group::local_rank;
 use crate::kernels::{Precision, TrunkPrecision};
+
+/// In the place of an index: as the launcher numbers the processes of a machine.
+const LOCAL_RANK: &str = "local-rank";
 
 /// The backend of a run that names none.
 pub const DEFAULT: &str = "flex";
@@ -218,7 +222,8 @@ fn gibibytes(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// Opens the device `NAME[:INDEX]`, without autodiff; training calls [`Device::autodiff`] on it.
+/// Opens the device `NAME[:INDEX]`, without autodiff, `NAME:local-rank` that with the number of this process among those of
+/// its machine; training calls [`Device::autodiff`] on it.
 ///
 /// # Errors
 /// If there is no such backend, it is not compiled in, the index is no number, or no device has it.
@@ -226,7 +231,8 @@ pub fn open(name: &str) -> Result<Device, BackendError> {
     let (backend, index) = match name.split_once(':') {
         None => (name, None),
         Some((backend, index)) => {
-            let number = index.parse().map_err(|_| BackendError::BadIndex { name: name.to_owned() })?;
+            let bad = |_| BackendError::BadIndex { name: name.to_owned() };
+            let number = if index == LOCAL_RANK { local_rank() } else { index.parse().map_err(bad)? };
             (backend, Some(number))
         }
     };

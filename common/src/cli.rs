@@ -206,8 +206,16 @@ impl ProcessArgs {
     /// # Errors
     /// If the thread pool runs already with another number of threads.
     pub fn start(&self) -> Result<(), ThreadsError> {
+        self.start_on(true)
+    }
+
+    /// [`start`](Self::start) on a rank of a group, of which the first alone logs.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_on(&self, is_first: bool) -> Result<(), ThreadsError> {
         memory::keep_freed();
-        logging::init(self.verbose, self.quiet);
+        logging::init_on(is_first, self.verbose, self.quiet);
         runtime::set_threads(self.threads)
     }
 }

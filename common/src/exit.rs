@@ -26,10 +26,14 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
     if error.chain().any(|cause| io_kind(cause) == Some(std::io::ErrorKind::BrokenPipe)) {
         return ExitCode::SUCCESS;
     }
-    let text = error_text(&error);
+    ExitCode::from(say_error(&error))
+}
+
+/// Prints what went wrong and gives the number of the exit code.
+pub(crate) fn say_error(error: &anyhow::Error) -> u8 {
     // Nothing is left to try if stderr itself is gone.
-    say(&text);
-    ExitCode::from(if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 })
+    say(&error_text(error));
+    if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 }
 }
 
 /// The error chain on one line where it fits, hints last.

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::group::{Group, GroupError};
+
 /// Signals that follow the first one so closely are the same request: `timeout` and job schedulers signal both the
 /// process and its group, some of them twice.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
@@ -76,6 +78,18 @@ impl Interrupt {
     /// Whether to finish the step, save and return.
     pub fn requested(&self) -> bool {
         self.signal.load(Ordering::SeqCst) != 0
+    }
+
+    /// Whether a process of `group` was asked to stop: a request to one is a request to all. Every process asks.
+    ///
+    /// # Errors
+    /// If one has ended.
+    pub fn requested_in(&self, group: &Group) -> Result<bool, GroupError> {
+        let signal = group.gather(self.signal.load(Ordering::SeqCst))?.into_iter().max().unwrap_or_default();
+        if signal != 0 {
+            self.signal.store(signal, Ordering::SeqCst);
+        }
+        Ok(signal != 0)
     }
 
     /// The end of a program that was asked to stop, saved and returned.

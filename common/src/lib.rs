@@ -3,7 +3,7 @@
 //! Modules in reading order: [`model`] (the one transformer), [`kernels`] (its fused operations), [`loss`], [`optim`],
 //! [`tokenizer`], [`conversation`], [`data`], [`generate`], [`score`] (what models say of responses), [`checkpoint`] with [`hf`], [`config`], [`metrics`],
 //! [`backend`], [`runtime`] (models placed on a device), [`capacity`] (whether they fit into memory), [`rng`], [`hash`]; of the command line [`cli`], [`logging`],
-//! [`interrupt`], [`out_dir`], [`exit`]; and [`session`] (what every training run does the same way).
+//! [`interrupt`], [`out_dir`], [`exit`]; [`group`] (the processes that train together); and [`session`] (what every training run does the same way).
 //!
 //! # Invariants
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
@@ -31,7 +31,8 @@ pub mod session;
 pub mod testing;
 
 pub use base::{files, hash, rng, stats};
+pub use group;
 pub use kernels;
-pub use model::{self, generate, hf, loss, optim};
+pub use model::{self, generate, hf, loss, optim, reduce};
 pub use score;
 pub use text::{conversation, data, tokenizer};

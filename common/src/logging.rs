@@ -11,13 +11,14 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
-const OURS: [&str; 17] = [
+const OURS: [&str; 18] = [
     "base",
     "bench",
     "chat",
     "common",
     "compare",
     "dpo",
+    "group",
     "kernels",
     "model",
     "plot",
@@ -38,7 +39,13 @@ const SAY_EVERY: Duration = Duration::from_mins(1);
 ///
 /// `verbose` counts `-v`. The variable `RUST_LOG` goes before both flags. A second call does nothing.
 pub fn init(verbose: u8, quiet: bool) {
+    init_on(true, verbose, quiet);
+}
+
+/// [`init`] on a rank of a group: what all would say, the first alone says.
+pub fn init_on(is_first: bool, verbose: u8, quiet: bool) {
     let level = match (quiet, verbose) {
+        _ if !is_first => "error",
         (true, _) => "warn",
         (false, 0) => "info",
         (false, 1) => "debug",

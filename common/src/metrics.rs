@@ -48,6 +48,8 @@ pub struct ResumePoint {
 #[derive(Debug)]
 pub struct Recorder {
     out: PathBuf,
+    /// Whether it writes and shows: among processes that train together, one does.
+    writes: bool,
     total_steps: u64,
     earlier_seconds: f64,
     started: Instant,
@@ -73,8 +75,23 @@ impl Recorder {
         resume: Option<ResumePoint>,
         tensorboard: bool,
     ) -> Result<Self, MetricsError> {
+        Self::open_on(true, out, total_steps, resume, tensorboard)
+    }
+
+    /// [`open`](Self::open) on a rank of a group: the first one writes and shows; the others, which open after it, know what
+    /// it recorded.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(
+        is_first: bool,
+        out: &Path,
+        total_steps: u64,
+        resume: Option<ResumePoint>,
+        tensorboard: bool,
+    ) -> Result<Self, MetricsError> {
         let mut last = BTreeMap::new();
-        for file in [METRICS_FILE, SAMPLES_FILE] {
+        for file in [METRICS_FILE, SAMPLES_FILE].into_iter().filter(|_| is_first) {
             let path = out.join(file);
             match resume {
                 Some(point) => truncate_after(&path, point.step)?,
@@ -87,8 +104,8 @@ impl Recorder {
             keep_numbers(&mut last, row);
         }
         let point = resume.unwrap_or(ResumePoint { step: 0, seconds: 0.0 });
-        let events = tensorboard.then(|| Events::create(out, &rows, point.seconds)).transpose()?;
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let events = (is_first && tensorboard).then(|| Events::create(out, &rows, point.seconds)).transpose()?;
+        let bar = (is_first && std::io::stderr().is_terminal()).then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = bars().add(ProgressBar::new(total_steps).with_style(style).with_position(point.step));
@@ -99,6 +116,7 @@ impl Recorder {
         let started = Instant::now();
         Ok(Self {
             out: out.to_owned(),
+            writes: is_first,
             total_steps,
             earlier_seconds: point.seconds,
             started,
@@ -164,7 +182,9 @@ impl Recorder {
                 line.insert((*name).to_owned(), (*value).into());
             }
         }
-        append(&self.out.join(METRICS_FILE), &line)?;
+        if self.writes {
+            append(&self.out.join(METRICS_FILE), &line)?;
+        }
         if let Some(events) = &self.events {
             events.append(&self.out, &line)?;
         }
@@ -196,7 +216,7 @@ impl Recorder {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         line.extend(fields.clone());
-        append(&self.out.join(name), &line)
+        if self.writes { append(&self.out.join(name), &line) } else { Ok(()) }
     }
 
     /// Takes the progress bar away.

@@ -6,6 +6,7 @@ use common::checkpoint::{self, Checkpoint, Stage};
 use common::cli::print_json;
 use common::config;
 use common::data::records::OnBadRecord;
+use common::group::Group;
 use common::score::EncodedPair;
 use common::stats::win;
 use serde::Serialize;
@@ -48,7 +49,8 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let files = std::slice::from_ref(&args.data);
     let pairs = data::read(files, tokenizer, max_seq_len, OnBadRecord::Fail.into(), TooLong::default())?;
     let runtime = args.runtime.open()?;
-    let of = |checkpoint| pair_log_probs(&runtime.gpt(checkpoint)?, &pairs.encoded, args.batch_size.get());
+    let of =
+        |checkpoint| pair_log_probs(&Group::alone(), &runtime.gpt(checkpoint)?, &pairs.encoded, args.batch_size.get());
     let (of_policy, of_reference) = (of(&policy)?, of(&reference)?);
     Evaluation::of(&of_policy, &of_reference, &pairs.encoded, &dpo_section(&policy)?, &runtime.device)
 }

@@ -9,11 +9,12 @@ use std::path::Path;
 use anyhow::Context;
 use common::checkpoint::Checkpoint;
 use common::files::{read_if_there, write_whole};
+use common::group::Group;
 use common::hash::sha256_of;
 use common::interrupt::Interrupt;
 use common::logging::Progress;
 use common::model::Gpt;
-use common::score::{EncodedPair, Pairs, log_probs, of_response_tokens};
+use common::score::{EncodedPair, Pairs, log_probs, of_share_of_responses};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{PairLogProbs, answers};
@@ -40,6 +41,7 @@ impl Reference {
     /// # Errors
     /// If the model cannot be loaded, a file not be read or written, or the user asked to stop.
     pub(crate) fn read_or_compute(
+        group: &Group,
         out: &Path,
         init: &Checkpoint,
         [train, val]: [&Pairs; 2],
@@ -62,28 +64,36 @@ impl Reference {
         let mut of = |pairs: &Pairs| -> anyhow::Result<Vec<PairLogProbs>> {
             let mut all = Vec::with_capacity(pairs.encoded.len());
             for some in pairs.encoded.chunks(N_AT_A_TIME) {
-                if interrupt.requested() {
+                if interrupt.requested_in(group)? {
                     return Err(interrupt.stopped().into());
                 }
-                all.extend(pair_log_probs(&gpt, some, batch_size)?);
+                all.extend(pair_log_probs(group, &gpt, some, batch_size)?);
                 progress.add(some.len());
             }
             Ok(all)
         };
         let computed = Self { fingerprint, train: of(train)?, val: of(val)? };
-        write_whole(&path, serde_json::to_string(&computed)?)?;
+        if group.is_first() {
+            write_whole(&path, serde_json::to_string(&computed)?)?;
+        }
         Ok(computed)
     }
 }
 
-/// The log-probabilities of each pair's answers under `gpt`, `batch_size` answers at a time.
+/// The log-probabilities of each pair's answers under `gpt`, `batch_size` answers at a time, which `group` shares.
 ///
 /// # Errors
-/// If the device cannot be read.
-pub(crate) fn pair_log_probs(gpt: &Gpt, pairs: &[EncodedPair], batch_size: usize) -> anyhow::Result<Vec<PairLogProbs>> {
+/// If the device cannot be read, or a process of the group has ended.
+pub(crate) fn pair_log_probs(
+    group: &Group,
+    gpt: &Gpt,
+    pairs: &[EncodedPair],
+    batch_size: usize,
+) -> anyhow::Result<Vec<PairLogProbs>> {
     let rows: Vec<_> = pairs.iter().flat_map(answers).collect();
-    let of_tokens = of_response_tokens(&rows, batch_size, |batch| log_probs(gpt, batch, 1.0))
+    let own = of_share_of_responses(&rows, batch_size, group.share(), |batch| log_probs(gpt, batch, 1.0))
         .context("failed to read log-probabilities from the device")?;
+    let of_tokens = group.in_order(own)?;
     let sum = |of_answer: &[f32]| of_answer.iter().map(|&p| f64::from(p)).sum::<f64>() as f32;
     Ok(of_tokens.chunks_exact(2).map(|of_pair| [sum(&of_pair[0]), sum(&of_pair[1])]).collect())
 }
@@ -129,7 +139,15 @@ mod tests {
                 n_loads += 1;
                 Ok(Gpt::new(&tiny_config(20), &Streams::new(n_loads), &Device::flex()))
             };
-            let of = Reference::read_or_compute(dir.path(), init, [train, &val], 2, Interrupt::never(), &mut load);
+            let of = Reference::read_or_compute(
+                &Group::alone(),
+                dir.path(),
+                init,
+                [train, &val],
+                2,
+                Interrupt::never(),
+                &mut load,
+            );
             (of.unwrap(), n_loads)
         };
         let (first, _) = read(&init, &train);

@@ -7,10 +7,12 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Stage};
 use common::data::order::Order;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, GradNorm, Grads};
+use common::reduce::{GradSum, in_order};
 use common::rng::Streams;
 use common::score::{Pairs, by_length};
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training, gpt_and_optimizer};
@@ -27,8 +29,9 @@ use crate::reference::{Reference, pair_log_probs};
 ///
 /// # Errors
 /// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
-pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
+pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = DpoConfig::load(&args.stage)?;
+    config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
@@ -56,12 +59,14 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         run: &config.run,
         runtime: &runtime,
         total_steps,
+        group,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let batch_size = 2 * config.train.amount().micro();
     let pairs = [&training, &held_out];
-    let reference =
-        Reference::read_or_compute(&args.stage.out, &init, pairs, batch_size, interrupt, || Ok(plain.gpt(&init)?))?;
+    let reference = Reference::read_or_compute(group, &args.stage.out, &init, pairs, batch_size, interrupt, || {
+        Ok(plain.gpt(&init)?)
+    })?;
     let (policy, optimizer) =
         gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
@@ -72,6 +77,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
     session.drive(Dpo {
+        group: group.clone(),
         order: Order::new(training.records.len(), streams, "order"),
         total_steps,
         policy,
@@ -85,6 +91,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
 
 /// A policy that is being trained.
 struct Dpo<'a> {
+    group: Group,
     policy: Gpt,
     optimizer: AdamW,
     training: &'a Pairs,
@@ -100,11 +107,12 @@ impl Training for Dpo<'_> {
         let micro = self.config.train.amount().micro();
         let device = self.policy.device();
         let chosen = self.training.of_step(&mut self.order, step, self.config.train.batch_size);
-        let mut grads = Grads::default();
+        let mut grads = GradSum::new(&self.group);
         let mut micro_batches = Vec::new();
         let mut n_tokens = 0;
         let pair = |i: usize| (&self.training.encoded[i], self.reference.train[i]);
-        for part in by_length(chosen.iter().map(|&i| self.training.encoded[i].len()), micro) {
+        let parts = by_length(chosen.iter().map(|&i| self.training.encoded[i].len()), micro);
+        for part in &parts[self.group.share().of(parts.len())] {
             let batch = Batch::new(&part.iter().map(|&i| pair(chosen[i])).collect::<Vec<_>>());
             let log_probs = batch.log_probs(&self.policy); // [2·n_pairs]
             let log_ratios = log_probs.clone() - batch.reference(&device);
@@ -115,14 +123,15 @@ impl Training for Dpo<'_> {
                 log_probs: log_probs.inner(),
                 log_ratios: log_ratios.inner(),
             });
-            grads = grads.plus(Grads::take(&self.policy, self.optimizer.scaled(loss).backward()));
+            grads.add(Grads::take(&self.policy, self.optimizer.scaled(loss).backward()));
             n_tokens += batch.n_tokens.iter().sum::<usize>();
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.policy, grad_norm) = self.optimizer.step(self.policy, grads, lr);
-        let (norm, beta) = (grad_norm.clone(), self.config.dpo.beta);
-        let metrics = Box::new(move || metrics(micro_batches, beta, lr, &norm));
+        (self.policy, grad_norm) = self.optimizer.step(self.policy, grads.total()?, lr);
+        let (group, norm, beta) = (self.group.clone(), grad_norm.clone(), self.config.dpo.beta);
+        let metrics = Box::new(move || metrics(&group, micro_batches, beta, lr, &norm));
+        let n_tokens: usize = self.group.gather(n_tokens)?.iter().sum();
         Ok((self, Step { tokens: n_tokens as u64, grad_norm, metrics }))
     }
 
@@ -132,7 +141,7 @@ impl Training for Dpo<'_> {
         let n = if session.is_last() || train.eval_pairs == 0 { all } else { train.eval_pairs.min(all) };
         let pairs = &self.held_out.encoded[..n];
         let plain = self.policy.valid();
-        let of_policy = pair_log_probs(&plain, pairs, 2 * train.amount().micro())?;
+        let of_policy = pair_log_probs(&self.group, &plain, pairs, 2 * train.amount().micro())?;
         let of_reference = &self.reference.val[..n];
         let measured = Evaluation::of(&of_policy, of_reference, pairs, &self.config.dpo, &plain.device())?;
         session.log(&[
@@ -161,19 +170,25 @@ struct MicroBatch {
 
 /// The line of metrics of a step.
 fn metrics(
+    group: &Group,
     micro_batches: Vec<MicroBatch>,
     beta: f64,
     lr: f64,
     grad_norm: &GradNorm,
 ) -> anyhow::Result<Vec<(&'static str, f64)>> {
     let host = |tensor: Tensor<1>| tensor.try_into_vec_as::<f32>().context("failed to read the log-probabilities");
-    let (mut losses, mut log_probs, mut rewards) = (Vec::new(), Vec::<PairLogProbs>::new(), Vec::<[f64; 2]>::new());
-    for MicroBatch { loss, log_probs: of_answers, log_ratios } in micro_batches {
-        losses.push(loss);
+    let (mut losses, mut of_answers, mut log_ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for micro in micro_batches {
+        losses.push(micro.loss);
+        of_answers.push(micro.log_probs);
+        log_ratios.push(micro.log_ratios);
+    }
+    let (mut log_probs, mut rewards) = (Vec::<PairLogProbs>::new(), Vec::<[f64; 2]>::new());
+    for (of_answers, log_ratios) in in_order(group, of_answers)?.into_iter().zip(in_order(group, log_ratios)?) {
         log_probs.extend(of_pairs(&host(of_answers)?));
         rewards.extend(of_pairs(&host(log_ratios)?).map(|ratios| ratios.map(|ratio| beta * f64::from(ratio))));
     }
-    let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
+    let loss = Tensor::cat(in_order(group, losses)?, 0).sum().into_scalar::<f32>();
     let n = rewards.len() as f64;
     let mean_reward = |of: &dyn Fn(&[f64; 2]) -> f64| rewards.iter().map(of).sum::<f64>() / n;
     let mean_log_prob = |side: usize| log_probs.iter().map(|pair| f64::from(pair[side])).sum::<f64>() / n;

@@ -105,6 +105,10 @@ pub struct TrainConfig {
     /// Number of responses decoded at once: fewer need less memory for keys and values, more are faster.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub rollout_batch_size: usize,
+    /// Whether responses' log-probabilities keep their last bits whatever is decoded beside them: then several processes train
+    /// the weights of one, to the bit. At most 64 responses are decoded at once, and prompts are read one by one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub batch_invariant: bool,
     /// Number of held-out prompts in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_prompts: usize,
     /// Number of held-out answers written to `samples.jsonl` at every evaluation.
@@ -119,6 +123,7 @@ impl Default for TrainConfig {
             micro_batch_size: None,
             checkpoint_activations: false,
             rollout_batch_size: 256,
+            batch_invariant: false,
             eval_prompts: 64,
             n_samples: 4,
         }
@@ -450,6 +455,7 @@ impl PpoConfig {
     pub fn sampling<'a>(&self, streams: Streams, tokenizer: &'a Tokenizer) -> Sampling<'a> {
         let (temperature, length) = (self.ppo.temperature(), self.ppo.response_length);
         let mut sampling = Sampling::new(temperature, length, streams, tokenizer, self.train.rollout_batch_size);
+        sampling.batch_invariant = self.train.batch_invariant;
         sampling.past_end = self.ppo.switches().score_position == ScorePosition::FixedEnd;
         sampling
     }

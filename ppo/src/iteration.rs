@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use burn::module::Module;
+use common::group::Group;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError};
 
@@ -47,6 +48,11 @@ pub struct StepOutput {
 }
 
 impl Iteration<'_> {
+    /// The processes that share the work.
+    const fn group(&self) -> &Group {
+        &self.sampling.group
+    }
+
     /// Makes step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`. The same prompt stands
     /// `ppo.samples_per_prompt` times in a row.
     ///
@@ -68,7 +74,7 @@ impl Iteration<'_> {
         let score = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
-        let (learner, metrics) = learner.update(&batch, self.config, self.streams, step, kl_coef)?;
+        let (learner, metrics) = learner.update_in(self.group(), &batch, self.config, self.streams, step, kl_coef)?;
         let update = clock.elapsed().as_secs_f64();
         Ok(StepOutput { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
     }
@@ -84,8 +90,8 @@ impl Iteration<'_> {
         responses: Vec<Response>,
         kl_coef: f32,
     ) -> Result<Vec<Experience>, ScoreError> {
-        let rollouts = self.frozen.rollouts(prompts, responses, self.sampling.config.temperature)?;
-        let values = learner.values(&rollouts, &self.config.ppo, self.config.micro_batch_size())?;
+        let rollouts = self.frozen.rollouts_in(self.group(), prompts, responses, self.sampling.config.temperature)?;
+        let values = learner.values(self.group(), &rollouts, &self.config.ppo, self.config.micro_batch_size())?;
         Ok(Experience::of_batch(rollouts, values, kl_coef, &self.config.ppo))
     }
 }

@@ -2,10 +2,11 @@
 
 use burn::module::Module;
 use common::checkpoint::{Checkpoint, CheckpointError};
+use common::group::Group;
 use common::model::{Gpt, NamedTensors, ScalarGpt};
 use common::optim::AdamW;
 use common::runtime::Runtime;
-use common::score::{Rollout, ScoreError, of_response_tokens, values};
+use common::score::{Rollout, ScoreError, of_share_of_responses, values};
 use common::session::{Contents, Exported, Restored};
 use serde_json::json;
 
@@ -89,12 +90,13 @@ impl Learner {
     }
 
     /// The values of each response's tokens, and of the place after the last where `config` gives the score that,
-    /// `batch_size` responses at a time; `None` without a value model.
+    /// `batch_size` responses at a time, which `group` shares; `None` without a value model.
     ///
     /// # Errors
     /// If the device cannot be read.
     pub fn values(
         &self,
+        group: &Group,
         rollouts: &[Rollout],
         config: &PpoSection,
         batch_size: usize,
@@ -106,7 +108,8 @@ impl Learner {
             rollouts.iter().zip(valued).map(|(rollout, after)| valued_ids(rollout, after)).collect();
         let responses: Vec<(&[u32], &[u32])> =
             rollouts.iter().zip(&responses).map(|(rollout, ids)| (&*rollout.prompt.ids, &**ids)).collect();
-        Ok(Some(of_response_tokens(&responses, batch_size, |batch| values(&model, batch))?))
+        let own = of_share_of_responses(&responses, batch_size, group.share(), |batch| values(&model, batch))?;
+        Ok(Some(group.in_order(own)?))
     }
 
     /// The contents of a checkpoint: models, optimisers, the policy's moving average and the KL coefficient.

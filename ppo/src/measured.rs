@@ -117,7 +117,8 @@ impl HeldOut<'_> {
         let n =
             if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
         let responses = self.sampling.answer(&policy.valid(), &all[..n], 0)?;
-        let rollouts = self.frozen.rollouts(&all[..n], responses, self.sampling.config.temperature)?;
+        let rollouts =
+            self.frozen.rollouts_in(&self.sampling.group, &all[..n], responses, self.sampling.config.temperature)?;
         let counts = |rollout: &Rollout| counted(rollout, &self.config.ppo);
         let means = Means::of(rollouts.iter().map(|rollout| (rollout, counts(rollout))));
         ensure!(means.kl.is_finite(), "the divergence from the reference is {} at step {step}", means.kl);

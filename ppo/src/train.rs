@@ -6,13 +6,14 @@ use anyhow::Context;
 use burn::module::Module;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::metrics::{self, Recorder};
 use common::model::NamedTensors;
 use common::optim::GradNorm;
 use common::rng::Streams;
-use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts};
-use common::session::{Contents, Outcome, Plan, Restored, Session, Step, Training};
+use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts, Sampling};
+use common::session::{Amount, Contents, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::Interval;
 
 use crate::alarms::Alarms;
@@ -36,8 +37,9 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// # Errors
 /// Whatever stands in the way: configuration, data, models that do not fit together, the output directory, a ratio that
 /// is not 1 before the first update, a loss that is not finite.
-pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
+pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = PpoConfig::load(&args.stage)?;
+    check_ranks(&config, group)?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
@@ -59,13 +61,16 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         run: &config.run,
         runtime: &runtime,
         total_steps: config.train.steps,
+        group,
     };
     let (session, mut restored) = Session::start(&args.stage, &plan, interrupt)?;
     let mut kl_coef = config.ppo.kl_coef as f32;
     if restored.is_some() {
         let saved = session.progress().stage["kl_coef"].as_f64();
         kl_coef = saved.context("`state/state.json` lacks `kl_coef`")? as f32;
-        metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
+        if group.is_first() {
+            metrics::truncate_after(&args.stage.out.join(ROLLOUTS_FILE), session.progress().step)?;
+        }
     }
     let mut alarms = Alarms::new(config.train.batch_size);
     if restored.is_some() {
@@ -82,7 +87,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
         training.encoded.len(),
         held_out.encoded.len()
     );
-    let sampling = config.sampling(streams, tokenizer);
+    let sampling = |streams| Sampling { group: group.clone(), ..config.sampling(streams, tokenizer) };
     let average = (decay > 0.0).then(|| average.unwrap_or_else(|| learner.policy.to_trained()));
     session.drive(Ppo {
         learner,
@@ -94,17 +99,31 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt, gold: Option<Gold<'_>>) -> 
             .ppo
             .kl_target
             .map(|target| AdaptiveController::new(kl_coef, target as f32, config.ppo.kl_horizon as f32)),
-        iteration: Iteration { config: &config, sampling: &sampling, frozen: &frozen, streams },
+        iteration: Iteration { config: &config, sampling: &sampling(streams), frozen: &frozen, streams },
         held_out: HeldOut {
             prompts: &held_out,
             frozen: &frozen,
-            sampling: config.sampling(streams.of("held-out"), tokenizer),
+            sampling: sampling(streams.of("held-out")),
             config: &config,
         },
         order: Order::new(training.encoded.len(), streams, "order"),
         training: &training,
         config: &config,
     })
+}
+
+/// Checks that every process has a micro-batch of each minibatch, and says what else their number can change.
+fn check_ranks(config: &PpoConfig, group: &Group) -> anyhow::Result<()> {
+    let micro_batch_size = Some(config.micro_batch_size());
+    let batch_size = config.train.batch_size / config.ppo.minibatches;
+    Amount { epochs: None, steps: None, batch_size, micro_batch_size }.check_ranks(group)?;
+    if !group.is_alone() && !config.train.batch_invariant {
+        tracing::info!(
+            "responses are decoded in other batches than by one process, which may change the last bits of their \
+             log-probabilities; `train.batch_invariant = true` keeps them"
+        );
+    }
+    Ok(())
 }
 
 /// The initial policy and the reward model of a run.

@@ -2,8 +2,10 @@
 
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
+use common::group::Group;
 use common::kernels;
 use common::optim::{GradNorm, Grads};
+use common::reduce::{GradSum, in_order};
 use common::rng::Streams;
 use common::score::{ResponseBatch, by_length, log_probs_and_entropy, values};
 
@@ -63,7 +65,24 @@ impl Learner {
     /// # Errors
     /// If, before the first update, a ratio is further from 1 than `ppo.ratio_tolerance`.
     pub fn update(
+        self,
+        batch: &[Experience],
+        config: &PpoConfig,
+        streams: Streams,
+        step: u64,
+        kl_coef: f32,
+    ) -> anyhow::Result<(Self, UpdateMetrics)> {
+        self.update_in(&Group::alone(), batch, config, streams, step, kl_coef)
+    }
+
+    /// [`update`](Self::update) on the same batch on every process of `group`, which shares the micro-batches: the same
+    /// weights and numbers to the bit.
+    ///
+    /// # Errors
+    /// As there, and if a process has ended.
+    pub fn update_in(
         mut self,
+        group: &Group,
         batch: &[Experience],
         config: &PpoConfig,
         streams: Streams,
@@ -79,16 +98,17 @@ impl Learner {
                 let minibatch: Vec<&Experience> = minibatch.iter().map(|&i| &batch[i]).collect();
                 let own = Experience::of_minibatch(&minibatch, &config.ppo);
                 let minibatch = own.as_ref().map_or(minibatch, |own| own.iter().collect());
-                let (policy_grads, value_grads) = self.gradients(&minibatch, config, kl_coef, &mut sums)?;
+                let (policy_grads, value_grads) = self.gradients(group, &minibatch, config, kl_coef, &mut sums)?;
                 self = self.descend(policy_grads, value_grads, lrs, &mut sums);
             }
         }
         Ok((self, sums.metrics()?))
     }
 
-    /// The gradients of a minibatch, accumulated over its micro-batches, longest responses first.
+    /// The gradients of a minibatch, accumulated over its micro-batches of all processes, longest responses first.
     fn gradients(
         &self,
+        group: &Group,
         minibatch: &[&Experience],
         config: &PpoConfig,
         kl_coef: f32,
@@ -96,8 +116,11 @@ impl Learner {
     ) -> anyhow::Result<(Grads, Grads)> {
         let counts = Counts::of(minibatch);
         let lengths = minibatch.iter().map(|e| e.rollout.prompt.ids.len() + e.rollout.response.ids.len());
-        let (mut policy_grads, mut value_grads) = (Grads::default(), Grads::default());
-        for part in by_length(lengths, config.micro_batch_size()) {
+        let mut policy_grads = GradSum::new(group);
+        let mut value_grads = self.critic.as_ref().map(|_| GradSum::new(group));
+        let (mut all_means, mut ratio_maxima) = (Vec::new(), Vec::new());
+        let parts = by_length(lengths, config.micro_batch_size());
+        for part in &parts[group.share().of(parts.len())] {
             let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), counts);
             let of_policy = || part.policy_gradients(self, config, kl_coef);
             let of_value = || self.critic.as_ref().map(|critic| part.value_gradients(critic, config));
@@ -110,15 +133,20 @@ impl Learner {
             if sums.n_updates() == 0 {
                 part.check_ratio(policy.log_probs, config.ppo.ratio_tolerance)?;
             }
-            policy_grads = policy_grads.plus(policy.grads);
+            policy_grads.add(policy.grads);
             let mut means = policy.means;
-            if let Some(value) = value {
-                value_grads = value_grads.plus(value.grads);
+            if let (Some(value), Some(value_grads)) = (value, &mut value_grads) {
+                value_grads.add(value.grads);
                 means.extend(value.means);
             }
-            sums.add(Tensor::cat(means, 0), policy.ratio_max);
+            all_means.push(Tensor::cat(means, 0));
+            ratio_maxima.push(policy.ratio_max);
         }
-        Ok((policy_grads, value_grads))
+        for (means, ratio_max) in in_order(group, all_means)?.into_iter().zip(in_order(group, ratio_maxima)?) {
+            sums.add(means, ratio_max);
+        }
+        let value_grads = value_grads.map(GradSum::total).transpose()?;
+        Ok((policy_grads.total()?, value_grads.unwrap_or_default()))
     }
 
     /// One step of each optimiser at the learning rates of policy and value model.

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use clap::Parser;
 use common::checkpoint::{Checkpoint, Stage, Weights};
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::model::{HostTensor, NamedTensors};
 use common::testing::{save_tiny, save_weights, tiny_config};
@@ -112,7 +113,7 @@ fn learns(seed: u64, settings: &str) {
     let args =
         ["ppo", "train", "--config", &config, "--policy", &policy, "--reward-model", &reward_model, "--out", &out];
     let Command::Train(args) = Cli::parse_from(args).command else { panic!("the command is `train`") };
-    ppo::train(&args, Interrupt::never(), Some(&|_, answer| Some(share_of_a(answer)))).unwrap();
+    ppo::train(&args, &Group::alone(), Interrupt::never(), Some(&|_, answer| Some(share_of_a(answer)))).unwrap();
 
     let evaluations = evaluations(&dir.path().join("out"));
     let (first, last) = (&evaluations[0], &evaluations[evaluations.len() - 1]);

@@ -5,8 +5,10 @@ use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{CONFIG_FILE, Checkpoint, Stage};
 use common::cli::print_json;
 use common::data::{collate, ids};
+use common::group::Group;
 use common::model::{Gpt, Layout};
 use common::{config, loss};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::EvalArgs;
@@ -14,7 +16,7 @@ use crate::config::{DataConfig, PretrainConfig};
 use crate::data::{self, TokenSet, Windows};
 
 /// Cross-entropy summed over tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Sum of `−log p(token)` in nats.
     pub nats: f64,
@@ -49,7 +51,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
                 gpt.config().max_seq_len,
                 args.runtime.process.quiet,
             )?;
-            let mut all = evaluate_windows(&gpt, &text, 0, args.batch_size.get())?;
+            let mut all = evaluate_windows(&Group::alone(), &gpt, &text, 0, args.batch_size.get())?;
             if let Some(rest) = text.remainder()? {
                 all.add(evaluate_batch(&gpt, &rest)?);
             }
@@ -69,15 +71,17 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 
 /// Mean loss over `n_windows` windows spread over `text`, or all of them with 0.
 pub(crate) fn evaluate_windows(
+    group: &Group,
     gpt: &Gpt,
     text: &TokenSet,
     n_windows: usize,
     batch_size: usize,
 ) -> anyhow::Result<Evaluation> {
     let mut all = Evaluation::default();
-    for starts in text.spread(n_windows).chunks(batch_size) {
-        all.add(evaluate_batch(gpt, &text.windows(starts.iter().copied())?)?);
-    }
+    let starts = text.spread(n_windows);
+    let batches: Vec<&[usize]> = starts.chunks(batch_size).collect();
+    let of_batch = |i: usize| evaluate_batch(gpt, &text.windows(batches[i].iter().copied())?);
+    group.map_shared(batches.len(), of_batch)?.into_iter().for_each(|of_batch| all.add(of_batch));
     ensure!(all.nats.is_finite(), "the held-out loss is {}", all.nats);
     Ok(all)
 }

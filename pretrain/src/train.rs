@@ -5,11 +5,13 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Checkpoint, Preview, Stage};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::loss;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
+use common::reduce::GradSum;
 use common::rng::{Rng, Streams};
 use common::runtime::Runtime;
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training};
@@ -26,8 +28,9 @@ use crate::needs;
 ///
 /// # Errors
 /// If configuration, data or the output directory cannot be used, or a loss is not finite.
-pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
+pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = PretrainConfig::load(&args.stage)?;
+    config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(None)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
@@ -42,7 +45,9 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
     if init.is_none() {
         needs::check(&config, &model_config, false, &runtime)?;
     }
-    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, args.stage.runtime.process.quiet)?;
+    // The first rank tokenises; the others find the shards.
+    let quiet = args.stage.runtime.process.quiet || !group.is_first();
+    let corpus = group.first_alone(|| Corpus::open(&config.data, &tokenizer, seq_len, &streams, quiet))?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {
         stage: Stage::Pretrain,
@@ -54,6 +59,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         run: &config.run,
         runtime: &runtime,
         total_steps: config.train.steps,
+        group,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (gpt, optimizer) = match (restored, &init) {
@@ -69,11 +75,12 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         corpus.train.n_tokens(),
         corpus.val.n_tokens()
     );
-    session.drive(Pretraining { gpt, optimizer, corpus, config: &config, streams, seq_len })
+    session.drive(Pretraining { group: group.clone(), gpt, optimizer, corpus, config: &config, streams, seq_len })
 }
 
 /// A language model that is being pretrained.
 struct Pretraining<'a> {
+    group: Group,
     gpt: Gpt,
     optimizer: AdamW,
     corpus: Corpus,
@@ -85,35 +92,39 @@ struct Pretraining<'a> {
 
 impl Training for Pretraining<'_> {
     fn step(mut self, step: u64, _recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
-        let (batch_size, micro) = (self.config.train.batch_size as u64, self.config.train.amount().micro());
-        let n_targets = self.config.train.batch_size * self.seq_len;
-        let mut grads = Grads::default();
+        let (batch_size, micro) = (self.config.train.batch_size, self.config.train.amount().micro());
+        let n_targets = batch_size * self.seq_len;
+        let mut grads = GradSum::new(&self.group);
         let mut losses = Vec::new();
-        for first in (0..batch_size).step_by(micro) {
-            let position = step * batch_size + first;
+        for i in self.group.share().of(batch_size / micro) {
+            let position = step * batch_size as u64 + (i * micro) as u64;
             let windows = self.corpus.train.batch(position..position + micro as u64)?;
             let mut dropout = self.streams.get("dropout", position);
             // The whole batch's number of targets, so that micro-batches add up to its mean.
             let (of_windows, loss) = gradients(&self.gpt, &self.optimizer, &windows, n_targets, Some(&mut dropout));
-            grads = grads.plus(of_windows);
+            grads.add(of_windows);
             losses.push(loss);
         }
         let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
         let grad_norm;
-        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads, lr);
-        Ok((self, Step::of_lm(n_targets as u64, losses, lr, grad_norm)))
+        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads.total()?, lr);
+        let step = Step::of_lm(&self.group, n_targets as u64, losses, lr, grad_norm);
+        Ok((self, step))
     }
 
     fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
         let plain = self.gpt.valid();
         let n_windows = if session.is_last() { 0 } else { self.config.train.eval_windows };
         let text = &self.corpus.val;
-        let held_out = eval::evaluate_windows(&plain, text, n_windows, self.config.train.amount().micro())?;
+        let held_out =
+            eval::evaluate_windows(&self.group, &plain, text, n_windows, self.config.train.amount().micro())?;
         session.log(&[
             (names::VAL_LOSS, held_out.loss()),
             (names::VAL_BITS_PER_BYTE, held_out.nats / std::f64::consts::LN_2 / text.bytes_of(held_out.tokens)),
         ])?;
-        self.sample(session, &plain)?;
+        if self.group.is_first() {
+            self.sample(session, &plain)?;
+        }
         session.note_evaluation(held_out.loss(), Exported::Lm(&self.gpt));
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result};
 use common::conversation::{self, Message};
 use common::generate::SamplingConfig;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::logging::Progress;
 use common::model::{Gpt, ScalarGpt};
@@ -50,6 +51,8 @@ impl PromptSampler<'_> {
             tokenizer: self.tokenizer,
             batch_size: self.batch_size,
             past_end: false,
+            batch_invariant: false,
+            group: Group::alone(),
         };
         let ids = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
         let mut progress = Progress::new(what, ids.len(), "answers");

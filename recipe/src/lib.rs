@@ -38,6 +38,7 @@ pub mod results;
 mod run;
 mod setup;
 pub mod steps;
+mod training;
 
 pub use cli::{Cli, Command, NewArgs, OveroptimiseArgs, PlanArgs, RunArgs, WorldArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelledBy, RecipeConfig};
@@ -47,7 +48,7 @@ pub use run::run;
 
 use std::io::Write as _;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use common::cli::print_json;
 use common::files::is_filled;
 use common::session;
@@ -62,14 +63,17 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) if args.print_config => print::print_config(&args),
         Command::Run(args) => {
-            session::run(&args.runtime, "run the same command again to continue", |interrupt| run(&args, interrupt))
+            session::run(&args.runtime, "run the same command again to continue", |group, interrupt| {
+                run(&args, group, interrupt)
+            })
         }
         Command::Plan(args) => {
             args.runtime.start()?;
             memory::print_plan(&args)
         }
         Command::Overoptimise(args) => {
-            session::run(&args.runtime, "run the same command again to continue", |interrupt| {
+            session::run(&args.runtime, "run the same command again to continue", |group, interrupt| {
+                ensure!(group.is_alone(), "`recipe overoptimise` is one process\nhint: start it without `mpirun`");
                 overoptimise::overoptimise(&args, interrupt)
             })
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use common::cli::StageArgs;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::logging::counted;
 use common::out_dir::{self, OutLock};
@@ -26,6 +26,7 @@ use crate::report;
 use crate::results::{Policy, Results};
 use crate::setup::Setup;
 use crate::steps::{Progress, Step};
+use crate::training::{self, Trainer};
 
 /// Runs a recipe from where it stands to its end, or to where the user stops it.
 ///
@@ -34,10 +35,20 @@ use crate::steps::{Progress, Step};
 ///
 /// # Errors
 /// If the recipe is not valid or a step fails; what was finished before stays and is skipped the next time.
-pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
+pub fn run(args: &RunArgs, group: &Group, interrupt: Interrupt) -> Result<Outcome> {
+    if !group.is_first() {
+        return training::follow(args, group, interrupt);
+    }
+    let outcome = lead(args, group, interrupt)?;
+    training::end(group, interrupt)?;
+    Ok(outcome)
+}
+
+/// [`run`] on the rank that decides and writes.
+fn lead(args: &RunArgs, group: &Group, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
     let _lock = OutLock::take_inside(&args.out)?;
-    let (record, progress) = carry_out(args, recipe, interrupt)?;
+    let (record, progress) = carry_out(args, recipe, group, interrupt)?;
     match progress {
         Progress::Finished => say_result(&args.out, &record)?,
         Progress::Waiting => {}
@@ -53,11 +64,16 @@ pub fn run(args: &RunArgs, interrupt: Interrupt) -> Result<Outcome> {
 ///
 /// # Errors
 /// As [`run`].
-pub(crate) fn carry_out(args: &RunArgs, recipe: Recipe, interrupt: Interrupt) -> Result<(RunRecord, Progress)> {
+pub(crate) fn carry_out(
+    args: &RunArgs,
+    recipe: Recipe,
+    group: &Group,
+    interrupt: Interrupt,
+) -> Result<(RunRecord, Progress)> {
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, &args.runtime)?;
-    let mut run = Run::start(args, setup, earlier, interrupt)?;
+    let mut run = Run::start(args, setup, earlier, group, interrupt)?;
     let progress = run.steps()?;
     if progress == Progress::Finished {
         tracing::info!("[{0}/{0}] report", run.n_steps());
@@ -72,12 +88,19 @@ struct Run<'a> {
     record: RunRecord,
     /// The steps that this command has to do, at its beginning.
     due: Vec<Step>,
+    group: &'a Group,
     interrupt: Interrupt,
 }
 
 impl<'a> Run<'a> {
     /// Checks everything that is to come after what `earlier` has, or from the beginning if it is of another recipe.
-    fn start(args: &'a RunArgs, setup: Setup, earlier: RunRecord, interrupt: Interrupt) -> Result<Self> {
+    fn start(
+        args: &'a RunArgs,
+        setup: Setup,
+        earlier: RunRecord,
+        group: &'a Group,
+        interrupt: Interrupt,
+    ) -> Result<Self> {
         args.runtime.open()?;
         let (record, replaced) =
             if earlier.is_of(&setup.recipe.name) { (earlier, None) } else { (RunRecord::default(), Some(earlier)) };
@@ -92,7 +115,7 @@ impl<'a> Run<'a> {
                 out_dir::check_replaceable(&setup.dir(step), &[])?;
             }
         }
-        let mut run = Self { args, setup, record, due, interrupt };
+        let mut run = Self { args, setup, record, due, group, interrupt };
         run.describe()?;
         fs::create_dir_all(&args.out).with_context(|| format!("failed to make `{}`", args.out.display()))?;
         if let Some(replaced) = replaced {
@@ -276,7 +299,9 @@ impl<'a> Run<'a> {
                 if stage == Step::Ppo && !goes_on {
                     doctor::run(&self.setup, &self.args.runtime)?;
                 }
-                self.train(stage, self.stage_args(stage, goes_on)?).map(Progress::from)
+                let Self { args, setup, group, interrupt, .. } = self;
+                training::announce(group, stage, goes_on)?;
+                Trainer { args, setup, group, interrupt: *interrupt }.train(stage, goes_on).map(Progress::from)
             }
         }
     }
@@ -292,46 +317,6 @@ impl<'a> Run<'a> {
         })?;
         tracing::info!("{} tokens, {:.2} bytes of held-out text each", learned.vocab_size, learned.bytes_per_token);
         Ok(Outcome::Finished)
-    }
-
-    /// Runs a training stage as its own command would.
-    fn train(&self, step: Step, stage: StageArgs) -> Result<Outcome> {
-        let setup = &self.setup;
-        match step {
-            Step::Pretrain => {
-                let init = setup.recipe.config.init.clone();
-                let tokenizer = init.is_none().then(|| setup.dir(Step::Tokenizer));
-                pretrain::train(&pretrain::TrainArgs { tokenizer, init, stage }, self.interrupt)
-            }
-            Step::Sft => sft::train(&sft::TrainArgs { init: setup.base(), stage }, self.interrupt),
-            Step::RewardModel => {
-                let args = reward_model::TrainArgs { init: setup.dir(Step::Sft), stage };
-                reward_model::train(&args, self.interrupt)
-            }
-            Step::Dpo => dpo::train(&dpo::TrainArgs { init: setup.dir(Step::Sft), stage }, self.interrupt),
-            _ => {
-                let gold = setup.gold.as_ref().map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
-                let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
-                ppo::train(
-                    &ppo::TrainArgs { policy, reward_model, stage },
-                    self.interrupt,
-                    gold.as_ref().map(|gold| gold as ppo::Gold<'_>),
-                )
-            }
-        }
-    }
-
-    /// The flags with which a training stage is run.
-    fn stage_args(&self, step: Step, resume: bool) -> Result<StageArgs> {
-        Ok(StageArgs {
-            config: self.setup.recipe.stage_config(step),
-            out: self.setup.dir(step),
-            resume,
-            overwrite: !resume,
-            overrides: self.setup.recipe.run_overrides(step)?,
-            data: self.setup.recipe.data.clone(),
-            runtime: self.args.runtime.clone(),
-        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::print_json;
+use common::group::Group;
 use common::model::ScalarGpt;
 pub use common::score::Agreement as Evaluation;
 use common::score::{Pairs, ScoreError, score_pairs};
@@ -27,16 +28,17 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let pairs = data::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
-    Ok(evaluate_pairs(&model, &pairs, pairs.encoded.len(), args.batch_size.get())?)
+    Ok(evaluate_pairs(&Group::alone(), &model, &pairs, pairs.encoded.len(), args.batch_size.get())?)
 }
 
-/// Measures `model` on the first `n` pairs, `batch_size` answers at a time.
+/// Measures `model` on the first `n` pairs, `batch_size` answers at a time, which `group` shares.
 pub(crate) fn evaluate_pairs(
+    group: &Group,
     model: &ScalarGpt,
     pairs: &Pairs,
     n: usize,
     batch_size: usize,
 ) -> Result<Evaluation, ScoreError> {
     let used = &pairs.encoded[..n.min(pairs.encoded.len())];
-    Ok(Evaluation::of(used, &score_pairs(model, used, batch_size)?))
+    Ok(Evaluation::of(used, &score_pairs(group, model, used, batch_size)?))
 }

@@ -38,9 +38,9 @@ use common::session;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => {
-            session::run(&args.stage.runtime, "continue with `--resume`", |interrupt| train(&args, interrupt))
-        }
+        Command::Train(args) => session::run(&args.stage.runtime, "continue with `--resume`", |group, interrupt| {
+            train(&args, group, interrupt)
+        }),
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
         Command::Score(args) => args.runtime.run(|| score::run(&args)),
         Command::Label(args) => label::run(&args),

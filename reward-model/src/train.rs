@@ -7,12 +7,14 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::data::order::Order;
+use common::group::Group;
 use common::hf::HostAdapter;
 use common::interrupt::Interrupt;
 use common::metrics::{Recorder, names};
 use common::model::params::Output;
 use common::model::{Gpt, Layout, ScalarGpt};
 use common::optim::{AdamW, GradNorm, Grads};
+use common::reduce::{GradSum, in_order};
 use common::rng::Streams;
 use common::runtime::Runtime;
 use common::score::{EncodedPair, Pairs, by_length};
@@ -35,8 +37,9 @@ use crate::normalisation::{Normalisation, score_samples};
 /// # Errors
 /// If configuration, data, the initial model or the output directory cannot be used, a loss is not finite, or the scores
 /// cannot be normalised.
-pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
+pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = RewardModelConfig::load(&args.stage)?;
+    config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
@@ -63,6 +66,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         run: &config.run,
         runtime: &runtime,
         total_steps,
+        group,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (model, optimizer, initial) = begin(&config, &mut init, restored, &plain, &runtime)?;
@@ -73,6 +77,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
     session.drive(RewardTraining {
+        group: group.clone(),
         order: Order::new(training.records.len(), streams, "order"),
         total_steps,
         model,
@@ -122,6 +127,7 @@ fn begin(
 
 /// A reward model that is being trained.
 struct RewardTraining<'a> {
+    group: Group,
     model: ScalarGpt,
     optimizer: AdamW,
     /// The model to hand on, once its scores are normalised.
@@ -147,10 +153,12 @@ impl Training for RewardTraining<'_> {
         let chosen = self.training.of_step(&mut self.order, step, batch_size);
         let chosen: Vec<&EncodedPair> = chosen.into_iter().map(|i| &self.training.encoded[i]).collect();
         let n_in_batch = chosen.len();
-        let mut grads = Grads::default();
+        let mut grads = GradSum::new(&self.group);
         let mut micro_batches = Vec::new();
+        let parts = by_length(chosen.iter().map(|pair| pair.len()), micro);
         let mut n_tokens = 0;
-        for (i, part) in by_length(chosen.iter().map(|pair| pair.len()), micro).iter().enumerate() {
+        for i in self.group.share().of(parts.len()) {
+            let part = &parts[i];
             let batch = Batch::new(&part.iter().map(|&i| chosen[i]).collect::<Vec<_>>());
             let mut dropout = self.streams.get("dropout", first + (i * micro) as u64);
             let (inputs, last) = (batch.inputs(&device), batch.last(&device));
@@ -168,14 +176,15 @@ impl Training for RewardTraining<'_> {
             if self.config.train.centring_coef > 0.0 {
                 loss = loss + centring_penalty(chosen, rejected) * self.config.train.centring_coef;
             }
-            grads = grads.plus(Grads::take(&self.model, self.optimizer.scaled(loss * share).backward()));
+            grads.add(Grads::take(&self.model, self.optimizer.scaled(loss * share).backward()));
             n_tokens += batch.n_tokens();
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.model, grad_norm) = self.optimizer.step(self.model, grads, lr);
-        let norm = grad_norm.clone();
-        let metrics = Box::new(move || metrics(micro_batches, n_in_batch, lr, &norm));
+        (self.model, grad_norm) = self.optimizer.step(self.model, grads.total()?, lr);
+        let (norm, group) = (grad_norm.clone(), self.group.clone());
+        let metrics = Box::new(move || metrics(&group, micro_batches, n_in_batch, lr, &norm));
+        let n_tokens: usize = self.group.gather(n_tokens)?.iter().sum();
         Ok((self, Step { tokens: n_tokens as u64, grad_norm, metrics }))
     }
 
@@ -183,7 +192,8 @@ impl Training for RewardTraining<'_> {
         let train = &self.config.train;
         let all = self.held_out.encoded.len();
         let n = if session.is_last() || train.eval_pairs == 0 { all } else { train.eval_pairs };
-        let measured = eval::evaluate_pairs(&self.model.valid(), self.held_out, n, 2 * train.amount().micro())?;
+        let measured =
+            eval::evaluate_pairs(&self.group, &self.model.valid(), self.held_out, n, 2 * train.amount().micro())?;
         session.log(&[
             (names::VAL_LOSS, measured.loss),
             (names::VAL_ACCURACY, measured.accuracy),
@@ -243,6 +253,7 @@ struct MicroBatch {
 
 /// The line of metrics of a step.
 fn metrics(
+    group: &Group,
     micro_batches: Vec<MicroBatch>,
     n_pairs: usize,
     lr: f64,
@@ -250,6 +261,7 @@ fn metrics(
 ) -> anyhow::Result<Vec<(&'static str, f64)>> {
     let (losses, distances): (Vec<_>, Vec<_>) =
         micro_batches.into_iter().map(|micro| (micro.loss, micro.distances)).unzip();
+    let (losses, distances) = (in_order(group, losses)?, in_order(group, distances)?);
     let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
     let distances = Tensor::cat(distances, 0).try_into_vec_as::<f32>().context("failed to read the scores")?;
     let mean = |value: &dyn Fn(f64) -> f64| {

@@ -4,9 +4,12 @@ use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor};
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::print_json;
+use common::conversation::EncodedConversation;
+use common::group::Group;
 use common::loss;
 use common::model::Gpt;
 use common::session::DataConfig;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::EvalArgs;
@@ -16,7 +19,7 @@ use crate::data::{Batch, Conversations};
 const MAX_LOGITS: usize = 1 << 24;
 
 /// Held-out loss and accuracy on the assistant's tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Sum of `−log p(token)` in nats.
     pub nats: f64,
@@ -47,7 +50,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let conversations = Conversations::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
-    let all = evaluate(&gpt, &conversations, conversations.encoded.len(), args.batch_size.get())?;
+    let all = evaluate(&Group::alone(), &gpt, &conversations, conversations.encoded.len(), args.batch_size.get())?;
     let result = json!({ "loss": all.loss(), "token_accuracy": all.token_accuracy(), "tokens": all.tokens });
     print_json(&result)
 }
@@ -72,28 +75,37 @@ fn n_correct(gpt: &Gpt, hidden: &Tensor<2>, targets: &Tensor<1, Int>, n_at_a_tim
 
 /// Loss and accuracy on the first `n` conversations.
 pub(crate) fn evaluate(
+    group: &Group,
     gpt: &Gpt,
     conversations: &Conversations,
     n: usize,
     batch_size: usize,
 ) -> anyhow::Result<Evaluation> {
+    let chosen = &conversations.encoded[..n.min(conversations.encoded.len())];
+    let batches: Vec<Vec<&EncodedConversation>> = chosen.chunks(batch_size).map(|some| some.iter().collect()).collect();
     let mut all = Evaluation::default();
-    let device = gpt.device();
-    for chunk in conversations.encoded[..n.min(conversations.encoded.len())].chunks(batch_size) {
-        let batch = Batch::new(&chunk.iter().collect::<Vec<_>>(), gpt.config().max_seq_len);
-        let hidden = gpt.hidden(batch.inputs(&device), &batch.layout());
-        let (positions, targets) = batch.targets(&device);
-        let [rows, seq, d_model] = hidden.dims();
-        // [n_targets, d_model]
-        let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
-        all.correct += n_correct(gpt, &hidden, &targets, (MAX_LOGITS / gpt.config().vocab_size).max(1));
-        let log_probs = loss::token_log_probs(gpt, hidden, targets, 1.0);
-        let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
-        all.nats -= log_probs.iter().map(|&p| f64::from(p)).sum::<f64>();
-        all.tokens += batch.n_targets();
+    for of_batch in group.map_shared(batches.len(), |i| evaluate_batch(gpt, &batches[i]))? {
+        all.nats += of_batch.nats;
+        all.correct += of_batch.correct;
+        all.tokens += of_batch.tokens;
     }
     ensure!(all.nats.is_finite(), "the held-out loss is {}", all.nats);
     Ok(all)
+}
+
+fn evaluate_batch(gpt: &Gpt, conversations: &[&EncodedConversation]) -> anyhow::Result<Evaluation> {
+    let device = gpt.device();
+    let batch = Batch::new(conversations, gpt.config().max_seq_len);
+    let hidden = gpt.hidden(batch.inputs(&device), &batch.layout());
+    let (positions, targets) = batch.targets(&device);
+    let [rows, seq, d_model] = hidden.dims();
+    // [n_targets, d_model]
+    let hidden = hidden.reshape([rows * seq, d_model]).select(0, positions);
+    let correct = n_correct(gpt, &hidden, &targets, (MAX_LOGITS / gpt.config().vocab_size).max(1));
+    let log_probs = loss::token_log_probs(gpt, hidden, targets, 1.0);
+    let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
+    let nats = -log_probs.iter().map(|&p| f64::from(p)).sum::<f64>();
+    Ok(Evaluation { nats, correct, tokens: batch.n_targets() })
 }
 
 #[cfg(test)]

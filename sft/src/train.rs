@@ -8,11 +8,13 @@ use common::checkpoint::{self, Stage};
 use common::conversation::{self, Role};
 use common::data::order::Order;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::loss;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
+use common::reduce::GradSum;
 use common::rng::Streams;
 use common::session::{Contents, Exported, Outcome, Plan, Session, Step, Training, gpt_and_optimizer};
 use serde_json::json;
@@ -27,8 +29,9 @@ use crate::needs;
 ///
 /// # Errors
 /// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
-pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> {
+pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = SftConfig::load(&args.stage)?;
+    config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let streams = Streams::new(config.seed);
@@ -59,6 +62,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         run: &config.run,
         runtime: &runtime,
         total_steps,
+        group,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (gpt, optimizer) =
@@ -71,6 +75,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
         held_out.encoded.len()
     );
     session.drive(FineTuning {
+        group: group.clone(),
         order: Order::new(training.encoded.len(), streams, "order"),
         total_steps,
         gpt,
@@ -84,6 +89,7 @@ pub fn train(args: &TrainArgs, interrupt: Interrupt) -> anyhow::Result<Outcome> 
 
 /// A language model that is being fine-tuned.
 struct FineTuning<'a> {
+    group: Group,
     gpt: Gpt,
     optimizer: AdamW,
     training: &'a Conversations,
@@ -104,9 +110,10 @@ impl Training for FineTuning<'_> {
             .collect();
         let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len)).collect();
         let n_targets = batches.iter().map(Batch::n_targets).sum();
-        let mut grads = Grads::default();
+        let mut grads = GradSum::new(&self.group);
         let mut losses = Vec::new();
-        for (i, batch) in batches.iter().enumerate() {
+        for i in self.group.share().of(batches.len()) {
+            let batch = &batches[i];
             let mut dropout = self.streams.get("dropout", first + (i * micro) as u64);
             let hidden = self.gpt.hidden_with_dropout(batch.inputs(&device), &batch.layout(), Some(&mut dropout));
             let [rows, seq, d_model] = hidden.dims();
@@ -115,12 +122,13 @@ impl Training for FineTuning<'_> {
             // The whole batch's number of targets, so that micro-batches add up to its mean.
             let loss = loss::cross_entropy(&self.gpt, hidden, targets, n_targets);
             losses.push(loss.clone().inner());
-            grads = grads.plus(Grads::take(&self.gpt, self.optimizer.scaled(loss).backward()));
+            grads.add(Grads::take(&self.gpt, self.optimizer.scaled(loss).backward()));
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads, lr);
-        Ok((self, Step::of_lm(n_targets as u64, losses, lr, grad_norm)))
+        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads.total()?, lr);
+        let step = Step::of_lm(&self.group, n_targets as u64, losses, lr, grad_norm);
+        Ok((self, step))
     }
 
     fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
@@ -128,9 +136,11 @@ impl Training for FineTuning<'_> {
         let train = &self.config.train;
         let all = self.held_out.encoded.len();
         let n = if session.is_last() || train.eval_conversations == 0 { all } else { train.eval_conversations };
-        let measured = eval::evaluate(&plain, self.held_out, n, train.amount().micro())?;
+        let measured = eval::evaluate(&self.group, &plain, self.held_out, n, train.amount().micro())?;
         session.log(&[(names::VAL_LOSS, measured.loss()), (names::VAL_ACCURACY, measured.token_accuracy())])?;
-        self.sample(session, &plain)?;
+        if self.group.is_first() {
+            self.sample(session, &plain)?;
+        }
         session.note_evaluation(measured.loss(), Exported::Lm(&self.gpt));
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use clap::Parser;
 use common::checkpoint::{Stage, Weights};
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::model::{Gpt, GptConfig};
 use common::rng::{Rng, Streams};
@@ -170,7 +171,7 @@ impl Setup {
         );
         let args = self.args("sft", &config, out, &["--init", "base"]);
         let sft::Command::Train(args) = sft::Cli::parse_from(args).command else { panic!("it trains") };
-        sft::train(&args, Interrupt::never()).unwrap();
+        sft::train(&args, &Group::alone(), Interrupt::never()).unwrap();
     }
 
     pub fn train_reward_model(&self, out: &str, data: &str) {
@@ -183,7 +184,7 @@ impl Setup {
         let reward_model::Command::Train(args) = reward_model::Cli::parse_from(args).command else {
             panic!("it trains")
         };
-        reward_model::train(&args, Interrupt::never()).unwrap();
+        reward_model::train(&args, &Group::alone(), Interrupt::never()).unwrap();
     }
 
     fn ppo_config(&self) -> String {
@@ -252,7 +253,7 @@ impl Setup {
         }
         args.extend(["--set", "ppo.on_alarm=stop"].iter().chain(more).map(ToString::to_string));
         let ppo::Command::Train(args) = ppo::Cli::parse_from(args).command else { panic!("it trains") };
-        ppo::train(&args, Interrupt::never(), None).map(drop)
+        ppo::train(&args, &Group::alone(), Interrupt::never(), None).map(drop)
     }
 }
 

@@ -1,6 +1,7 @@
 //! `dpo train` in lock-step with TRL's `DPOTrainer`: `fixtures/dpo.json`, written by `oracles/dpo.py`.
 
 use clap::Parser;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::testing::byte_tokenizer;
 use dpo::{Cli, Command};
@@ -90,7 +91,7 @@ fn training_goes_in_step_with_the_trainer_of_trl() {
         let flag = |name: &str| path(name).display().to_string();
         let args = ["dpo", "train", "--config", &flag("dpo.toml"), "--init", &flag("init"), "--out", &flag(name)];
         let Command::Train(args) = Cli::parse_from(args).command else { panic!("another command") };
-        dpo::train(&args, Interrupt::never()).unwrap();
+        dpo::train(&args, &Group::alone(), Interrupt::never()).unwrap();
 
         let lines = std::fs::read_to_string(path(name).join("metrics.jsonl")).unwrap();
         let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

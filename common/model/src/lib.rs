@@ -17,6 +17,7 @@ pub mod optim;
 pub mod params;
 mod positions;
 mod recompute;
+pub mod reduce;
 mod scalar;
 
 #[cfg(test)]

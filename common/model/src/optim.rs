@@ -201,6 +201,16 @@ impl Grads {
         Self { by_path: of_parameters.by_path }
     }
 
+    /// The gradients by path, each flat.
+    pub(crate) fn into_flat(self) -> BTreeMap<String, Tensor<1>> {
+        self.by_path
+    }
+
+    /// Of the gradients by path, each flat.
+    pub(crate) const fn from_flat(by_path: BTreeMap<String, Tensor<1>>) -> Self {
+        Self { by_path }
+    }
+
     /// Adds another micro-batch's gradients.
     #[must_use]
     pub fn plus(mut self, other: Self) -> Self {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use burn::tensor::TensorReadError;
+use group::GroupError;
 use model::generate::GenerateError;
 use text::conversation::ConversationError;
 use text::data::DataError;
@@ -10,6 +11,9 @@ use text::data::DataError;
 /// Why prompts cannot be read or responses not be sampled or scored.
 #[derive(Debug, thiserror::Error)]
 pub enum ScoreError {
+    /// Another process of the run has ended.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// A file of prompts cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),

@@ -30,4 +30,6 @@ pub use prompts::{EncodedPrompt, Prompts, TooLong};
 pub use rollout::{FrozenModels, Gold, Rollout};
 pub use rows::{by_length, score_rows};
 pub use sampling::{Response, Sampling};
-pub use tokens::{ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, sum_by_response, values};
+pub use tokens::{
+    ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, of_share_of_responses, sum_by_response, values,
+};

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use base::stats::win;
-use burn::tensor::TensorReadError;
+use group::Group;
 use model::ScalarGpt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,8 @@ use text::data::order::Order;
 use text::data::records::{self, Pair, ReadOptions};
 use text::tokenizer::Tokenizer;
 
-use crate::{ScoreError, score_rows};
+use crate::ScoreError;
+use crate::rows::score_share_of_rows;
 
 /// A pair as the model reads it.
 #[derive(Debug, Clone, PartialEq)]
@@ -158,22 +159,27 @@ impl EncodedPair {
     }
 }
 
-/// The scores of each pair's chosen and rejected answer, `batch_size` answers at a time.
+/// The scores of each pair's chosen and rejected answer, `batch_size` answers at a time, the batches shared by `group`.
 ///
 /// # Errors
 /// If the device cannot be read, or a score is not finite.
 ///
 /// # Panics
-/// As [`score_rows`].
-pub fn score_pairs(model: &ScalarGpt, pairs: &[EncodedPair], batch_size: usize) -> Result<Vec<[f32; 2]>, ScoreError> {
+/// As [`score_rows`](crate::score_rows).
+pub fn score_pairs(
+    group: &Group,
+    model: &ScalarGpt,
+    pairs: &[EncodedPair],
+    batch_size: usize,
+) -> Result<Vec<[f32; 2]>, ScoreError> {
     let rows: Vec<&[u32]> = pairs.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
-    let scores = finite(score_rows(model, &rows, batch_size))?;
+    let own = score_share_of_rows(model, &rows, batch_size, group.share())?;
+    let scores = finite(group.in_order(own)?)?;
     Ok(scores.chunks_exact(2).map(|of_pair| [of_pair[0], of_pair[1]]).collect())
 }
 
-/// Scores that were read, if all of them are finite.
-pub(crate) fn finite(scores: Result<Vec<f32>, TensorReadError>) -> Result<Vec<f32>, ScoreError> {
-    let scores = scores?;
+/// `scores`, if all of them are finite.
+pub(crate) fn finite(scores: Vec<f32>) -> Result<Vec<f32>, ScoreError> {
     if scores.iter().all(|score| score.is_finite()) { Ok(scores) } else { Err(ScoreError::NotFinite) }
 }
 

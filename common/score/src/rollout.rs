@@ -1,10 +1,12 @@
 //! Responses scored by the frozen models.
 
+use group::Group;
 use model::{Gpt, ScalarGpt};
 
 use crate::kl::k1;
 use crate::pairs::finite;
-use crate::{EncodedPrompt, Response, ScoreError, log_probs, of_response_tokens, score_rows};
+use crate::rows::score_share_of_rows;
+use crate::{EncodedPrompt, Response, ScoreError, log_probs, of_share_of_responses};
 
 /// The true reward of a response to a prompt, both as text; `None` for a prompt that it does not know.
 ///
@@ -64,6 +66,23 @@ impl FrozenModels<'_> {
         responses: Vec<Response>,
         temperature: f64,
     ) -> Result<Vec<Rollout>, ScoreError> {
+        self.rollouts_in(&Group::alone(), prompts, responses, temperature)
+    }
+
+    /// [`rollouts`](Self::rollouts), the batches of which `group` shares: the same numbers to the bit.
+    ///
+    /// # Errors
+    /// As there, and if a process of the group has ended.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn rollouts_in(
+        &self,
+        group: &Group,
+        prompts: &[EncodedPrompt],
+        responses: Vec<Response>,
+        temperature: f64,
+    ) -> Result<Vec<Rollout>, ScoreError> {
         assert_eq!(prompts.len(), responses.len(), "one response per prompt");
         let pairs: Vec<(&[u32], &[u32])> =
             prompts.iter().zip(&responses).map(|(prompt, response)| (&*prompt.ids, &*response.ids)).collect();
@@ -73,10 +92,14 @@ impl FrozenModels<'_> {
         let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
         let (ref_log_probs, scores) = kernels::join(
             &reference.device(),
-            || of_response_tokens(&pairs, batch_size, |batch| log_probs(reference, batch, temperature)),
-            || score_rows(reward_model, &rows, batch_size),
+            || {
+                of_share_of_responses(&pairs, batch_size, group.share(), |batch| {
+                    log_probs(reference, batch, temperature)
+                })
+            },
+            || score_share_of_rows(reward_model, &rows, batch_size, group.share()),
         );
-        let (ref_log_probs, scores) = (ref_log_probs?, finite(scores)?);
+        let (ref_log_probs, scores) = (group.in_order(ref_log_probs?)?, finite(group.in_order(scores?)?)?);
         let scored = prompts.iter().zip(responses).zip(scores).zip(ref_log_probs);
         Ok(scored
             .map(|(((prompt, response), score), ref_log_probs)| Rollout {
@@ -99,7 +122,7 @@ mod tests {
     use model::GptConfig;
     use text::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 
-    use crate::Sampling;
+    use crate::{Sampling, score_rows};
 
     // Sums of a few dozen f32 products of order one, in another order.
     const REORDERED: f32 = 1e-5;

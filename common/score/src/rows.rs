@@ -2,6 +2,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData, TensorReadError};
 
+use group::Share;
 use model::{Layout, ScalarGpt};
 use text::data::collate;
 
@@ -16,9 +17,30 @@ use text::data::collate;
 /// # Panics
 /// If a row is empty or exceeds the model's context, or `batch_size` is 0.
 pub fn score_rows(model: &ScalarGpt, rows: &[&[u32]], batch_size: usize) -> Result<Vec<f32>, TensorReadError> {
-    let device = model.device();
     let mut scores = vec![0.0; rows.len()];
-    for batch in by_length(rows.iter().map(|row| row.len()), batch_size) {
+    for (i, score) in score_share_of_rows(model, rows, batch_size, Share::WHOLE)? {
+        scores[i] = score;
+    }
+    Ok(scores)
+}
+
+/// The scores of one rank's share of the batches that [`score_rows`] makes, each with the number of its row.
+///
+/// # Errors
+/// As there.
+///
+/// # Panics
+/// As there.
+pub(crate) fn score_share_of_rows(
+    model: &ScalarGpt,
+    rows: &[&[u32]],
+    batch_size: usize,
+    share: Share,
+) -> Result<Vec<(usize, f32)>, TensorReadError> {
+    let device = model.device();
+    let batches = by_length(rows.iter().map(|row| row.len()), batch_size);
+    let mut scores = Vec::new();
+    for batch in &batches[share.of(batches.len())] {
         let batch_rows: Vec<Vec<u32>> = batch.iter().map(|&i| rows[i].to_vec()).collect();
         let padded = collate::right_pad(&batch_rows, 0);
         let (n, seq) = (padded.batch, padded.seq);
@@ -26,9 +48,7 @@ pub fn score_rows(model: &ScalarGpt, rows: &[&[u32]], batch_size: usize) -> Resu
         let ids = Tensor::<2, Int>::from_data(TensorData::new(padded.ids, [n, seq]), &device);
         let last = Tensor::from_data(TensorData::new(last, [n]), &device);
         let of_batch = model.forward_at(ids, &Layout::right_padded(), last, None).try_into_vec_as::<f32>()?;
-        for (&i, score) in batch.iter().zip(of_batch) {
-            scores[i] = score;
-        }
+        scores.extend(batch.iter().copied().zip(of_batch));
     }
     Ok(scores)
 }

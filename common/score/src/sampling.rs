@@ -1,14 +1,16 @@
 //! Responses of a policy to prompts.
 
 use base::rng::Streams;
+use group::Group;
 use model::Gpt;
 use model::generate::{Finish, GenerateOptions, OnToken, SamplingConfig, generate};
+use serde::{Deserialize, Serialize};
 use text::tokenizer::Tokenizer;
 
 use crate::ScoreError;
 
 /// A response to a prompt.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Response {
     /// The sampled tokens, with the stop token where there is one; at least one.
     pub ids: Vec<u32>,
@@ -42,6 +44,12 @@ pub struct Sampling<'a> {
     pub batch_size: usize,
     /// Whether sampling goes on after a stop token, up to the length limit.
     pub past_end: bool,
+    /// Whether a response's log-probabilities keep their last bits whatever it is decoded together with, see
+    /// [`GenerateOptions::batch_invariant`].
+    pub batch_invariant: bool,
+    /// The processes that share the prompts. What each samples does not depend on their number; the last bits of
+    /// log-probabilities only where they are `batch_invariant`.
+    pub group: Group,
 }
 
 impl<'a> Sampling<'a> {
@@ -55,7 +63,8 @@ impl<'a> Sampling<'a> {
         batch_size: usize,
     ) -> Self {
         let config = SamplingConfig { temperature, max_tokens, stop: tokenizer.end_ids(), ..SamplingConfig::default() };
-        Self { config, streams, tokenizer, batch_size, past_end: false }
+        let group = Group::alone();
+        Self { config, streams, tokenizer, batch_size, past_end: false, batch_invariant: false, group }
     }
 
     /// Answers `prompts`; row `i` draws from sampling stream `first_row + i`, whatever the batch size.
@@ -84,14 +93,17 @@ impl<'a> Sampling<'a> {
         first_row: u64,
         on_token: Option<OnToken<'_>>,
     ) -> Result<Vec<Response>, ScoreError> {
-        let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.as_ref().to_vec()).collect();
-        let options = GenerateOptions { max_batch: self.batch_size, on_token, ..GenerateOptions::default() };
+        let own = self.group.share().of(prompts.len());
+        let first_row = first_row + own.start as u64;
+        let ids: Vec<Vec<u32>> = prompts[own].iter().map(|prompt| prompt.as_ref().to_vec()).collect();
+        let options = GenerateOptions { max_batch: self.batch_size, batch_invariant: self.batch_invariant, on_token };
         let config = SamplingConfig {
             stop: if self.past_end { Vec::new() } else { self.config.stop.clone() },
             ..self.config.clone()
         };
         let generated = generate(policy, &ids, &config, &self.streams, first_row, options)?;
-        Ok(generated.into_iter().map(|answer| self.response(answer.ids, answer.log_probs, answer.finish)).collect())
+        let own = generated.into_iter().map(|answer| self.response(answer.ids, answer.log_probs, answer.finish));
+        Ok(self.group.gather(own.collect::<Vec<_>>())?.concat())
     }
 
     fn response(&self, ids: Vec<u32>, log_probs: Vec<f32>, finish: Finish) -> Response {

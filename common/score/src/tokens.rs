@@ -1,6 +1,7 @@
 //! One number for every token of a response: log-probabilities and values.
 
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, TensorReadError};
+use group::Share;
 use model::{Gpt, Layout, ScalarGpt, loss};
 use text::data::collate;
 
@@ -127,13 +128,34 @@ pub fn of_response_tokens(
     compute: impl Fn(&ResponseBatch) -> Tensor<1>,
 ) -> Result<Vec<Vec<f32>>, TensorReadError> {
     let mut all = vec![Vec::new(); responses.len()];
-    for batch in by_length(responses.iter().map(|(prompt, response)| prompt.len() + response.len()), batch_size) {
+    for (i, of_response) in of_share_of_responses(responses, batch_size, Share::WHOLE, compute)? {
+        all[i] = of_response;
+    }
+    Ok(all)
+}
+
+/// One rank's share of the batches that [`of_response_tokens`] makes: the numbers of its responses, each with the response's.
+///
+/// # Errors
+/// As there.
+///
+/// # Panics
+/// As there.
+pub fn of_share_of_responses(
+    responses: &[(&[u32], &[u32])],
+    batch_size: usize,
+    share: Share,
+    compute: impl Fn(&ResponseBatch) -> Tensor<1>,
+) -> Result<Vec<(usize, Vec<f32>)>, TensorReadError> {
+    let batches = by_length(responses.iter().map(|(prompt, response)| prompt.len() + response.len()), batch_size);
+    let mut all = Vec::new();
+    for batch in &batches[share.of(batches.len())] {
         let numbers = compute(&ResponseBatch::new(batch.iter().map(|&i| responses[i])));
         let numbers = numbers.try_into_vec_as::<f32>()?;
         let mut rest = numbers.as_slice();
-        for i in batch {
+        for &i in batch {
             let (of_response, others) = rest.split_at(responses[i].1.len());
-            all[i] = of_response.to_vec();
+            all.push((i, of_response.to_vec()));
             rest = others;
         }
     }

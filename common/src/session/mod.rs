@@ -6,6 +6,7 @@
 mod config;
 mod contents;
 mod resume;
+mod together;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,19 +20,25 @@ use serde_json::{Value, json};
 pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
 pub use contents::{Contents, Exported};
 pub use resume::{Restored, gpt_and_optimizer};
+pub use together::run;
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, State};
-use crate::cli::{RuntimeArgs, StageArgs};
+use crate::cli::StageArgs;
 use crate::config::{Configuration, to_toml};
 use crate::data::file_sha256;
 use crate::files::write_whole;
+use crate::group::Group;
 use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::NamedTensors;
 use crate::optim::GradNorm;
 use crate::out_dir::{self, OutLock};
-use crate::runtime::{Runtime, on_pool};
+use crate::reduce::in_order;
+use crate::runtime::Runtime;
 use crate::tokenizer::Tokenizer;
+
+/// Steps between two comparisons of the ranks' weights, which are also compared at each save.
+const WEIGHTS_CHECKED_EVERY: u64 = 100;
 
 /// Where a run stands, as it is saved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,6 +86,8 @@ pub struct Plan<'a, C> {
     pub runtime: &'a Runtime,
     /// Optimiser steps in all (PPO: iterations).
     pub total_steps: u64,
+    /// The processes that train.
+    pub group: &'a Group,
 }
 
 /// A model in training, as [`Session::drive`] drives it.
@@ -139,11 +148,11 @@ pub struct Step {
 }
 
 impl Step {
-    /// Of a language model: `losses` are the parts of the batch's mean loss, each `[1]`.
-    pub fn of_lm(tokens: u64, losses: Vec<Tensor<1>>, lr: f64, grad_norm: GradNorm) -> Self {
-        let norm = grad_norm.clone();
+    /// Of a language model: `losses` are this rank's parts of the batch's mean loss, each `[1]`.
+    pub fn of_lm(group: &Group, tokens: u64, losses: Vec<Tensor<1>>, lr: f64, grad_norm: GradNorm) -> Self {
+        let (norm, group) = (grad_norm.clone(), group.clone());
         let metrics = move || {
-            let loss = Tensor::cat(losses, 0).sum().into_scalar::<f32>();
+            let loss = Tensor::cat(in_order(&group, losses)?, 0).sum().into_scalar::<f32>();
             Ok(vec![
                 (names::TRAIN_LOSS, f64::from(loss)),
                 (names::TRAIN_LR, lr),
@@ -154,34 +163,16 @@ impl Step {
     }
 }
 
-/// Carries out a command that trains: logging, threads, signals, and the exit code of a run that was asked to stop, which
-/// ends with `advice` on how to go on.
-///
-/// # Errors
-/// As `train`; [`Stopped`](crate::interrupt::Stopped) for a run that was interrupted.
-pub fn run(
-    runtime: &RuntimeArgs,
-    advice: &str,
-    train: impl FnOnce(Interrupt) -> anyhow::Result<Outcome> + Send,
-) -> anyhow::Result<()> {
-    runtime.start()?;
-    let interrupt = Interrupt::install()?;
-    match on_pool(|| train(interrupt))? {
-        Outcome::Finished => Ok(()),
-        Outcome::Interrupted => {
-            tracing::info!("{advice}");
-            Err(interrupt.stopped().into())
-        }
-    }
-}
-
 /// A running stage.
 #[derive(Debug)]
 pub struct Session {
     out: PathBuf,
     run: RunConfig,
     total_steps: u64,
+    group: Group,
     interrupt: Interrupt,
+    /// The signal that asked to stop, of whichever rank, since the ranks last agreed.
+    stops: bool,
     /// Where metrics go.
     pub recorder: Recorder,
     progress: Progress,
@@ -197,8 +188,8 @@ pub struct Session {
     /// Step and time of the last checkpoint, or of the start.
     last_save: (Option<u64>, Instant),
     resumed: bool,
-    /// Held until the run ends.
-    _lock: OutLock,
+    /// Held until the run ends, by the rank that writes.
+    _lock: Option<OutLock>,
 }
 
 impl Session {
@@ -213,22 +204,31 @@ impl Session {
         plan: &Plan<'_, C>,
         interrupt: Interrupt,
     ) -> anyhow::Result<(Self, Option<Restored>)> {
-        out_dir::check_exchangeable(&args.out)?;
-        let lock = OutLock::take(&args.out)?;
+        let group = plan.group;
+        let lock = if group.is_first() {
+            out_dir::check_exchangeable(&args.out)?;
+            Some(OutLock::take(&args.out)?)
+        } else {
+            None
+        };
         let files = plan.data.iter().flat_map(|(_, files)| *files).map(PathBuf::as_path);
         let parents = plan.parents.iter().map(|(_, parent)| parent.dir());
         let inputs: Vec<&Path> = parents.chain(plan.tokenizer_dir).chain(files).collect();
         for (flag, parent) in plan.parents {
-            warn_of_unfinished(flag, parent)?;
+            resume::warn_of_unfinished(flag, parent)?;
         }
         let mut data = BTreeMap::new();
         for file in plan.data.iter().flat_map(|(_, files)| *files) {
             data.insert(file.display().to_string(), file_sha256(file)?);
         }
-        args.prepare_out(&inputs)?;
+        group.check_same(&together::facts(args, plan, &data)?)?;
+        // The others read the checkpoint to resume, and nothing else of what is there.
+        if group.is_first() || args.resume {
+            args.prepare_out(&inputs)?;
+        }
         let config_toml = to_toml(plan.config)?;
         let mut best_weights = None;
-        let restored = if args.resume { Some(restore(args, plan, &data)?) } else { None };
+        let restored = if args.resume { Some(resume::restore(args, plan, &data)?) } else { None };
         let resumed = restored.is_some();
         let (progress, restored) = if let Some((progress, restored)) = restored {
             if plan.run.keep_best && progress.best.is_some() {
@@ -236,8 +236,9 @@ impl Session {
             }
             (progress, Some(restored))
         } else {
-            let path = args.out.join(checkpoint::CONFIG_FILE);
-            write_whole(&path, &config_toml)?;
+            if group.is_first() {
+                write_whole(&args.out.join(checkpoint::CONFIG_FILE), &config_toml)?;
+            }
             (Progress::new(resume::overrides(args)?), None)
         };
         let point = resumed.then_some(ResumePoint { step: progress.step, seconds: progress.seconds });
@@ -245,8 +246,13 @@ impl Session {
             out: args.out.clone(),
             run: plan.run.clone(),
             total_steps: plan.total_steps,
+            group: group.clone(),
             interrupt,
-            recorder: Recorder::open(&args.out, plan.total_steps, point, plan.run.tensorboard)?,
+            stops: false,
+            recorder: group.first_alone(|| -> anyhow::Result<_> {
+                let (steps, tensorboard) = (plan.total_steps, plan.run.tensorboard);
+                Ok(Recorder::open_on(group.is_first(), &args.out, steps, point, tensorboard)?)
+            })?,
             last_save: (resumed.then_some(progress.step), Instant::now()),
             progress,
             manifest: Manifest {
@@ -278,6 +284,11 @@ impl Session {
         &self.tokenizer
     }
 
+    /// The processes that train.
+    pub const fn group(&self) -> &Group {
+        &self.group
+    }
+
     /// Where the run writes to.
     pub fn out(&self) -> &Path {
         &self.out
@@ -302,10 +313,14 @@ impl Session {
             self.watched(&mut training, &[], true)?;
         }
         self.recorder.begin();
-        while self.goes_on() {
+        while self.goes_on()? {
             let step;
             (training, step) = training.step(self.progress.step, &self.recorder)?;
             self.count(step.tokens, step.grad_norm)?;
+            if !self.group.is_alone() && self.progress.step.is_multiple_of(WEIGHTS_CHECKED_EVERY) {
+                let weights = training.contents().weights.to_trained();
+                together::check_weights(&self.group, self.progress.step, &weights)?;
+            }
             let logged = if self.logs() { (step.metrics)()? } else { Vec::new() };
             if !logged.is_empty() {
                 self.log(&logged)?;
@@ -315,7 +330,7 @@ impl Session {
                 training.evaluate(&mut self)?;
             }
             self.watched(&mut training, &logged, evaluates)?;
-            if self.saves() {
+            if self.saves()? {
                 self.save(training.contents())?;
             }
         }
@@ -349,15 +364,16 @@ impl Session {
         bail!(message)
     }
 
-    /// Whether another step should be made.
-    fn goes_on(&self) -> bool {
+    /// Whether another step should be made. A signal to one rank is a request to all.
+    fn goes_on(&mut self) -> anyhow::Result<bool> {
+        self.stops = self.interrupt.requested_in(&self.group)?;
         let stale = self.run.is_stale(self.progress.evals_since_best);
-        self.progress.step < self.total_steps && !stale && !self.interrupt.requested()
+        Ok(self.progress.step < self.total_steps && !stale && !self.stops)
     }
 
     /// Whether the loop ended because the user asked for it, before all steps were made.
-    fn was_interrupted(&self) -> bool {
-        self.interrupt.requested() && self.progress.step < self.total_steps
+    const fn was_interrupted(&self) -> bool {
+        self.stops && self.progress.step < self.total_steps
     }
 
     /// Counts a step that was made. Where its gradient can only be known by waiting for a GPU, the next line of metrics
@@ -441,12 +457,12 @@ impl Session {
         self.best_weights.as_ref()
     }
 
-    /// Whether to save after this step.
-    fn saves(&self) -> bool {
+    /// Whether to save after this step. By the clock of the first rank, where it is a matter of time.
+    fn saves(&self) -> anyhow::Result<bool> {
         let (step, every) = (self.progress.step, self.run.save_every);
         let limit = Duration::try_from_secs_f64(self.run.save_every_minutes * 60.0).unwrap_or(Duration::MAX);
-        let is_due = self.run.save_every_minutes > 0.0 && self.last_save.1.elapsed() >= limit;
-        step < self.total_steps && (is_due || every > 0 && step.is_multiple_of(every))
+        let is_due = self.run.save_every_minutes > 0.0 && self.group.gather(self.last_save.1.elapsed() >= limit)?[0];
+        Ok(step < self.total_steps && (is_due || every > 0 && step.is_multiple_of(every)))
     }
 
     /// Saves everything a resume needs.
@@ -459,6 +475,11 @@ impl Session {
         let mut tensors: BTreeMap<String, NamedTensors> =
             optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
         let current = weights.to_trained();
+        together::check_weights(&self.group, self.progress.step, &current)?;
+        self.last_save = (Some(self.progress.step), Instant::now());
+        if !self.group.is_first() {
+            return Ok(());
+        }
         tensors.insert("weights".into(), current.clone());
         tensors.extend(average.map(|average| ("average".into(), average.clone())));
         let current = average.cloned().unwrap_or(current);
@@ -478,7 +499,7 @@ impl Session {
         checkpoint::save(&self.out, &snapshot)
             .with_context(|| format!("failed to save the checkpoint of step {}", self.progress.step))?;
         self.recorder.restart_clock(self.progress.tokens);
-        self.last_save = (Some(self.progress.step), Instant::now());
+        self.last_save.1 = Instant::now();
         Ok(())
     }
 
@@ -487,6 +508,8 @@ impl Session {
         let interrupted = self.was_interrupted();
         self.progress.finished = !interrupted;
         self.save(contents)?;
+        // What follows the run on another rank finds the checkpoint.
+        self.group.wait_for_all()?;
         let (step, out) = (self.progress.step, self.out.display());
         if interrupted {
             tracing::info!("stopped at step {step} of {}; saved in `{out}`", self.total_steps);
@@ -494,6 +517,9 @@ impl Session {
             tracing::info!("done at step {step}; the checkpoint is in `{out}`");
         }
         self.recorder.finish();
+        if !self.group.is_alone() {
+            tracing::debug!("{} bytes sent by this process of {}", self.group.bytes_sent(), self.group.size());
+        }
         tracing::debug!("{} MiB of memory at most", crate::kernels::memory::usage().peak_bytes >> 20);
         Ok(if interrupted { Outcome::Interrupted } else { Outcome::Finished })
     }
@@ -512,57 +538,6 @@ impl Session {
             ..self.manifest.clone()
         }
     }
-}
-
-/// Reads what a run goes on with, and checks that it goes on as it began.
-fn restore<C: Configuration>(
-    args: &StageArgs,
-    plan: &Plan<'_, C>,
-    data: &BTreeMap<String, String>,
-) -> anyhow::Result<(Progress, Restored)> {
-    let checkpoint = Checkpoint::open_with(&args.out, args.runtime.opening());
-    let checkpoint = checkpoint.and_then(|found| found.of_stage(&[plan.stage]));
-    let mut checkpoint = checkpoint.context("failed to resume")?;
-    let state = checkpoint.state().context("failed to read what `--resume` needs")?;
-    resume::check(&args.out, &checkpoint, plan, data)?;
-    if checkpoint.adapter().is_some() {
-        // The trunk is that of the checkpoint it began from.
-        checkpoint.release();
-    }
-    let mut progress: Progress = serde_json::from_value(state.json)
-        .context("`state/state.json` is damaged, or was written by another version")?;
-    ensure!(
-        plan.total_steps >= progress.step,
-        "`{}` stands at step {}, past the {} steps asked for\nhint: ask for more with `--set train.steps=N`, or start \
-         again in another `--out`",
-        args.out.display(),
-        progress.step,
-        plan.total_steps
-    );
-    // A longer schedule or more patience than before continues a finished run.
-    progress.finished &= progress.step == plan.total_steps || plan.run.is_stale(progress.evals_since_best);
-    progress.overrides = resume::overrides(args)?;
-    if !progress.finished {
-        tracing::info!("resuming at step {} of {}", progress.step, plan.total_steps);
-    }
-    let updates = progress.updates.clone();
-    Ok((progress, Restored { checkpoint, tensors: state.tensors, updates }))
-}
-
-/// Warns where a run starts from one that was stopped before its end.
-fn warn_of_unfinished(flag: &str, parent: &Checkpoint) -> anyhow::Result<()> {
-    if parent.is_finished()? == Some(false) {
-        let manifest = parent.manifest();
-        let step = manifest.map_or(0, |manifest| manifest.step);
-        let of = manifest.and_then(|m| m.total_steps).map_or(String::new(), |total| format!(" of {total}"));
-        let scores =
-            if parent.stage() == Some(Stage::RewardModel) { ", and its scores are not normalised yet" } else { "" };
-        tracing::warn!(
-            "`{flag} {}` is unfinished: it was stopped at step {step}{of}{scores}; `--resume` finishes it",
-            parent.dir().display()
-        );
-    }
-    Ok(())
 }
 
 impl Progress {

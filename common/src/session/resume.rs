@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use toml::{Table, Value};
 
 use super::{Plan, Progress};
-use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH};
+use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH, Stage};
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration};
 use crate::files::read_if_there;
@@ -141,6 +141,57 @@ fn may_change(key: &str) -> bool {
     ];
     const BELOW: [&str; 5] = ["run.", "normalisation.", "tokenizer.", "train.eval_", "train.sample_"];
     EXACTLY.contains(&key) || BELOW.iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// Reads what a run goes on with, and checks that it goes on as it began.
+pub(super) fn restore<C: Configuration>(
+    args: &StageArgs,
+    plan: &Plan<'_, C>,
+    data: &BTreeMap<String, String>,
+) -> anyhow::Result<(Progress, Restored)> {
+    let checkpoint = Checkpoint::open_with(&args.out, args.runtime.opening());
+    let checkpoint = checkpoint.and_then(|found| found.of_stage(&[plan.stage]));
+    let mut checkpoint = checkpoint.context("failed to resume")?;
+    let state = checkpoint.state().context("failed to read what `--resume` needs")?;
+    check(&args.out, &checkpoint, plan, data)?;
+    if checkpoint.adapter().is_some() {
+        // The trunk is that of the checkpoint it began from.
+        checkpoint.release();
+    }
+    let mut progress: Progress = serde_json::from_value(state.json)
+        .context("`state/state.json` is damaged, or was written by another version")?;
+    ensure!(
+        plan.total_steps >= progress.step,
+        "`{}` stands at step {}, past the {} steps asked for\nhint: ask for more with `--set train.steps=N`, or start \
+         again in another `--out`",
+        args.out.display(),
+        progress.step,
+        plan.total_steps
+    );
+    // A longer schedule or more patience than before continues a finished run.
+    progress.finished &= progress.step == plan.total_steps || plan.run.is_stale(progress.evals_since_best);
+    progress.overrides = overrides(args)?;
+    if !progress.finished {
+        tracing::info!("resuming at step {} of {}", progress.step, plan.total_steps);
+    }
+    let updates = progress.updates.clone();
+    Ok((progress, Restored { checkpoint, tensors: state.tensors, updates }))
+}
+
+/// Warns where a run starts from one that was stopped before its end.
+pub(super) fn warn_of_unfinished(flag: &str, parent: &Checkpoint) -> anyhow::Result<()> {
+    if parent.is_finished()? == Some(false) {
+        let manifest = parent.manifest();
+        let step = manifest.map_or(0, |manifest| manifest.step);
+        let of = manifest.and_then(|m| m.total_steps).map_or(String::new(), |total| format!(" of {total}"));
+        let scores =
+            if parent.stage() == Some(Stage::RewardModel) { ", and its scores are not normalised yet" } else { "" };
+        tracing::warn!(
+            "`{flag} {}` is unfinished: it was stopped at step {step}{of}{scores}; `--resume` finishes it",
+            parent.dir().display()
+        );
+    }
+    Ok(())
 }
 
 /// The `--set` flags that a run goes by: with `--resume` those of its earlier calls, then those given now.
@@ -290,7 +341,7 @@ fn changes(old: &Table, new: &Table) -> Vec<Change> {
 }
 
 /// The values of a table by their dotted keys.
-fn flat(table: &Table) -> BTreeMap<String, Value> {
+pub(super) fn flat(table: &Table) -> BTreeMap<String, Value> {
     let mut values = BTreeMap::new();
     for (key, value) in table {
         match value {

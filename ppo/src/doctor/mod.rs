@@ -21,6 +21,7 @@ use common::capacity::{self, Lengths};
 use common::checkpoint::{self, Checkpoint, CheckpointError, Preview, Stage};
 use common::cli::print_json;
 use common::data::order::Order;
+use common::group::Group;
 use common::model::LoraConfig;
 use common::rng::Streams;
 use common::runtime::Runtime;
@@ -283,7 +284,7 @@ impl Examination<'_> {
             Err(error) => return Err(error.into()),
         };
         self.same_log_probs(learner, &rollouts)?;
-        if let Some(values) = learner.values(&rollouts, &self.config.ppo, frozen.batch_size)? {
+        if let Some(values) = learner.values(&Group::alone(), &rollouts, &self.config.ppo, frozen.batch_size)? {
             self.checks.push(policy::values_finite(&values));
         }
         let scores = |of: &[Rollout]| of.iter().map(|rollout| f64::from(rollout.score)).collect::<Vec<f64>>();

@@ -6,6 +6,7 @@ use anyhow::Context;
 use common::checkpoint::{CONFIG_FILE, Checkpoint};
 use common::data::file_sha256;
 use common::data::records::{Pair, ReadOptions, read_pairs};
+use common::group::Group;
 use common::model::ScalarGpt;
 use common::score::{EncodedPair, PairTooLong, ScoreError, distance, longer_wins, score_pairs};
 use common::session::DataConfig;
@@ -114,7 +115,7 @@ impl Scored {
             Some((pair, encoded))
         };
         let (pairs, encoded): (Vec<_>, Vec<_>) = pairs.into_iter().filter_map(encode).take(MAX_PAIRS).unzip();
-        let distances = score_pairs(model, &encoded, batch_size)?.into_iter().map(distance).collect();
+        let distances = score_pairs(&Group::alone(), model, &encoded, batch_size)?.into_iter().map(distance).collect();
         Ok(Self { pairs, encoded, distances })
     }
 

@@ -8,6 +8,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
 use common::checkpoint::{Checkpoint, Stage};
 use common::cli::{RuntimeArgs, StageArgs};
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::kernels::{self, Precision};
 use common::loss;
@@ -143,15 +144,17 @@ impl Probe {
             Stage::Sft => more.push("train.n_samples=0".to_owned()),
             _ => more.extend(["normalisation.samples=8", "normalisation.max_tokens=16"].map(str::to_owned)),
         }
-        let never = Interrupt::never();
+        let (alone, never) = (Group::alone(), Interrupt::never());
         let init = |stage: Stage| self.parents.join(stage.to_string());
         match step {
-            Stage::Pretrain => pretrain::train(&self.pretrain_args(&more), never),
+            Stage::Pretrain => pretrain::train(&self.pretrain_args(&more), &alone, never),
             Stage::Sft => {
-                sft::train(&sft::TrainArgs { init: init(Stage::Pretrain), stage: self.stage_args(step, &more) }, never)
+                let args = sft::TrainArgs { init: init(Stage::Pretrain), stage: self.stage_args(step, &more) };
+                sft::train(&args, &alone, never)
             }
             _ => reward_model::train(
                 &reward_model::TrainArgs { init: init(Stage::Sft), stage: self.stage_args(step, &more) },
+                &alone,
                 never,
             ),
         }

@@ -11,6 +11,7 @@ use common::conversation::{Message, encode_prompt};
 use common::data::records::{OnBadRecord, Pair, Prompt, read_pairs, read_prompts};
 use common::files::write_whole;
 use common::generate::SamplingConfig;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::metrics::{MetricsLog, names};
 use common::rng::Streams;
@@ -406,21 +407,24 @@ impl Lab<'_> {
         let (interrupt, setup, gold) = (self.interrupt, self.setup, self.gold);
         let stages = [stage(false), stage(true)];
         let init = |i: usize| inits.get(i).cloned().context("a training has no model to start from");
+        let alone = Group::alone();
         let work = |goes_on: bool| {
             let [fresh, resumed] = stages;
             let stage = if goes_on { resumed } else { fresh };
             match step {
                 Step::Pretrain => {
                     let tokenizer = Some(setup.dir(Step::Tokenizer));
-                    pretrain::train(&pretrain::TrainArgs { tokenizer, init: None, stage }, interrupt)
+                    pretrain::train(&pretrain::TrainArgs { tokenizer, init: None, stage }, &alone, interrupt)
                 }
-                Step::Sft => sft::train(&sft::TrainArgs { init: init(0)?, stage }, interrupt),
-                Step::RewardModel => reward_model::train(&reward_model::TrainArgs { init: init(0)?, stage }, interrupt),
-                Step::Dpo => dpo::train(&dpo::TrainArgs { init: init(0)?, stage }, interrupt),
+                Step::Sft => sft::train(&sft::TrainArgs { init: init(0)?, stage }, &alone, interrupt),
+                Step::RewardModel => {
+                    reward_model::train(&reward_model::TrainArgs { init: init(0)?, stage }, &alone, interrupt)
+                }
+                Step::Dpo => dpo::train(&dpo::TrainArgs { init: init(0)?, stage }, &alone, interrupt),
                 _ => {
                     let score = |prompt: &str, answer: &str| gold.score(prompt, answer);
                     let args = ppo::TrainArgs { policy: init(0)?, reward_model: init(1)?, stage };
-                    ppo::train(&args, interrupt, Some(&score))
+                    ppo::train(&args, &alone, interrupt, Some(&score))
                 }
             }
         };

@@ -23,6 +23,7 @@ use std::io::Write as _;
 use anyhow::{Context, Result, bail, ensure};
 use common::data::records::{OnBadRecord, Pair, Prompt, read_pairs};
 use common::files::write_whole;
+use common::group::Group;
 use common::interrupt::Interrupt;
 use common::model::params::{Output, parameters};
 use common::out_dir::OutLock;
@@ -71,7 +72,7 @@ pub(crate) fn overoptimise(args: &OveroptimiseArgs, interrupt: Interrupt) -> Res
         print_config: false,
         runtime: args.runtime.clone(),
     };
-    if run::carry_out(&run_args, recipe.clone(), interrupt)?.1 != Progress::Finished {
+    if run::carry_out(&run_args, recipe.clone(), &Group::alone(), interrupt)?.1 != Progress::Finished {
         return Ok(Outcome::Interrupted);
     }
     let setup = Setup::open(recipe, &args.runtime)?;

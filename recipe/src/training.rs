@@ -1,0 +1,110 @@
+//! The training stages of a recipe, and the processes that share them.
+//!
+//! The first rank goes through the recipe and does by itself what does not train; the others wait for a stage to train with
+//! it.
+
+use anyhow::{Context, Result};
+use common::cli::StageArgs;
+use common::group::Group;
+use common::interrupt::Interrupt;
+use common::session::Outcome;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::RunArgs;
+use crate::folder::Recipe;
+use crate::setup::Setup;
+use crate::steps::Step;
+
+/// What the first rank tells the others.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+enum Next {
+    /// Train this stage, from the beginning or on from its checkpoint.
+    Train { step: Step, goes_on: bool },
+    /// The recipe is done, or was stopped.
+    End,
+}
+
+/// Tells the other ranks which stage comes next.
+pub(crate) fn announce(group: &Group, step: Step, goes_on: bool) -> Result<()> {
+    group.gather(Some(Next::Train { step, goes_on }))?;
+    Ok(())
+}
+
+/// Tells the other ranks that nothing more comes.
+pub(crate) fn end(group: &Group, interrupt: Interrupt) -> Result<()> {
+    group.gather(Some(Next::End))?;
+    interrupt.requested_in(group)?;
+    Ok(())
+}
+
+/// A recipe on a rank that trains with the first.
+pub(crate) fn follow(args: &RunArgs, group: &Group, interrupt: Interrupt) -> Result<Outcome> {
+    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
+    let setup = Setup::open(recipe, &args.runtime)?;
+    let trainer = Trainer { args, setup: &setup, group, interrupt };
+    let mut outcome = Outcome::Finished;
+    loop {
+        let next = group.gather(None)?.into_iter().next().flatten().context("the first rank named no step")?;
+        match next {
+            Next::Train { step, goes_on } => {
+                outcome = trainer.train(step, goes_on).with_context(|| format!("the step `{step}` failed"))?;
+            }
+            Next::End => {
+                let stopped = interrupt.requested_in(group)?;
+                return Ok(if stopped { Outcome::Interrupted } else { outcome });
+            }
+        }
+    }
+}
+
+/// What training a stage of a recipe takes.
+pub(crate) struct Trainer<'a> {
+    pub(crate) args: &'a RunArgs,
+    pub(crate) setup: &'a Setup,
+    pub(crate) group: &'a Group,
+    pub(crate) interrupt: Interrupt,
+}
+
+impl Trainer<'_> {
+    /// Runs a training stage as its own command would.
+    pub(crate) fn train(&self, step: Step, goes_on: bool) -> Result<Outcome> {
+        let Self { setup, group, interrupt, .. } = *self;
+        let stage = self.stage_args(step, goes_on)?;
+        match step {
+            Step::Pretrain => {
+                let init = setup.recipe.config.init.clone();
+                let tokenizer = init.is_none().then(|| setup.dir(Step::Tokenizer));
+                pretrain::train(&pretrain::TrainArgs { tokenizer, init, stage }, group, interrupt)
+            }
+            Step::Sft => sft::train(&sft::TrainArgs { init: setup.base(), stage }, group, interrupt),
+            Step::RewardModel => {
+                let args = reward_model::TrainArgs { init: setup.dir(Step::Sft), stage };
+                reward_model::train(&args, group, interrupt)
+            }
+            Step::Dpo => dpo::train(&dpo::TrainArgs { init: setup.dir(Step::Sft), stage }, group, interrupt),
+            _ => {
+                let gold = setup.gold.as_ref().map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
+                let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
+                ppo::train(
+                    &ppo::TrainArgs { policy, reward_model, stage },
+                    group,
+                    interrupt,
+                    gold.as_ref().map(|gold| gold as ppo::Gold<'_>),
+                )
+            }
+        }
+    }
+
+    /// The flags with which a training stage is run.
+    fn stage_args(&self, step: Step, resume: bool) -> Result<StageArgs> {
+        Ok(StageArgs {
+            config: self.setup.recipe.stage_config(step),
+            out: self.setup.dir(step),
+            resume,
+            overwrite: !resume,
+            overrides: self.setup.recipe.run_overrides(step)?,
+            data: self.setup.recipe.data.clone(),
+            runtime: self.args.runtime.clone(),
+        })
+    }
+}
