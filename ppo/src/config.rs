@@ -8,7 +8,7 @@ use common::model::LoraConfig;
 use common::optim::{AdamStyle, OptimizerConfig, RlhfDefaults};
 use common::rng::Streams;
 use common::score::{Sampling, TooLong};
-use common::session::{self, DataConfig, RunConfig};
+use common::session::{self, Amount, DataConfig, RunConfig};
 use common::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -444,6 +444,12 @@ impl PpoConfig {
             checkpoint_activations: self.train.checkpoint_activations,
             trunk,
         }
+    }
+
+    /// The portions of a minibatch.
+    pub fn minibatch(&self) -> Amount {
+        let batch_size = self.train.batch_size / self.ppo.minibatches;
+        Amount { epochs: None, steps: None, batch_size, micro_batch_size: Some(self.micro_batch_size()) }
     }
 
     /// Responses computed at a time.

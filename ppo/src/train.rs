@@ -13,7 +13,7 @@ use common::model::NamedTensors;
 use common::optim::GradNorm;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts, Sampling};
-use common::session::{Amount, Contents, Outcome, Plan, Restored, Session, Step, Training};
+use common::session::{Contents, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::Interval;
 
 use crate::alarms::Alarms;
@@ -39,7 +39,13 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = PpoConfig::load(&args.stage)?;
-    check_ranks(&config, group)?;
+    config.minibatch().check_ranks(group)?;
+    if !group.is_alone() && !config.train.batch_invariant {
+        tracing::info!(
+            "responses are decoded in other batches than by one process, which may change the last bits of their \
+             log-probabilities; `train.batch_invariant = true` keeps them"
+        );
+    }
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
@@ -110,20 +116,6 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
         training: &training,
         config: &config,
     })
-}
-
-/// Checks that every process has a micro-batch of each minibatch, and says what else their number can change.
-fn check_ranks(config: &PpoConfig, group: &Group) -> anyhow::Result<()> {
-    let micro_batch_size = Some(config.micro_batch_size());
-    let batch_size = config.train.batch_size / config.ppo.minibatches;
-    Amount { epochs: None, steps: None, batch_size, micro_batch_size }.check_ranks(group)?;
-    if !group.is_alone() && !config.train.batch_invariant {
-        tracing::info!(
-            "responses are decoded in other batches than by one process, which may change the last bits of their \
-             log-probabilities; `train.batch_invariant = true` keeps them"
-        );
-    }
-    Ok(())
 }
 
 /// The initial policy and the reward model of a run.

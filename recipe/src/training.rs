@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::RunArgs;
 use crate::folder::Recipe;
-use crate::setup::Setup;
+use crate::setup::{Setup, StageConfigs};
 use crate::steps::Step;
 
 /// What the first rank tells the others.
@@ -22,6 +22,27 @@ enum Next {
     Train { step: Step, goes_on: bool },
     /// The recipe is done, or was stopped.
     End,
+}
+
+/// Checks that every process has something to compute in each of the stages among `due`.
+///
+/// # Errors
+/// Naming the first stage with fewer micro-batches.
+pub(crate) fn check_ranks(setup: &Setup, due: &[Step], group: &Group) -> Result<()> {
+    let StageConfigs { pretrain, sft, reward_model, ppo, dpo } = &setup.configs;
+    let amounts = [
+        (Step::Pretrain, pretrain.as_ref().map(|config| config.train.amount())),
+        (Step::Sft, sft.as_ref().map(|config| config.train.amount())),
+        (Step::RewardModel, reward_model.as_ref().map(|config| config.train.amount())),
+        (Step::Ppo, ppo.as_ref().map(ppo::PpoConfig::minibatch)),
+        (Step::Dpo, dpo.as_ref().map(|config| config.train.amount())),
+    ];
+    for (step, amount) in amounts.into_iter().filter(|(step, _)| due.contains(step)) {
+        if let Some(amount) = amount {
+            amount.check_ranks(group).with_context(|| format!("the step `{step}`"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Tells the other ranks which stage comes next.
