@@ -40,7 +40,7 @@ pub enum Command {
     /// Add an adapter into the weights of its base
     Merge(MergeArgs),
     /// Answer requests over HTTP, as OpenAI's API does
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
 }
 
 /// Flags of `chat serve`.
@@ -58,6 +58,14 @@ pub struct ServeArgs {
     /// Reward model that scores conversations
     #[arg(long, value_name = "DIR")]
     pub reward_model: Option<PathBuf>,
+
+    /// File that the judgements made on the page are appended to, as preference records
+    #[arg(long, value_name = "FILE")]
+    pub labels: Option<PathBuf>,
+
+    /// Folder of training runs that the page shows as they go on
+    #[arg(long, value_name = "DIR")]
+    pub runs: Option<PathBuf>,
 
     /// Name or address to listen on; by default this machine alone can connect
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]

@@ -16,10 +16,12 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 use super::error::ApiError;
 use super::shapes::Json;
 use super::state::{App, Shared};
-use super::{answer, record, score};
+use super::{answer, compare, page, record, score, training};
 
-/// Paths that need no key: they tell nothing but that the server runs.
-const OPEN: [&str; 1] = ["/health"];
+/// Whether a path needs no key: it tells nothing but that the server runs, and the page asks for the key.
+fn is_open(path: &str) -> bool {
+    path == "/health" || page::FILES.iter().any(|(file, ..)| *file == path)
+}
 
 /// All routes; pages of `origins` may use them from a browser.
 pub(super) fn router(app: App, origins: Vec<HeaderValue>) -> Router {
@@ -29,8 +31,14 @@ pub(super) fn router(app: App, origins: Vec<HeaderValue>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/score", post(score::score))
+        .route("/compare/judge", post(compare::judge))
+        .route("/compare/undo", post(compare::undo))
+        .route("/training/runs", get(training::runs))
+        .route("/training/rows", post(training::rows))
+        .route("/training/samples", post(training::samples))
         .route("/health", get(health))
         .route("/metrics", get(record::metrics))
+        .merge(page::routes())
         .fallback(async || ApiError::of_status(StatusCode::NOT_FOUND, "there is no such path"))
         .method_not_allowed_fallback(async || {
             ApiError::of_status(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
@@ -57,7 +65,7 @@ async fn admit(State(app): State<App>, request: Request, next: Next) -> Response
         let message = "the header `Host` names another machine than this one, and the server is for this one alone; set \
                        `--host` and `--api-key-file` to let others use it";
         ApiError::of_status(StatusCode::MISDIRECTED_REQUEST, message).into_response()
-    } else if !OPEN.contains(&request.uri().path()) && !app.has_key(request.headers()) {
+    } else if !is_open(request.uri().path()) && !app.has_key(request.headers()) {
         ApiError::unauthorized().into_response()
     } else {
         next.run(request).await

@@ -5,17 +5,20 @@
 //! an engine is bounded (`Engine::admit`), and so is everything else that a client can send.
 
 mod answer;
+mod compare;
 mod engine;
 mod error;
 mod http;
+mod page;
 mod params;
 mod record;
 mod score;
 mod shapes;
 mod state;
+mod training;
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,6 +26,7 @@ use anyhow::{Context, ensure};
 use axum::http::HeaderValue;
 use axum::serve::ListenerExt;
 use common::checkpoint::{Checkpoint, Stage};
+use common::data::records::LabelFile;
 use common::exit::UsageError;
 use common::hash::sha256_of;
 use common::interrupt::{Interrupt, Stopping};
@@ -30,6 +34,7 @@ use common::runtime::on_pool;
 
 use crate::cli::{NamedCheckpoint, ServeArgs, ServeLimits};
 use crate::model::Loaded;
+use compare::Labels;
 use engine::{Bounds, Engine};
 use record::Metrics;
 use score::Scorer;
@@ -127,6 +132,8 @@ fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
     Ok(Shared {
         engines,
         scorer: scorer.transpose().context("failed to load the reward model")?,
+        runs: args.runs.as_deref().map(folder).transpose()?,
+        labels: args.labels.as_deref().map(labels).transpose()?,
         limits: RequestLimits {
             max_tokens: max_tokens as usize,
             max_body: max_body as usize,
@@ -138,6 +145,19 @@ fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
         metrics: Metrics::new()?,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
     })
+}
+
+/// The folder of runs; there may be none in it yet.
+fn folder(path: &Path) -> anyhow::Result<PathBuf> {
+    path.read_dir().with_context(|| format!("failed to read the runs in `{}`", path.display()))?;
+    Ok(path.to_owned())
+}
+
+/// The file that judgements are appended to.
+fn labels(path: &Path) -> anyhow::Result<Arc<Labels>> {
+    let (file, said) = LabelFile::open(path).context("failed to open the labels")?;
+    tracing::info!("judgements go to `{}`, which has {} so far", path.display(), said.len());
+    Ok(Arc::new(Labels::new(file)))
 }
 
 /// Refuses two models of one name.

@@ -197,6 +197,11 @@ impl Drop for Record {
         if self.app.log_text && known.model.is_some() {
             line += &format!(" prompt={} answer={:?}", known.prompt, known.answer);
         }
-        tracing::info!("{line}");
+        // The page looks at a run every few seconds.
+        if self.route.starts_with("/training/") {
+            tracing::debug!("{line}");
+        } else {
+            tracing::info!("{line}");
+        }
     }
 }

@@ -1,11 +1,14 @@
 //! What every request can see.
 
+use std::fmt::Display;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
 
-use super::engine::Engine;
+use super::compare::Labels;
+use super::engine::{Engine, one_line};
 use super::error::ApiError;
 use super::record::Metrics;
 use super::score::Scorer;
@@ -20,6 +23,10 @@ pub(super) struct Shared {
     pub engines: Vec<(String, Engine)>,
     /// The reward model, where there is one.
     pub scorer: Option<Scorer>,
+    /// Where judgements are kept, if they are.
+    pub labels: Option<Arc<Labels>>,
+    /// The folder of training runs that the page shows, if it does.
+    pub runs: Option<PathBuf>,
     /// What a request may ask for.
     pub limits: RequestLimits,
     /// SHA-256 of the key, where one is needed.
@@ -68,4 +75,18 @@ impl Shared {
             }
         }
     }
+}
+
+/// Waits for the disk on a thread of its own.
+///
+/// # Errors
+/// If `work` fails, or the thread does.
+pub(super) async fn on_disk<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ApiError>
+where
+    T: Send + 'static,
+    E: Display + Send + 'static,
+{
+    let failed = |reason: String| ApiError::server(StatusCode::INTERNAL_SERVER_ERROR, reason);
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| failed(one_line(&error)))?;
+    done.map_err(|error| failed(one_line(&error)))
 }

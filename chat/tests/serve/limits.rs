@@ -35,10 +35,10 @@ fn has_reply(stream: &TcpStream) -> bool {
 #[test]
 fn a_client_that_hangs_up_frees_its_slot() {
     let server = long_winded("2", &[]);
-    // As long as any that follows, and before all of them: they do not come to their ends by themselves.
-    let first = server.open("/v1/chat/completions", &endless(false));
-    server.wait_for(RUNNING, 1.0);
     for stream in [true, false, true] {
+        // As long as the one that follows, and before it: that does not come to its end by itself.
+        let first = server.open("/v1/chat/completions", &endless(false));
+        server.wait_for(RUNNING, 1.0);
         let mut client = server.open("/v1/chat/completions", &endless(stream));
         if stream {
             read_until(&mut client, "\"content\":\"");
@@ -48,10 +48,15 @@ fn a_client_that_hangs_up_frees_its_slot() {
         server.wait_for(RUNNING, 1.0);
         // The slot is free: else this would wait for the end of the answer.
         assert_eq!(server.chat("hi", &json!({ "max_tokens": 2 })).status, 200);
+        assert!(!has_reply(&first), "the one who hung up was answered to the end");
+        drop(first);
+        server.wait_for(RUNNING, 0.0);
     }
     server.log_with("POST /v1/chat/completions 499 model=lm");
     server.log_with("client_left");
     // One that waits gives its place up, too.
+    let first = server.open("/v1/chat/completions", &endless(false));
+    server.wait_for(RUNNING, 1.0);
     let running = server.open("/v1/chat/completions", &endless(true));
     server.wait_for(RUNNING, 2.0);
     let waiting = "kindling_answers_waiting{model=\"lm\"}";

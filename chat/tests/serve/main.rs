@@ -5,10 +5,13 @@
 
 mod answers;
 mod clients;
+mod compare;
 mod limits;
+mod page;
 mod refusals;
 mod server;
 #[cfg(unix)]
 mod soak;
 #[path = "../support/mod.rs"]
 mod support;
+mod webdriver;

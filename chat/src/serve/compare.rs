@@ -1,0 +1,222 @@
+//! What the page asks beyond OpenAI's interface: judgements of compared answers, kept as preference records.
+
+use std::sync::{Mutex, PoisonError};
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use common::conversation::{Message, Role};
+use common::data::DataError;
+use common::data::records::{Label, LabelFile, Verdict};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::answer::messages;
+use super::engine::one_line;
+use super::error::ApiError;
+use super::params::Params;
+use super::shapes::Json;
+use super::state::{App, on_disk};
+
+/// Most answers that are compared.
+const MAX_ANSWERS: usize = 4;
+
+/// Most characters of an annotator's name.
+const MAX_NAME: usize = 64;
+
+/// The file that judgements go to.
+#[derive(Debug)]
+pub(super) struct Labels {
+    written: Mutex<Written>,
+}
+
+#[derive(Debug)]
+struct Written {
+    file: LabelFile,
+    /// The number of the last judgement, and how many records it has.
+    last: (u64, usize),
+}
+
+impl Labels {
+    /// Judgements that are appended to `file`.
+    pub(super) fn new(file: LabelFile) -> Self {
+        Self { written: Mutex::new(Written { file, last: (0, 0) }) }
+    }
+
+    /// Appends the records of a judgement and waits until they are on the disk; returns the judgement's number.
+    ///
+    /// # Errors
+    /// If they cannot be written; none of them is kept then.
+    fn keep(&self, records: &[Label]) -> Result<u64, DataError> {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.last = (written.last.0 + 1, 0);
+        for record in records {
+            if let Err(error) = written.file.append(record) {
+                // The first failure is the one to tell.
+                let _ = written.take_back();
+                return Err(error);
+            }
+            written.last.1 += 1;
+        }
+        Ok(written.last.0)
+    }
+
+    /// Takes a judgement back; `false` if it is not the last one, or taken back already.
+    fn undo(&self, id: u64) -> Result<bool, DataError> {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if written.last.0 != id || written.last.1 == 0 {
+            return Ok(false);
+        }
+        written.take_back()?;
+        Ok(true)
+    }
+}
+
+impl Written {
+    /// Cuts the records of the last judgement off.
+    fn take_back(&mut self) -> Result<(), DataError> {
+        while self.last.1 > 0 {
+            self.file.undo()?;
+            self.last.1 -= 1;
+        }
+        Ok(())
+    }
+}
+
+/// An answer that was shown.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shown {
+    model: String,
+    text: String,
+}
+
+/// What was said of the answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+enum Judgement {
+    /// This one is the best.
+    Best(usize),
+    /// None is better than the others.
+    None(NoneBetter),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum NoneBetter {
+    /// All are alike.
+    Tie,
+    /// All are bad.
+    Bad,
+}
+
+/// `POST /compare/judge`: keeps a judgement and tells what the reward model thinks.
+pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<Json, ApiError> {
+    let prompt = messages(&mut params)?;
+    let answers: Vec<Shown> = params.take("answers", "a list of objects with `model` and `text`")?.unwrap_or_default();
+    let judgement = params.take("verdict", "the index of an answer, `tie` or `bad`")?;
+    let annotator = params.take::<String>("annotator", "a text")?;
+    let seconds = params.take::<f64>("seconds", "a number")?;
+    params.finish()?;
+    check(&app, &prompt, &answers)?;
+    let judgement = match judgement {
+        Some(Judgement::Best(best)) if best >= answers.len() => None,
+        judgement => judgement,
+    };
+    let judgement = judgement.ok_or_else(|| ApiError::unprocessable("verdict", "the verdict is about no answer"))?;
+    let is_name = |name: &String| name.chars().count() <= MAX_NAME && !name.chars().any(char::is_control);
+    if !annotator.as_ref().is_none_or(is_name) {
+        return Err(ApiError::unprocessable("annotator", format!("expected a name of up to {MAX_NAME} characters")));
+    }
+    if seconds.is_some_and(|seconds| seconds < 0.0) {
+        return Err(ApiError::unprocessable("seconds", "expected a number that is not negative"));
+    }
+    let records = records(&prompt, &answers, judgement, annotator.as_deref(), seconds)?;
+    let labels = app.labels.clone();
+    let kept = match labels {
+        None => None,
+        Some(labels) => Some(on_disk(move || labels.keep(&records)).await?),
+    };
+    Ok(Json(json!({ "kept": kept, "scores": scores(&app, &prompt, &answers).await })))
+}
+
+/// `POST /compare/undo`: takes the last judgement back.
+pub(super) async fn undo(State(app): State<App>, mut params: Params) -> Result<Json, ApiError> {
+    let id = params.take::<u64>("id", "the number of a judgement")?.unwrap_or(0);
+    params.finish()?;
+    let undone = match app.labels.clone() {
+        None => false,
+        Some(labels) => on_disk(move || labels.undo(id)).await?,
+    };
+    if undone {
+        return Ok(Json(json!({ "undone": id })));
+    }
+    Err(ApiError::of_status(
+        StatusCode::CONFLICT,
+        "another judgement came after this one: it can no longer be taken back",
+    ))
+}
+
+fn check(app: &App, prompt: &[Message], answers: &[Shown]) -> Result<(), ApiError> {
+    common::conversation::validate(prompt).map_err(|error| ApiError::unprocessable("messages", one_line(&error)))?;
+    if prompt.last().is_some_and(|last| last.role == Role::Assistant) {
+        return Err(ApiError::unprocessable(
+            "messages",
+            "the last message is the assistant's: there is nothing to answer",
+        ));
+    }
+    if prompt.iter().any(|message| message.role != Role::System && message.content.trim().is_empty()) {
+        return Err(ApiError::unprocessable("messages", "a message is empty: no record can have it"));
+    }
+    if !(2..=MAX_ANSWERS).contains(&answers.len()) {
+        return Err(ApiError::unprocessable("answers", format!("expected 2 to {MAX_ANSWERS} answers")));
+    }
+    answers.iter().try_for_each(|answer| app.engine(Some(answer.model.clone())).map(|_| ()))
+}
+
+/// A record for each pair of answers that the judgement is about.
+///
+/// # Errors
+/// If the best answer is the same as all others.
+fn records(
+    prompt: &[Message],
+    answers: &[Shown],
+    judgement: Judgement,
+    annotator: Option<&str>,
+    seconds: Option<f64>,
+) -> Result<Vec<Label>, ApiError> {
+    let label = |first: usize, second: usize, verdict: Verdict| Label {
+        prompt: prompt.to_vec(),
+        answers: [first, second].map(|i| answers[i].text.clone()),
+        verdict,
+        annotator: annotator.map(str::to_owned),
+        seconds,
+        models: Some([first, second].map(|i| answers[i].model.clone())),
+    };
+    let pairs = (0..answers.len()).flat_map(|i| (i + 1..answers.len()).map(move |j| (i, j)));
+    let labels: Vec<Label> = match judgement {
+        Judgement::Best(best) => pairs
+            .filter(|&(i, j)| (i == best || j == best) && answers[i].text != answers[j].text)
+            .map(|(i, j)| label(i, j, if i == best { Verdict::First } else { Verdict::Second }))
+            .collect(),
+        Judgement::None(NoneBetter::Tie) => pairs.map(|(i, j)| label(i, j, Verdict::Tie)).collect(),
+        Judgement::None(NoneBetter::Bad) => pairs.map(|(i, j)| label(i, j, Verdict::BothBad)).collect(),
+    };
+    if labels.is_empty() {
+        return Err(ApiError::unprocessable("verdict", "the answers are the same, so that none is better"));
+    }
+    Ok(labels)
+}
+
+/// The score of each answer; none where there is no reward model, or it cannot score one of them.
+async fn scores(app: &App, prompt: &[Message], answers: &[Shown]) -> Value {
+    let Some(scorer) = &app.scorer else { return Value::Null };
+    let mut scores = Vec::new();
+    for answer in answers {
+        let conversation = [prompt, &[Message::new(Role::Assistant, &answer.text)]].concat();
+        match scorer.score(conversation).await {
+            Ok(score) => scores.push(score),
+            Err(_) => return Value::Null,
+        }
+    }
+    json!(scores)
+}

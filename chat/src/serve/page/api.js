@@ -1,0 +1,54 @@
+// Requests to the server that this page came from.
+
+let key = sessionStorage.getItem("key");
+
+export class NeedsKey extends Error {}
+
+export function setKey(value) {
+  key = value;
+  sessionStorage.setItem("key", value);
+}
+
+async function send(path, method, body, signal) {
+  const headers = {};
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const asked = fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
+  const response = await asked.catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
+  });
+  if (response.status === 401) throw new NeedsKey("This server asks for a key.");
+  if (!response.ok) {
+    const said = await response.json().catch(() => null);
+    throw new Error(said?.error?.message ?? `The server answered ${response.status}.`);
+  }
+  return response;
+}
+
+export const getJson = async (path) => (await send(path, "GET")).json();
+export const postJson = async (path, body) => (await send(path, "POST", body)).json();
+
+// The answer to `messages`, told to `onText` as it comes. Returns why it ended.
+export async function answer(model, messages, settings, onText, signal) {
+  const body = { model, messages, stream: true, ...settings };
+  const response = await send("v1/chat/completions", "POST", body, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let finish = null;
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error("The answer ended early: the server has stopped.");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ")) continue;
+      const data = line.slice("data: ".length);
+      if (data === "[DONE]") return finish;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      const choice = event.choices[0];
+      if (choice?.delta.content) onText(choice.delta.content);
+      finish = choice?.finish_reason ?? finish;
+    }
+  }
+}
