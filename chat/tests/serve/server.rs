@@ -66,7 +66,7 @@ impl Server {
         let mut port = None;
         for line in &mut lines {
             let line = line.unwrap();
-            port = line.strip_prefix("listening on http://").and_then(|at| at.rsplit(':').next()?.parse().ok());
+            port = line.split_once("listening on http://").and_then(|(_, at)| at.rsplit(':').next()?.parse().ok());
             *log.lock().unwrap() += &format!("{line}\n");
             if port.is_some() {
                 break;
