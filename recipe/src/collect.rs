@@ -77,9 +77,9 @@ impl Collector<'_> {
     ///
     /// # Errors
     /// If the SFT model or a prompt cannot be used, or no two answers to the training prompts differ in worth.
-    pub fn run(&self, goes_on: bool) -> Result<Progress> {
+    pub fn run(&self) -> Result<Progress> {
         match self.config.labels {
-            LabelledBy::People => people::collect(self, goes_on),
+            LabelledBy::People => people::collect(self),
             LabelledBy::Simulated => self.simulate(),
         }
     }

@@ -116,6 +116,13 @@ impl Inputs {
         Ok(())
     }
 
+    /// All but those of these names.
+    #[must_use]
+    pub fn without(mut self, names: &[&str]) -> Self {
+        self.0.retain(|name, _| !names.contains(&name.as_str()));
+        self
+    }
+
     /// One hash for all of it.
     pub fn fingerprint(&self) -> String {
         // A map of strings always has a form in JSON.

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::collect::{Collector, PairFiles, Sampled};
 use crate::gold::GoldScorer;
-use crate::steps::Progress;
+use crate::steps::{Progress, Step};
 
 /// The summary's name in the output directory.
 const SUMMARY_FILE: &str = "labels.json";
@@ -52,15 +52,26 @@ impl Summary {
     }
 }
 
-/// Asks, or takes the answers: see the module.
-pub(crate) fn collect(collector: &Collector<'_>, goes_on: bool) -> Result<Progress> {
+/// Settings that change what is done with the labels, and not what is asked.
+const NOT_ASKED: [&str; 4] = [
+    "recipe.collect.n_labels",
+    "recipe.collect.n_val_prompts",
+    "recipe.collect.label_temperature",
+    "recipe.collect.least_difference",
+];
+
+/// Asks, or takes the answers: see the module. What was asked stays while it would be asked again.
+pub(crate) fn collect(collector: &Collector<'_>) -> Result<Progress> {
     let out = &collector.setup.out;
     let path = questions_file(out);
-    if !(goes_on && path.is_file()) {
+    let (key_file, key) = (path.with_extension("key"), collector.setup.inputs(Step::Collect)?.without(&NOT_ASKED));
+    let key = key.fingerprint();
+    if !path.is_file() || read_if_there(&key_file)?.is_none_or(|old| old != key) {
         let Some(sampled) = collector.sample_all()? else { return Ok(Progress::Interrupted) };
         collector.prepare_data_dir()?;
         write_whole(&path, questions(&sampled, collector.config.samples_per_prompt)?)?;
         collector.write_test(sampled.test)?;
+        write_whole(&key_file, key)?;
     }
     let asked = read_labels(&path, OnBadRecord::Fail)?;
     let n_wanted = match collector.config.n_labels {
@@ -68,14 +79,28 @@ pub(crate) fn collect(collector: &Collector<'_>, goes_on: bool) -> Result<Progre
         n => n,
     };
     check_n_labels(n_wanted, asked.len())?;
-    let labels = labels_about(&asked, &out.join("labels"))?;
-    if labels.len() < n_wanted {
-        say_how(out, &path, labels.len(), n_wanted)?;
+    let said = labels_about(&asked, &out.join("labels"))?;
+    if said.decisions.len() < n_wanted {
+        say_how(out, &path, said.decisions.len(), n_wanted)?;
         return Ok(Progress::Waiting);
     }
     let n_prompts = asked.iter().map(prompt_key).collect::<HashSet<_>>().len();
-    write_pairs(collector, &labels, n_prompts)?;
+    write_pairs(collector, &said, n_prompts)?;
     Ok(Progress::Finished)
+}
+
+/// Says how many labels came after the pairs in `out` were made, if any.
+pub(crate) fn say_unused(out: &Path) -> Result<()> {
+    let Some(summary) = Summary::read(out)? else { return Ok(()) };
+    let n = labels_about(&read_labels(&questions_file(out), OnBadRecord::Fail)?, &out.join("labels"))?.decisions.len();
+    if n > summary.decisions {
+        tracing::warn!(
+            "{} came after the pairs were made of {}: `--set recipe.collect.n_labels={n} --overwrite` takes all",
+            counted(n - summary.decisions, "label", "labels"),
+            summary.decisions
+        );
+    }
+    Ok(())
 }
 
 /// Whether so many labels can be waited for.
@@ -105,15 +130,23 @@ fn questions(sampled: &Sampled, k: usize) -> Result<String> {
     Ok(text)
 }
 
-/// The decisions about what was asked, each person's last word on a question, in the order of the questions.
-fn labels_about(asked: &[Label], dir: &Path) -> Result<Vec<Label>> {
+/// What people said about what was asked.
+struct Said {
+    /// Each person's last word on a question, in the order of the questions.
+    decisions: Vec<Label>,
+    /// Their words on questions that they had decided before.
+    repeats: Vec<Label>,
+}
+
+/// Reads the labels in `dir` about what was asked.
+fn labels_about(asked: &[Label], dir: &Path) -> Result<Said> {
     let number: HashMap<String, usize> = asked
         .iter()
         .enumerate()
         .map(|(number, label)| (Label::question(&label.prompt, &label.answers), number))
         .collect();
     let mut said: BTreeMap<(usize, String), Label> = BTreeMap::new();
-    let mut n_foreign = 0;
+    let (mut repeats, mut n_foreign) = (Vec::new(), 0);
     for path in label_files(dir)? {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if path.metadata().is_ok_and(|file| file.len() == 0) {
@@ -125,14 +158,18 @@ fn labels_about(asked: &[Label], dir: &Path) -> Result<Vec<Label>> {
                 continue;
             };
             let person = label.annotator.get_or_insert_with(|| stem.clone()).clone();
-            said.insert((number, person), label);
+            if label.repeat {
+                repeats.push(label);
+            } else {
+                said.insert((number, person), label);
+            }
         }
     }
     if n_foreign > 0 {
         let labels = counted(n_foreign, "label", "labels");
         tracing::warn!("{labels} in `{}` left out: about answers that were not asked about", dir.display());
     }
-    Ok(said.into_values().collect())
+    Ok(Said { decisions: said.into_values().collect(), repeats })
 }
 
 /// The files of labels, in the order of their names.
@@ -170,8 +207,8 @@ fn n_for_validation(n_labelled: usize, n_val: usize, n_asked: usize) -> usize {
 }
 
 /// Writes the pairs to train on and to validate by, and the summary; questions about `n_asked` prompts were asked.
-fn write_pairs(collector: &Collector<'_>, labels: &[Label], n_asked: usize) -> Result<()> {
-    let (config, out) = (collector.config, &collector.setup.out);
+fn write_pairs(collector: &Collector<'_>, said: &Said, n_asked: usize) -> Result<()> {
+    let (config, out, labels) = (collector.config, &collector.setup.out, &said.decisions);
     let preferences: Vec<&Label> = labels.iter().filter(|label| is_preference(label)).collect();
     let mut prompts: HashMap<String, usize> = HashMap::new();
     for label in &preferences {
@@ -202,13 +239,14 @@ fn write_pairs(collector: &Collector<'_>, labels: &[Label], n_asked: usize) -> R
     for label in labels {
         *people.entry(label.annotator.clone().unwrap_or_default()).or_insert(0) += 1;
     }
-    let Agreement { pairs, alpha, shared, .. } = agreement::of_labels(labels);
+    let all = [labels.as_slice(), &said.repeats].concat();
+    let Agreement { pairs, alpha, shared, consistency, .. } = agreement::of_labels(&all);
     let summary = Summary {
         decisions: labels.len(),
         preferences: preferences.len(),
         people,
         gold_accuracy: (n_known > 0).then(|| right as f64 / n_known as f64),
-        agreement: json!({ "pairs": pairs, "alpha": alpha, "shared": shared }),
+        agreement: json!({ "pairs": pairs, "alpha": alpha, "shared": shared, "consistency": consistency }),
     };
     tracing::info!(
         "{} decisions of {} people, {} preferences",

@@ -15,11 +15,13 @@ use common::session::Outcome;
 use crate::check;
 use crate::cli::RunArgs;
 use crate::collect::{Collector, PairFiles};
+use crate::config::{CollectConfig, LabelledBy};
 use crate::doctor::{self, DOCTOR_FILE};
 use crate::evaluate::{Evaluator, GOLD_ORDER_FILE};
 use crate::folder::Recipe;
 use crate::gold::GoldKind;
 use crate::inputs::Inputs;
+use crate::people;
 use crate::plan::{self, PlannedStep, State};
 use crate::record::{RunRecord, StepRecord};
 use crate::report;
@@ -224,6 +226,10 @@ impl<'a> Run<'a> {
                 (record.inputs, record.stale) = (inputs, false);
             }
             self.record.save(&self.args.out)?;
+            let asks_people = |collect: &CollectConfig| collect.labels == LabelledBy::People;
+            if step == Step::Collect && self.setup.recipe.config.collect.as_ref().is_some_and(asks_people) {
+                people::say_unused(&self.args.out)?;
+            }
             return Ok(Progress::Finished);
         }
         let goes_on = state == State::GoesOn;
@@ -287,7 +293,7 @@ impl<'a> Run<'a> {
                 runtime: &self.args.runtime,
                 interrupt: self.interrupt,
             }
-            .run(goes_on),
+            .run(),
             Step::Evaluate => Evaluator {
                 config: config.evaluate.as_ref().context("the recipe has no `[evaluate]`")?,
                 setup: &self.setup,

@@ -61,10 +61,21 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
     assert_eq!(lines("data/pairs.train.jsonl") + lines("data/pairs.val.jsonl"), 20);
     assert!(fs::read_to_string(lab.out("data/pairs.train.jsonl")).unwrap().contains("\"annotator\":\"mia\""));
 
-    // Nobody's work is thrown away unasked.
+    // What comes later is not passed over in silence, and what was asked is not sampled again to take it.
+    label(&lab, "kim", "3", "2");
     let (_, stderr) = run(&lab, &[]);
+    assert!(stderr.contains("3 labels came after the pairs were made of 20"), "{stderr}");
+    let written = || fs::metadata(lab.out("data/pairs.questions.jsonl")).unwrap().modified().unwrap();
+    let before = written();
+    let all = ["--set", "recipe.collect.n_labels=23", "--overwrite"];
+    let (_, stderr) = run(&lab, &all);
+    assert!(!stderr.contains("came after") && written() == before, "{stderr}");
+    assert_eq!(lab.json("report.json")["labels"]["decisions"], 23);
+
+    // Nobody's work is thrown away unasked.
+    let (_, stderr) = run(&lab, &all[..2]);
     assert_eq!(n_skipped(&stderr), 8, "{stderr}");
-    let error = lab.fail(&[&PEOPLE[..], &["--set", "recipe.collect.temperature=0.5"]].concat());
+    let error = lab.fail(&[&PEOPLE[..], &all[..2], &["--set", "recipe.collect.temperature=0.5"]].concat());
     assert!(error.contains("`recipe.collect.temperature` changed from 1.0 to 0.5"), "{error}");
 }
 

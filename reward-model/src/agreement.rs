@@ -37,6 +37,17 @@ pub struct Agreement {
     pub alpha: Option<f64>,
     /// Pairs of answers that two people or more decided.
     pub shared: usize,
+    /// How far each person agrees with themself who was asked the same again.
+    pub consistency: BTreeMap<String, Consistency>,
+}
+
+/// What a person said when asked the same again.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Consistency {
+    /// Pairs of answers that they were asked about again.
+    pub repeats: usize,
+    /// Fraction of these with the same decision as before.
+    pub agreement: f64,
 }
 
 /// A decision, whichever answer was shown first.
@@ -75,7 +86,7 @@ pub fn measure(files: &[impl AsRef<Path>]) -> anyhow::Result<Agreement> {
     }
     let agreement = of_labels(&labels);
     ensure!(
-        agreement.shared > 0,
+        agreement.shared > 0 || !agreement.consistency.is_empty(),
         "no two people decided about the same answers\nhint: have several people label the same `--pairs`, each with an \
          `--annotator` of their own"
     );
@@ -85,12 +96,25 @@ pub fn measure(files: &[impl AsRef<Path>]) -> anyhow::Result<Agreement> {
 /// The agreement of `labels`, each of which names its annotator; of several by one person on the same answers, the last counts.
 pub fn of_labels(labels: &[Label]) -> Agreement {
     let mut decisions = Decisions::new();
-    for label in labels {
-        let person = label.annotator.clone().unwrap_or_default();
-        let question = Label::question(&label.prompt, &label.answers);
+    let (repeats, first): (Vec<&Label>, Vec<&Label>) = labels.iter().partition(|label| label.repeat);
+    let key =
+        |label: &Label| (Label::question(&label.prompt, &label.answers), label.annotator.clone().unwrap_or_default());
+    for label in first {
+        let (question, person) = key(label);
         decisions.entry(question).or_default().insert(person, Decision::of(label));
     }
-    of_decisions(&decisions)
+    let mut alike: BTreeMap<String, Vec<bool>> = BTreeMap::new();
+    for label in repeats {
+        let (question, person) = key(label);
+        if let Some(before) = decisions.get(&question).and_then(|said| said.get(&person)) {
+            alike.entry(person).or_default().push(*before == Decision::of(label));
+        }
+    }
+    let consistency = alike.into_iter().map(|(person, alike)| {
+        let agreement = alike.iter().filter(|same| **same).count() as f64 / alike.len() as f64;
+        (person, Consistency { repeats: alike.len(), agreement })
+    });
+    Agreement { consistency: consistency.collect(), ..of_decisions(&decisions) }
 }
 
 impl Decision {
@@ -122,7 +146,7 @@ fn of_decisions(decisions: &Decisions) -> Agreement {
     }
     let units: Vec<Vec<Decision>> = decisions.values().map(|said| said.values().copied().collect()).collect();
     let shared = units.iter().filter(|unit| unit.len() > 1).count();
-    Agreement { people, pairs, alpha: krippendorff(&units), shared }
+    Agreement { people, pairs, alpha: krippendorff(&units), shared, consistency: BTreeMap::new() }
 }
 
 /// The fraction of equal decisions `p_o`, and `κ = (p_o − p_e) / (1 − p_e)` with the agreement `p_e` that chance gives.

@@ -84,6 +84,10 @@ pub struct LabelArgs {
     #[arg(long, value_name = "N", value_parser = at_least_1)]
     pub limit: Option<NonZeroUsize>,
 
+    /// After every N decisions, ask one of them again: how far do you agree with yourself? 0 for never
+    #[arg(long, value_name = "N", default_value = "10")]
+    pub repeat_every: usize,
+
     /// Temperature of the answers
     #[arg(long, value_name = "T", default_value = "1.0", value_parser = at_least_0)]
     pub temperature: f64,

@@ -142,8 +142,9 @@ mod terminal {
         assert_eq!(records(&dir.path().join("labels.jsonl")).len(), 25, "a kill loses no label");
 
         let mut second = session(dir.path(), "mia");
-        second.exp_string("0 of 15 decided").unwrap();
-        while n < 40 {
+        // Two of the 25 were asked for a second time.
+        second.exp_string("23 of 40 decided").unwrap();
+        while n < 43 {
             n += 1;
             press(&mut second, if n % 5 == 0 { "t" } else { "a" }, dir.path(), n);
         }
@@ -155,7 +156,9 @@ mod terminal {
         let labels = records(&dir.path().join("labels.jsonl"));
         let questions: std::collections::BTreeSet<String> =
             labels.iter().map(|label| label["prompt"].as_str().unwrap().to_owned()).collect();
-        assert_eq!(questions.len(), 40, "each question is decided once");
+        assert_eq!(questions.len(), 40, "each question is decided");
+        let repeats: Vec<usize> = (0..labels.len()).filter(|&i| labels[i].get("repeat").is_some()).collect();
+        assert_eq!(repeats, [10, 21, 35]);
         assert!(labels[..25].iter().all(|label| label["chosen"].as_str().unwrap().starts_with('a')));
         assert!(labels.iter().all(|label| label["annotator"] == "mia" && label["seconds"].is_f64()), "{labels:#?}");
         assert_eq!(labels.iter().filter(|label| label.get("tied").is_some()).count(), 3);

@@ -191,6 +191,7 @@ fn records(
         annotator: annotator.map(str::to_owned),
         seconds,
         models: Some([first, second].map(|i| answers[i].model.clone())),
+        repeat: false,
     };
     let pairs = (0..answers.len()).flat_map(|i| (i + 1..answers.len()).map(move |j| (i, j)));
     let labels: Vec<Label> = match judgement {

@@ -226,6 +226,12 @@ fn people(labels: &Summary) -> String {
     if let Some(alpha) = agreement["alpha"].as_f64() {
         text.push_str(&format!("; Krippendorff’s alpha {alpha:.2} over {} shared pairs", agreement["shared"]));
     }
+    for (name, again) in agreement["consistency"].as_object().into_iter().flatten() {
+        if let Some(share) = again["agreement"].as_f64() {
+            let (share, n) = (percent(share), &again["repeats"]);
+            text.push_str(&format!("; {name} decides {share} of {n} pairs alike when asked again"));
+        }
+    }
     text
 }
 

@@ -13,7 +13,7 @@ use common::interrupt::Interrupt;
 use common::rng::Streams;
 
 use crate::cli::LabelArgs;
-use desk::Desk;
+use desk::{Desk, Session};
 use questions::{Question, Questions};
 
 /// Who decides.
@@ -50,15 +50,23 @@ pub(crate) fn run(args: &LabelArgs) -> anyhow::Result<()> {
     if let Some(folder) = args.out.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("failed to make `{}`", folder.display()))?;
     }
+    let is_new = !args.out.exists();
     let (file, said) = LabelFile::open(&args.out)?;
     let said: Vec<Label> =
         said.into_iter().filter(|label| label.annotator.as_deref() == Some(annotator.as_str())).collect();
-    let questions = Questions::open(args, &said)?;
-    if !said.is_empty() {
-        tracing::info!("{} decisions of `{annotator}` in `{}` already", said.len(), args.out.display());
+    let questions = Questions::open(args, &said).inspect_err(|_| {
+        if is_new {
+            // The error that is told is the one that matters.
+            let _ = std::fs::remove_file(&args.out);
+        }
+    })?;
+    let n_before = said.iter().filter(|label| !label.repeat).count();
+    if n_before > 0 {
+        tracing::info!("{n_before} decisions of `{annotator}` in `{}` already", args.out.display());
     }
-    let mut desk =
-        Desk::new(file, questions, annotator, args.limit.map(|limit| limit.get().saturating_sub(said.len())));
+    let limit = args.limit.map(|limit| limit.get().saturating_sub(n_before));
+    let (repeat_every, streams) = (args.repeat_every, Streams::new(args.seed));
+    let mut desk = Desk::new(file, questions, Session { annotator, n_before, limit, repeat_every, streams });
     match args.by {
         By::Gold => decide_by_gold(&mut desk, args, interrupt)?,
         By::Person => screen::run(&mut desk, interrupt)?,

@@ -60,11 +60,13 @@ impl Questions {
 
     /// The pairs of a file, each in an order drawn for it: where the better one stands must not tell which it is.
     fn of_pairs(path: &Path, said: &[Label], streams: &Streams) -> anyhow::Result<Self> {
-        let said: HashSet<String> = said.iter().map(|label| Label::question(&label.prompt, &label.answers)).collect();
+        let mut said: HashSet<String> =
+            said.iter().map(|label| Label::question(&label.prompt, &label.answers)).collect();
         let mut questions = Vec::new();
         for (number, Label { prompt, mut answers, .. }) in read_labels(path, OnBadRecord::Fail)?.into_iter().enumerate()
         {
-            if said.contains(&Label::question(&prompt, &answers)) {
+            // What two people decided is asked once.
+            if !said.insert(Label::question(&prompt, &answers)) {
                 continue;
             }
             let number = number as u64;
@@ -88,7 +90,7 @@ impl Questions {
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         let gpt = args.runtime.open()?.gpt(&checkpoint)?;
         let mut decided = HashMap::new();
-        for label in said {
+        for label in said.iter().filter(|label| !label.repeat) {
             *decided.entry(label.prompt.clone()).or_insert(0_usize) += 1;
         }
         let is_open = |(_, prompt): &(usize, Prompt)| match decided.get_mut(&prompt.messages) {
@@ -196,6 +198,7 @@ mod tests {
             annotator: None,
             seconds: None,
             models: None,
+            repeat: false,
         };
         let left = all(&Questions::of_pairs(&path, &[said], &Streams::new(0)).expect("pairs"));
         let expected: Vec<Question> = asked.into_iter().filter(|question| question.number != 7).collect();

@@ -13,7 +13,7 @@ use ratatui::style::{Style, Stylize};
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Block, Paragraph, Wrap};
 
-use super::desk::Desk;
+use super::desk::{Desk, Progress};
 use super::questions::Question;
 
 /// How long a key is waited for before the clock is drawn again.
@@ -127,7 +127,7 @@ fn draw(frame: &mut Frame, desk: &Desk, scroll: &mut Scroll) {
     } else {
         "The policy is writing two answers …"
     };
-    frame.render_widget(Paragraph::new(text).block(Block::bordered()), body);
+    frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: true }).block(Block::bordered()), body);
 }
 
 fn draw_question(frame: &mut Frame, area: Rect, question: &Question, scroll: &mut Scroll) {
@@ -178,14 +178,17 @@ fn turns(prompt: &[Message]) -> Text<'_> {
     text
 }
 
-/// How far the session is and how fast.
+/// How far the person is and how fast, or what there is to say about the last key.
 fn pace(desk: &Desk) -> String {
-    let (n_decided, n_all, time) = desk.progress();
-    let mut text = format!(" {n_decided} of {n_all} decided");
-    if n_decided > 0 {
-        let each = time.as_secs_f64() / n_decided as f64;
-        let minutes = each * n_all.saturating_sub(n_decided) as f64 / 60.0;
-        text.push_str(&format!("   {each:.1} s each   about {minutes:.0} min left"));
+    let Progress { n_before, n_now, n_all, time } = desk.progress();
+    let mut text = format!(" {} of {n_all} decided", n_before + n_now);
+    if !desk.note().is_empty() {
+        text.push_str(&format!("   {}", desk.note()));
+    } else if n_now > 0 {
+        let each = time.as_secs_f64() / n_now as f64;
+        let minutes = each * n_all.saturating_sub(n_before + n_now) as f64 / 60.0;
+        let left = if minutes < 90.0 { format!("{minutes:.0} min") } else { format!("{:.1} h", minutes / 60.0) };
+        text.push_str(&format!("   {each:.1} s each   about {left} left"));
     }
     text
 }
@@ -212,12 +215,14 @@ mod tests {
         assert!(screen(&desk, 100, 20)[1..].concat().contains("The policy is writing"));
         desk.wait().expect("a question");
         let wide = screen(&desk, 100, 20);
-        assert!(wide[0].starts_with(" 0 of 2 decided"), "{wide:#?}");
+        assert!(wide[0].starts_with(" 2 of 4 decided"), "{wide:#?}"); // two in an earlier session
         assert!(wide.iter().any(|line| line.contains(" A ") && line.contains(" B ")), "{wide:#?}");
         assert!(wide.iter().any(|line| line.contains("good") && line.contains("bad")), "{wide:#?}");
         let narrow = screen(&desk, 50, 20);
         assert!(!narrow.iter().any(|line| line.contains("good") && line.contains("bad")), "{narrow:#?}");
         assert!(narrow.concat().contains("good") && narrow.concat().contains("bad"), "{narrow:#?}");
+        desk.undo().expect("nothing to do");
+        assert!(screen(&desk, 100, 20)[0].contains("nothing of this session to take back"));
         // No screen is too small to be drawn.
         for (width, height) in [(1, 1), (10, 3), (72, 5)] {
             screen(&desk, width, height);

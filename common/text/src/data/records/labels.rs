@@ -9,7 +9,7 @@ use base::files::FileError;
 use serde_json::{Map, Value, json};
 
 use super::json::{self, Record};
-use super::pairs::{check_prompt, origin_of, pairs_of};
+use super::pairs::{check_prompt, origin_of, said_in};
 use super::{ReadOptions, kind, prompt_of};
 use crate::conversation::{Message, Role};
 use crate::data::DataError;
@@ -19,6 +19,9 @@ pub(super) const TIED: &str = "tied";
 
 /// The key that says so of answers of which neither is good.
 const BOTH_BAD: &str = "both_bad";
+
+/// The key of a decision that somebody was asked for a second time.
+const REPEAT: &str = "repeat";
 
 /// A prompt and two answers of which neither is better.
 type Tied = (Vec<Message>, [String; 2]);
@@ -51,6 +54,8 @@ pub struct Label {
     pub seconds: Option<f64>,
     /// Which models the answers come from, in their order.
     pub models: Option<[String; 2]>,
+    /// Whether the same person had decided it before, and was asked again to see whether they decide alike.
+    pub repeat: bool,
 }
 
 impl Label {
@@ -86,6 +91,9 @@ impl Label {
                 }
             }
         }
+        if self.repeat {
+            put(REPEAT, json!(true));
+        }
         if let Some(annotator) = &self.annotator {
             put("annotator", json!(annotator));
         }
@@ -113,6 +121,7 @@ pub fn read_labels(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<L
 }
 
 fn labels_of(record: &Record) -> Result<Vec<Label>, String> {
+    let repeat = is_repeat(record);
     if let Some((prompt, answers)) = tied_of(record)? {
         let both_bad = record.get(BOTH_BAD).and_then(Value::as_bool) == Some(true);
         let origin = origin_of(record);
@@ -123,6 +132,7 @@ fn labels_of(record: &Record) -> Result<Vec<Label>, String> {
             annotator: origin.annotator,
             seconds: origin.seconds,
             models: None,
+            repeat,
         }]);
     }
     let label = |pair: super::Pair| Label {
@@ -132,8 +142,14 @@ fn labels_of(record: &Record) -> Result<Vec<Label>, String> {
         annotator: pair.annotator,
         seconds: pair.seconds,
         models: None,
+        repeat,
     };
-    Ok(pairs_of(record)?.into_iter().map(label).collect())
+    Ok(said_in(record)?.into_iter().map(label).collect())
+}
+
+/// Whether a record is of a question that was asked before.
+pub(super) fn is_repeat(record: &Record) -> bool {
+    record.get(REPEAT).and_then(Value::as_bool) == Some(true)
 }
 
 /// Prompt and answers of a record that says that neither answer is better; `None` for any other record.
@@ -234,6 +250,7 @@ mod tests {
             annotator: Some("mia".to_owned()),
             seconds: Some(2.5),
             models: Some(["sft".to_owned(), "ppo".to_owned()]),
+            repeat: false,
         }
     }
 
@@ -273,6 +290,10 @@ mod tests {
         assert_eq!(verdicts, [Verdict::First, Verdict::Tie, Verdict::First]);
         assert_eq!((said[2].answers[0].as_str(), said[2].annotator.as_deref()), ("b", Some("mia")));
         assert!(!file.undo().expect("of another session"));
+        // What somebody is asked again measures the person, and is not learned from twice.
+        file.append(&Label { repeat: true, ..label(Verdict::Second) }).expect("written");
+        let said = read_labels(&path, OnBadRecord::Fail).expect("records");
+        assert_eq!(said.iter().map(|label| label.repeat).collect::<Vec<_>>(), [false, false, false, true]);
         let pairs = read_pairs(&path, OnBadRecord::Fail).expect("a tie is no fault");
         assert_eq!(pairs.iter().map(|pair| pair.chosen.as_str()).collect::<Vec<_>>(), ["a", "b"]);
     }

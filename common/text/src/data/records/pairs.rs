@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::json::Record;
-use super::labels::tied_of;
+use super::labels::{is_repeat, tied_of};
 use super::{Pair, any_messages_of, check_turns, kind, prompt_of, shapes, string_of};
 use crate::conversation::{Message, Role};
 
@@ -16,8 +16,15 @@ const MAX_RESPONSES: usize = 64;
 /// The largest margin, in units of score: a batch's sum of losses has to stay within f32.
 const MAX_MARGIN: f64 = 1e30;
 
-/// The pairs of a record: one, every pair of a ranked list, or none where two answers are said to be equally good.
+/// The pairs of a record to learn from: one, every pair of a ranked list, or none where two answers are said to be equally good,
+/// or somebody only says again what they said.
 pub(super) fn pairs_of(record: &Record) -> Result<Vec<Pair>, String> {
+    let pairs = said_in(record)?;
+    Ok(if is_repeat(record) { Vec::new() } else { pairs })
+}
+
+/// What a record prefers, whether or not it has been said before.
+pub(super) fn said_in(record: &Record) -> Result<Vec<Pair>, String> {
     let has = |key| record.contains_key(key);
     if tied_of(record)?.is_some() {
         Ok(Vec::new())
