@@ -22,6 +22,11 @@ use crate::steps::Step;
 /// Naming the step that would fail, and why.
 pub fn check(setup: &Setup, due: &[Step]) -> Result<()> {
     let checker = Checker { setup, due, model: Model::open(setup, due)? };
+    let order_by = setup.recipe.config.collect.as_ref().and_then(|collect| collect.order_by.as_ref());
+    if let Some(dir) = order_by.filter(|_| due.contains(&Step::Collect)) {
+        let opened = Checkpoint::open(dir).and_then(|model| model.of_stage(&[Stage::RewardModel]));
+        opened.context("failed to load `recipe.collect.order_by`")?;
+    }
     for &step in due {
         checker.step(step).with_context(|| format!("the step `{step}` cannot run"))?;
     }

@@ -77,6 +77,11 @@ pub struct CollectConfig {
     pub labels: LabelledBy,
     /// With `labels = "people"`, number of decisions after which the recipe goes on; 0 waits until every pair has one.
     pub n_labels: usize,
+    /// Which pairs people are asked about first.
+    pub order: LabelOrder,
+    /// With `order = "uncertain"`, the reward model of an earlier run, with the same tokenizer, whose scores say so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order_by: Option<PathBuf>,
     /// Temperature of the simulated labeller, in units of the gold score; the higher, the more labels are wrong.
     #[schemars(extend("exclusiveMinimum" = 0), range(max = 1_000_000))]
     pub label_temperature: f64,
@@ -100,6 +105,8 @@ impl Default for CollectConfig {
             max_tokens: 128,
             labels: LabelledBy::default(),
             n_labels: 200,
+            order: LabelOrder::default(),
+            order_by: None,
             label_temperature: toy::labeller::TEMPERATURE,
             least_difference: 0.02,
             batch_size: 64,
@@ -116,6 +123,17 @@ pub enum LabelledBy {
     Simulated,
     /// People, through `reward-model label`: the recipe stops, says how, and goes on when there are enough labels.
     People,
+}
+
+/// In which order people are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LabelOrder {
+    /// In that of the prompts, one pair of each before the second of any.
+    #[default]
+    Prompts,
+    /// Pairs whose scores by an earlier reward model are nearest come first: it knows least about them.
+    Uncertain,
 }
 
 /// `[evaluate]`: answers of the base model, the SFT model and the policies after PPO and DPO to prompts that none was trained on.
@@ -250,6 +268,7 @@ impl RecipeConfig {
         let mut paths: Vec<&mut PathBuf> = self.init.iter_mut().collect();
         if let Some(collect) = &mut self.collect {
             paths.extend([&mut collect.prompts, &mut collect.test_prompts]);
+            paths.extend(&mut collect.order_by);
         }
         if let Some(evaluate) = &mut self.evaluate {
             paths.push(&mut evaluate.prompts);
@@ -270,6 +289,14 @@ impl CollectConfig {
             "`n_val_prompts` {} leaves nothing to train on of `n_prompts` {}",
             self.n_val_prompts,
             self.n_prompts
+        );
+        ensure!(
+            self.order == LabelOrder::Prompts || self.labels == LabelledBy::People,
+            "`order` is for pairs that people label\nhint: set `labels` to \"people\", or leave it out"
+        );
+        ensure!(
+            (self.order == LabelOrder::Uncertain) == self.order_by.is_some(),
+            "`order = \"uncertain\"` and `order_by`, the reward model that is uncertain, belong together"
         );
         Ok(())
     }

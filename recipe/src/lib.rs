@@ -41,7 +41,7 @@ pub mod steps;
 mod training;
 
 pub use cli::{Cli, Command, NewArgs, OveroptimiseArgs, PlanArgs, RunArgs, WorldArgs};
-pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelledBy, RecipeConfig};
+pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelOrder, LabelledBy, RecipeConfig};
 pub use folder::Recipe;
 pub use overoptimise::config::OveroptimiseConfig;
 pub use run::run;

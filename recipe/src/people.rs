@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use common::checkpoint::{self, Checkpoint};
 use common::data::records::{Label, OnBadRecord, Verdict, read_labels};
 use common::files::{read_if_there, write_whole};
 use common::logging::counted;
@@ -16,7 +17,9 @@ use reward_model::agreement::{self, Agreement};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::answers;
 use crate::collect::{Collector, PairFiles, Sampled};
+use crate::config::BasePrompt;
 use crate::gold::GoldScorer;
 use crate::steps::{Progress, Step};
 
@@ -69,7 +72,8 @@ pub(crate) fn collect(collector: &Collector<'_>) -> Result<Progress> {
     if !path.is_file() || read_if_there(&key_file)?.is_none_or(|old| old != key) {
         let Some(sampled) = collector.sample_all()? else { return Ok(Progress::Interrupted) };
         collector.prepare_data_dir()?;
-        write_whole(&path, questions(&sampled, collector.config.samples_per_prompt)?)?;
+        let certainty = certainty(collector, &sampled)?;
+        write_whole(&path, questions(&sampled, collector.config.samples_per_prompt, certainty.as_deref())?)?;
         collector.write_test(sampled.test)?;
         write_whole(&key_file, key)?;
     }
@@ -113,21 +117,46 @@ pub(crate) fn check_n_labels(n_wanted: usize, n_pairs: usize) -> Result<()> {
     Ok(())
 }
 
-/// Every two different answers to a prompt, one pair of each prompt before the second of any.
-fn questions(sampled: &Sampled, k: usize) -> Result<String> {
-    let mut text = String::new();
+/// The scores by which an earlier reward model tells the sampled answers apart, if the recipe names one.
+fn certainty(collector: &Collector<'_>, sampled: &Sampled) -> Result<Option<Vec<f64>>> {
+    let config = collector.config;
+    let Some(dir) = &config.order_by else { return Ok(None) };
+    let sft = Checkpoint::open_with(&collector.setup.dir(Step::Sft), collector.setup.opening())?;
+    let model = checkpoint::open_reward_model(dir, collector.setup.opening(), &sft)
+        .context("failed to load `recipe.collect.order_by`")?;
+    let prompts: Vec<_> = sampled
+        .prompts
+        .iter()
+        .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), config.samples_per_prompt))
+        .collect();
+    let tokenizer = model.require_tokenizer()?;
+    let model = collector.runtime.open()?.scalar(&model)?;
+    // As texts, which is what a reward model learns from.
+    let form = BasePrompt::Raw;
+    let scores = answers::scores(&model, tokenizer, &prompts, &sampled.answers, form, config.batch_size)?;
+    // What does not fit the reward model cannot be judged by it.
+    Ok(Some(scores.into_iter().map(|score| score.unwrap_or(f64::INFINITY)).collect()))
+}
+
+/// Every two different answers to a prompt: one pair of each prompt before the second of any or, with the answers' `scores`, those of
+/// the nearest scores first.
+fn questions(sampled: &Sampled, k: usize, scores: Option<&[f64]>) -> Result<String> {
+    let mut asked = Vec::new();
     for a in 0..k {
         for b in a + 1..k {
-            for (prompt, answers) in sampled.prompts.iter().zip(sampled.answers.chunks(k)) {
+            for (i, (prompt, answers)) in sampled.prompts.iter().zip(sampled.answers.chunks(k)).enumerate() {
                 if answers[a].text != answers[b].text {
                     let tied = [&answers[a].text, &answers[b].text];
-                    writeln!(text, "{}", json!({ "prompt": prompt.messages, "tied": tied }))?;
+                    let apart = scores.map_or(0.0, |scores| (scores[i * k + a] - scores[i * k + b]).abs());
+                    let apart = if apart.is_nan() { f64::INFINITY } else { apart };
+                    asked.push((apart, json!({ "prompt": prompt.messages, "tied": tied })));
                 }
             }
         }
     }
-    ensure!(!text.is_empty(), "no prompt has two different answers\nhint: raise `collect.temperature`");
-    Ok(text)
+    ensure!(!asked.is_empty(), "no prompt has two different answers\nhint: raise `collect.temperature`");
+    asked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    Ok(asked.into_iter().map(|(_, question)| format!("{question}\n")).collect())
 }
 
 /// What people said about what was asked.
@@ -286,7 +315,28 @@ fn record(label: &Label, gold: Option<&GoldScorer>) -> (Value, Option<bool>) {
 
 #[cfg(test)]
 mod tests {
+    use common::conversation::{Message, Role};
+    use common::data::records::Prompt;
+    use common::score::Response;
+
     use super::*;
+
+    #[test]
+    fn the_pairs_that_a_reward_model_knows_least_about_come_first() {
+        let prompt = |text: &str| Prompt { messages: vec![Message::new(Role::User, text)], text: text.to_owned() };
+        let answers =
+            ["a", "b", "c", "d", "d", "e"].map(|text| Response { text: text.to_owned(), ..Response::default() });
+        let sampled = Sampled { prompts: vec![prompt("p"), prompt("q")], answers: answers.into(), test: None };
+        let tied = |scores| -> Vec<String> {
+            let text = questions(&sampled, 3, scores).unwrap();
+            let read = |line: &str| serde_json::from_str::<Value>(line).unwrap()["tied"].to_string();
+            text.lines().map(read).collect()
+        };
+        let [ab, ac, bc, de] = [r#"["a","b"]"#, r#"["a","c"]"#, r#"["b","c"]"#, r#"["d","e"]"#];
+        assert_eq!(tied(None), [ab, ac, de, bc, de]); // `d` twice: asked as two questions with the same texts
+        let scores = [0.0, 3.0, 1.0, 5.0, f64::INFINITY, 5.5];
+        assert_eq!(tied(Some(&scores)), [de, ac, bc, ab, de]);
+    }
 
     #[test]
     fn validation_takes_its_part_of_what_is_labelled() {

@@ -150,7 +150,8 @@ impl Setup {
         let of_evaluation =
             config.evaluate.iter().flat_map(|evaluate| evaluate.pairs.iter().chain([&evaluate.prompts]));
         let of_collection = config.collect.iter().flat_map(|collect| [&collect.prompts, &collect.test_prompts]);
-        files.extend(of_evaluation.chain(of_collection).cloned());
+        let of_order = config.collect.iter().filter_map(|collect| collect.order_by.as_ref());
+        files.extend(of_evaluation.chain(of_collection).chain(of_order).cloned());
         files
     }
 
@@ -257,6 +258,9 @@ impl Setup {
         inputs.config("recipe.collect", collect)?;
         inputs.file("recipe.collect.prompts", &collect.prompts)?;
         inputs.file("recipe.collect.test_prompts", &collect.test_prompts)?;
+        if let Some(model) = &collect.order_by {
+            inputs.weights("order_by", model)?;
+        }
         inputs.set("recipe.seed", self.recipe.config.seed.to_string());
         self.gold_inputs(inputs)?;
         inputs.weights("sft", &self.dir(Step::Sft))

@@ -80,6 +80,38 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
 }
 
 #[test]
+fn an_earlier_reward_model_says_what_is_asked_first() {
+    let lab = Lab::new();
+    lab.run(&["--stages", "world,tokenizer,pretrain,sft,collect,reward-model"]);
+    fs::rename(lab.out("reward-model"), lab.path("earlier")).unwrap();
+    let uncertain = ["--set", "recipe.collect.order=uncertain"];
+    let error = lab.fail(&[&PEOPLE[..], &uncertain].concat());
+    assert!(error.contains("`order_by`"), "{error}");
+    let by = format!("recipe.collect.order_by={}", lab.path("earlier").display());
+    let error = lab.fail(&[&uncertain[..], &["--set", &by]].concat());
+    assert!(error.contains("`order` is for pairs that people label"), "{error}");
+    let (stdout, _) = run(&lab, &[&uncertain[..], &["--set", &by, "--overwrite"]].concat());
+    assert!(stdout.starts_with("0 of 16 labels are there."), "{stdout}");
+    let text = fs::read_to_string(lab.out("data/pairs.questions.jsonl")).unwrap();
+    let apart: Vec<f64> = text.lines().map(|line| distance(&lab, line)).collect();
+    assert!(apart.is_sorted_by(|a, b| *a <= b + 1e-5) && apart[0] < apart[apart.len() - 1], "{apart:?}");
+}
+
+/// How far the earlier reward model tells the answers of a question apart, by `reward-model eval`.
+fn distance(lab: &Lab, line: &str) -> f64 {
+    let question: serde_json::Value = serde_json::from_str(line).unwrap();
+    let [a, b] = [&question["tied"][0], &question["tied"][1]];
+    lab.write(
+        "one.jsonl",
+        &serde_json::json!({ "prompt": question["prompt"], "chosen": a, "rejected": b }).to_string(),
+    );
+    let [model, pair] = ["earlier", "one.jsonl"].map(|name| lab.path(name).display().to_string());
+    let cli = reward_model::Cli::parse_from(["reward-model", "eval", "--checkpoint", &model, "--data", &pair]);
+    let reward_model::Command::Eval(args) = cli.command else { panic!("another command") };
+    reward_model::evaluate(&args).unwrap().margin_mean.abs()
+}
+
+#[test]
 fn more_labels_than_pairs_cannot_be_waited_for() {
     let lab = Lab::new();
     let error = lab.fail(&["--set", "recipe.collect.labels=people", "--set", "recipe.collect.n_labels=9999"]);
