@@ -500,6 +500,9 @@ mod tests {
                 ..Switches::of(dialect, Estimator::Gae)
             };
             assert_eq!(ppo.switches(), expected);
+            let set = ppo.switches().differing_from(&Switches::of(dialect, Estimator::Gae)).expect("plain values");
+            let is_sample = Switches::of(dialect, Estimator::Gae).whiten_variance == Variance::Sample;
+            assert_eq!(set, if is_sample { vec!["reward_clip"] } else { vec!["reward_clip", "whiten_variance"] });
         }
         assert_eq!(parsed("", &[]), PpoConfig::default());
         assert_eq!(parsed("[ppo]\nepochs = 1", &["ppo.dialect=trl"]).ppo.temperature(), 1.0 + 1e-7);

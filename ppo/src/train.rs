@@ -20,6 +20,7 @@ use crate::alarms::Alarms;
 use crate::cli::TrainArgs;
 use crate::config::{OnAlarm, PpoConfig};
 use crate::data;
+use crate::dialect::{Dialect, Switches};
 use crate::doctor::About;
 use crate::iteration::{Iteration, StepOutput};
 use crate::kl::AdaptiveController;
@@ -47,6 +48,11 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
         );
     }
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
+    let set = config.ppo.switches().differing_from(&Switches::of(config.ppo.dialect, config.ppo.estimator))?;
+    if config.ppo.dialect != Dialect::Kindling && !set.is_empty() {
+        let (dialect, set) = (config.ppo.dialect.name(), set.join("`, `"));
+        tracing::info!("dialect `{dialect}`, except for what the configuration sets otherwise: `{set}`");
+    }
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
     needs::check(&config, args, &runtime)?;

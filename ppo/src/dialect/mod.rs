@@ -192,7 +192,7 @@ pub enum ValueInit {
 }
 
 /// Every switch with its value.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Switches {
     /// Where the score joins the rewards.
     pub score_position: ScorePosition,
@@ -251,6 +251,19 @@ impl Switches {
                 ..switches
             },
         }
+    }
+
+    /// Names of the switches that have another value than in `other`, in the alphabet's order.
+    ///
+    /// # Errors
+    /// If a value has no form in JSON.
+    pub fn differing_from(&self, other: &Self) -> Result<Vec<String>, serde_json::Error> {
+        let (ours, theirs) = (serde_json::to_value(self)?, serde_json::to_value(other)?);
+        let fields = ours.as_object().into_iter().flatten();
+        let differing = fields.filter(|(name, value)| theirs[*name] != **value).map(|(name, _)| name.clone());
+        let mut names: Vec<String> = differing.collect();
+        names.sort();
+        Ok(names)
     }
 }
 
