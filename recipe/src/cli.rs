@@ -191,9 +191,13 @@ pub struct OveroptimiseArgs {
 /// Flags of `recipe duel`.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("judge").required(true))]
-#[command(after_help = "Both answer with the same random numbers. A tie counts half.\n\nExample:\n  \
+#[command(
+    after_help = "Both answer with the same random numbers. Printed is one JSON object: win_rate of A, a tie counting half, with wins and ties; \
+        score_a and score_b, the judge's mean scores; difference, the mean of A's less B's, prompt by prompt; each with its 95 % interval; and the \
+        number of prompts that were judged.\n\nExample:\n  \
         recipe duel runs/tiny/ppo runs/tiny/dpo --prompts runs/tiny/data/prompts.test.jsonl --gold\n  \
-        recipe duel runs/ppo runs/sft --prompts prompts.jsonl --reward-model runs/rm --n-prompts 200")]
+        recipe duel runs/ppo runs/sft --prompts prompts.jsonl --reward-model runs/rm --n-prompts 200"
+)]
 pub struct DuelArgs {
     /// Checkpoint of a language model
     #[arg(value_name = "A")]

@@ -40,7 +40,12 @@ pub fn duel(args: &DuelArgs) -> Result<()> {
     }
     let pairs: Vec<(f64, f64)> = scores[0].iter().zip(&scores[1]).filter_map(|(&a, &b)| Some((a?, b?))).collect();
     let of = |value: fn(&(f64, f64)) -> f64| pairs.iter().map(value).collect::<Vec<f64>>();
-    let no_prompt = "the judge can score the answers to none of the prompts";
+    let no_prompt = if args.gold {
+        "the gold score is defined for none of the prompts\nhint: it knows requests for stories of the generated world; judge by \
+         `--reward-model` otherwise"
+    } else {
+        "no answer fits the reward model's context together with its prompt\nhint: lower `--max-tokens`"
+    };
     let wins = Interval::of_rate(&of(|&(a, b)| win(a, b))).context(no_prompt)?;
     let [a, b, gain] = [of(|&(a, _)| a), of(|&(_, b)| b), of(|&(a, b)| a - b)].map(|values| Interval::of(&values));
     let (a, b, gain) = (a.context(no_prompt)?, b.context(no_prompt)?, gain.context(no_prompt)?);

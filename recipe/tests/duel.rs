@@ -79,5 +79,5 @@ fn a_duel_without_a_judge_or_with_two_is_wrong_usage() {
     std::fs::write(dir.path().join("prompts.jsonl"), "{\"prompt\": \"hello?\"}\n").unwrap();
     let args = [&base[..], &["--gold", "--max-tokens", "4"]].concat();
     let (code, _, stderr) = run(PROGRAM, &args, dir.path());
-    assert!(code == 1 && stderr.contains("the judge can score the answers to none of the prompts"), "{stderr}");
+    assert!(code == 1 && stderr.contains("the gold score is defined for none of the prompts\nhint: "), "{stderr}");
 }
