@@ -18,7 +18,7 @@ const MAX_LINES: usize = 600;
 const MAX_LINES_OF_MAIN: usize = 20;
 
 /// What each crate may use of the others; stages know `common` alone, but for the gold score that can label pairs.
-const LIBRARIES: [(&str, &[&str]); 13] = [
+const LIBRARIES: [(&str, &[&str]); 14] = [
     ("base", &[]),
     ("group", &[]),
     ("kernels", &[]),
@@ -30,6 +30,7 @@ const LIBRARIES: [(&str, &[&str]); 13] = [
     ("reward-model", &["common", "toy"]),
     ("plot", &[]),
     ("bench", &["common", "ppo", "pretrain"]),
+    ("book", &["common", "plot", "ppo", "reward-model"]),
     ("compare", &["common", "plot", "ppo", "pretrain", "reward-model", "sft"]),
     ("recipe", &["bench", "common", "compare", "dpo", "plot", "ppo", "pretrain", "reward-model", "sft", "toy"]),
 ];

@@ -11,9 +11,10 @@ use tracing_subscriber::fmt::{FmtContext, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The crates that log at the level asked for; the GPU libraries would say a lot at `info`.
-const OURS: [&str; 18] = [
+const OURS: [&str; 19] = [
     "base",
     "bench",
+    "book",
     "chat",
     "common",
     "compare",
