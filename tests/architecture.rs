@@ -36,7 +36,7 @@ const LIBRARIES: [(&str, &[&str]); 14] = [
 ];
 
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
-const EDGES: [(&str, &[&str]); 14] = [
+const EDGES: [(&str, &[&str]); 15] = [
     ("backend", &["config", "group", "kernels"]),
     ("capacity", &["model", "kernels", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
@@ -72,9 +72,11 @@ const EDGES: [(&str, &[&str]); 14] = [
             "rng",
             "runtime",
             "tokenizer",
+            "view",
         ],
     ),
     ("testing", &["checkpoint", "model", "rng", "tokenizer"]),
+    ("view", &["interrupt", "kernels", "logging", "metrics"]),
 ];
 
 /// Pure functions: no files, clocks, environment or configuration.

@@ -47,6 +47,10 @@ pub struct StageArgs {
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
 
+    /// Show the run on the whole terminal: curves, samples, speed, memory, time left; q leaves the view and lets the run go on
+    #[arg(long)]
+    pub tui: bool,
+
     /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
@@ -201,6 +205,11 @@ impl RuntimeArgs {
 }
 
 impl ProcessArgs {
+    /// Whether no progress bar is to be shown.
+    pub fn hides_bars(&self) -> bool {
+        self.quiet || logging::is_diverted()
+    }
+
     /// Starts logging and sets the number of threads and the policy for freed memory: the first thing a command does.
     ///
     /// # Errors

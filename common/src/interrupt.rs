@@ -17,6 +17,9 @@ const SIGINT: i32 = 2;
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static NEVER: AtomicI32 = AtomicI32::new(0);
 
+/// What is done before a second request ends the process.
+static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
+
 /// How the program stops, as the user is told.
 static STOPPING: OnceLock<Stopping> = OnceLock::new();
 
@@ -112,6 +115,26 @@ impl Stopped {
     }
 }
 
+/// Has `what` done before a second request ends the process, such as giving back the terminal; the first call decides.
+pub fn before_exit(what: fn()) {
+    BEFORE_EXIT.get_or_init(|| what);
+}
+
+/// A Ctrl-C that a program reads as a key, for a program that catches the signal.
+#[cfg(unix)]
+pub fn raise() {
+    use rustix::process::{Signal, getpid, kill_process};
+
+    // It is this very process, which exists.
+    let _ = kill_process(getpid(), Signal::INT);
+}
+
+/// A Ctrl-C that a program reads as a key: the step is finished.
+#[cfg(not(unix))]
+pub fn raise() {
+    SIGNAL.store(SIGINT, Ordering::SeqCst);
+}
+
 /// The requests to stop so far.
 #[derive(Debug, Default)]
 struct Requests {
@@ -149,6 +172,9 @@ impl Requests {
             Action::Nothing => {}
             Action::StopAtOnce => {
                 tracing::warn!("{}", STOPPING.get_or_init(|| TRAINING).second);
+                if let Some(what) = BEFORE_EXIT.get() {
+                    what();
+                }
                 std::process::exit(i32::from(Stopped { signal }.exit_code()));
             }
         }

@@ -1,7 +1,7 @@
 //! Log messages and progress bars, both on stderr.
 
 use std::io::{IsTerminal, Write};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -74,12 +74,35 @@ pub fn bars() -> &'static MultiProgress {
     BARS.get_or_init(MultiProgress::new)
 }
 
-/// How far a piece of work is, such as the scoring of pairs: a bar on a terminal, elsewhere a line a minute.
+/// How far a piece of work is.
+#[derive(Debug, Clone)]
+pub struct Work {
+    /// The work, such as `reference`.
+    pub what: String,
+    /// How many are done.
+    pub done: usize,
+    /// How many there are.
+    pub all: usize,
+    /// The things that it is done to, such as `pairs`.
+    pub things: &'static str,
+}
+
+static WORK: Mutex<Option<Work>> = Mutex::new(None);
+
+/// The work that a [`Progress`] is of, where there is one.
+pub fn work() -> Option<Work> {
+    WORK.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+fn publish(work: Option<Work>) {
+    *WORK.lock().unwrap_or_else(PoisonError::into_inner) = work;
+}
+
+/// Shows how far a piece of work is, such as the scoring of pairs: a bar on a terminal, elsewhere a line a minute.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
-    what: String,
-    things: &'static str,
+    work: Work,
     began: Instant,
     said: Instant,
 }
@@ -91,34 +114,60 @@ impl Progress {
         let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = bars().add(ProgressBar::new(n as u64).with_style(style).with_message(what.to_owned()));
         let now = Instant::now();
-        Self { bar, what: what.to_owned(), things, began: now, said: now }
+        let progress =
+            Self { bar, work: Work { what: what.to_owned(), done: 0, all: n, things }, began: now, said: now };
+        publish(Some(progress.work.clone()));
+        progress
     }
 
     /// Notes that `n` more are done.
     pub fn add(&mut self, n: usize) {
         self.bar.inc(n as u64);
-        if bars().is_hidden() && self.said.elapsed() >= SAY_EVERY {
+        self.work.done += n;
+        publish(Some(self.work.clone()));
+        if bars().is_hidden() && !is_diverted() && self.said.elapsed() >= SAY_EVERY {
             self.said = Instant::now();
-            let (done, all) = (self.bar.position(), self.bar.length().unwrap_or(0));
-            let left = self.began.elapsed().as_secs_f64() / done as f64 * all.saturating_sub(done) as f64;
-            tracing::info!("{}: {done}/{all} {}, {left:.0} s left", self.what, self.things);
+            let Work { what, done, all, things } = &self.work;
+            let left = self.began.elapsed().as_secs_f64() / *done as f64 * all.saturating_sub(*done) as f64;
+            tracing::info!("{what}: {done}/{all} {things}, {left:.0} s left");
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        publish(None);
         self.bar.finish_and_clear();
         bars().remove(&self.bar);
     }
 }
 
-/// Writes a line to stderr, above the progress bars.
+/// Receives lines in the place of a terminal.
+static DIVERTED: Mutex<Option<fn(&str)>> = Mutex::new(None);
+
+/// Gives messages to `to` in place of the terminal, or again to the terminal; a file has them in any case.
+pub fn divert(to: Option<fn(&str)>) {
+    *DIVERTED.lock().unwrap_or_else(PoisonError::into_inner) = to;
+}
+
+/// Whether something else than messages and bars has the terminal.
+pub fn is_diverted() -> bool {
+    DIVERTED.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+}
+
+/// Writes a line to stderr, above the progress bars, or to where [`divert`] sends it.
 ///
 /// That nobody can read it, because the terminal was closed or the reader of a pipe has gone, is no reason to stop: what
 /// runs is to be saved. `MultiProgress::suspend` would panic at it.
 pub fn say(line: &str) {
     let line = line.trim_end_matches('\n');
+    let diverted = *DIVERTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(to) = diverted {
+        to(line);
+        if std::io::stderr().is_terminal() {
+            return;
+        }
+    }
     let _ = if bars().is_hidden() { writeln!(std::io::stderr(), "{line}") } else { bars().println(line) };
 }
 

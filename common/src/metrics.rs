@@ -6,9 +6,12 @@
 
 pub mod names;
 
+mod curves;
+pub mod live;
 mod log;
 mod tensorboard;
 
+pub use curves::{Curves, curves};
 pub use log::{MetricsLog, Sample, first_and_last, read_samples};
 pub use tensorboard::EVENTS_FILE;
 
@@ -104,6 +107,7 @@ impl Recorder {
             keep_numbers(&mut last, row);
         }
         let point = resume.unwrap_or(ResumePoint { step: 0, seconds: 0.0 });
+        live::begin(out, total_steps, &rows);
         let events = (is_first && tensorboard).then(|| Events::create(out, &rows, point.seconds)).transpose()?;
         let bar = (is_first && std::io::stderr().is_terminal()).then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
@@ -163,6 +167,7 @@ impl Recorder {
 
     /// Moves the progress bar; needs no number from the device, so it may be called at every step.
     pub fn advance(&self, step: u64) {
+        live::advance(self, step);
         if let Some(bar) = &self.bar {
             bar.set_position(step);
         }
@@ -189,6 +194,7 @@ impl Recorder {
             events.append(&self.out, &line)?;
         }
         keep_numbers(&mut self.last, &line);
+        live::record(&line);
         self.show(step, values);
         Ok(())
     }
@@ -201,7 +207,11 @@ impl Recorder {
     /// # Panics
     /// If `sample` is not an object.
     pub fn sample(&self, step: u64, sample: &Value) -> Result<(), MetricsError> {
-        self.append_to(SAMPLES_FILE, step, sample)
+        self.append_to(SAMPLES_FILE, step, sample)?;
+        if let Value::Object(sample) = sample {
+            live::sample(Sample::of(step, sample));
+        }
+        Ok(())
     }
 
     /// [`Recorder::sample`] into the file `name` of the output directory, such as PPO's `rollouts.jsonl`.
@@ -348,10 +358,7 @@ fn console_text(values: &[(&str, f64)]) -> String {
     for shown in names::ON_CONSOLE {
         let Some((_, value)) = values.iter().find(|(name, _)| *name == shown) else { continue };
         if shown == names::TRAIN_TOKENS_PER_SECOND {
-            parts.push(match *value {
-                rate if rate >= 1e4 => format!("{:.1}k tokens/s", rate / 1e3),
-                rate => format!("{rate:.0} tokens/s"),
-            });
+            parts.push(rate_text(*value));
             continue;
         }
         let label = shown.trim_start_matches("train/").trim_start_matches("objective/");
@@ -360,8 +367,13 @@ fn console_text(values: &[(&str, f64)]) -> String {
     parts.join("  ")
 }
 
+/// Tokens per second.
+pub(crate) fn rate_text(rate: f64) -> String {
+    if rate >= 1e4 { format!("{:.1}k tokens/s", rate / 1e3) } else { format!("{rate:.0} tokens/s") }
+}
+
 /// Four significant digits, with an exponent where zeros would fill the line.
-fn number_text(value: f64) -> String {
+pub fn number_text(value: f64) -> String {
     match value.abs() {
         size if size == 0.0 || !size.is_finite() => format!("{value}"),
         size if size < 1e-3 => format!("{value:.2e}"),

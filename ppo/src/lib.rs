@@ -58,9 +58,11 @@ use common::session;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => session::run(&args.stage.runtime, "continue with `--resume`", |group, interrupt| {
-            train(&args, group, interrupt, None)
-        }),
+        Command::Train(args) => {
+            session::run(&args.stage.runtime, args.stage.tui, "continue with `--resume`", |group, interrupt| {
+                train(&args, group, interrupt, None)
+            })
+        }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
         Command::Doctor(args) => args.runtime.run(|| doctor::run(&args)),
         Command::Dialects(args) => dialect::run(&args),

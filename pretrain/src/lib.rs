@@ -39,9 +39,11 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             args.process.start()?;
             print_json(&train_tokenizer(&args)?)
         }
-        Command::Train(args) => session::run(&args.stage.runtime, "continue with `--resume`", |group, interrupt| {
-            train(&args, group, interrupt)
-        }),
+        Command::Train(args) => {
+            session::run(&args.stage.runtime, args.stage.tui, "continue with `--resume`", |group, interrupt| {
+                train(&args, group, interrupt)
+            })
+        }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

@@ -57,7 +57,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<TokenizerReport> 
     let _lock = OutLock::take(&args.out)?;
     let inputs: Vec<&Path> = config.data.train.iter().chain(&config.data.val).map(PathBuf::as_path).collect();
     out_dir::prepare(&args.out, false, args.overwrite, &inputs)?;
-    let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.process.quiet)?;
+    let tokenizer = Tokenizer::train(&config.tokenizer, texts.iter(), args.process.hides_bars())?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");
     std::fs::write(&path, config::to_toml(&config)?)

@@ -46,7 +46,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         needs::check(&config, &model_config, false, &runtime)?;
     }
     // The first rank tokenises; the others find the shards.
-    let quiet = args.stage.runtime.process.quiet || !group.is_first();
+    let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
     let corpus = group.first_alone(|| Corpus::open(&config.data, &tokenizer, seq_len, &streams, quiet))?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {

@@ -17,7 +17,12 @@ pub fn first_windows(args: &TrainArgs, n: usize) -> anyhow::Result<Vec<Vec<u32>>
     let tokenizer = Tokenizer::load(args.tokenizer.as_ref().context("windows need `--tokenizer`")?)?;
     let model = config.model.resolve(tokenizer.vocab_size())?;
     let seq_len = config.seq_len(&model)?;
-    let mut corpus =
-        Corpus::open(&config.data, &tokenizer, seq_len, &Streams::new(config.seed), args.stage.runtime.process.quiet)?;
+    let mut corpus = Corpus::open(
+        &config.data,
+        &tokenizer,
+        seq_len,
+        &Streams::new(config.seed),
+        args.stage.runtime.process.hides_bars(),
+    )?;
     Ok(corpus.train.batch(0..n as u64)?.rows)
 }

@@ -101,6 +101,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub overwrite: bool,
 
+    /// Show the run on the whole terminal: curves, samples, speed, memory, time left; q leaves the view and lets the run go on
+    #[arg(long)]
+    pub tui: bool,
+
     /// Print every configuration of the recipe with defaults and comments, then exit; no other flag is needed
     #[arg(long)]
     pub print_config: bool,

@@ -63,7 +63,7 @@ pub fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) if args.print_config => print::print_config(&args),
         Command::Run(args) => {
-            session::run(&args.runtime, "run the same command again to continue", |group, interrupt| {
+            session::run(&args.runtime, args.tui, "run the same command again to continue", |group, interrupt| {
                 run(&args, group, interrupt)
             })
         }
@@ -72,7 +72,7 @@ pub fn execute(cli: Cli) -> Result<()> {
             memory::print_plan(&args)
         }
         Command::Overoptimise(args) => {
-            session::run(&args.runtime, "run the same command again to continue", |group, interrupt| {
+            session::run(&args.runtime, false, "run the same command again to continue", |group, interrupt| {
                 ensure!(group.is_alone(), "`recipe overoptimise` is one process\nhint: start it without `mpirun`");
                 overoptimise::overoptimise(&args, interrupt)
             })

@@ -219,6 +219,7 @@ fn label_files(dir: &Path) -> Result<Vec<PathBuf>> {
 fn say_how(out: &Path, questions: &Path, n: usize, n_wanted: usize) -> Result<()> {
     let labels = out.join("labels");
     std::fs::create_dir_all(&labels).with_context(|| format!("failed to make `{}`", labels.display()))?;
+    common::view::leave();
     writeln!(
         std::io::stdout(),
         "{n} of {n_wanted} labels are there. To label in a terminal, each person under a name:\n  \

@@ -11,6 +11,7 @@ use common::interrupt::Interrupt;
 use common::logging::counted;
 use common::out_dir::{self, OutLock};
 use common::session::Outcome;
+use common::view;
 
 use crate::check;
 use crate::cli::RunArgs;
@@ -354,6 +355,7 @@ fn say_result(out: &Path, record: &RunRecord) -> Result<()> {
         }
     }
     let report = out.join("report.html");
+    view::leave();
     writeln!(std::io::stdout(), "{text}report: {}", report.display()).context("failed to write the result")
 }
 

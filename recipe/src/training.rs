@@ -125,6 +125,7 @@ impl Trainer<'_> {
             overwrite: !resume,
             overrides: self.setup.recipe.run_overrides(step)?,
             data: self.setup.recipe.data.clone(),
+            tui: self.args.tui,
             runtime: self.args.runtime.clone(),
         })
     }

@@ -31,9 +31,11 @@ use common::session;
 /// Whatever went wrong, with its context; [`common::exit::report`] prints it.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Train(args) => session::run(&args.stage.runtime, "continue with `--resume`", |group, interrupt| {
-            train(&args, group, interrupt)
-        }),
+        Command::Train(args) => {
+            session::run(&args.stage.runtime, args.stage.tui, "continue with `--resume`", |group, interrupt| {
+                train(&args, group, interrupt)
+            })
+        }
         Command::Eval(args) => args.runtime.run(|| eval::run(&args)),
     }
 }

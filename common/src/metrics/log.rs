@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{METRICS_FILE, SAMPLES_FILE, read};
 
@@ -93,23 +93,24 @@ pub struct Sample {
     pub text: String,
 }
 
+impl Sample {
+    /// The sample that a stage writes as `object`.
+    pub(super) fn of(step: u64, object: &Map<String, Value>) -> Self {
+        let text = |keys: &[&str]| {
+            keys.iter().find_map(|key| object.get(*key)?.as_str().map(str::to_owned)).unwrap_or_default()
+        };
+        Self { step, prompt: text(&["prompt"]), text: text(&["response", "text"]) }
+    }
+}
+
 /// Reads `samples.jsonl` in `stage_dir`; none if there is no such file.
 ///
 /// # Errors
 /// If a line is not a JSON object.
 pub fn read_samples(stage_dir: &Path) -> Result<Vec<Sample>> {
-    let text_of = |object: &serde_json::Map<String, Value>, keys: &[&str]| {
-        keys.iter().find_map(|key| object.get(*key)?.as_str().map(str::to_owned)).unwrap_or_default()
-    };
-    let samples = read(&stage_dir.join(SAMPLES_FILE))?
-        .iter()
-        .map(|object| Sample {
-            step: object.get("step").and_then(Value::as_u64).unwrap_or(0),
-            prompt: text_of(object, &["prompt"]),
-            text: text_of(object, &["response", "text"]),
-        })
-        .collect();
-    Ok(samples)
+    let step = |object: &Map<String, Value>| object.get("step").and_then(Value::as_u64).unwrap_or(0);
+    let samples = read(&stage_dir.join(SAMPLES_FILE))?;
+    Ok(samples.iter().map(|object| Sample::of(step(object), object)).collect())
 }
 
 /// The first and the last step that have samples, earliest first: what a reader compares.

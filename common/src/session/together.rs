@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 use super::resume::flat;
 use super::{Amount, Outcome, Plan};
@@ -16,6 +16,7 @@ use crate::interrupt::{Interrupt, Stopped};
 use crate::logging::say;
 use crate::model::NamedTensors;
 use crate::runtime::on_pool;
+use crate::view::View;
 
 /// How long a rank that failed waits before it says so: an error that all have is said by the first alone, which ends them.
 const FIRST_SPEAKS: Duration = Duration::from_secs(3);
@@ -26,13 +27,14 @@ const PANICKED: u8 = 101;
 /// Settings that do not have to be the same on every rank: where files lie on its machine. Their content is compared.
 const PLACES: [&str; 2] = ["data.train", "data.val"];
 
-/// Carries out a command that trains: the other processes, logging, threads, signals, and the exit code of a run that was
-/// asked to stop, which ends with `advice` on how to go on.
+/// Carries out a command that trains: the other processes, logging, threads, signals, the view where it `is_viewed`, and the
+/// exit code of a run that was asked to stop, which ends with `advice` on how to go on.
 ///
 /// # Errors
-/// As `train`; [`Stopped`] for a run that was interrupted. In a group an error ends all processes.
+/// As `train`; if the terminal cannot be taken over; [`Stopped`] for a run that was interrupted. In a group an error ends all processes.
 pub fn run(
     runtime: &RuntimeArgs,
+    is_viewed: bool,
     advice: &str,
     train: impl FnOnce(&Group, Interrupt) -> anyhow::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
@@ -40,7 +42,11 @@ pub fn run(
     in_group(&group, || {
         runtime.process.start_on(group.is_first())?;
         let interrupt = Interrupt::install()?;
-        match on_pool(|| train(&group, interrupt))? {
+        let view = (is_viewed && group.is_first()).then(View::open).transpose();
+        let view = view.context("failed to take over the terminal")?;
+        let outcome = on_pool(|| train(&group, interrupt));
+        drop(view);
+        match outcome? {
             Outcome::Finished => Ok(()),
             Outcome::Interrupted => {
                 tracing::info!("{advice}");

@@ -126,6 +126,7 @@ impl Probe {
             overwrite: true,
             overrides,
             data: self.plan.prepared.data.clone(),
+            tui: false,
             runtime: self.flags.clone(),
         }
     }

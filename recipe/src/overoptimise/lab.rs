@@ -402,6 +402,7 @@ impl Lab<'_> {
             overwrite: !resume,
             overrides: all.clone(),
             data: recipe.data.clone(),
+            tui: false,
             runtime: self.runtime.clone(),
         };
         let (interrupt, setup, gold) = (self.interrupt, self.setup, self.gold);

@@ -69,6 +69,7 @@ pub(crate) fn overoptimise(args: &OveroptimiseArgs, interrupt: Interrupt) -> Res
         stages: steps,
         changes: ChangeArgs { init: None, overrides: args.changes.all()? },
         overwrite: args.overwrite,
+        tui: false,
         print_config: false,
         runtime: args.runtime.clone(),
     };

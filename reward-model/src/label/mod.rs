@@ -4,13 +4,12 @@ mod desk;
 mod questions;
 mod screen;
 
-use std::io::IsTerminal;
-
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use common::data::records::{Label, LabelFile, Verdict};
 use common::interrupt::Interrupt;
 use common::rng::Streams;
+use common::view::is_at_terminal;
 
 use crate::cli::LabelArgs;
 use desk::{Desk, Session};
@@ -34,8 +33,7 @@ pub enum By {
 pub(crate) fn run(args: &LabelArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
     let interrupt = Interrupt::install()?;
-    let is_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    if args.by == By::Person && !is_terminal {
+    if args.by == By::Person && !is_at_terminal() {
         bail!(
             "there is no terminal to decide at\nhint: run the command in a terminal, without pipes; `--by gold` decides without \
              a person"

@@ -1,0 +1,126 @@
+//! `--tui`, in a terminal of the test's own and without one.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
+
+use std::process::Command;
+
+use pipeline_tests::{Lab, SFT, binary};
+use rexpect::process::WaitStatus;
+use rexpect::session::{PtySession, spawn_command};
+
+/// Longer than anything here takes on a busy machine, in milliseconds.
+const TIMEOUT: u64 = 120_000;
+
+/// What a program writes when it takes the whole terminal and when it gives it back.
+const TAKEN: &str = "\x1b[?1049h";
+const GIVEN_BACK: &str = "\x1b[?1049l";
+
+/// `sft train --tui` in a terminal, begun by the command `setting`; what the shell is told after it is `redirected`.
+fn train(lab: &Lab, setting: &str, more: &[&str], redirected: &str) -> PtySession {
+    let args = SFT.train("out", &[&["--tui"], more].concat());
+    // A terminal of tests has no size of its own.
+    let program = binary(SFT.program);
+    let script =
+        format!("stty rows 40 columns 130; exec {setting} '{}' {} {redirected}", program.display(), args.join(" "));
+    let mut command = lab.within(Command::new("sh"), &["-c", &script]);
+    command.env("TERM", "xterm");
+    spawn_command(command, Some(TIMEOUT)).unwrap()
+}
+
+fn exit_code(session: &PtySession) -> i32 {
+    match session.process().wait().unwrap() {
+        WaitStatus::Exited(_, code) => code,
+        status => panic!("{status:?}"),
+    }
+}
+
+fn press(session: &mut PtySession, key: &str) {
+    session.send(key).unwrap();
+    session.flush().unwrap();
+}
+
+const ENDLESS: [&str; 2] = ["--set", "train.steps=100000"];
+
+#[test]
+fn ctrl_c_gives_the_terminal_back_saves_and_ends_with_130() {
+    let lab = Lab::before(SFT);
+    let mut session = train(&lab, "env", &ENDLESS, "");
+    session.exp_string(TAKEN).unwrap();
+    for part in ["MiB", "log", "q leave the view", "gradient"] {
+        session.exp_string(part).unwrap();
+    }
+    session.send_control('c').unwrap();
+    session.exp_string(GIVEN_BACK).unwrap();
+    // What was logged meanwhile stands in the terminal afterwards.
+    for message in ["training conversations", "finishing the step", "saved in `out`", "continue with `--resume`"] {
+        session.exp_string(message).unwrap();
+    }
+    session.exp_eof().unwrap();
+    assert_eq!(exit_code(&session), 130);
+    assert!(lab.saved_step("out").is_some());
+}
+
+#[test]
+fn q_leaves_the_view_and_the_run_goes_on() {
+    let lab = Lab::before(SFT);
+    let mut session = train(&lab, "env", &ENDLESS, "");
+    session.exp_string("q leave the view").unwrap();
+    press(&mut session, "q");
+    session.exp_string(GIVEN_BACK).unwrap();
+    session.exp_string("val/loss").unwrap();
+    session.exp_string("left").unwrap();
+    session.send_control('c').unwrap();
+    session.exp_string("continue with `--resume`").unwrap();
+    session.exp_eof().unwrap();
+    assert_eq!(exit_code(&session), 130);
+}
+
+#[test]
+fn a_log_file_has_the_messages_and_the_terminal_the_view() {
+    let lab = Lab::before(SFT);
+    let mut session = train(&lab, "env", &[], "2> log");
+    session.exp_string(TAKEN).unwrap();
+    session.exp_string(GIVEN_BACK).unwrap();
+    let rest = session.exp_eof().unwrap();
+    assert_eq!(exit_code(&session), 0, "{rest}");
+    assert!(!rest.contains("val/loss"), "what the file has is not told again: {rest}");
+    let log = String::from_utf8(lab.bytes("log")).unwrap();
+    assert!(log.contains(" step 12/12 ") && log.contains(" done at step 12"), "{log}");
+    assert!(!log.contains('\x1b'), "{log}");
+}
+
+#[test]
+fn an_error_is_told_after_the_terminal_was_given_back() {
+    let lab = Lab::before(SFT);
+    let mut session = train(&lab, "env", &["--set", "optimizer.lr=1e30"], "");
+    session.exp_string(TAKEN).unwrap();
+    session.exp_string(GIVEN_BACK).unwrap();
+    session.exp_string("error: ").unwrap();
+    session.exp_eof().unwrap();
+    assert_eq!(exit_code(&session), 1);
+}
+
+#[test]
+fn without_colours_none_is_written() {
+    let lab = Lab::before(SFT);
+    let drawn = |setting: &str| {
+        let mut session = train(&lab, setting, &[&ENDLESS[..], &["--overwrite"]].concat(), "");
+        let before = session.exp_string("gradient").unwrap();
+        session.send_control('c').unwrap();
+        before + &session.exp_eof().unwrap()
+    };
+    let is_coloured = |text: &str| text.contains("\x1b[38;5;");
+    assert!(is_coloured(&drawn("env -u NO_COLOR")));
+    let plain = drawn("env NO_COLOR=1");
+    assert!(!is_coloured(&plain) && plain.contains(TAKEN), "{plain:?}");
+}
+
+#[test]
+fn without_a_terminal_there_are_plain_lines() {
+    let lab = Lab::before(SFT);
+    let output = lab.run(SFT.program, &SFT.train("out", &["--tui"]));
+    assert!(output.status.success(), "{}", output.stderr);
+    assert!(output.stderr.contains("warning: `--tui` needs a terminal"), "{}", output.stderr);
+    assert!(output.stderr.contains(" step 12/12 ") && !output.stderr.contains('\x1b'), "{}", output.stderr);
+}
