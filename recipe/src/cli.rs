@@ -40,6 +40,8 @@ pub enum Command {
     New(NewArgs),
     /// Run a recipe on several backends and compare every level, from single operations to whole curves
     Compare(CompareArgs),
+    /// Write the report of a run, of a single stage's directory, or of several side by side
+    Report(ReportArgs),
     /// Let two checkpoints answer the same prompts and print how often the first one's answer is the better
     Duel(DuelArgs),
     /// Measure how far best-of-n, PPO, RLOO and DPO can be driven before the gold score falls
@@ -190,6 +192,25 @@ pub struct OveroptimiseArgs {
     /// Device, precision, threads and verbosity
     #[command(flatten)]
     pub runtime: RuntimeArgs,
+}
+
+/// Flags of `recipe report`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Each DIR is the --out of a training command or of a recipe. Several are compared stage by stage: curves, settings \
+        that differ, last numbers, samples. A run that goes on is reported as far as it is.\n\nExample:\n  \
+        recipe report runs/hand/sft --out sft.html\n  \
+        recipe report runs/tiny runs/tiny-7 --out seeds.html\n  \
+        recipe report runs/ppo runs/ppo-low-lr runs/ppo-rloo --out ppo.html"
+)]
+pub struct ReportArgs {
+    /// Directories of runs, at most eight
+    #[arg(value_name = "DIR", required = true, num_args = 1..=8)]
+    pub dirs: Vec<PathBuf>,
+
+    /// File for the page (.html); an earlier report there is replaced
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// Flags of `recipe duel`.

@@ -31,6 +31,19 @@ const WITHOUT_EFFECT: [&str; 5] =
 #[serde(transparent)]
 pub struct Inputs(BTreeMap<String, String>);
 
+/// Every value of a table under its whole name, which begins with `prefix` unless that is empty.
+pub(crate) fn flatten(prefix: &str, table: &Table, values: &mut BTreeMap<String, String>) {
+    for (key, value) in table {
+        let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match value {
+            Value::Table(table) => flatten(&name, table, values),
+            value => {
+                values.insert(name, value.to_string());
+            }
+        }
+    }
+}
+
 impl Inputs {
     /// Adds a named value.
     pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
@@ -48,18 +61,8 @@ impl Inputs {
     /// If it has no form in TOML.
     pub fn config<T: Serialize>(&mut self, prefix: &str, config: &T) -> Result<()> {
         let table = Table::try_from(config).context("the configuration has no form in TOML")?;
-        self.table(prefix, &table);
+        flatten(prefix, &table, &mut self.0);
         Ok(())
-    }
-
-    fn table(&mut self, prefix: &str, table: &Table) {
-        for (key, value) in table {
-            let name = format!("{prefix}.{key}");
-            match value {
-                Value::Table(table) => self.table(&name, table),
-                value => self.set(name, value.to_string()),
-            }
-        }
     }
 
     /// Adds a stage's configuration under `prefix`. Of the files in its `[data]` the content counts, not the place.
@@ -86,7 +89,7 @@ impl Inputs {
     pub fn settings<T: Serialize>(&mut self, prefix: &str, config: &T) -> Result<Vec<(String, String)>> {
         let mut table = Table::try_from(config).context("the configuration has no form in TOML")?;
         let files = table.get_mut("data").and_then(Value::as_table_mut).map(take_files).unwrap_or_default();
-        self.table(prefix, &table);
+        flatten(prefix, &table, &mut self.0);
         for name in WITHOUT_EFFECT {
             self.0.remove(&format!("{prefix}.{name}"));
         }

@@ -40,7 +40,7 @@ mod setup;
 pub mod steps;
 mod training;
 
-pub use cli::{Cli, Command, NewArgs, OveroptimiseArgs, PlanArgs, RunArgs, WorldArgs};
+pub use cli::{Cli, Command, NewArgs, OveroptimiseArgs, PlanArgs, ReportArgs, RunArgs, WorldArgs};
 pub use config::{BasePrompt, CollectConfig, EvaluateConfig, LabelOrder, LabelledBy, RecipeConfig};
 pub use folder::Recipe;
 pub use overoptimise::config::OveroptimiseConfig;
@@ -76,6 +76,10 @@ pub fn execute(cli: Cli) -> Result<()> {
                 ensure!(group.is_alone(), "`recipe overoptimise` is one process\nhint: start it without `mpirun`");
                 overoptimise::overoptimise(&args, interrupt)
             })
+        }
+        Command::Report(args) => {
+            common::logging::init(0, false);
+            report::run(&args)
         }
         Command::Duel(args) => args.runtime.run(|| duel::duel(&args)),
         Command::New(args) => {

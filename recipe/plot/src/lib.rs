@@ -25,6 +25,14 @@ pub enum Hue {
     Moss,
     /// The fourth.
     Plum,
+    /// The fifth.
+    Ochre,
+    /// The sixth.
+    Teal,
+    /// The seventh.
+    Rose,
+    /// The eighth.
+    Stone,
 }
 
 /// How loudly a curve is drawn.
@@ -171,6 +179,10 @@ fn is_finite(&(x, y): &(f64, f64)) -> bool {
 }
 
 impl Hue {
+    /// All of them, the ones that are told apart most easily first.
+    pub const ALL: [Self; 8] =
+        [Self::Ember, Self::Slate, Self::Moss, Self::Plum, Self::Ochre, Self::Teal, Self::Rose, Self::Stone];
+
     /// Name of the page's CSS class for this colour.
     pub fn class(self) -> &'static str {
         match self {
@@ -178,6 +190,10 @@ impl Hue {
             Self::Slate => "slate",
             Self::Moss => "moss",
             Self::Plum => "plum",
+            Self::Ochre => "ochre",
+            Self::Teal => "teal",
+            Self::Rose => "rose",
+            Self::Stone => "stone",
         }
     }
 
@@ -187,6 +203,10 @@ impl Hue {
             Self::Slate => SLATE,
             Self::Moss => MOSS,
             Self::Plum => PLUM,
+            Self::Ochre => OCHRE,
+            Self::Teal => TEAL,
+            Self::Rose => ROSE,
+            Self::Stone => STONE,
         }
     }
 }
@@ -241,14 +261,22 @@ const EMBER: RGBColor = RGBColor(0x03, 0x03, 0x03);
 const SLATE: RGBColor = RGBColor(0x04, 0x04, 0x04);
 const MOSS: RGBColor = RGBColor(0x05, 0x05, 0x05);
 const PLUM: RGBColor = RGBColor(0x06, 0x06, 0x06);
+const OCHRE: RGBColor = RGBColor(0x07, 0x07, 0x07);
+const TEAL: RGBColor = RGBColor(0x08, 0x08, 0x08);
+const ROSE: RGBColor = RGBColor(0x09, 0x09, 0x09);
+const STONE: RGBColor = RGBColor(0x0a, 0x0a, 0x0a);
 /// Marker colours as the backend writes them, and what stands in their place in the page.
-const THEME: [(&str, &str); 6] = [
+const THEME: [(&str, &str); 10] = [
     ("\"#010101\"", "\"var(--plot-ink, #555)\""),
     ("\"#020202\"", "\"var(--plot-grid, #ddd)\""),
     ("\"#030303\"", "\"var(--ember, #c8501e)\""),
     ("\"#040404\"", "\"var(--slate, #4a6785)\""),
     ("\"#050505\"", "\"var(--moss, #5f7d3c)\""),
     ("\"#060606\"", "\"var(--plum, #7d3c6e)\""),
+    ("\"#070707\"", "\"var(--ochre, #a57c0b)\""),
+    ("\"#080808\"", "\"var(--teal, #1f8585)\""),
+    ("\"#090909\"", "\"var(--rose, #c2476b)\""),
+    ("\"#0A0A0A\"", "\"var(--stone, #7a7268)\""),
 ];
 
 fn paint(color: RGBColor) -> RGBAColor {

@@ -1,20 +1,26 @@
 //! `report.html` and `report.json`: everything a run of a recipe left behind, on one page.
 //!
+//! `recipe report` writes such a page for a single stage's directory too, and one for several runs side by side.
+//!
 //! The report is a function of the output directory: `recipe.json`, each stage's `metrics.jsonl`, `samples.jsonl` and
 //! `config.toml`, and what the last step measured (`evaluation.json`, `answers.jsonl`). Writing it again changes nothing.
 
 mod json;
 mod page;
+mod runs;
 mod stages;
 mod text;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use common::checkpoint::Manifest;
 use common::files::{read_if_there, write_whole};
-use common::metrics::MetricsLog;
+use common::metrics::{METRICS_FILE, MetricsLog};
 use serde_json::Value;
 
+use crate::cli::ReportArgs;
 use crate::doctor;
 use crate::people::Summary;
 use crate::record::{RunRecord, StepRecord};
@@ -23,6 +29,9 @@ use crate::steps::Step;
 
 pub(crate) use page::fill;
 pub use text::duration;
+
+/// What every page of ours has in its head.
+const MADE_BY_US: &str = "<meta name=\"generator\" content=\"Kindling ";
 
 /// All that the two reports are made from.
 struct Source {
@@ -61,7 +70,63 @@ pub fn write(out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Carries out `recipe report`.
+///
+/// # Errors
+/// If a directory holds no run, a file of it cannot be read, or the report not be written.
+pub fn run(args: &ReportArgs) -> Result<()> {
+    let out = &args.out;
+    if read_if_there(out)?.is_some_and(|text| !text.contains(MADE_BY_US)) {
+        bail!("refusing to overwrite `{}`: it is not a report\nhint: pass another `--out`", out.display());
+    }
+    let page = match &args.dirs[..] {
+        [only] => page::render(&Source::open(only)?)?,
+        several => runs::render(several)?,
+    };
+    write_whole(out, page)?;
+    writeln!(std::io::stdout(), "report: {}", out.display()).context("failed to write the result")
+}
+
 impl Source {
+    /// What there is to report of the run of a recipe or of a stage in `dir`.
+    fn open(dir: &Path) -> Result<Self> {
+        if dir.join("recipe.json").is_file() { Self::read(dir) } else { Self::of_stage(dir) }
+    }
+
+    /// A single stage in a directory of its own.
+    fn of_stage(dir: &Path) -> Result<Self> {
+        if !dir.join(METRICS_FILE).is_file() {
+            bail!(
+                "`{}` holds no run: there is neither a stage's `{METRICS_FILE}` nor a `recipe.json`\nhint: pass the `--out` of a \
+                 training command or of `recipe run`",
+                dir.display()
+            );
+        }
+        let Some(manifest) = Manifest::read(dir)? else {
+            bail!(
+                "`{}` does not say yet which stage wrote it\nhint: wait for the first checkpoint of the run",
+                dir.display()
+            );
+        };
+        let step = Step::ALL.into_iter().find(|step| step.name() == manifest.stage.to_string());
+        let step = step.context("a stage that trains is a step of recipes")?;
+        let log = MetricsLog::read(dir)?;
+        let seconds = log.seconds().unwrap_or(0.0);
+        let done = StepRecord { finished: manifest.finished.unwrap_or(true), seconds, ..StepRecord::default() };
+        let stage = StageSource { step, dir: dir.to_owned(), log, seconds };
+        let config: toml::Table = stage.config()?.parse().with_context(|| format!("`{}` is damaged", dir.display()))?;
+        let record = RunRecord {
+            title: dir.display().to_string(),
+            seed: config.get("seed").and_then(toml::Value::as_integer).unwrap_or(0).unsigned_abs(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            backend: manifest.backend,
+            gold: stage.log.last("gold/score").map(|_| String::new()),
+            steps: [(step, done)].into(),
+            ..RunRecord::default()
+        };
+        Ok(Self { record, stages: vec![stage], doctor: None, labels: None, results: None, answers: Vec::new() })
+    }
+
     fn read(out: &Path) -> Result<Self> {
         let record = RunRecord::load(out)?;
         let mut stages = Vec::new();

@@ -32,6 +32,8 @@ struct Page {
     stages: Vec<Section>,
     answers: Vec<PromptView>,
     answers_lede: String,
+    /// The file that has the same numbers for programs.
+    numbers_file: &'static str,
 }
 
 /// The first thing shown: how the models compare on the held-out prompts.
@@ -113,21 +115,26 @@ struct AnswerView {
 /// The whole page as HTML.
 pub fn render(source: &Source) -> Result<String> {
     let record = &source.record;
-    let mut facts = vec![format!("recipe {}", record.recipe), format!("seed {}", record.seed)];
+    let is_recipe = !record.recipe.is_empty();
+    let mut facts = if is_recipe { vec![format!("recipe {}", record.recipe)] } else { Vec::new() };
+    facts.push(format!("seed {}", record.seed));
     if !record.backend.is_empty() {
-        facts.push(format!("backend {}, {}", record.backend, counted(record.threads, "thread")));
+        let threads = if is_recipe { format!(", {}", counted(record.threads, "thread")) } else { String::new() };
+        facts.push(format!("backend {}{threads}", record.backend));
     }
     facts.push(format!("{} in all", duration(source.total_seconds())));
     facts.push(format!("Kindling {}", record.version));
     let sections =
         source.stages.iter().map(|stage| stages::section(source, stage)).collect::<Result<Vec<Section>>>()?;
-    let has_ppo = source.stage(Step::Ppo).is_some();
+    let has_ppo = is_recipe && source.stage(Step::Ppo).is_some();
     let page = Page {
         title: if record.title.is_empty() { record.recipe.clone() } else { record.title.clone() },
         subtitle: if has_ppo {
             "From plain text to an aligned chat model: pretrained, fine-tuned, given a reward model and improved by PPO, on one machine."
-        } else {
+        } else if is_recipe {
             "Training curves, key numbers and samples of every stage that has run."
+        } else {
+            "Training curves, key numbers and samples."
         },
         version: record.version.clone(),
         facts,
@@ -137,17 +144,22 @@ pub fn render(source: &Source) -> Result<String> {
         stages: sections,
         answers: source.answers.iter().take(N_ANSWERS).map(prompt_view).collect(),
         answers_lede: answers_lede(source),
+        numbers_file: if is_recipe { "report.json" } else { "metrics.jsonl" },
     };
     fill(include_str!("page.html"), &page)
 }
 
-/// Fills an HTML template, which may include `style.css`, with `values`.
+/// Fills an HTML template, which may include `style.css` and `figures.html`, with `values`.
 ///
 /// # Errors
 /// If the template is broken, or asks for what `values` lacks.
 pub(crate) fn fill<T: Serialize>(template: &str, values: &T) -> Result<String> {
     let mut environment = Environment::new();
-    for (name, text) in [("style.css", include_str!("style.css")), ("page.html", template)] {
+    for (name, text) in [
+        ("style.css", include_str!("style.css")),
+        ("figures.html", include_str!("figures.html")),
+        ("page.html", template),
+    ] {
         environment.add_template(name, text).context("the report's template is broken")?;
     }
     environment.get_template("page.html")?.render(Serde(values)).context("failed to render the report")

@@ -11,10 +11,10 @@ use super::{Source, StageSource};
 use crate::steps::Step;
 
 /// Samples shown of the first and of the last step that has any.
-const N_SAMPLES: usize = 3;
+pub(super) const N_SAMPLES: usize = 3;
 /// Width in CSS pixels of a figure that stands alone, and of one of two side by side.
 const FULL_WIDTH: u32 = 720;
-const HALF_WIDTH: u32 = 440;
+pub(super) const HALF_WIDTH: u32 = 440;
 
 /// One section of the page.
 #[derive(Serialize)]
@@ -30,16 +30,16 @@ pub struct Section {
 }
 
 #[derive(Serialize)]
-struct Figure {
+pub(super) struct Figure {
     svg: String,
     title: String,
     caption: String,
-    keys: Vec<Key>,
+    pub(super) keys: Vec<Key>,
 }
 
 #[derive(Serialize)]
-struct Key {
-    label: String,
+pub(super) struct Key {
+    pub(super) label: String,
     class: String,
 }
 
@@ -149,7 +149,11 @@ pub fn section(source: &Source, stage: &StageSource) -> Result<Section> {
     let samples = first_and_last(&read_samples(&stage.dir)?, N_SAMPLES);
     Ok(Section {
         id: stage.step.name(),
-        number: format!("Stage {position} of {}", source.stages.len()),
+        number: if source.record.recipe.is_empty() {
+            String::new()
+        } else {
+            format!("Stage {position} of {}", source.stages.len())
+        },
         title: title(stage.step),
         lede: lede(stage.step, source.record.gold.is_some()),
         figures: figures(stage)?,
@@ -284,7 +288,8 @@ fn curves_of(
     figure(&curves, unit, title, "", width)
 }
 
-fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, width: u32) -> Result<Option<Figure>> {
+/// A figure over the steps; `None` where there is nothing to draw.
+pub(super) fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, width: u32) -> Result<Option<Figure>> {
     let plot = Plot { x_label: "step", y_label: unit, curves, width, height: width * 9 / 20 + 20 };
     let Some(svg) = plot.to_svg()? else { return Ok(None) };
     let keys = curves

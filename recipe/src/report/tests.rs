@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use common::checkpoint::{Manifest, Stage};
 use serde_json::{Value, json};
 
+use crate::cli::ReportArgs;
 use crate::record::{RunRecord, StepRecord};
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
 use crate::steps::Step;
@@ -223,4 +225,67 @@ fn texts_count_what_there_is() {
     });
     assert!(html.contains("backend flex, 1 thread<"), "{html}");
     assert!(html.contains("3 to a prompt") && html.contains("of the final policy, held-out prompts"), "{html}");
+}
+
+/// `recipe report` of `dirs` into a file.
+fn report_on(dirs: &[&Path], file: &Path) -> anyhow::Result<String> {
+    let dirs = dirs.iter().map(|dir| dir.to_path_buf()).collect();
+    super::run(&ReportArgs { dirs, out: file.to_owned() })?;
+    Ok(fs::read_to_string(file)?)
+}
+
+/// Says in the directory of a stage which one it is of.
+fn sign(dir: &Path, stage: Stage) {
+    fs::write(dir.join("manifest.json"), serde_json::to_string(&Manifest::new(stage)).unwrap()).unwrap();
+}
+
+#[test]
+fn a_stage_alone_has_a_report() {
+    let out = tempfile::tempdir().unwrap();
+    made_up_run(out.path());
+    let (dir, file) = (out.path().join("pretrain"), out.path().join("pretrain.html"));
+    let unsigned = report_on(&[&dir], &file).unwrap_err().to_string();
+    assert!(unsigned.contains("does not say yet which stage wrote it\nhint: "), "{unsigned}");
+    sign(&dir, Stage::Pretrain);
+    let html = report_on(&[&dir], &file).unwrap();
+    for part in ["id=\"pretrain\"", "Best held-out loss", "seed 1", "&lt;script&gt;", "lr = 1e-3", "metrics.jsonl"] {
+        assert!(html.contains(part), "{part} is missing");
+    }
+    for absent in ["id=\"ppo\"", "recipe ", "<script", "Stage 1 of 1", "<link", "src="] {
+        assert!(!html.contains(absent), "{absent} in {html}");
+    }
+    assert_eq!(html, report_on(&[&dir], &file).unwrap(), "an earlier report is replaced");
+    let foreign = report_on(&[&dir], &dir.join("config.toml")).unwrap_err().to_string();
+    assert!(foreign.starts_with("refusing to overwrite"), "{foreign}");
+    let nothing = report_on(&[&out.path().join("data")], &file).unwrap_err().to_string();
+    assert!(nothing.contains("holds no run"), "{nothing}");
+}
+
+#[test]
+fn runs_stand_side_by_side_stage_by_stage() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    made_up_run(a.path());
+    made_up_run(b.path());
+    let alone = b.path().join("pretrain");
+    sign(&alone, Stage::Pretrain);
+    fs::write(alone.join("config.toml"), "seed = 1\nlr = 2e-3\n").unwrap();
+    let html = report_on(&[a.path(), &alone], &a.path().join("both.html")).unwrap();
+    let (stage, rest) = html.split_once("id=\"sft\"").unwrap();
+    assert!(rest.contains("id=\"ppo\"") && rest.contains("Gold score."), "the recipe's other stages are there");
+    // Each plot of the stage has a curve of either run.
+    let figures = stage.split("<figure>").skip(1).collect::<Vec<_>>();
+    assert_eq!(figures.len(), 2, "loss in training and on held-out data");
+    for figure in figures {
+        assert!(figure.contains("var(--ember") && figure.contains("var(--slate"), "{figure}");
+    }
+    let stage = stage.replace("&#x2f;", "/");
+    let cells = |name: &str| {
+        let row = stage.split("<tr>").find(|row| row.starts_with(&format!("<th>{name}</th>")))?;
+        Some(row.split("<td").skip(1).map(|cell| cell.split(['>', '<']).nth(1).unwrap()).collect::<Vec<_>>())
+    };
+    assert_eq!(cells("lr").unwrap(), ["0.001", "0.002"]);
+    assert_eq!(cells("seed"), None, "it is the same");
+    assert_eq!(cells("lowest val/loss").unwrap(), ["1.117", "1.117"]);
+    assert_eq!(stage.matches("there was a fox &amp; a boat.").count(), 2);
+    assert!(!html.contains("<script") && !html.contains("src=") && !html.contains("<link"));
 }
