@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use axum::Router;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -103,7 +104,8 @@ async fn models(State(app): State<App>) -> Json {
 }
 
 /// `GET /v1/models/{model}`.
-async fn model(State(app): State<App>, Path(model): Path<String>) -> Result<Json, ApiError> {
+async fn model(State(app): State<App>, model: Result<Path<String>, PathRejection>) -> Result<Json, ApiError> {
+    let Ok(Path(model)) = model else { return Err(ApiError::invalid("the path is not UTF-8").about("model")) };
     let (name, _) = app.engine(Some(model))?;
     Ok(Json(described(&app, name)))
 }

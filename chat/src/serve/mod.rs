@@ -23,14 +23,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
+use axum::Router;
 use axum::http::HeaderValue;
-use axum::serve::ListenerExt;
 use common::checkpoint::{Checkpoint, Stage};
 use common::data::records::LabelFile;
 use common::exit::UsageError;
 use common::hash::sha256_of;
 use common::interrupt::{Interrupt, Stopping};
 use common::runtime::on_pool;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpStream;
 
 use crate::cli::{NamedCheckpoint, ServeArgs, ServeLimits};
 use crate::model::Loaded;
@@ -42,6 +47,10 @@ use state::{App, RequestLimits, Shared};
 
 /// How often a request to stop is looked for.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a client may take to send the head of a request, from its connection or its last response on; `--timeout`
+/// where that is less.
+const HEAD_TIME: Duration = Duration::from_secs(30);
 
 /// How long clients may take to read that their answers were broken off.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -87,23 +96,50 @@ async fn serve(
     interrupt: Interrupt,
     grace: Duration,
 ) -> anyhow::Result<()> {
-    // A token is a packet: waiting for more to send would only delay it.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
     let router = http::router(App::clone(&app), origins);
-    let server = axum::serve(listener, router).with_graceful_shutdown(asked_to_stop(interrupt));
+    let connections = GracefulShutdown::new();
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME.min(app.limits.timeout));
+    let accept = async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => connect(stream, &http, &router, &connections),
+                Err(error) => {
+                    // The client left, or there are as many open files as the system allows.
+                    tracing::debug!("failed to accept a connection: {error}");
+                    tokio::time::sleep(LOOK).await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = asked_to_stop(interrupt) => {}
+    }
+    drop(listener);
     let break_off = async {
-        asked_to_stop(interrupt).await;
         tokio::time::sleep(grace).await;
         tracing::warn!("requests that ran longer than {} seconds are broken off", grace.as_secs());
         app.engines.iter().for_each(|(_, engine)| engine.break_off());
         tokio::time::sleep(LAST_WORDS).await;
     };
     tokio::select! {
-        served = server.into_future() => served.context("failed to serve"),
-        () = break_off => Ok(()),
+        () = connections.shutdown() => {}
+        () = break_off => {}
     }
+    Ok(())
+}
+
+/// Answers the requests of a connection. One whose client takes too long to say what it wants is closed.
+fn connect(stream: TcpStream, http: &http1::Builder, router: &Router, connections: &GracefulShutdown) {
+    // A token is a packet: waiting for more to send would only delay it.
+    let _ = stream.set_nodelay(true);
+    let service = TowerToHyperService::new(router.clone());
+    let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
+    tokio::spawn(async move {
+        // The client left, or sent what is no HTTP.
+        let _ = connection.await;
+    });
 }
 
 /// Waits for the signal.

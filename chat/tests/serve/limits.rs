@@ -69,6 +69,19 @@ fn a_client_that_hangs_up_frees_its_slot() {
 }
 
 #[test]
+fn a_client_that_does_not_say_what_it_wants_is_left() {
+    let server = one_slot(&["--timeout", "1"]);
+    for said in ["", "GET /health HT", "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+        let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(said.as_bytes()).unwrap();
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).unwrap_or_else(|error| panic!("{error} after {said:?}"));
+        assert_eq!(reply.starts_with("HTTP/1.1 200 "), said.ends_with("\r\n\r\n"), "{reply}");
+    }
+}
+
+#[test]
 fn a_full_queue_is_429_with_the_time_to_wait() {
     let server = one_slot(&["--queue", "1"]);
     let running = server.open("/v1/chat/completions", &endless(true));

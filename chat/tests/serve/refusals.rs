@@ -138,7 +138,9 @@ fn a_body_that_is_no_request_is_an_error() {
     assert_eq!(server.send("/v1/chat/completions", &[0xff; 9], &[("content-type", "application/json")]).status, 400);
     let large = server.chat(&"x".repeat(5000), &json!({}));
     assert_eq!((large.status, large.json()["error"]["type"].as_str()), (413, Some("invalid_request_error")));
-    for (path, status) in [("/v1/chat/completions", 405), ("/v1/nothing", 404), ("/v1/models/nothing", 404)] {
+    for (path, status) in
+        [("/v1/chat/completions", 405), ("/v1/nothing", 404), ("/v1/models/nothing", 404), ("/v1/models/%ff", 400)]
+    {
         let reply = server.get(path, &[]);
         assert_eq!(
             (reply.status, reply.json()["error"]["type"].as_str()),
