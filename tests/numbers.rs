@@ -43,8 +43,9 @@ const GLIMPSE: Duration = Duration::from_secs(1);
 const ADDRESS_SPACE: &str = "8388608";
 
 /// Flags and keys whose number is an amount of work: a large one is carried out, however long it takes.
-const AMOUNTS: [&str; 16] = [
+const AMOUNTS: [&str; 17] = [
     "n_layers",
+    "rank",
     "max_seq_len",
     "steps",
     "warmup",
