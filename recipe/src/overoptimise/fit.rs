@@ -38,6 +38,8 @@ pub(crate) struct Fit {
     pub beta: Estimate,
     /// Where the fitted curve turns over, in nats of KL; `None` where it does not.
     pub turn_kl: Option<f64>,
+    /// The same with α and β a standard error lower and higher, and the other way round: where it may turn as well.
+    pub turn_range: [Option<f64>; 2],
     /// Share of the variance that the form explains; `None` where all rewards are equal.
     pub r_squared: Option<f64>,
 }
@@ -87,9 +89,20 @@ impl Fit {
         let mean = all.iter().map(|(_, r)| r).sum::<f64>() / all.len() as f64;
         let sum = |residual: &dyn Fn(f64, f64) -> f64| all.iter().map(|&(d, r)| residual(d, r).powi(2)).sum::<f64>();
         let left = sum(&|d, r| r - form.reward(d, alpha.value, beta.value));
-        let turn_kl = form.turn(alpha.value, beta.value).map(|d| d * d);
+        let turn = |errors: f64| {
+            let (alpha, beta) = (alpha.value - errors * alpha.error, beta.value + errors * beta.error);
+            form.turn(alpha, beta).map(|d| d * d)
+        };
+        let (turn_kl, turn_range) = (turn(0.0), [turn(1.0), turn(-1.0)]);
         let variance = sum(&|_, r| r - mean);
-        Some(Self { form, alpha, beta, turn_kl, r_squared: (variance > 0.0).then(|| 1.0 - left / variance) })
+        Some(Self {
+            form,
+            alpha,
+            beta,
+            turn_kl,
+            turn_range,
+            r_squared: (variance > 0.0).then(|| 1.0 - left / variance),
+        })
     }
 }
 
@@ -181,5 +194,10 @@ mod tests {
         assert_eq!(Fit::of_seeds(Form::Rl, &[vec![(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]]), None);
         let rising = Fit::of_seeds(Form::BestOfN, &[points(Form::BestOfN, 0.5, -0.1)]).unwrap();
         assert_eq!(rising.turn_kl, None);
+        let seeds = [points(Form::BestOfN, 0.4, 0.1), points(Form::BestOfN, 0.6, 0.3)];
+        let fit = Fit::of_seeds(Form::BestOfN, &seeds).unwrap();
+        // α 0.5 ± 0.1, β 0.2 ± 0.1.
+        let [low, high] = fit.turn_range.map(|kl| kl.unwrap().sqrt());
+        assert!((low - 0.4 / 0.6).abs() < 1e-9 && (high - 0.6 / 0.2).abs() < 1e-9, "{fit:?}");
     }
 }

@@ -163,23 +163,33 @@ impl Results {
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Turn {
     at: Option<f64>,
+    /// The ends of where it may be, by the errors of the fit; none beyond which it may lie anywhere.
+    range: [Option<f64>; 2],
     /// How far was measured: a curve that has not turned by then turns later than that, if ever.
     reach: f64,
 }
 
 impl Turn {
     fn of(curve: &Curve) -> Self {
-        Self { at: curve.turn(), reach: curve.reach() }
+        Self { at: curve.turn(), range: curve.fit.map_or([None; 2], |fit| fit.turn_range), reach: curve.reach() }
     }
 
-    /// Whether `self` certainly turns before `other`; `None` where the measurement does not say.
+    /// Whether `self` turns before `other`, by more than the errors of both; `None` where the measurement does not say.
     fn is_before(self, other: Self) -> Option<bool> {
-        match (self.at, other.at) {
-            (Some(a), Some(b)) => Some(a < b),
-            (Some(a), None) => (a < other.reach).then_some(true),
-            (None, Some(b)) => (b < self.reach).then_some(false),
-            (None, None) => None,
+        if self.ends_before(other) {
+            Some(true)
+        } else if other.ends_before(self) {
+            Some(false)
+        } else {
+            None
         }
+    }
+
+    /// Whether the latest turn of `self` comes before the earliest of `other`, or before `other` was seen not to turn.
+    fn ends_before(self, other: Self) -> bool {
+        let Some(latest) = self.at.and(self.range[1]) else { return false };
+        let earliest = if other.at.is_some() { other.range[0] } else { Some(other.reach) };
+        earliest.is_some_and(|earliest| latest < earliest)
     }
 }
 
@@ -211,13 +221,16 @@ mod tests {
 
     #[test]
     fn expectations_are_judged_as_far_as_the_measurement_goes() {
-        let turn = |at: f64| Turn { at: Some(at), reach: 10.0 };
-        let beyond = |reach: f64| Turn { at: None, reach };
+        let turn = |at: f64| Turn { at: Some(at), range: [Some(at - 0.2), Some(at + 0.2)], reach: 10.0 };
+        let beyond = |reach: f64| Turn { at: None, range: [None; 2], reach };
         assert_eq!(verdict(&[turn(1.0), turn(2.0), beyond(3.0)]), "found");
         assert_eq!(verdict(&[turn(1.0), turn(3.0), turn(2.0)]), "refuted");
         assert_eq!(verdict(&[beyond(5.0), turn(2.0)]), "refuted");
         assert_eq!(verdict(&[beyond(1.0), turn(2.0)]), "not seen");
         assert_eq!(verdict(&[turn(2.0), beyond(1.0)]), "not seen");
         assert_eq!(verdict(&[beyond(5.0), beyond(6.0)]), "not seen");
+        assert_eq!(verdict(&[turn(2.3), turn(2.1)]), "not seen"); // nearer than their errors
+        let vague = Turn { range: [Some(1.0), None], ..turn(2.0) };
+        assert_eq!(verdict(&[vague, turn(8.0)]), "not seen");
     }
 }
