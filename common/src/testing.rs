@@ -11,6 +11,28 @@ use crate::model::{Gpt, GptConfig, ScalarGpt};
 use crate::rng::Streams;
 use crate::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 
+/// Whether programs can be started together; says why not.
+pub fn has_mpirun() -> bool {
+    let reason = if cfg!(not(feature = "mpi")) {
+        "the feature `mpi` is off"
+    } else if Command::new("mpirun").arg("--version").output().is_err() {
+        "there is no `mpirun`"
+    } else {
+        return true;
+    };
+    println!("skipped: {reason}");
+    false
+}
+
+/// `mpirun` with more processes than cores, as root in a container, where one process may not read another's memory.
+pub fn mpirun() -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "--bind-to", "none"]);
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    command
+}
+
 /// A model of one small layer with a context of 64 tokens: it runs in no time and knows nothing.
 pub fn tiny_config(vocab_size: usize) -> GptConfig {
     GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 64, ..GptConfig::gpt2(vocab_size) }

@@ -3,6 +3,8 @@
 //! The first rank goes through the recipe and does by itself what does not train; the others wait for a stage to train with
 //! it.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use common::cli::StageArgs;
 use common::group::Group;
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::RunArgs;
 use crate::folder::Recipe;
+use crate::gold::GoldScorer;
 use crate::setup::{Setup, StageConfigs};
 use crate::steps::Step;
 
@@ -78,6 +81,44 @@ pub(crate) fn follow(args: &RunArgs, group: &Group, interrupt: Interrupt) -> Res
     }
 }
 
+/// What a stage starts from, as far as it needs it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Start {
+    pub(crate) tokenizer: Option<PathBuf>,
+    pub(crate) init: Option<PathBuf>,
+    pub(crate) reward_model: Option<PathBuf>,
+}
+
+/// Runs the training stage `step` as its own command would; PPO reports `gold`, where it is known.
+///
+/// # Errors
+/// As the stage, and if it lacks what it starts from.
+pub(crate) fn train_stage(
+    step: Step,
+    start: Start,
+    stage: StageArgs,
+    gold: Option<&GoldScorer>,
+    group: &Group,
+    interrupt: Interrupt,
+) -> Result<Outcome> {
+    let Start { tokenizer, init, reward_model } = start;
+    if step == Step::Pretrain {
+        return pretrain::train(&pretrain::TrainArgs { tokenizer, init, stage }, group, interrupt);
+    }
+    let init = init.context("the stage has no model to start from")?;
+    match step {
+        Step::Sft => sft::train(&sft::TrainArgs { init, stage }, group, interrupt),
+        Step::RewardModel => reward_model::train(&reward_model::TrainArgs { init, stage }, group, interrupt),
+        Step::Dpo => dpo::train(&dpo::TrainArgs { init, stage }, group, interrupt),
+        _ => {
+            let score = gold.map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
+            let reward_model = reward_model.context("PPO has no reward model")?;
+            let args = ppo::TrainArgs { policy: init, reward_model, stage };
+            ppo::train(&args, group, interrupt, score.as_ref().map(|score| score as ppo::Gold<'_>))
+        }
+    }
+}
+
 /// What training a stage of a recipe takes.
 pub(crate) struct Trainer<'a> {
     pub(crate) args: &'a RunArgs,
@@ -90,30 +131,17 @@ impl Trainer<'_> {
     /// Runs a training stage as its own command would.
     pub(crate) fn train(&self, step: Step, goes_on: bool) -> Result<Outcome> {
         let Self { setup, group, interrupt, .. } = *self;
-        let stage = self.stage_args(step, goes_on)?;
-        match step {
+        let sft = || Some(setup.dir(Step::Sft));
+        let start = match step {
             Step::Pretrain => {
                 let init = setup.recipe.config.init.clone();
-                let tokenizer = init.is_none().then(|| setup.dir(Step::Tokenizer));
-                pretrain::train(&pretrain::TrainArgs { tokenizer, init, stage }, group, interrupt)
+                Start { tokenizer: init.is_none().then(|| setup.dir(Step::Tokenizer)), init, ..Start::default() }
             }
-            Step::Sft => sft::train(&sft::TrainArgs { init: setup.base(), stage }, group, interrupt),
-            Step::RewardModel => {
-                let args = reward_model::TrainArgs { init: setup.dir(Step::Sft), stage };
-                reward_model::train(&args, group, interrupt)
-            }
-            Step::Dpo => dpo::train(&dpo::TrainArgs { init: setup.dir(Step::Sft), stage }, group, interrupt),
-            _ => {
-                let gold = setup.gold.as_ref().map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
-                let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
-                ppo::train(
-                    &ppo::TrainArgs { policy, reward_model, stage },
-                    group,
-                    interrupt,
-                    gold.as_ref().map(|gold| gold as ppo::Gold<'_>),
-                )
-            }
-        }
+            Step::Sft => Start { init: Some(setup.base()), ..Start::default() },
+            Step::RewardModel | Step::Dpo => Start { init: sft(), ..Start::default() },
+            _ => Start { init: sft(), reward_model: Some(setup.dir(Step::RewardModel)), ..Start::default() },
+        };
+        train_stage(step, start, self.stage_args(step, goes_on)?, setup.gold.as_ref(), group, interrupt)
     }
 
     /// The flags with which a training stage is run.

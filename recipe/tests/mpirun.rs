@@ -5,8 +5,9 @@
 mod lab;
 
 use std::fs;
-use std::process::{Command, Output};
+use std::process::Output;
 
+use common::testing::{has_mpirun, mpirun};
 use lab::Lab;
 
 const STAGES: [&str; 4] = ["pretrain", "sft", "reward-model", "ppo"];
@@ -25,33 +26,19 @@ const SHARED: [&str; 10] = [
     "ppo.train.batch_invariant=true",
 ];
 
-fn is_there() -> bool {
-    let reason = if cfg!(not(feature = "mpi")) {
-        "the feature `mpi` is off"
-    } else if Command::new("mpirun").arg("--version").output().is_err() {
-        "there is no `mpirun`"
-    } else {
-        return true;
-    };
-    println!("skipped: {reason}");
-    false
-}
-
 /// Runs the recipe of `lab` with two processes.
 fn run_by_two(lab: &Lab, args: &[&str]) -> Output {
     let alone = lab.command(args);
-    let mut command = Command::new("mpirun");
-    command.args(["-n", "2", "--oversubscribe", "--bind-to", "none"]).arg(alone.get_program()).args(alone.get_args());
+    let mut command = mpirun();
+    command.args(["-n", "2"]).arg(alone.get_program()).args(alone.get_args());
     command.current_dir(lab.dir.path()).env("KINDLING_CACHE", lab.path("cache"));
     command.env_remove("KINDLING_DATA").env_remove("RUST_LOG");
-    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
     command.output().unwrap()
 }
 
 #[test]
 fn a_recipe_by_two_processes_is_that_of_one() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::new();
@@ -71,7 +58,7 @@ fn a_recipe_by_two_processes_is_that_of_one() {
 
 #[test]
 fn a_stage_with_too_few_micro_batches_is_found_before_the_first_step() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::new();

@@ -6,7 +6,9 @@ use common::rng::Streams;
 use pipeline_tests::{Lab, PRETRAIN};
 use rustix::process::{Signal, kill_process};
 
-use crate::mpirun::{is_there, mpirun, process, rank_pids, set};
+use common::testing::has_mpirun;
+
+use crate::mpirun::{mpirun, process, rank_pids, set};
 use crate::together::SHARED;
 
 /// The longest that the others may outlive a process.
@@ -17,7 +19,7 @@ const N_KILLS: usize = 10;
 
 #[test]
 fn a_process_killed_at_any_moment_ends_the_others_and_the_rest_goes_on() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(PRETRAIN);
@@ -64,7 +66,7 @@ fn a_process_killed_at_any_moment_ends_the_others_and_the_rest_goes_on() {
 
 #[test]
 fn a_process_that_cannot_write_or_allocate_ends_the_others_with_its_message() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(PRETRAIN);

@@ -2,37 +2,21 @@
 
 use std::process::Command;
 
+use common::testing::has_mpirun;
 use pipeline_tests::{DPO, Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage, binary};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::together::SHARED;
 
-/// Whether programs can be started together; says why not.
-pub(crate) fn is_there() -> bool {
-    let reason = if cfg!(not(feature = "mpi")) {
-        "the feature `mpi` is off"
-    } else if Command::new("mpirun").arg("--version").output().is_err() {
-        "there is no `mpirun`"
-    } else {
-        return true;
-    };
-    println!("skipped: {reason}");
-    false
-}
-
 /// `mpirun` in the lab: for every process a command line, shell commands before the program's own included.
 pub(crate) fn mpirun(lab: &Lab, processes: &[Vec<String>]) -> Command {
-    let mut args: Vec<String> = ["--oversubscribe", "--bind-to", "none"].map(str::to_owned).to_vec();
+    let mut args = Vec::new();
     for (i, process) in processes.iter().enumerate() {
         args.extend((i > 0).then(|| ":".to_owned()));
         args.extend(["-n".to_owned(), "1".to_owned()]);
         args.extend(process.iter().cloned());
     }
-    let mut command = lab.within(Command::new("mpirun"), &args);
-    // As root in a container, where one process may not read another's memory.
-    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none").env("OMPI_MCA_rmaps_base_oversubscribe", "1");
-    command
+    lab.within(common::testing::mpirun(), &args)
 }
 
 /// The command line of one process of a stage.
@@ -71,7 +55,7 @@ pub(crate) fn rank_pids(run: &Running) -> Vec<Pid> {
 
 /// Checks that 2 and 3 processes leave what one leaves, and that a run goes on with another number.
 fn assert_any_number_of_processes_is_one(stage: Stage, settings: &[&str]) {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(stage);
@@ -122,7 +106,7 @@ fn ppo_by_several_processes_is_that_of_one() {
 
 #[test]
 fn sigterm_to_any_process_finishes_the_step_of_all_and_saves() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(PRETRAIN);
@@ -144,7 +128,7 @@ fn sigterm_to_any_process_finishes_the_step_of_all_and_saves() {
 
 #[test]
 fn more_processes_than_micro_batches_are_refused() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(PRETRAIN);
@@ -158,7 +142,7 @@ fn more_processes_than_micro_batches_are_refused() {
 
 #[test]
 fn processes_with_other_settings_or_data_are_refused_and_the_difference_named() {
-    if !is_there() {
+    if !has_mpirun() {
         return;
     }
     let lab = Lab::before(PRETRAIN);

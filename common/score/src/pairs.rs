@@ -101,9 +101,7 @@ impl Pairs {
         }
         if all.encoded.is_empty() { Err(ScoreError::NoPair) } else { Ok(all) }
     }
-}
 
-impl Pairs {
     /// Which of the pairs step `step` learns from: all pairs of the `batch_size` records that come next in `order`.
     pub fn of_step(&self, order: &mut Order, step: u64, batch_size: usize) -> Vec<usize> {
         let first = step * batch_size as u64;

@@ -21,6 +21,7 @@ use dpo::DpoConfig;
 use ppo::PpoConfig;
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sft::SftConfig;
@@ -36,6 +37,7 @@ use crate::gold::GoldScorer;
 use crate::inputs::Inputs;
 use crate::setup::Setup;
 use crate::steps::Step;
+use crate::training::{Start, train_stage};
 
 /// Sampling streams from here on belong to the pools of answers.
 const FIRST_ROW: u64 = 1 << 52;
@@ -221,9 +223,7 @@ impl Lab<'_> {
             return Ok(Stopped::Break(()));
         }
         let path = self.units.path(&name);
-        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
-        let scores = serde_json::from_str(&text);
-        scores.map(Stopped::Continue).with_context(|| format!("`{}` is damaged\nhint: delete it", path.display()))
+        read_json(&path).map(Stopped::Continue)
     }
 
     /// Trains a policy and measures it; `gold` is the initial policy's mean on the held-out prompts. None of RLOO's and PPO's gold
@@ -337,9 +337,7 @@ impl Lab<'_> {
             return Ok(Stopped::Break(()));
         }
         let path = self.units.path(&unit);
-        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
-        let point: Point =
-            serde_json::from_str(&text).with_context(|| format!("`{}` is damaged\nhint: delete it", path.display()))?;
+        let point: Point = read_json(&path)?;
         Ok(Stopped::Continue(vec![Point { gold: point.gold - gold_of_sft, ..point }]))
     }
 
@@ -405,29 +403,17 @@ impl Lab<'_> {
             tui: false,
             runtime: self.runtime.clone(),
         };
-        let (interrupt, setup, gold) = (self.interrupt, self.setup, self.gold);
-        let stages = [stage(false), stage(true)];
-        let init = |i: usize| inits.get(i).cloned().context("a training has no model to start from");
-        let alone = Group::alone();
+        let mut inits = inits.iter().cloned();
+        let start = Start {
+            tokenizer: (step == Step::Pretrain).then(|| self.setup.dir(Step::Tokenizer)),
+            init: inits.next(),
+            reward_model: inits.next(),
+        };
+        let (interrupt, gold, stages) = (self.interrupt, self.gold, [stage(false), stage(true)]);
         let work = |goes_on: bool| {
             let [fresh, resumed] = stages;
             let stage = if goes_on { resumed } else { fresh };
-            match step {
-                Step::Pretrain => {
-                    let tokenizer = Some(setup.dir(Step::Tokenizer));
-                    pretrain::train(&pretrain::TrainArgs { tokenizer, init: None, stage }, &alone, interrupt)
-                }
-                Step::Sft => sft::train(&sft::TrainArgs { init: init(0)?, stage }, &alone, interrupt),
-                Step::RewardModel => {
-                    reward_model::train(&reward_model::TrainArgs { init: init(0)?, stage }, &alone, interrupt)
-                }
-                Step::Dpo => dpo::train(&dpo::TrainArgs { init: init(0)?, stage }, &alone, interrupt),
-                _ => {
-                    let score = |prompt: &str, answer: &str| gold.score(prompt, answer);
-                    let args = ppo::TrainArgs { policy: init(0)?, reward_model: init(1)?, stage };
-                    ppo::train(&args, &alone, interrupt, Some(&score))
-                }
-            }
+            train_stage(step, start, stage, Some(gold), &Group::alone(), interrupt)
         };
         self.units.run(name, inputs, work)
     }
@@ -493,6 +479,12 @@ fn reward_model_name(judge: &Judge, seed: u64) -> String {
 fn path_override(key: &str, path: &Path) -> Result<String> {
     let path = std::path::absolute(path).context("the working directory is unknown")?;
     Ok(format!("{key}=[{}]", toml::Value::String(path.display().to_string())))
+}
+
+/// What the laboratory wrote before.
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read `{}`", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("`{}` is damaged\nhint: delete it", path.display()))
 }
 
 /// Where a policy was at each of its steps, on the answers that the step samples: divergence, gold and proxy are of one policy.

@@ -149,7 +149,7 @@ pub fn render(source: &Source) -> Result<String> {
     fill(include_str!("page.html"), &page)
 }
 
-/// Fills an HTML template, which may include `style.css` and `figures.html`, with `values`.
+/// Fills an HTML template, which may include `head.html` and `figures.html`, with `values`.
 ///
 /// # Errors
 /// If the template is broken, or asks for what `values` lacks.
@@ -157,6 +157,7 @@ pub(crate) fn fill<T: Serialize>(template: &str, values: &T) -> Result<String> {
     let mut environment = Environment::new();
     for (name, text) in [
         ("style.css", include_str!("style.css")),
+        ("head.html", include_str!("head.html")),
         ("figures.html", include_str!("figures.html")),
         ("page.html", template),
     ] {
