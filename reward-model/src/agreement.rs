@@ -190,8 +190,33 @@ fn krippendorff(units: &[Vec<Decision>]) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use common::conversation::{Message, Role};
+
     use super::*;
     use Decision::{Lower as L, Neither as N, Upper as U};
+
+    #[test]
+    fn what_is_asked_again_counts_for_consistency_alone() {
+        let said = |prompt: &str, answers: [&str; 2], verdict, repeat| Label {
+            prompt: vec![Message::new(Role::User, prompt)],
+            answers: answers.map(str::to_owned),
+            verdict,
+            annotator: Some("mia".to_owned()),
+            seconds: None,
+            models: None,
+            repeat,
+        };
+        let labels = [
+            said("p", ["a", "b"], Verdict::First, false),
+            said("q", ["a", "b"], Verdict::First, false),
+            said("p", ["b", "a"], Verdict::Second, true), // the same answer, on the other side
+            said("q", ["b", "a"], Verdict::First, true),
+            said("r", ["a", "b"], Verdict::First, true), // decided nowhere
+        ];
+        let agreement = of_labels(&labels);
+        assert_eq!(agreement.consistency["mia"], Consistency { repeats: 2, agreement: 0.5 });
+        assert_eq!((agreement.people["mia"], agreement.shared), (2, 0));
+    }
 
     #[test]
     fn kappa_matches_a_hand_worked_table() {

@@ -342,7 +342,23 @@ pub(super) mod tests {
             assert_eq!(asked.iter().filter(|prompt| **prompt == asked[i]).count(), 2, "{asked:?}");
         }
         assert_eq!((desk.progress().n_now, desk.tally().repeated), (20, 4));
+        // The answer on the left was preferred each time; who prefers a side differs where the sides were changed.
+        let (mut desk, dir) = desk_with(40, None, 2);
+        while desk.wait().expect("a question") {
+            desk.decide(Verdict::First, None).expect("written");
+        }
+        let all = read_labels(&dir.path().join("labels.jsonl"), OnBadRecord::Fail).expect("records");
+        let (again, first): (Vec<_>, Vec<_>) = all.iter().partition(|label| label.repeat);
+        let is_turned = |label: &&&Label| {
+            first.iter().any(|before| before.prompt == label.prompt && before.answers[0] != label.answers[0])
+        };
+        let n_turned = again.iter().filter(is_turned).count();
+        assert!((1..again.len()).contains(&n_turned), "{n_turned} of {}", again.len());
         // A decision that was asked for again can be taken back like any other.
+        let (mut desk, dir) = desk_with(20, None, 5);
+        while desk.wait().expect("a question") {
+            desk.decide(Verdict::First, None).expect("written");
+        }
         desk.undo().expect("undone");
         assert!(desk.question().is_some());
         desk.decide(Verdict::Tie, None).expect("written");
