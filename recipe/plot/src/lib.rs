@@ -138,7 +138,7 @@ impl Plot<'_> {
             .y_label_style(text(11))
             .axis_desc_style(text(12))
             .x_label_formatter(&|x| thousands(*x))
-            .y_label_formatter(&|y| format!("{y:.decimals$}"))
+            .y_label_formatter(&|y| fixed(*y, decimals))
             .x_desc(self.x_label)
             .y_desc(self.y_label)
             .draw()
@@ -311,6 +311,12 @@ fn padded((low, high): (f64, f64), share: f64) -> (f64, f64) {
     (low - pad, high + pad)
 }
 
+/// A number with so many decimals; what rounds to 0 has no sign.
+fn fixed(value: f64, decimals: usize) -> String {
+    let text = format!("{value:.decimals$}");
+    if text.trim_matches(['-', '0', '.']).is_empty() { text.trim_start_matches('-').to_owned() } else { text }
+}
+
 /// Decimals that tell the labels over `span` apart.
 fn decimals(span: f64) -> usize {
     let step = span / 5.0;
@@ -347,6 +353,12 @@ mod tests {
         assert!(draw(&[]).is_none());
         assert!(draw(&[curve(vec![(1.0, f64::NAN)])]).is_none());
         assert!(draw(&[curve(vec![(0.0, 1.0)])]).is_some());
+    }
+
+    #[test]
+    fn zero_has_no_sign() {
+        assert_eq!([-1e-9, -0.06, -10.0, 0.0].map(|value| fixed(value, 1)), ["0.0", "-0.1", "-10.0", "0.0"]);
+        assert_eq!(fixed(-0.4, 0), "0");
     }
 
     #[test]
