@@ -332,6 +332,8 @@ impl Project {
             .env("PATH", path.unwrap())
             .env("KINDLING_CACHE", self.dir.path().join("cache"))
             .env("COLUMNS", "100")
+            // Without it, a search for GPUs prints complaints of the Wayland library.
+            .env("XDG_RUNTIME_DIR", self.dir.path())
             .env_remove("RUST_LOG")
             .env_remove("KINDLING_DATA")
             .stdin(Stdio::null())
