@@ -94,7 +94,7 @@ pub(crate) struct NamedCurve {
 pub(crate) struct Finding {
     /// The expectation.
     pub claim: String,
-    /// `found`, `refuted` or `not seen`.
+    /// `found`, `refuted` or `not seen`; of a single seed `found once` or `refuted once`.
     pub verdict: &'static str,
     /// The numbers.
     pub numbers: String,
@@ -119,13 +119,14 @@ impl Results {
 
     /// Judges the expectations.
     pub(crate) fn find(&mut self, design: &Design) {
+        let n_seeds = self.curves.iter().map(|named| named.curve.seeds.len()).min().unwrap_or_default();
         let mut findings = Vec::new();
         let bon = self.curve(Method::BestOfN, &design.centre);
         let ppo = self.first_ppo(design).and_then(|method| self.curve(method, &design.centre));
         if let (Some(bon), Some(ppo)) = (bon, ppo) {
             findings.push(Finding {
                 claim: "Best-of-n turns over later than PPO, per nat of KL.".to_owned(),
-                verdict: verdict(&[Turn::of(ppo), Turn::of(bon)]),
+                verdict: verdict(&[Turn::of(ppo), Turn::of(bon)], n_seeds),
                 numbers: format!("PPO: {}; best-of-n: {}.", describe(ppo), describe(bon)),
             });
         }
@@ -150,7 +151,7 @@ impl Results {
                     curves.iter().map(|(judge, curve)| format!("{}: {}", judge.title(), describe(curve))).collect();
                 findings.push(Finding {
                     claim: format!("{what} ({})", method.title()),
-                    verdict: verdict(&turns),
+                    verdict: verdict(&turns, n_seeds),
                     numbers: format!("{}.", numbers.join("; ")),
                 });
             }
@@ -193,15 +194,16 @@ impl Turn {
     }
 }
 
-/// What turns, which are expected in rising order, say of it.
-fn verdict(turns: &[Turn]) -> &'static str {
+/// What turns, which are expected in rising order, say of it. The errors of a single seed's curve leave out how much
+/// another reward model and another policy would differ.
+fn verdict(turns: &[Turn], n_seeds: usize) -> &'static str {
     let steps: Vec<Option<bool>> = turns.windows(2).map(|pair| pair[0].is_before(pair[1])).collect();
-    if steps.contains(&Some(false)) {
-        "refuted"
-    } else if steps.contains(&Some(true)) {
-        "found"
-    } else {
-        "not seen"
+    match (steps.contains(&Some(false)), steps.contains(&Some(true))) {
+        (true, _) if n_seeds < 2 => "refuted once",
+        (true, _) => "refuted",
+        (false, true) if n_seeds < 2 => "found once",
+        (false, true) => "found",
+        (false, false) => "not seen",
     }
 }
 
@@ -221,6 +223,7 @@ mod tests {
 
     #[test]
     fn expectations_are_judged_as_far_as_the_measurement_goes() {
+        let verdict = |turns: &[Turn]| verdict(turns, 3);
         let turn = |at: f64| Turn { at: Some(at), range: [Some(at - 0.2), Some(at + 0.2)], reach: 10.0 };
         let beyond = |reach: f64| Turn { at: None, range: [None; 2], reach };
         assert_eq!(verdict(&[turn(1.0), turn(2.0), beyond(3.0)]), "found");
@@ -232,5 +235,8 @@ mod tests {
         assert_eq!(verdict(&[turn(2.3), turn(2.1)]), "not seen"); // nearer than their errors
         let vague = Turn { range: [Some(1.0), None], ..turn(2.0) };
         assert_eq!(verdict(&[vague, turn(8.0)]), "not seen");
+        let of_one_seed = |turns: &[Turn]| super::verdict(turns, 1);
+        assert_eq!(of_one_seed(&[turn(1.0), turn(2.0)]), "found once");
+        assert_eq!(of_one_seed(&[turn(2.0), turn(1.0)]), "refuted once");
     }
 }
