@@ -33,7 +33,7 @@ fn all_sections() -> [(&'static str, Vec<Section>); 6] {
         ("pretrain.toml", sections::<PretrainConfig>()),
         ("sft.toml", sections::<SftConfig>()),
         ("reward-model.toml", sections::<RewardModelConfig>()),
-        ("ppo.toml", sections::<PpoConfig>()),
+        ("ppo.toml and rloo.toml", sections::<PpoConfig>()),
         ("dpo.toml", sections::<DpoConfig>()),
         ("recipe.toml", sections::<RecipeConfig>()),
     ]
@@ -94,6 +94,7 @@ fn a_printed_configuration_reads_back_as_itself() {
     round_trips::<SftConfig>("sft.toml");
     round_trips::<RewardModelConfig>("reward-model.toml");
     round_trips::<PpoConfig>("ppo.toml");
+    round_trips::<PpoConfig>("rloo.toml");
     round_trips::<DpoConfig>("dpo.toml");
     round_trips::<RecipeConfig>("recipe.toml");
 }

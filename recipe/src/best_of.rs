@@ -15,6 +15,9 @@ pub struct BestOf {
     /// Gold score, where known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gold: Option<Interval>,
+    /// Gold score if the gold score itself chose among the same answers: what is lost against it is the reward model's doing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gold_of_perfect_choice: Option<Interval>,
     /// The reward model's score.
     pub score: Interval,
     /// Words of an answer.
@@ -27,7 +30,7 @@ impl BestOf {
     /// Of pools of answers, one a prompt; answers without a score, which did not fit the reward model, are left out. `None` where no
     /// pool has `n` of them.
     pub fn of_pools(pools: &[&[ScoredAnswer]], n: usize) -> Option<Self> {
-        let mut best = [const { Vec::new() }; 4];
+        let mut best = [const { Vec::new() }; 5];
         for pool in pools {
             let mut scored: Vec<(f64, &ScoredAnswer)> =
                 pool.iter().filter_map(|answer| Some((answer.score?, answer))).collect();
@@ -43,9 +46,14 @@ impl BestOf {
             best[1].extend(expected(&|answer| answer.score));
             best[2].extend(expected(&|answer| Some(answer.text.split_whitespace().count() as f64)));
             best[3].extend(expected(&|answer| Some(f64::from(u8::from(answer.ended)))));
+            let golds = scored.iter().map(|(_, answer)| answer.gold).collect::<Option<Vec<f64>>>();
+            best[4].extend(golds.map(|mut golds| {
+                golds.sort_by(f64::total_cmp);
+                expected_of_best(&golds, n)
+            }));
         }
-        let [gold, score, words, ended] = best.map(|values| Interval::of(&values));
-        Some(Self { n, kl: kl(n), gold, score: score?, words: words?, ended: ended? })
+        let [gold, score, words, ended, gold_of_perfect_choice] = best.map(|values| Interval::of(&values));
+        Some(Self { n, kl: kl(n), gold, gold_of_perfect_choice, score: score?, words: words?, ended: ended? })
     }
 }
 
@@ -128,6 +136,8 @@ mod tests {
         ];
         let best = BestOf::of_pools(&[&pool], 2).unwrap();
         assert!((best.gold.unwrap().mean - 0.4).abs() < 1e-12 && (best.score.mean - 1.5).abs() < 1e-12, "{best:?}");
+        // By gold: a, c, b; of two, c is the best once and b twice.
+        assert!((best.gold_of_perfect_choice.unwrap().mean - 0.8).abs() < 1e-12, "{best:?}");
         assert!((best.words.mean - 3.0).abs() < 1e-12 && best.ended.mean == 1.0, "{best:?}");
         assert_eq!(BestOf::of_pools(&[&pool], 4), None);
     }

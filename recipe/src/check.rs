@@ -107,10 +107,10 @@ impl Checker<'_> {
             Step::Sft if self.setup.base() == self.setup.dir(Step::Pretrain) => vec![Step::Pretrain],
             Step::World | Step::Tokenizer | Step::Pretrain | Step::Sft => Vec::new(),
             Step::Collect | Step::RewardModel | Step::Dpo => vec![Step::Sft],
-            Step::Ppo => vec![Step::Sft, Step::RewardModel],
+            Step::Ppo | Step::Rloo => vec![Step::Sft, Step::RewardModel],
             Step::Evaluate => config.stages(),
         };
-        if step == Step::Evaluate && config.stages().contains(&Step::Ppo) {
+        if step == Step::Evaluate && config.stages().into_iter().any(Step::follows_scores) {
             parents.extend([Step::Sft, Step::RewardModel]);
         }
         if step == Step::Evaluate && config.stages().contains(&Step::Dpo) {
@@ -184,7 +184,7 @@ impl Checker<'_> {
                     records::check_pairs(&file, config.data.read_options())?;
                 }
             }
-            Step::Collect | Step::Ppo | Step::Evaluate => {
+            Step::Collect | Step::Ppo | Step::Rloo | Step::Evaluate => {
                 for (file, prompts) in self.prompts(step)? {
                     self.gold(step, &file, &prompts)?;
                     self.labels(step, &file, prompts.len())?;
@@ -214,12 +214,12 @@ impl Checker<'_> {
     /// The prompts that a step answers, file by file, as far as they are there.
     fn prompts(&self, step: Step) -> Result<Vec<(PathBuf, Vec<Prompt>)>> {
         let config = &self.setup.recipe.config;
-        let (files, on_bad) = match (step, &config.collect, &config.evaluate, &self.setup.configs.ppo) {
+        let (files, on_bad) = match (step, &config.collect, &config.evaluate, self.setup.configs.against_scores(step)) {
             (Step::Collect, Some(collect), ..) => {
                 (vec![collect.prompts.clone(), collect.test_prompts.clone()], OnBadRecord::Fail.into())
             }
             (Step::Evaluate, _, Some(evaluate), _) => (vec![evaluate.prompts.clone()], OnBadRecord::Fail.into()),
-            (Step::Ppo, .., Some(ppo)) => ([&ppo.data.train[..], &ppo.data.val[..]].concat(), ppo.data.read_options()),
+            (.., Some(ppo)) => ([&ppo.data.train[..], &ppo.data.val[..]].concat(), ppo.data.read_options()),
             _ => return Ok(Vec::new()),
         };
         let files: Vec<PathBuf> = files.into_iter().filter(|file| !file.as_os_str().is_empty()).collect();
@@ -265,8 +265,9 @@ impl Checker<'_> {
         let (name, n_new) = match (step, &config.collect, &config.evaluate) {
             (Step::Collect, Some(collect), _) => ("recipe.collect.max_tokens", collect.max_tokens),
             (Step::Evaluate, _, Some(evaluate)) => ("recipe.evaluate.max_tokens", evaluate.max_tokens),
-            (Step::Ppo, ..) => match &self.setup.configs.ppo {
-                Some(ppo) => ("ppo.ppo.response_length", ppo.ppo.response_length),
+            (Step::Ppo | Step::Rloo, ..) => match self.setup.configs.against_scores(step) {
+                Some(config) if step == Step::Rloo => ("rloo.ppo.response_length", config.ppo.response_length),
+                Some(config) => ("ppo.ppo.response_length", config.ppo.response_length),
                 None => return Ok(()),
             },
             (Step::RewardModel, ..) => match &self.setup.configs.reward_model {
@@ -282,8 +283,8 @@ impl Checker<'_> {
             "`{name}` is {n_new}, but the model's context ({source}) has {context} tokens, the prompt's included"
         );
         let Some(tokenizer) = &self.model.tokenizer else { return Ok(()) };
-        let skips = step == Step::Ppo
-            && self.setup.configs.ppo.as_ref().is_some_and(|ppo| ppo.data.on_too_long == ppo::TooLong::Skip);
+        let skips =
+            self.setup.configs.against_scores(step).is_some_and(|config| config.data.on_too_long == ppo::TooLong::Skip);
         for (file, prompts) in self.prompts(step)? {
             let lengths = prompts
                 .iter()

@@ -20,10 +20,10 @@ pub struct RecipeConfig {
     pub title: String,
     /// Random seed of all steps; takes precedence over the `seed` of a stage's file.
     pub seed: u64,
-    /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`, `dpo`. All but `dpo` by default, or with
+    /// Training stages to run, in this order: `pretrain`, `sft`, `reward-model`, `ppo`, `rloo`, `dpo`. All but the last two by default, or with
     /// `init` those after `pretrain`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("items" = serde_json::json!({ "enum": ["pretrain", "sft", "reward-model", "ppo", "dpo"] })))]
+    #[schemars(extend("items" = serde_json::json!({ "enum": ["pretrain", "sft", "reward-model", "ppo", "rloo", "dpo"] })))]
     pub stages: Option<Vec<Step>>,
     /// Model to start from, a checkpoint or a directory in Hugging Face layout: the initial model of SFT, or of pretraining
     /// if `stages` names it.
@@ -43,7 +43,7 @@ pub struct RecipeConfig {
     pub collect: Option<CollectConfig>,
     /// Examination of SFT model, reward model and data before PPO, as `ppo doctor` makes it; its checks are in the report.
     pub doctor: DoctorConfig,
-    /// Evaluation of the base model, the SFT model and the policies after PPO and DPO on held-out prompts, for the report.
+    /// Evaluation of the base model, the SFT model and the policies after PPO, RLOO and DPO on held-out prompts, for the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<EvaluateConfig>,
     /// Curves of gold and proxy against the distance from the SFT model, as `recipe overoptimise` measures them; `recipe run` does not
@@ -136,7 +136,7 @@ pub enum LabelOrder {
     Uncertain,
 }
 
-/// `[evaluate]`: answers of the base model, the SFT model and the policies after PPO and DPO to prompts that none was trained on.
+/// `[evaluate]`: answers of the base model, the SFT model and the policies after PPO, RLOO and DPO to prompts that none was trained on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateConfig {
@@ -199,7 +199,7 @@ impl RecipeConfig {
         if let Some(stages) = &self.stages {
             ensure!(!stages.is_empty(), "`stages` names no stage");
             if let Some(step) = stages.iter().find(|step| !step.trains()) {
-                bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model`, `ppo` or `dpo`");
+                bail!("`stages` names `{step}`, expected `pretrain`, `sft`, `reward-model`, `ppo`, `rloo` or `dpo`");
             }
             ensure!(stages.is_sorted_by(|a, b| a < b), "`stages` must be in the order in which they run, each once");
         }
@@ -229,7 +229,10 @@ impl RecipeConfig {
         if let Some(evaluate) = &self.evaluate {
             evaluate.validate().context("invalid `[evaluate]`")?;
             let has = |step| self.stages().contains(&step);
-            let samples = has(Step::Ppo) || has(Step::Dpo) && has(Step::RewardModel) || !evaluate.best_of.is_empty();
+            let samples = has(Step::Ppo)
+                || has(Step::Rloo)
+                || has(Step::Dpo) && has(Step::RewardModel)
+                || !evaluate.best_of.is_empty();
             ensure!(
                 evaluate.temperature > 0.0 || !samples,
                 "`evaluate.temperature` is 0, but divergence from the SFT model and the best of several answers are measured on \
@@ -246,7 +249,7 @@ impl RecipeConfig {
     /// Training stages to run, in order.
     pub fn stages(&self) -> Vec<Step> {
         let wanted =
-            |step: &Step| step.trains() && *step != Step::Dpo && (self.init.is_none() || *step != Step::Pretrain);
+            |step: &Step| step.trains() && !step.is_extra() && (self.init.is_none() || *step != Step::Pretrain);
         self.stages.clone().unwrap_or_else(|| Step::ALL.into_iter().filter(wanted).collect())
     }
 
@@ -322,7 +325,7 @@ mod tests {
         assert_eq!(config("stages = [\"pretrain\"]\n").steps(), [Step::Tokenizer, Step::Pretrain]);
         assert_eq!(config("").stages().len(), 4);
         let all = "[gold]\nkind = \"world\"\n[collect]\nprompts = \"p\"\n[evaluate]\nprompts = \"q\"\n";
-        assert_eq!(config(all).steps().len(), Step::ALL.len() - 2); // all but the world and DPO
+        assert_eq!(config(all).steps().len(), Step::ALL.len() - 3); // all but the world, RLOO and DPO
         let with_dpo = "init = \"m\"\nstages = [\"sft\", \"dpo\"]";
         assert_eq!(config(with_dpo).steps(), [Step::Sft, Step::Dpo]);
     }

@@ -80,6 +80,7 @@ impl Evaluator<'_> {
         let results = Results {
             reward_model: self.reward_model()?,
             ppo: self.against_sft(Step::Ppo, data)?,
+            rloo: self.against_sft(Step::Rloo, data)?,
             dpo: self.dpo(data)?,
             best_of,
             ..Results::of_answers(&rows)
@@ -101,6 +102,7 @@ impl Evaluator<'_> {
             Policy::Base => self.setup.has_base(),
             Policy::Sft => self.trains(Step::Sft),
             Policy::Ppo => self.trains(Step::Ppo),
+            Policy::Rloo => self.trains(Step::Rloo),
             Policy::Dpo => self.trains(Step::Dpo),
         }
     }
@@ -114,12 +116,13 @@ impl Evaluator<'_> {
             Policy::Base => self.setup.base(),
             Policy::Sft => self.setup.dir(Step::Sft),
             Policy::Ppo => self.setup.dir(Step::Ppo),
+            Policy::Rloo => self.setup.dir(Step::Rloo),
             Policy::Dpo => self.setup.dir(Step::Dpo),
         };
         let failed = || format!("failed to load `{}`", dir.display());
         match policy {
             Policy::Base => checkpoint::init_from(&dir, self.setup.opening_init()),
-            Policy::Sft | Policy::Ppo | Policy::Dpo => Checkpoint::open_with(&dir, self.setup.opening()),
+            Policy::Sft | Policy::Ppo | Policy::Rloo | Policy::Dpo => Checkpoint::open_with(&dir, self.setup.opening()),
         }
         .with_context(failed)
     }

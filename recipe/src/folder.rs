@@ -195,7 +195,7 @@ struct Overrides {
 }
 
 /// The recipe in this program, for a user without the repository: `configs/tiny`.
-const EMBEDDED: (&str, [(&str, &str); 6]) = (
+const EMBEDDED: (&str, [(&str, &str); 7]) = (
     "tiny",
     [
         ("recipe.toml", include_str!("../../configs/tiny/recipe.toml")),
@@ -203,6 +203,7 @@ const EMBEDDED: (&str, [(&str, &str); 6]) = (
         ("sft.toml", include_str!("../../configs/tiny/sft.toml")),
         ("reward-model.toml", include_str!("../../configs/tiny/reward-model.toml")),
         ("ppo.toml", include_str!("../../configs/tiny/ppo.toml")),
+        ("rloo.toml", include_str!("../../configs/tiny/rloo.toml")),
         ("dpo.toml", include_str!("../../configs/tiny/dpo.toml")),
     ],
 );
@@ -243,7 +244,7 @@ impl Overrides {
                 None => {
                     return Err(UsageError(format!(
                         "invalid override `--set {text}`: expected it to begin with `recipe.`, `pretrain.`, `sft.`, \
-                         `reward-model.`, `ppo.` or `dpo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the \
+                         `reward-model.`, `ppo.`, `rloo.` or `dpo.`\nhint: write it as `--set ppo.ppo.kl_coef=0.1`: the stage, then the \
                          key in its file"
                     ))
                     .into());
@@ -351,7 +352,7 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let recipe = Recipe::open("tiny", out.path(), None, &[], None).unwrap();
         assert_eq!((recipe.name.as_str(), &recipe.dir), ("tiny", &out.path().join(EMBEDDED_DIR)));
-        let expected: Vec<Step> = Step::ALL.into_iter().filter(|step| *step != Step::Dpo).collect();
+        let expected: Vec<Step> = Step::ALL.into_iter().filter(|step| !step.is_extra()).collect();
         assert_eq!(recipe.config.steps(), expected);
         let load = || recipe.load::<sft::SftConfig>(Step::Sft, &[]).unwrap();
         let embedded = load();

@@ -16,7 +16,7 @@ use crate::steps::Step;
 /// If the recipe is not valid, or stdout is closed.
 pub fn print_config(args: &RunArgs) -> Result<()> {
     let mut recipe = Recipe::read(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
-    let StageConfigs { pretrain, sft, reward_model, ppo, dpo } = StageConfigs::load(&recipe)?;
+    let StageConfigs { pretrain, sft, reward_model, ppo, rloo, dpo } = StageConfigs::load(&recipe)?;
     let resolver = recipe.own_resolver();
     for path in recipe.config.paths_mut() {
         resolver.resolve_if_known(path)?;
@@ -28,6 +28,7 @@ pub fn print_config(args: &RunArgs) -> Result<()> {
         stage(&recipe, Step::Sft, sft, |config| config.data.sources_mut())?,
         stage(&recipe, Step::RewardModel, reward_model, |config| config.data.sources_mut())?,
         stage(&recipe, Step::Ppo, ppo, |config| config.data.sources_mut())?,
+        stage(&recipe, Step::Rloo, rloo, |config| config.data.sources_mut())?,
         stage(&recipe, Step::Dpo, dpo, |config| config.data.sources_mut())?,
     ];
     std::io::stdout().write_all(text.concat().as_bytes()).context("failed to write the configuration")

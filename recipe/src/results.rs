@@ -22,13 +22,15 @@ pub enum Policy {
     Sft,
     /// After PPO.
     Ppo,
+    /// After RLOO.
+    Rloo,
     /// After DPO.
     Dpo,
 }
 
 impl Policy {
     /// All of them, earliest first.
-    pub const ALL: [Self; 4] = [Self::Base, Self::Sft, Self::Ppo, Self::Dpo];
+    pub const ALL: [Self; 5] = [Self::Base, Self::Sft, Self::Ppo, Self::Rloo, Self::Dpo];
 
     /// Key in the report files.
     pub fn name(self) -> &'static str {
@@ -36,6 +38,7 @@ impl Policy {
             Self::Base => "base",
             Self::Sft => "sft",
             Self::Ppo => "ppo",
+            Self::Rloo => "rloo",
             Self::Dpo => "dpo",
         }
     }
@@ -59,6 +62,9 @@ pub struct Results {
     pub reward_model: Map<String, Value>,
     /// The output of `ppo eval` for the held-out prompts.
     pub ppo: Map<String, Value>,
+    /// The output of `ppo eval` for the held-out prompts, of the policy after RLOO.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub rloo: Map<String, Value>,
     /// The output of `dpo eval` for the test pairs, and with a reward model that of `ppo eval` of the same policy.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub dpo: Map<String, Value>,
@@ -120,6 +126,7 @@ impl Results {
             gain: Interval::of(&gains),
             reward_model: Map::new(),
             ppo: Map::new(),
+            rloo: Map::new(),
             dpo: Map::new(),
             best_of: Vec::new(),
         }

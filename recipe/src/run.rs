@@ -220,7 +220,7 @@ impl<'a> Run<'a> {
                 report::duration(self.record.seconds(step))
             );
             if let Some(record) = self.record.steps.get_mut(&step) {
-                if record.inputs.is_empty() && step == Step::Ppo {
+                if record.inputs.is_empty() && step.follows_scores() {
                     // An earlier version did PPO anew for another gold score.
                     record.gold = self.setup.gold_fingerprint()?;
                 }
@@ -241,7 +241,7 @@ impl<'a> Run<'a> {
         }
         // Results made from the earlier result of this step no longer belong to it.
         self.record.steps.range_mut(step..).for_each(|(_, record)| record.stale = true);
-        let gold = if step == Step::Ppo { self.setup.gold_fingerprint()? } else { None };
+        let gold = if step.follows_scores() { self.setup.gold_fingerprint()? } else { None };
         let mut record = StepRecord { inputs, finished: false, seconds, stale: false, gold };
         self.record.steps.insert(step, record.clone());
         self.record.save(&self.args.out)?;

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use common::checkpoint::{Manifest, Opening};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use common::kernels::TrunkPrecision;
 use dpo::DpoConfig;
-use ppo::PpoConfig;
+use ppo::{Estimator, PpoConfig};
 use pretrain::PretrainConfig;
 use reward_model::RewardModelConfig;
 use sft::SftConfig;
@@ -33,6 +33,8 @@ pub struct StageConfigs {
     pub reward_model: Option<RewardModelConfig>,
     /// ppo.toml
     pub ppo: Option<PpoConfig>,
+    /// rloo.toml, a configuration of PPO with another estimator
+    pub rloo: Option<PpoConfig>,
     /// dpo.toml
     pub dpo: Option<DpoConfig>,
 }
@@ -53,6 +55,7 @@ impl StageConfigs {
                     configs.reward_model = Some(load(recipe, step, &overrides, RewardModelConfig::validate)?);
                 }
                 Step::Ppo => configs.ppo = Some(load(recipe, step, &overrides, PpoConfig::validate)?),
+                Step::Rloo => configs.rloo = Some(load(recipe, step, &overrides, validate_rloo)?),
                 Step::Dpo => configs.dpo = Some(load(recipe, step, &overrides, DpoConfig::validate)?),
                 _ => {}
             }
@@ -67,7 +70,17 @@ impl StageConfigs {
         self.sft.iter().try_for_each(|config| of(Step::Sft, config.lora.as_ref()))?;
         self.reward_model.iter().try_for_each(|config| of(Step::RewardModel, config.lora.as_ref()))?;
         self.ppo.iter().try_for_each(|config| of(Step::Ppo, config.lora.as_ref()))?;
+        self.rloo.iter().try_for_each(|config| of(Step::Rloo, config.lora.as_ref()))?;
         self.dpo.iter().try_for_each(|config| of(Step::Dpo, config.lora.as_ref()))
+    }
+
+    /// The configuration of a step that trains a policy against the reward model.
+    pub fn against_scores(&self, step: Step) -> Option<&PpoConfig> {
+        match step {
+            Step::Ppo => self.ppo.as_ref(),
+            Step::Rloo => self.rloo.as_ref(),
+            _ => None,
+        }
     }
 }
 
@@ -80,6 +93,16 @@ fn load<T: Configuration + Default>(
     let config: T = recipe.load(step, overrides)?;
     validate(&config).with_context(|| format!("invalid config `{}`", recipe.stage_config(step).display()))?;
     Ok(config)
+}
+
+/// PPO with a value model is the stage `ppo`.
+fn validate_rloo(config: &PpoConfig) -> Result<()> {
+    config.validate()?;
+    ensure!(
+        config.ppo.estimator != Estimator::Gae,
+        "`ppo.estimator` is \"gae\", which is the stage `ppo`; expected \"rloo\" or \"grpo\""
+    );
+    Ok(())
 }
 
 /// A recipe with all its configurations, and where its results go.
@@ -128,12 +151,13 @@ impl Setup {
 
     /// The initial model and the data files of all steps, as far as they are there.
     pub fn files_read(&self) -> Vec<PathBuf> {
-        let StageConfigs { pretrain, sft, reward_model, ppo, dpo } = &self.configs;
+        let StageConfigs { pretrain, sft, reward_model, ppo, rloo, dpo } = &self.configs;
         let sources = [
             (Step::Pretrain, pretrain.as_ref().map(|config| config.data.sources())),
             (Step::Sft, sft.as_ref().map(|config| config.data.sources())),
             (Step::RewardModel, reward_model.as_ref().map(|config| config.data.sources())),
             (Step::Ppo, ppo.as_ref().map(|config| config.data.sources())),
+            (Step::Rloo, rloo.as_ref().map(|config| config.data.sources())),
             (Step::Dpo, dpo.as_ref().map(|config| config.data.sources())),
         ];
         let mut files: Vec<PathBuf> = self.recipe.config.init.iter().cloned().collect();
@@ -233,8 +257,8 @@ impl Setup {
                 inputs.stage_config("reward-model", &self.configs.reward_model, &resolver)?;
                 inputs.weights("sft", &self.dir(Step::Sft))?;
             }
-            Step::Ppo => {
-                inputs.stage_config("ppo", &self.configs.ppo, &resolver)?;
+            Step::Ppo | Step::Rloo => {
+                inputs.stage_config(step.name(), &self.configs.against_scores(step), &resolver)?;
                 inputs.weights("sft", &self.dir(Step::Sft))?;
                 inputs.weights("reward-model", &self.dir(Step::RewardModel))?;
             }
@@ -316,7 +340,7 @@ impl Setup {
             Step::Tokenizer | Step::Pretrain => drop(defaults.settings("pretrain", &PretrainConfig::default())?),
             Step::Sft => drop(defaults.settings("sft", &SftConfig::default())?),
             Step::RewardModel => drop(defaults.settings("reward-model", &RewardModelConfig::default())?),
-            Step::Ppo => drop(defaults.settings("ppo", &PpoConfig::default())?),
+            Step::Ppo | Step::Rloo => drop(defaults.settings(step.name(), &PpoConfig::default())?),
             Step::Dpo => drop(defaults.settings("dpo", &DpoConfig::default())?),
         }
         defaults.set("precision", "f32");

@@ -44,6 +44,9 @@ pub enum Step {
     RewardModel,
     /// Improve the SFT model by PPO against the reward model.
     Ppo,
+    /// Improve the SFT model against the reward model without a value model: several answers to a prompt, each measured
+    /// against the others.
+    Rloo,
     /// Train the SFT model on the preference pairs themselves, without a reward model.
     Dpo,
     /// Answer the held-out prompts with every policy and score the answers.
@@ -52,7 +55,7 @@ pub enum Step {
 
 impl Step {
     /// Every step, in running order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::World,
         Self::Tokenizer,
         Self::Pretrain,
@@ -60,6 +63,7 @@ impl Step {
         Self::Collect,
         Self::RewardModel,
         Self::Ppo,
+        Self::Rloo,
         Self::Dpo,
         Self::Evaluate,
     ];
@@ -74,6 +78,7 @@ impl Step {
             Self::Collect => "collect",
             Self::RewardModel => "reward-model",
             Self::Ppo => "ppo",
+            Self::Rloo => "rloo",
             Self::Dpo => "dpo",
             Self::Evaluate => "evaluate",
         }
@@ -81,7 +86,17 @@ impl Step {
 
     /// The steps that train and leave a checkpoint.
     pub fn trains(self) -> bool {
-        matches!(self, Self::Pretrain | Self::Sft | Self::RewardModel | Self::Ppo | Self::Dpo)
+        matches!(self, Self::Pretrain | Self::Sft | Self::RewardModel | Self::Ppo | Self::Rloo | Self::Dpo)
+    }
+
+    /// Those that run only where `stages` names them.
+    pub fn is_extra(self) -> bool {
+        matches!(self, Self::Rloo | Self::Dpo)
+    }
+
+    /// The steps that train a policy against the reward model.
+    pub fn follows_scores(self) -> bool {
+        matches!(self, Self::Ppo | Self::Rloo)
     }
 }
 

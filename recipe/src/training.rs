@@ -32,12 +32,13 @@ enum Next {
 /// # Errors
 /// Naming the first stage with fewer micro-batches.
 pub(crate) fn check_ranks(setup: &Setup, due: &[Step], group: &Group) -> Result<()> {
-    let StageConfigs { pretrain, sft, reward_model, ppo, dpo } = &setup.configs;
+    let StageConfigs { pretrain, sft, reward_model, ppo, rloo, dpo } = &setup.configs;
     let amounts = [
         (Step::Pretrain, pretrain.as_ref().map(|config| config.train.amount())),
         (Step::Sft, sft.as_ref().map(|config| config.train.amount())),
         (Step::RewardModel, reward_model.as_ref().map(|config| config.train.amount())),
         (Step::Ppo, ppo.as_ref().map(ppo::PpoConfig::minibatch)),
+        (Step::Rloo, rloo.as_ref().map(ppo::PpoConfig::minibatch)),
         (Step::Dpo, dpo.as_ref().map(|config| config.train.amount())),
     ];
     for (step, amount) in amounts.into_iter().filter(|(step, _)| due.contains(step)) {
@@ -89,7 +90,7 @@ pub(crate) struct Start {
     pub(crate) reward_model: Option<PathBuf>,
 }
 
-/// Runs the training stage `step` as its own command would; PPO reports `gold`, where it is known.
+/// Runs the training stage `step` as its own command would; PPO and RLOO report `gold`, where it is known.
 ///
 /// # Errors
 /// As the stage, and if it lacks what it starts from.

@@ -63,12 +63,12 @@ fn a_recipe_runs_once_skips_what_is_unchanged_and_redoes_what_is_not() {
 }
 
 #[test]
-fn dpo_and_the_best_of_several_answers_stand_beside_the_others() {
+fn rloo_dpo_and_the_best_of_several_answers_stand_beside_the_others() {
     let lab = Lab::new();
-    let stages = r#"recipe.stages=["pretrain", "sft", "reward-model", "ppo", "dpo"]"#;
+    let stages = r#"recipe.stages=["pretrain", "sft", "reward-model", "ppo", "rloo", "dpo"]"#;
     let settings = ["--set", stages, "--set", "recipe.evaluate.best_of=[1, 3]"];
     let said = lab.run(&settings);
-    assert!(said.contains("[8/10] dpo") && said.contains("[9/10] evaluate"), "{said}");
+    assert!(said.contains("[8/11] rloo") && said.contains("[9/11] dpo") && said.contains("[10/11] evaluate"), "{said}");
 
     let report = lab.json("report.json");
     assert_eq!(report["gold"]["dpo"]["n"], 5, "{report}");
@@ -76,6 +76,11 @@ fn dpo_and_the_best_of_several_answers_stand_beside_the_others() {
     {
         assert!(report["stages"]["dpo"]["metrics"][metric].is_number(), "{metric}: {report}");
     }
+    assert_eq!(report["gold"]["rloo"]["n"], 5, "{report}");
+    for metric in ["objective/score", "gold/score", "kl_mean", "win_rate"] {
+        assert!(report["stages"]["rloo"]["metrics"][metric].is_number(), "{metric}: {report}");
+    }
+    assert_ne!(report["gold"]["rloo"]["mean"], report["gold"]["ppo"]["mean"], "{report}");
     let best_of = report["best_of"].as_array().unwrap();
     assert_eq!(best_of.iter().map(|best| &best["n"]).collect::<Vec<_>>(), [1, 3], "{report}");
     assert_eq!(best_of[0]["kl"], 0.0);
@@ -83,16 +88,19 @@ fn dpo_and_the_best_of_several_answers_stand_beside_the_others() {
     assert!(best_of[1]["score"]["mean"].as_f64() > best_of[0]["score"]["mean"].as_f64(), "{report}");
     assert!(best_of.iter().all(|best| best["gold"]["n"] == 5), "{report}");
     let html = fs::read_to_string(lab.out("report.html")).unwrap();
-    for part in ["id=\"dpo\"", "<th>DPO</th>", "<th>SFT, best of 3</th>", "KL from SFT"] {
+    for part in ["id=\"dpo\"", "<th>DPO</th>", "id=\"rloo\"", "<th>RLOO</th>", "<th>SFT, best of 3</th>", "KL from SFT"]
+    {
         assert!(html.contains(part), "{part}: {html}");
     }
     // It learns from the collected pairs, as the reward model does.
     let config = fs::read_to_string(lab.out("dpo/config.toml")).unwrap();
     assert!(config.contains("pairs.train.jsonl"), "{config}");
 
-    assert_eq!(n_skipped(&lab.run(&settings)), N_STEPS + 1);
+    assert_eq!(n_skipped(&lab.run(&settings)), N_STEPS + 2);
     let said = lab.run(&[&settings[..], &["--set", "dpo.dpo.beta=0.5", "--overwrite"]].concat());
-    assert_eq!(n_skipped(&said), N_STEPS - 1, "DPO and the evaluation are done anew: {said}");
+    assert_eq!(n_skipped(&said), N_STEPS, "DPO and the evaluation are done anew: {said}");
+    let error = lab.fail(&[&settings[..], &["--set", "rloo.ppo.estimator=\"gae\""]].concat());
+    assert!(error.contains("`ppo.estimator` is \"gae\", which is the stage `ppo`"), "{error}");
 }
 
 #[test]

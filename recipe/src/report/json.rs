@@ -22,6 +22,7 @@ pub fn report(source: &Source) -> Value {
             match stage.step {
                 Step::RewardModel => metrics.extend(results.reward_model.clone()),
                 Step::Ppo => metrics.extend(results.ppo.clone()),
+                Step::Rloo => metrics.extend(results.rloo.clone()),
                 Step::Dpo => metrics.extend(results.dpo.clone()),
                 _ => {}
             }

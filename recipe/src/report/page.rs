@@ -311,6 +311,7 @@ fn models(results: &Results, scores: &BTreeMap<Policy, Interval>) -> Vec<Model> 
             kl: match policy {
                 Policy::Base | Policy::Sft => None,
                 Policy::Ppo => kl_of(&results.ppo),
+                Policy::Rloo => kl_of(&results.rloo),
                 Policy::Dpo => kl_of(&results.dpo),
             },
             words,
@@ -361,6 +362,15 @@ fn comparison_note(results: &Results, scorer: Option<&str>) -> String {
              prompt; its KL is log n − (n − 1)/n."
                 .to_owned(),
         );
+    }
+    if let Some(best) = results.best_of.last()
+        && let (Some(gold), Some(perfect)) = (best.gold, best.gold_of_perfect_choice)
+    {
+        note.push(format!(
+            "Were the best of {} chosen by the gold score itself, they would have {:.3} and not {:.3}: the difference is what \
+             the reward model does not see.",
+            best.n, perfect.mean, gold.mean
+        ));
     }
     if !measure(results).1.is_empty() {
         note.push(format!("Intervals: {METHOD}."));

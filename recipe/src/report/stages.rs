@@ -181,7 +181,7 @@ pub fn result(source: &Source, stage: &StageSource) -> String {
             Some(accuracy) => format!("picks the preferred answer in {} of held-out pairs", percent(accuracy)),
             None => String::new(),
         },
-        Step::Ppo => match (log.last("objective/score"), log.last("objective/kl")) {
+        Step::Ppo | Step::Rloo => match (log.last("objective/score"), log.last("objective/kl")) {
             (Some(score), Some(kl)) => {
                 format!("last rollout: reward model’s score {} at {kl:.1} nats of KL", signed(score))
             }
@@ -224,6 +224,10 @@ fn lede(step: Step, knows_gold: bool) -> String {
             "The fine-tuned model answers requests, the reward model scores the answers, and PPO makes the better ones likelier \
              while it pays for every nat it moves away from where it began."
         }
+        Step::Rloo => {
+            "The fine-tuned model answers each request several times and the reward model scores the answers. An answer becomes \
+             likelier the more its score exceeds that of the others to the same request, which takes the place of a value model."
+        }
         Step::Dpo => {
             "The fine-tuned model learns from the preference pairs themselves: it makes the preferred answer of each likelier than \
              the other one, measured from where it began. β times the log-probability that an answer gained is its implicit reward. \
@@ -237,7 +241,7 @@ fn lede(step: Step, knows_gold: bool) -> String {
 fn figures(stage: &StageSource) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     match stage.step {
-        Step::Ppo => {
+        Step::Ppo | Step::Rloo => {
             for trend in TRENDS {
                 figures.extend(trend.figure(stage)?);
             }
@@ -330,7 +334,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             push("Test pairs", evaluated("pairs").map(thousands), "");
             push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "guessing costs ln 2 = 0.693");
         }
-        Step::Ppo => {
+        Step::Ppo | Step::Rloo => {
             let change = |name: &str, digits: usize| {
                 let series = log.series(name);
                 let ((_, first), (_, last)) = (*series.first()?, *series.last()?);
@@ -338,7 +342,11 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             };
             push("Reward model’s score", change("objective/score", 2), "first rollout → last");
             push("Gold score", change(names::GOLD_SCORE, 3), "first rollout → last");
-            let evaluated = |name: &str| source.results.as_ref()?.ppo.get(name).and_then(mean_of);
+            let evaluated = |name: &str| {
+                let results = source.results.as_ref()?;
+                let of_stage = if stage.step == Step::Rloo { &results.rloo } else { &results.ppo };
+                of_stage.get(name).and_then(mean_of)
+            };
             let nats = |kl: f64| format!("{kl:.2} nats");
             push(
                 "KL from SFT",

@@ -15,6 +15,7 @@ pub fn title(step: Step) -> &'static str {
         Step::Collect => "Preference pairs",
         Step::RewardModel => "Reward model",
         Step::Ppo => "PPO",
+        Step::Rloo => "RLOO",
         Step::Dpo => "DPO",
         Step::Evaluate => "Evaluation",
     }
@@ -26,6 +27,7 @@ pub fn policy_title(policy: Policy) -> &'static str {
         Policy::Base => "Base",
         Policy::Sft => "SFT",
         Policy::Ppo => "PPO",
+        Policy::Rloo => "RLOO",
         Policy::Dpo => "DPO",
     }
 }
