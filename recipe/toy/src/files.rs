@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::flaws::{FlawRates, answer};
+use super::flaws::{FlawRates, StoryFlawRates, answer};
 use super::questions;
 use super::request::Request;
 use super::splits::{Group, Splits};
@@ -43,6 +43,8 @@ pub struct WorldConfig {
     /// Number of records in each validation and test file.
     #[schemars(range(min = 1, max = MOST_HELD_OUT))]
     pub held_out: usize,
+    /// Probabilities of the flaws in the stories to pretrain on, independent of each other.
+    pub pretrain_flaws: StoryFlawRates,
     /// Probabilities of the flaws in the answers to fine-tune on, independent of each other.
     pub flaws: FlawRates,
     /// Temperature of the simulated labeller, in units of the gold score; the higher, the more labels are wrong.
@@ -60,6 +62,7 @@ impl Default for WorldConfig {
             pair_prompts: 6_000,
             prompts: 3_000,
             held_out: 300,
+            pretrain_flaws: StoryFlawRates::default(),
             flaws: FlawRates::default(),
             label_temperature: labeller::TEMPERATURE,
         }
@@ -99,11 +102,19 @@ impl WorldConfig {
         for (name, count, most) in counts {
             anyhow::ensure!((1..=most).contains(&count), "`{name}` is {count}, expected 1 to {most}");
         }
-        for (name, rate) in self.flaws.named() {
-            anyhow::ensure!((0.0..=1.0).contains(&rate), "`flaws.{name}` is {rate}, expected a probability, 0 to 1");
+        for (table, rates) in [("pretrain_flaws", self.pretrain_flaws.into()), ("flaws", self.flaws)] {
+            for (name, rate) in rates.named() {
+                anyhow::ensure!(
+                    (0.0..=1.0).contains(&rate),
+                    "`{table}.{name}` is {rate}, expected a probability, 0 to 1"
+                );
+            }
+            let both = rates.too_short + rates.too_long;
+            anyhow::ensure!(
+                both <= 1.0,
+                "`{table}.too_short` and `{table}.too_long` add up to {both}, expected at most 1"
+            );
         }
-        let both = self.flaws.too_short + self.flaws.too_long;
-        anyhow::ensure!(both <= 1.0, "`flaws.too_short` and `flaws.too_long` add up to {both}, expected at most 1");
         anyhow::ensure!(
             self.label_temperature > 0.0,
             "`label_temperature` is {}, expected more than 0",
@@ -221,7 +232,11 @@ impl World<'_> {
             let mut rng = self.rng("documents", group, index);
             index += 1;
             let request = self.splits.draw(group, &mut rng);
-            let story = tell(&Content::for_request(&request, &mut rng), &mut rng);
+            let story = match FlawRates::from(self.config.pretrain_flaws) {
+                // Draws no numbers for flaws that there are none of: the stories of a clean world.
+                FlawRates::NONE => tell(&Content::for_request(&request, &mut rng), &mut rng),
+                rates => answer(&request, &rates, &mut rng),
+            };
             let text = story.text();
             if !told.insert(text.clone()) {
                 continue;

@@ -77,6 +77,37 @@ impl FlawRates {
     }
 }
 
+/// How often a story to pretrain on has each flaw: probabilities, independent of each other; 0 by default.
+///
+/// Such a story always has the characters, things, colours and places of its title or request: only so can a model learn
+/// to use what it is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoryFlawRates {
+    /// Probability that a story for which a mood was asked ends in the other mood.
+    #[schemars(range(min = 0, max = 1))]
+    pub wrong_mood: f64,
+    /// Probability that a story stops before its ending, after a sentence or in the middle of one.
+    #[schemars(range(min = 0, max = 1))]
+    pub no_ending: f64,
+    /// Probability that a sentence or two are repeated.
+    #[schemars(range(min = 0, max = 1))]
+    pub repetition: f64,
+    /// Probability that a story is hardly more than its first sentence and ending.
+    #[schemars(range(min = 0, max = 1))]
+    pub too_short: f64,
+    /// Probability that a story goes on for too long before it ends; with `too_short` at most 1.
+    #[schemars(range(min = 0, max = 1))]
+    pub too_long: f64,
+}
+
+impl From<StoryFlawRates> for FlawRates {
+    fn from(rates: StoryFlawRates) -> Self {
+        let StoryFlawRates { wrong_mood, no_ending, repetition, too_short, too_long } = rates;
+        Self { wrong_mood, no_ending, repetition, too_short, too_long, ..Self::NONE }
+    }
+}
+
 /// An answer to `request`, flawed at `rates`.
 pub fn answer(request: &Request, rates: &FlawRates, rng: &mut Rng) -> Story {
     let content = misheard(&Content::for_request(request, rng), request, rates, rng);

@@ -12,7 +12,7 @@
 //! # Files
 //! | file | what |
 //! | --- | --- |
-//! | `pretrain.train.txt`, `pretrain.val.txt` | stories without flaws, most after the request or a title they answer, so that a model learns to use what it is asked for; some with a question and its answer |
+//! | `pretrain.train.txt`, `pretrain.val.txt` | stories without flaws unless `pretrain_flaws` asks for some, most after the request or a title they answer, so that a model learns to use what it is asked for; some with a question and its answer |
 //! | `sft.train.jsonl`, `sft.val.jsonl` | requests and answers of mixed quality ([`flaws`]), some with a question about the story |
 //! | `prefs.train.jsonl`, `prefs.test.jsonl` | two flawed answers to a request, in the order of the simulated [`labeller`]; `gold_chosen`, `gold_rejected` tell the true scores |
 //! | `prompts.pairs.jsonl`, `prompts.pairs-test.jsonl` | requests for pairs of the SFT model's own answers |

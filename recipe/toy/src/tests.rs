@@ -133,6 +133,37 @@ fn good_stories_are_gold() {
 }
 
 #[test]
+fn flawed_stories_have_what_was_asked_for_and_little_else_to_rely_on() {
+    let pretrain_flaws =
+        StoryFlawRates { wrong_mood: 0.3, no_ending: 0.3, repetition: 0.3, too_short: 0.05, too_long: 0.05 };
+    let (clean, flawed) = (Files::of(&small()), Files::of(&WorldConfig { pretrain_flaws, ..small() }));
+    for (name, text) in &clean.by_name {
+        assert_eq!(text == &flawed.by_name[name], !name.contains("pretrain"), "{name}");
+    }
+    let parts = |files: &Files| -> Vec<gold::Parts> {
+        let documents = files.documents("pretrain.train.txt");
+        let asked = documents.iter().filter_map(|document| {
+            let (request, rest) = document.split_once('\n')?;
+            let asks_for_mood = Request::parse(request)?.mood.is_some();
+            (!asks_for_mood).then(|| gold::score_parts(request, rest.lines().next().unwrap_or_default()))?
+        });
+        asked.collect()
+    };
+    assert!(parts(&clean).iter().all(|parts| parts.score() == 1.0));
+    let told = parts(&flawed);
+    assert!(told.len() > 300, "{}", told.len());
+    let mean = |of: fn(&gold::Parts) -> f64| told.iter().map(of).sum::<f64>() / told.len() as f64;
+    // A story that stops early may stop before a thing is named.
+    assert!(mean(|parts| parts.followed) > 0.93, "{}", mean(|parts| parts.followed));
+    let ends = mean(|parts| f64::from(parts.ends == 1.0));
+    assert!((0.6..0.8).contains(&ends), "{ends}");
+    let fresh = mean(|parts| f64::from(parts.fresh == 1.0));
+    assert!((0.6..0.8).contains(&fresh), "{fresh}");
+    let length = mean(|parts| f64::from(parts.length == 1.0));
+    assert!((0.8..0.98).contains(&length), "{length}");
+}
+
+#[test]
 fn no_request_is_in_two_groups() {
     let files = Files::of(&small());
     let groups = [
@@ -320,5 +351,8 @@ fn a_bad_size_is_an_error() {
     assert_eq!(message(WorldConfig { flaws, ..small() }), "`flaws.no_ending` is 1.5, expected a probability, 0 to 1");
     let flaws = FlawRates { too_short: 0.6, too_long: 0.6, ..FlawRates::default() };
     assert!(message(WorldConfig { flaws, ..small() }).contains("add up to 1.2"));
+    let pretrain_flaws = StoryFlawRates { too_short: 0.6, too_long: 0.6, ..StoryFlawRates::default() };
+    let said = message(WorldConfig { pretrain_flaws, ..small() });
+    assert!(said.contains("`pretrain_flaws.too_short`"), "{said}");
     assert!(message(WorldConfig { label_temperature: 0.0, ..small() }).contains("more than 0"));
 }
