@@ -50,6 +50,15 @@ fn pretraining_killed_and_resumed_is_pretraining_uninterrupted() {
 }
 
 #[test]
+fn an_order_in_blocks_goes_on_where_a_killed_run_was() {
+    let lab = Lab::before(PRETRAIN);
+    // Short windows are many: several blocks of 256.
+    assert_killed_and_resumed_is_uninterrupted(&lab, PRETRAIN, 6, &["data.shuffle=\"blocks\"", "train.seq_len=4"]);
+    lab.ok("pretrain", &PRETRAIN.train("windows", &["--set", "train.seq_len=4"]));
+    assert_ne!(lab.bytes("whole/model.safetensors"), lab.bytes("windows/model.safetensors"), "another order");
+}
+
+#[test]
 fn dropout_accumulation_and_the_best_weights_survive_a_kill() {
     let lab = Lab::before(PRETRAIN);
     let settings = [

@@ -103,34 +103,63 @@ fn publish(work: Option<Work>) {
 pub struct Progress {
     bar: ProgressBar,
     work: Work,
+    /// Bytes are counted one by one and told in MB.
+    bytes_done: Option<u64>,
     began: Instant,
     said: Instant,
 }
+
+/// Bytes of a megabyte, in which [`Progress::of_bytes`] tells its work.
+const MB: u64 = 1_000_000;
 
 impl Progress {
     /// Of the work `what` on `n` `things`.
     pub fn new(what: &str, n: usize, things: &'static str) -> Self {
         let template = format!("{{msg}} {{wide_bar}} {{pos}}/{{len}} {things}, {{eta}} left");
-        let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = bars().add(ProgressBar::new(n as u64).with_style(style).with_message(what.to_owned()));
+        Self::with(what, n as u64, &template, Work { what: what.to_owned(), done: 0, all: n, things }, None)
+    }
+
+    /// Of the work `what` on `n` bytes, with its speed.
+    pub fn of_bytes(what: &str, n: u64) -> Self {
+        let template = "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left";
+        let work = Work { what: what.to_owned(), done: 0, all: n.div_ceil(MB) as usize, things: "MB" };
+        Self::with(what, n, template, work, Some(0))
+    }
+
+    fn with(what: &str, n: u64, template: &str, work: Work, bytes_done: Option<u64>) -> Self {
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = bars().add(ProgressBar::new(n).with_style(style).with_message(what.to_owned()));
+        publish(Some(work.clone()));
         let now = Instant::now();
-        let progress =
-            Self { bar, work: Work { what: what.to_owned(), done: 0, all: n, things }, began: now, said: now };
-        publish(Some(progress.work.clone()));
-        progress
+        Self { bar, work, bytes_done, began: now, said: now }
     }
 
     /// Notes that `n` more are done.
     pub fn add(&mut self, n: usize) {
         self.bar.inc(n as u64);
-        self.work.done += n;
+        match &mut self.bytes_done {
+            None => self.work.done += n,
+            Some(bytes) => {
+                *bytes += n as u64;
+                self.work.done = (*bytes / MB) as usize;
+            }
+        }
         publish(Some(self.work.clone()));
         if bars().is_hidden() && !is_diverted() && self.said.elapsed() >= SAY_EVERY {
             self.said = Instant::now();
             let Work { what, done, all, things } = &self.work;
-            let left = self.began.elapsed().as_secs_f64() / *done as f64 * all.saturating_sub(*done) as f64;
-            tracing::info!("{what}: {done}/{all} {things}, {left:.0} s left");
+            let per_second = *done as f64 / self.began.elapsed().as_secs_f64();
+            let left = all.saturating_sub(*done) as f64 / per_second;
+            let speed = if self.bytes_done.is_some() { format!(", {per_second:.1} MB/s") } else { String::new() };
+            tracing::info!("{what}: {done}/{all} {things}{speed}, {left:.0} s left");
         }
+    }
+
+    /// Notes that `n` bytes need no work: they do not count for the speed.
+    pub fn leave_out(&mut self, n: u64) {
+        let all = self.bar.length().unwrap_or_default().saturating_sub(n);
+        self.bar.set_length(all);
+        self.work.all = all.div_ceil(MB) as usize;
     }
 }
 

@@ -56,10 +56,26 @@ pub struct DataConfig {
     pub on_bad_record: OnBadRecord,
     /// Largest size of a record or document in bytes; a longer one is malformed.
     pub max_record_bytes: RecordLimit,
+    /// How the windows of an epoch are put in a random order.
+    pub shuffle: Shuffle,
     /// Whether every document begins with `<|bos|>`; if not, the text is one continuous stream.
     pub document_bos: bool,
     /// Whether a token may attend to earlier documents in the same window.
     pub attend_across_documents: bool,
+}
+
+/// How the windows of an epoch are put in a random order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Shuffle {
+    /// `windows` up to 1,048,576 windows an epoch, `blocks` beyond.
+    #[default]
+    Auto,
+    /// One random order of all windows; takes eight bytes of memory for each.
+    Windows,
+    /// Blocks of 256 neighbouring windows in a random order, then mixed within every 256 blocks: in little memory, from few
+    /// places of the disk at a time.
+    Blocks,
 }
 
 impl Default for DataConfig {
@@ -71,6 +87,7 @@ impl Default for DataConfig {
             separator: Separator::default(),
             on_bad_record: OnBadRecord::default(),
             max_record_bytes: RecordLimit::default(),
+            shuffle: Shuffle::default(),
             document_bos: true,
             attend_across_documents: false,
         }

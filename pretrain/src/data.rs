@@ -1,18 +1,22 @@
 //! Text to windows of tokens.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use common::data::file_sha256;
 use common::data::order::Order;
-use common::data::shards::{ShardSource, TokenShard, cache_dir};
+use common::data::shards::Tokens;
+use common::group::Group;
 use common::model::Layout;
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
 
-use crate::config::DataConfig;
+use crate::config::{DataConfig, Shuffle};
+use crate::tokenise::Tokenising;
+
+/// Windows of an epoch up to which [`Shuffle::Auto`] puts all of them in one random order.
+const ONE_ORDER: usize = 1 << 20;
 
 /// The training text and the held-out text.
 pub(crate) struct Corpus {
@@ -22,8 +26,8 @@ pub(crate) struct Corpus {
 
 /// A stream of tokens, cut into windows.
 pub(crate) struct TokenSet {
-    shards: Arc<[TokenShard]>,
-    /// Which of the tokens of all shards, one after the other, belong to this set.
+    tokens: Arc<Tokens>,
+    /// Which of the tokens belong to this set.
     range: std::ops::Range<usize>,
     bytes_per_token: f64,
     seq_len: usize,
@@ -43,30 +47,29 @@ pub struct Windows {
 }
 
 impl Corpus {
-    /// Tokenises the configured files, or opens the shards that an earlier run with the same tokenizer left.
+    /// Tokenises the configured files, but for the parts that an earlier run with the same tokenizer left.
     pub(crate) fn open(
         data: &DataConfig,
         tokenizer: &Tokenizer,
         seq_len: usize,
         streams: &Streams,
-        quiet: bool,
+        tokenising: &Tokenising<'_>,
     ) -> anyhow::Result<Self> {
-        let open = |files: &[PathBuf]| {
-            let shards = files.iter().map(|file| open_shard(file, data, tokenizer, quiet));
-            shards.collect::<anyhow::Result<Arc<[TokenShard]>>>().context("failed to tokenise the text")
-        };
-        let (train, val) = (open(&data.train)?, open(&data.val)?);
-        let n_train = n_tokens(&train);
+        let files = [&data.train[..], &data.val[..]].concat();
+        let mut parts = tokenising.parts(&files, data, tokenizer).context("failed to tokenise the text")?;
+        let val = Tokens::new(parts.split_off(data.train.len()).concat());
+        let train = Arc::new(Tokens::new(parts.concat()));
+        let n_train = train.len();
         // Where no file is held out, the end of the training text is.
-        let n_held_out = if val.is_empty() { (n_train as f64 * data.val_fraction) as usize } else { 0 };
+        let n_held_out = if data.val.is_empty() { (n_train as f64 * data.val_fraction) as usize } else { 0 };
         let split = n_train - n_held_out;
         let bos = bos_of(data, tokenizer);
-        let set = |shards, range| TokenSet::new(shards, range, seq_len, *streams, bos);
-        let val = if val.is_empty() {
+        let set = |tokens, range| TokenSet::new(tokens, range, seq_len, *streams, bos);
+        let val = if data.val.is_empty() {
             set(Arc::clone(&train), split..n_train)
         } else {
-            let n_val = n_tokens(&val);
-            set(val, 0..n_val)
+            let n_val = val.len();
+            set(Arc::new(val), 0..n_val)
         };
         let mut train = set(train, 0..split);
         for (name, set) in [("training", &train), ("held-out", &val)] {
@@ -78,13 +81,20 @@ impl Corpus {
             );
         }
         // One window fewer than fit, so that each epoch can begin at another offset.
-        train.order = Some(Order::new(train.n_windows(seq_len - 1), *streams, "order"));
+        let n_windows = train.n_windows(seq_len - 1);
+        let in_blocks = match data.shuffle {
+            Shuffle::Auto => n_windows > ONE_ORDER,
+            Shuffle::Windows => false,
+            Shuffle::Blocks => true,
+        };
+        train.order = Some(if in_blocks {
+            tracing::info!("{n_windows} windows in an epoch: shuffled in blocks, then within pools of blocks");
+            Order::in_blocks(n_windows, *streams, "order")
+        } else {
+            Order::new(n_windows, *streams, "order")
+        });
         Ok(Self { train, val })
     }
-}
-
-fn n_tokens(shards: &[TokenShard]) -> usize {
-    shards.iter().map(TokenShard::len).sum()
 }
 
 /// The token that begins a document, where attention stops at documents' ends.
@@ -93,17 +103,16 @@ fn bos_of(data: &DataConfig, tokenizer: &Tokenizer) -> Option<u32> {
 }
 
 impl TokenSet {
-    /// The tokens `range` of `shards`, in no order yet.
+    /// The tokens at `range`, in no order yet.
     fn new(
-        shards: Arc<[TokenShard]>,
+        tokens: Arc<Tokens>,
         range: std::ops::Range<usize>,
         seq_len: usize,
         streams: Streams,
         bos: Option<u32>,
     ) -> Self {
-        let n_bytes: u64 = shards.iter().map(TokenShard::n_bytes).sum();
-        let bytes_per_token = n_bytes as f64 / n_tokens(&shards).max(1) as f64;
-        Self { shards, range, bytes_per_token, seq_len, order: None, streams, bos }
+        let bytes_per_token = tokens.n_bytes() as f64 / tokens.len().max(1) as f64;
+        Self { tokens, range, bytes_per_token, seq_len, order: None, streams, bos }
     }
 
     /// Number of tokens in the set.
@@ -140,36 +149,27 @@ impl TokenSet {
         self.windows(starts)
     }
 
-    /// `n` windows spread evenly over the text, or all with 0.
-    pub(crate) fn spread(&self, n: usize) -> Vec<usize> {
+    /// How many windows `n` are, where 0 is all.
+    pub(crate) fn n_spread(&self, n: usize) -> usize {
         let all = self.n_windows(0);
-        let n = if n == 0 { all } else { n.min(all) };
-        (0..n).map(|i| i * all / n * self.seq_len).collect()
+        if n == 0 { all } else { n.min(all) }
+    }
+
+    /// Where window `i` of `n` begins that are spread evenly over the text.
+    pub(crate) fn spread(&self, i: usize, n: usize) -> usize {
+        i * self.n_windows(0) / n * self.seq_len
     }
 
     /// The windows that begin at `starts`, counted from the beginning of the set.
     pub(crate) fn windows(&self, starts: impl IntoIterator<Item = usize>) -> anyhow::Result<Windows> {
-        let rows = starts.into_iter().map(|start| self.read(self.range.start + start, self.seq_len + 1));
+        let rows = starts.into_iter().map(|start| self.read(start, self.seq_len + 1));
         Ok(Windows { rows: rows.collect::<anyhow::Result<_>>()?, seq_len: self.seq_len, bos: self.bos })
     }
 
-    /// `len` tokens from `start` of all shards together.
-    fn read(&self, mut start: usize, len: usize) -> anyhow::Result<Vec<u32>> {
-        let mut tokens = Vec::with_capacity(len);
-        for shard in &*self.shards {
-            if start >= shard.len() {
-                start -= shard.len();
-                continue;
-            }
-            let n = (shard.len() - start).min(len - tokens.len());
-            tokens.extend(shard.window(start, n)?);
-            start = 0;
-            if tokens.len() == len {
-                break;
-            }
-        }
-        ensure!(tokens.len() == len, "the tokenised text is shorter than its header says");
-        Ok(tokens)
+    /// `len` tokens from `start` on, counted from the beginning of the set.
+    fn read(&self, start: usize, len: usize) -> anyhow::Result<Vec<u32>> {
+        let start = self.range.start + start;
+        Ok(self.tokens.read(start..start + len)?)
     }
 }
 
@@ -210,20 +210,6 @@ impl Windows {
     }
 }
 
-/// The tokens of one file, from an earlier run where there are any.
-fn open_shard(file: &Path, data: &DataConfig, tokenizer: &Tokenizer, quiet: bool) -> anyhow::Result<TokenShard> {
-    let source = ShardSource {
-        path: file,
-        sha256: &file_sha256(file)?,
-        separator: &data.separator,
-        options: data.read_options(),
-        begin: if data.document_bos { tokenizer.bos() } else { None },
-        tokenizer_sha256: &tokenizer.sha256(),
-        vocab_size: tokenizer.vocab_size(),
-    };
-    Ok(TokenShard::open_or_encode(&cache_dir(), &source, |texts| tokenizer.encode_batch(texts), quiet)?)
-}
-
 /// Text of one file as a stream of its own, cut into windows without overlap: what `pretrain eval` measures.
 pub(crate) fn single_file(
     file: &Path,
@@ -232,11 +218,13 @@ pub(crate) fn single_file(
     seq_len: usize,
     quiet: bool,
 ) -> anyhow::Result<TokenSet> {
-    let shard = open_shard(file, data, tokenizer, quiet).context("failed to tokenise the text")?;
-    let n_tokens = shard.len();
+    let alone = Group::alone();
+    let parts = Tokenising::alone(&alone, quiet).parts(&[file.to_owned()], data, tokenizer);
+    let tokens = Tokens::new(parts.context("failed to tokenise the text")?.concat());
+    let n_tokens = tokens.len();
     ensure!(n_tokens > 1, "`{}` has {n_tokens} tokens; at least 2 are needed", file.display());
     let bos = bos_of(data, tokenizer);
-    Ok(TokenSet::new(Arc::new([shard]), 0..n_tokens, seq_len.min(n_tokens - 1), Streams::new(0), bos))
+    Ok(TokenSet::new(Arc::new(tokens), 0..n_tokens, seq_len.min(n_tokens - 1), Streams::new(0), bos))
 }
 
 impl TokenSet {
@@ -247,7 +235,7 @@ impl TokenSet {
         if seq_len == 0 {
             return Ok(None);
         }
-        let row = self.read(self.range.start + done, seq_len + 1)?;
+        let row = self.read(done, seq_len + 1)?;
         Ok(Some(Windows { rows: vec![row], seq_len, bos: self.bos }))
     }
 

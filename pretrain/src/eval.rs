@@ -15,6 +15,9 @@ use crate::cli::EvalArgs;
 use crate::config::{DataConfig, PretrainConfig};
 use crate::data::{self, TokenSet, Windows};
 
+/// Batches that are evaluated before their sums are added: a text of any length takes no more memory.
+const TOGETHER: usize = 1 << 14;
+
 /// Cross-entropy summed over tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Evaluation {
@@ -78,10 +81,19 @@ pub(crate) fn evaluate_windows(
     batch_size: usize,
 ) -> anyhow::Result<Evaluation> {
     let mut all = Evaluation::default();
-    let starts = text.spread(n_windows);
-    let batches: Vec<&[usize]> = starts.chunks(batch_size).collect();
-    let of_batch = |i: usize| evaluate_batch(gpt, &text.windows(batches[i].iter().copied())?);
-    group.map_shared(batches.len(), of_batch)?.into_iter().for_each(|of_batch| all.add(of_batch));
+    let n = text.n_spread(n_windows);
+    let n_batches = n.div_ceil(batch_size);
+    for first in (0..n_batches).step_by(TOGETHER) {
+        let of_batch = |i: usize| {
+            let start = (first + i) * batch_size;
+            let starts = (start..n.min(start + batch_size)).map(|i| text.spread(i, n));
+            evaluate_batch(gpt, &text.windows(starts)?)
+        };
+        let of_batches = group.map_shared(TOGETHER.min(n_batches - first), of_batch)?;
+        for of_batch in of_batches {
+            all.add(of_batch);
+        }
+    }
     ensure!(all.nats.is_finite(), "the held-out loss is {}", all.nats);
     Ok(all)
 }

@@ -13,12 +13,13 @@ mod config;
 mod data;
 mod eval;
 mod needs;
+mod tokenise;
 mod tokenizer;
 mod train;
 mod windows;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
-pub use config::{DataConfig, PretrainConfig, TrainConfig};
+pub use config::{DataConfig, PretrainConfig, Shuffle, TrainConfig};
 pub use data::Windows;
 pub use eval::Evaluation;
 pub use needs::needs;

@@ -23,6 +23,7 @@ use crate::config::PretrainConfig;
 use crate::data::{Corpus, Windows};
 use crate::eval;
 use crate::needs;
+use crate::tokenise::Tokenising;
 
 /// Trains a language model on text.
 ///
@@ -45,9 +46,9 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     if init.is_none() {
         needs::check(&config, &model_config, false, &runtime)?;
     }
-    // The first rank tokenises; the others find the shards.
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
-    let corpus = group.first_alone(|| Corpus::open(&config.data, &tokenizer, seq_len, &streams, quiet))?;
+    let tokenising = Tokenising::new(group, interrupt, quiet);
+    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, &tokenising)?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {
         stage: Stage::Pretrain,

@@ -1,12 +1,14 @@
 //! Training windows by themselves, to compare what backends compute from them.
 
 use anyhow::Context;
+use common::group::Group;
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
 
 use crate::cli::TrainArgs;
 use crate::config::PretrainConfig;
 use crate::data::Corpus;
+use crate::tokenise::Tokenising;
 
 /// The first `n` windows that `pretrain train` would see: rows of `seq_len + 1` tokens.
 ///
@@ -22,7 +24,7 @@ pub fn first_windows(args: &TrainArgs, n: usize) -> anyhow::Result<Vec<Vec<u32>>
         &tokenizer,
         seq_len,
         &Streams::new(config.seed),
-        args.stage.runtime.process.hides_bars(),
+        &Tokenising::alone(&Group::alone(), args.stage.runtime.process.hides_bars()),
     )?;
     Ok(corpus.train.batch(0..n as u64)?.rows)
 }

@@ -76,6 +76,11 @@ fn assert_any_number_of_ranks_is_one(stage: Stage, settings: &[&str]) {
 }
 
 #[test]
+fn an_order_in_blocks_is_the_same_for_any_number_of_ranks() {
+    assert_any_number_of_ranks_is_one(PRETRAIN, &["data.shuffle=\"blocks\"", "train.seq_len=4"]);
+}
+
+#[test]
 fn pretraining_by_any_number_of_ranks_is_that_of_one() {
     assert_any_number_of_ranks_is_one(PRETRAIN, &["model.dropout=0.1", "run.keep_best=true"]);
 }

@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use common::checkpoint::{Checkpoint, Stage};
 use common::conversation::{Message, Role};
 use common::data::files::expand;
-use common::data::records::{self, OnBadRecord, Separator};
+use common::data::records::{self, OnBadRecord, Separator, Texts};
 use common::exit::UsageError;
 use common::files::{is_filled, write_whole};
 use common::logging::counted;
@@ -165,15 +165,19 @@ struct Text {
 }
 
 fn read_text(path: &Path) -> Result<Text> {
-    let read = |file: &PathBuf| records::read_texts(file, &Separator::default(), OnBadRecord::Fail);
-    let texts = expand(path)?.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat();
+    let (mut n_documents, mut n_bytes) = (0, 0);
+    for file in expand(path)? {
+        for text in Texts::open(&file, &Separator::default(), OnBadRecord::Fail.into())? {
+            n_documents += 1;
+            n_bytes += text?.len();
+        }
+    }
     let absolute = std::path::absolute(path).with_context(|| format!("failed to find `{}`", path.display()))?;
-    let n_bytes: usize = texts.iter().map(String::len).sum();
     let least = |seq_len: usize| seq_len as f64 * MAX_BYTES_PER_TOKEN / VAL_FRACTION;
     let Some(seq_len) = WINDOWS.into_iter().find(|&seq_len| n_bytes as f64 >= least(seq_len)) else {
         bail!("`{}` has {n_bytes} bytes of text, expected at least {}", path.display(), least(WINDOWS[3]));
     };
-    Ok(Text { path: absolute.display().to_string(), seq_len, n_documents: texts.len(), n_bytes })
+    Ok(Text { path: absolute.display().to_string(), seq_len, n_documents, n_bytes })
 }
 
 impl Text {

@@ -32,7 +32,8 @@ pub enum DataError {
     },
     /// The folder of tokenised text cannot be used.
     #[error(
-        "cannot keep the tokenised text in `{path}`\nhint: set `{CACHE_VARIABLE}` to a folder that can be written",
+        "cannot keep the tokenised text in `{path}`\nhint: set `{CACHE_VARIABLE}` to a folder that can be written and has \
+         room for two bytes a token, or four with a vocabulary of more than 65,536",
         path = path.display()
     )]
     Cache {
@@ -116,6 +117,12 @@ pub enum DataError {
         /// The fault.
         reason: String,
     },
+    /// A text file was written to while it was tokenised.
+    #[error("`{path}` has changed while it was read\nhint: start again when nothing writes to it", path = .0.display())]
+    Changed(PathBuf),
+    /// The user asked to stop while text was tokenised.
+    #[error("stopped while the text was tokenised")]
+    Stopped,
     /// The documents cannot be encoded.
     #[error("cannot encode the documents")]
     Encode(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -21,8 +21,36 @@ use std::time::{Duration, SystemTime};
 
 use base::files::FileError;
 
-/// Path, size and modification time of a file.
-type Stamp = (PathBuf, u64, SystemTime);
+/// Size and modification time of a file: what shows that somebody has written to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    len: u64,
+    modified: SystemTime,
+}
+
+impl Stamp {
+    /// That of the file at `path`, now.
+    ///
+    /// # Errors
+    /// If it cannot be read or is no file.
+    pub fn of(path: &Path) -> Result<Self, DataError> {
+        let metadata = path.metadata().map_err(FileError::read(path))?;
+        if !metadata.is_file() {
+            return Err(DataError::NotAFile(path.to_owned()));
+        }
+        Ok(Self { len: metadata.len(), modified: metadata.modified().map_err(FileError::read(path))? })
+    }
+
+    /// Bytes of the file.
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the file has no byte.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
 
 /// Age from which a file that changes again is certain to get another modification time.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -35,22 +63,16 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the file cannot be read.
 pub fn file_sha256(path: &Path) -> Result<String, DataError> {
-    static KNOWN: LazyLock<Mutex<HashMap<Stamp, String>>> = LazyLock::new(Mutex::default);
-    let read_metadata = || {
-        let metadata = path.metadata()?;
-        Ok(((path.to_owned(), metadata.len(), metadata.modified()?), metadata.is_file()))
-    };
-    let (stamp, is_file): (Stamp, bool) = read_metadata().map_err(FileError::read(path))?;
-    if !is_file {
-        return Err(DataError::NotAFile(path.to_owned()));
-    }
+    static KNOWN: LazyLock<Mutex<HashMap<(PathBuf, Stamp), String>>> = LazyLock::new(Mutex::default);
+    let stamp = Stamp::of(path)?;
+    let file = (path.to_owned(), stamp);
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(sha256) = known.get(&stamp) {
+    if let Some(sha256) = known.get(&file) {
         return Ok(sha256.clone());
     }
     let sha256 = base::hash::sha256_of_file(path).map_err(FileError::read(path))?;
-    if stamp.2.elapsed().is_ok_and(|age| age > SETTLED) {
-        known.insert(stamp, sha256.clone());
+    if stamp.modified.elapsed().is_ok_and(|age| age > SETTLED) {
+        known.insert(file, sha256.clone());
     }
     Ok(sha256)
 }

@@ -31,11 +31,15 @@ pub struct TokenizerConfig {
     pub vocab_size: usize,
     /// Number of occurrences below which a pair is not merged; 0 merges any pair, as in the `tokenizers` library.
     pub min_frequency: u64,
+    /// Bytes of text to learn from: of a larger corpus, documents are drawn at random, each with the same probability. `char`
+    /// reads all, so that no character is missing.
+    #[schemars(range(min = 1))]
+    pub sample_bytes: u64,
 }
 
 impl Default for TokenizerConfig {
     fn default() -> Self {
-        Self { kind: TokenizerKind::Bpe, vocab_size: 4096, min_frequency: 0 }
+        Self { kind: TokenizerKind::Bpe, vocab_size: 4096, min_frequency: 0, sample_bytes: 1 << 30 }
     }
 }
 
@@ -45,6 +49,12 @@ impl TokenizerConfig {
     /// # Errors
     /// If `vocab_size` leaves no room for the special tokens and the alphabet.
     pub fn validate(&self) -> Result<(), TokenizerError> {
+        if self.sample_bytes == 0 {
+            return Err(TokenizerError::Config {
+                field: "sample_bytes",
+                reason: "expected at least 1, found 0".to_owned(),
+            });
+        }
         let (least, what) = match self.kind {
             TokenizerKind::Bpe => (256 + SPECIAL_TOKENS.len(), "256 bytes and 6 special tokens"),
             TokenizerKind::Wordpiece => (SPECIAL_TOKENS.len() + 2, "`[UNK]`, 6 special tokens and one character"),

@@ -36,7 +36,7 @@ fn of_fixture(kind: TokenizerKind) -> Tokenizer {
         TokenizerKind::Bpe => 400,
         _ => 200,
     };
-    let config = TokenizerConfig { kind, vocab_size, min_frequency: 0 };
+    let config = TokenizerConfig { kind, vocab_size, ..TokenizerConfig::default() };
     let mut texts = strings(&fixture["documents"]);
     texts.push(TEXT.to_owned());
     if matches!(kind, TokenizerKind::Bpe | TokenizerKind::Wordpiece) {
@@ -334,7 +334,7 @@ fn broken_directories_are_errors_that_say_so() {
 #[test]
 fn impossible_configurations_are_errors() {
     let train = |kind, vocab_size, texts: &[&str]| {
-        Tokenizer::train(&TokenizerConfig { kind, vocab_size, min_frequency: 0 }, texts.iter(), true)
+        Tokenizer::train(&TokenizerConfig { kind, vocab_size, ..TokenizerConfig::default() }, texts.iter(), true)
             .unwrap_err()
             .to_string()
     };
