@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 15] = [
     ("logging", &[]),
     ("metrics", &["files", "logging"]),
     ("out_dir", &[]),
-    ("runtime", &["backend", "checkpoint", "hf", "kernels", "model", "optim", "rng"]),
+    ("runtime", &["backend", "checkpoint", "group", "hf", "kernels", "model", "optim", "rng"]),
     (
         "session",
         &[

@@ -16,6 +16,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use common::hf;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -244,6 +245,18 @@ impl Lab {
         let bytes = self.bytes(relative);
         let text = std::str::from_utf8(&bytes).expect("UTF-8");
         text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("`{relative}`: {e}"))).collect()
+    }
+
+    /// The largest difference of two weights of two checkpoints.
+    ///
+    /// # Panics
+    /// If they cannot be read or hold different tensors.
+    pub fn largest_difference(&self, a: &str, b: &str) -> f32 {
+        let read = |out: &str| hf::read_file(&self.path(out).join("model.safetensors"), |_| true).expect("weights").0;
+        let (of_a, of_b) = (read(a), read(b));
+        assert!(of_a.keys().eq(of_b.keys()), "`{a}` and `{b}` hold different tensors");
+        let pairs = of_a.values().zip(of_b.values()).flat_map(|(a, b)| a.data.iter().zip(&b.data));
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     }
 
     /// The step of the checkpoint in `out`, once there is one.

@@ -115,9 +115,16 @@ impl Stopped {
     }
 }
 
-/// Has `what` done before a second request ends the process, such as giving back the terminal; the first call decides.
+/// Has `what` done before a second request or a silent process of its group ends the process, such as giving back the terminal; the first call decides.
 pub fn before_exit(what: fn()) {
     BEFORE_EXIT.get_or_init(|| what);
+}
+
+/// Does what [`before_exit`] was told, before the process ends at once.
+pub(crate) fn prepare_exit() {
+    if let Some(what) = BEFORE_EXIT.get() {
+        what();
+    }
 }
 
 /// A Ctrl-C that a program reads as a key, for a program that catches the signal.
@@ -172,9 +179,7 @@ impl Requests {
             Action::Nothing => {}
             Action::StopAtOnce => {
                 tracing::warn!("{}", STOPPING.get_or_init(|| TRAINING).second);
-                if let Some(what) = BEFORE_EXIT.get() {
-                    what();
-                }
+                prepare_exit();
                 std::process::exit(i32::from(Stopped { signal }.exit_code()));
             }
         }

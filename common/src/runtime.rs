@@ -6,6 +6,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::backend::{self, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::group::{Group, Share};
 use crate::hf::HostAdapter;
 use crate::kernels::{self, Kernels, Precision, TrunkPrecision};
 use crate::model::params::Output;
@@ -27,6 +28,8 @@ pub struct Runtime {
     /// Whether the models it gives compute the activations inside their blocks twice in training; see
     /// [`Gpt::with_checkpoints`].
     pub checkpoint_activations: bool,
+    /// Which part of an optimiser this process keeps.
+    pub share: Share,
     /// The backend as a checkpoint records it: as given, with the adapter found, and the precisions unless they are f32.
     pub label: String,
 }
@@ -52,7 +55,7 @@ impl Runtime {
         if trunk != TrunkPrecision::F32 {
             label = format!("{label}, trunk in {}", trunk.name());
         }
-        Ok(Self { device, kernels, precision, trunk, checkpoint_activations: false, label })
+        Ok(Self { device, kernels, precision, trunk, checkpoint_activations: false, share: Share::WHOLE, label })
     }
 
     /// The same device with autodiff, for the models that are trained.
@@ -65,6 +68,13 @@ impl Runtime {
     #[must_use]
     pub fn training(&self, checkpoint_activations: bool) -> Self {
         Self { checkpoint_activations, ..self.autodiff() }
+    }
+
+    /// The same with optimisers of which each process of `group` keeps its share, where it `shards` them, as
+    /// `train.shard_optimizer` says.
+    #[must_use]
+    pub fn sharing(self, group: &Group, shards: bool) -> Self {
+        Self { share: if shards { group.share() } else { Share::WHOLE }, ..self }
     }
 
     /// Whether models are in the host's memory, as those of the CPU backends are.
@@ -159,7 +169,7 @@ impl Runtime {
 
     /// An optimiser that has made no step.
     pub fn optimizer(&self, config: &OptimizerConfig) -> AdamW {
-        AdamW::new(config, self.kernels).with_precision(self.precision)
+        AdamW::new(config, self.kernels).with_precision(self.precision).with_share(self.share)
     }
 
     fn ready(&self, gpt: Gpt) -> Gpt {

@@ -4,6 +4,7 @@ use anyhow::ensure;
 use common::cli::StageArgs;
 use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
+use common::reduce::Reduce;
 pub use common::score::PairTooLong as TooLong;
 use common::session::{self, Amount, DataConfig, RunConfig};
 use schemars::JsonSchema;
@@ -70,6 +71,11 @@ pub struct TrainConfig {
     /// Whether the backward pass computes the activations inside each block again, instead of keeping them from the forward
     /// pass: the same numbers in less memory, and a third more time for a step.
     pub checkpoint_activations: bool,
+    /// Whether each of several processes keeps the moments of its part of the parameters alone (ZeRO-1): the same weights to the
+    /// byte, and less memory.
+    pub shard_optimizer: bool,
+    /// How the gradients of several processes are summed.
+    pub reduce: Reduce,
     /// Number of held-out pairs in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_pairs: usize,
 }
@@ -82,6 +88,8 @@ impl Default for TrainConfig {
             batch_size: 32,
             micro_batch_size: None,
             checkpoint_activations: false,
+            shard_optimizer: false,
+            reduce: Reduce::default(),
             eval_pairs: 0,
         }
     }

@@ -35,6 +35,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
+    let runtime = runtime.sharing(group, config.train.shard_optimizer);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let streams = Streams::new(config.seed);
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
@@ -107,7 +108,7 @@ impl Training for Dpo<'_> {
         let micro = self.config.train.amount().micro();
         let device = self.policy.device();
         let chosen = self.training.of_step(&mut self.order, step, self.config.train.batch_size);
-        let mut grads = GradSum::new(&self.group);
+        let mut grads = GradSum::new(&self.group, self.config.train.reduce);
         let mut micro_batches = Vec::new();
         let mut n_tokens = 0;
         let pair = |i: usize| (&self.training.encoded[i], self.reference.train[i]);
@@ -128,7 +129,7 @@ impl Training for Dpo<'_> {
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.policy, grad_norm) = self.optimizer.step(self.policy, grads.total()?, lr);
+        (self.policy, grad_norm) = grads.descend(&mut self.optimizer, self.policy, lr)?;
         let (group, norm, beta) = (self.group.clone(), grad_norm.clone(), self.config.dpo.beta);
         let metrics = Box::new(move || metrics(&group, micro_batches, beta, lr, &norm));
         let n_tokens: usize = self.group.gather(n_tokens)?.iter().sum();

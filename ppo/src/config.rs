@@ -6,6 +6,7 @@ use common::cli::StageArgs;
 use common::kernels::TrunkPrecision;
 use common::model::LoraConfig;
 use common::optim::{AdamStyle, OptimizerConfig, RlhfDefaults};
+use common::reduce::Reduce;
 use common::rng::Streams;
 use common::score::{Sampling, TooLong};
 use common::session::{self, Amount, DataConfig, RunConfig};
@@ -102,6 +103,11 @@ pub struct TrainConfig {
     /// Whether the backward pass computes the activations inside each block again, instead of keeping them from the forward
     /// pass: the same numbers in less memory, and a third more time for a step.
     pub checkpoint_activations: bool,
+    /// Whether each of several processes keeps the moments of its part of the parameters alone (ZeRO-1): the same weights to the
+    /// byte, and less memory.
+    pub shard_optimizer: bool,
+    /// How the gradients of several processes are summed.
+    pub reduce: Reduce,
     /// Number of responses decoded at once: fewer need less memory for keys and values, more are faster.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub rollout_batch_size: usize,
@@ -122,6 +128,8 @@ impl Default for TrainConfig {
             batch_size: 64,
             micro_batch_size: None,
             checkpoint_activations: false,
+            shard_optimizer: false,
+            reduce: Reduce::default(),
             rollout_batch_size: 256,
             batch_invariant: false,
             eval_prompts: 64,

@@ -53,7 +53,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
         let (dialect, set) = (config.ppo.dialect.name(), set.join("`, `"));
         tracing::info!("dialect `{dialect}`, except for what the configuration sets otherwise: `{set}`");
     }
-    let runtime = args.stage.runtime.open()?;
+    let runtime = args.stage.runtime.open()?.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
     needs::check(&config, args, &runtime)?;
     let (mut initial, mut reward_model) = open_models(args)?;

@@ -99,7 +99,7 @@ impl Learner {
                 let own = Experience::of_minibatch(&minibatch, &config.ppo);
                 let minibatch = own.as_ref().map_or(minibatch, |own| own.iter().collect());
                 let (policy_grads, value_grads) = self.gradients(group, &minibatch, config, kl_coef, &mut sums)?;
-                self = self.descend(policy_grads, value_grads, lrs, &mut sums);
+                self = self.descend(policy_grads, value_grads, lrs, &mut sums).with_shared_weights(group)?;
             }
         }
         Ok((self, sums.metrics()?))
@@ -116,8 +116,8 @@ impl Learner {
     ) -> anyhow::Result<(Grads, Grads)> {
         let counts = Counts::of(minibatch);
         let lengths = minibatch.iter().map(|e| e.rollout.prompt.ids.len() + e.rollout.response.ids.len());
-        let mut policy_grads = GradSum::new(group);
-        let mut value_grads = self.critic.as_ref().map(|_| GradSum::new(group));
+        let mut policy_grads = GradSum::new(group, config.train.reduce);
+        let mut value_grads = self.critic.as_ref().map(|_| GradSum::new(group, config.train.reduce));
         let (mut all_means, mut ratio_maxima) = (Vec::new(), Vec::new());
         let parts = by_length(lengths, config.micro_batch_size());
         for part in &parts[group.share().of(parts.len())] {
@@ -145,8 +145,11 @@ impl Learner {
         for (means, ratio_max) in in_order(group, all_means)?.into_iter().zip(in_order(group, ratio_maxima)?) {
             sums.add(means, ratio_max);
         }
-        let value_grads = value_grads.map(GradSum::total).transpose()?;
-        Ok((policy_grads.total()?, value_grads.unwrap_or_default()))
+        let value_grads = match (value_grads, &self.critic) {
+            (Some(grads), Some(critic)) => grads.total(&critic.optimizer)?,
+            _ => Grads::default(),
+        };
+        Ok((policy_grads.total(&self.policy_optimizer)?, value_grads))
     }
 
     /// One step of each optimiser at the learning rates of policy and value model.
@@ -169,6 +172,16 @@ impl Learner {
             critic
         });
         Self { policy, policy_optimizer, critic }
+    }
+
+    /// The same models with what other processes have moved.
+    fn with_shared_weights(self, group: &Group) -> anyhow::Result<Self> {
+        let Self { policy, policy_optimizer, critic } = self;
+        let policy = policy_optimizer.share_weights(group, policy)?;
+        let critic = critic.map(|Critic { model, optimizer }| -> anyhow::Result<Critic> {
+            Ok(Critic { model: optimizer.share_weights(group, model)?, optimizer })
+        });
+        Ok(Self { policy, policy_optimizer, critic: critic.transpose()? })
     }
 }
 

@@ -9,6 +9,7 @@ use common::data::files::one_or_many;
 use common::data::records::{OnBadRecord, ReadOptions, RecordLimit, Separator};
 use common::model::{GptConfig, ModelSection};
 use common::optim::OptimizerConfig;
+use common::reduce::Reduce;
 use common::session::{self, Amount, RunConfig};
 use common::tokenizer::TokenizerConfig;
 use schemars::JsonSchema;
@@ -112,6 +113,11 @@ pub struct TrainConfig {
     /// Whether the backward pass computes the activations inside each block again, instead of keeping them from the forward
     /// pass: the same numbers in less memory, and a third more time for a step.
     pub checkpoint_activations: bool,
+    /// Whether each of several processes keeps the moments of its part of the parameters alone (ZeRO-1): the same weights to the
+    /// byte, and less memory.
+    pub shard_optimizer: bool,
+    /// How the gradients of several processes are summed.
+    pub reduce: Reduce,
     /// Length of a window in tokens; at most `model.max_seq_len`, which is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000_000))]
@@ -132,6 +138,8 @@ impl Default for TrainConfig {
             batch_size: 16,
             micro_batch_size: None,
             checkpoint_activations: false,
+            shard_optimizer: false,
+            reduce: Reduce::default(),
             seq_len: None,
             eval_windows: 64,
             sample_prompts: vec![String::new()],

@@ -34,6 +34,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(None)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
+    let runtime = runtime.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
     let (tokenizer, init) = starting_point(args, &config, &runtime)?;
     let model_config = if let Some(init) = &init {
@@ -95,7 +96,7 @@ impl Training for Pretraining<'_> {
     fn step(mut self, step: u64, _recorder: &Recorder) -> anyhow::Result<(Self, Step)> {
         let (batch_size, micro) = (self.config.train.batch_size, self.config.train.amount().micro());
         let n_targets = batch_size * self.seq_len;
-        let mut grads = GradSum::new(&self.group);
+        let mut grads = GradSum::new(&self.group, self.config.train.reduce);
         let mut losses = Vec::new();
         for i in self.group.share().of(batch_size / micro) {
             let position = step * batch_size as u64 + (i * micro) as u64;
@@ -108,7 +109,7 @@ impl Training for Pretraining<'_> {
         }
         let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
         let grad_norm;
-        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads.total()?, lr);
+        (self.gpt, grad_norm) = grads.descend(&mut self.optimizer, self.gpt, lr)?;
         let step = Step::of_lm(&self.group, n_targets as u64, losses, lr, grad_norm);
         Ok((self, step))
     }

@@ -4,6 +4,7 @@ use anyhow::ensure;
 use common::cli::StageArgs;
 use common::model::LoraConfig;
 use common::optim::{OptimizerConfig, RlhfDefaults};
+use common::reduce::Reduce;
 pub use common::score::PairTooLong as TooLong;
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use schemars::JsonSchema;
@@ -74,6 +75,11 @@ pub struct TrainConfig {
     /// Whether the backward pass computes the activations inside each block again, instead of keeping them from the forward
     /// pass: the same numbers in less memory, and a third more time for a step.
     pub checkpoint_activations: bool,
+    /// Whether each of several processes keeps the moments of its part of the parameters alone (ZeRO-1): the same weights to the
+    /// byte, and less memory.
+    pub shard_optimizer: bool,
+    /// How the gradients of several processes are summed.
+    pub reduce: Reduce,
     /// Weight of the auxiliary loss `mean((r_chosen + r_rejected)²)`, which keeps scores near 0; TRL recommends 0.01, 0
     /// disables it.
     #[schemars(range(min = 0, max = 1_000_000))]
@@ -103,6 +109,8 @@ impl Default for TrainConfig {
             batch_size: 32,
             micro_batch_size: None,
             checkpoint_activations: false,
+            shard_optimizer: false,
+            reduce: Reduce::default(),
             centring_coef: 0.0,
             eval_pairs: 0,
             best_by: BestBy::default(),

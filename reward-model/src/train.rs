@@ -43,6 +43,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
+    let runtime = runtime.sharing(group, config.train.shard_optimizer);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let streams = Streams::new(config.seed);
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
@@ -153,7 +154,7 @@ impl Training for RewardTraining<'_> {
         let chosen = self.training.of_step(&mut self.order, step, batch_size);
         let chosen: Vec<&EncodedPair> = chosen.into_iter().map(|i| &self.training.encoded[i]).collect();
         let n_in_batch = chosen.len();
-        let mut grads = GradSum::new(&self.group);
+        let mut grads = GradSum::new(&self.group, self.config.train.reduce);
         let mut micro_batches = Vec::new();
         let parts = by_length(chosen.iter().map(|pair| pair.len()), micro);
         let mut n_tokens = 0;
@@ -181,7 +182,7 @@ impl Training for RewardTraining<'_> {
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.model, grad_norm) = self.optimizer.step(self.model, grads.total()?, lr);
+        (self.model, grad_norm) = grads.descend(&mut self.optimizer, self.model, lr)?;
         let (norm, group) = (grad_norm.clone(), self.group.clone());
         let metrics = Box::new(move || metrics(&group, micro_batches, n_in_batch, lr, &norm));
         let n_tokens: usize = self.group.gather(n_tokens)?.iter().sum();

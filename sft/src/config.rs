@@ -3,6 +3,7 @@
 use common::cli::StageArgs;
 use common::model::LoraConfig;
 use common::optim::OptimizerConfig;
+use common::reduce::Reduce;
 use common::session::{self, Amount, DataConfig, ModelOverrides, RunConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -64,6 +65,11 @@ pub struct TrainConfig {
     /// Whether the backward pass computes the activations inside each block again, instead of keeping them from the forward
     /// pass: the same numbers in less memory, and a third more time for a step.
     pub checkpoint_activations: bool,
+    /// Whether each of several processes keeps the moments of its part of the parameters alone (ZeRO-1): the same weights to the
+    /// byte, and less memory.
+    pub shard_optimizer: bool,
+    /// How the gradients of several processes are summed.
+    pub reduce: Reduce,
     /// Number of held-out conversations in an evaluation during training; 0 takes all, as the last evaluation does.
     pub eval_conversations: usize,
     /// Number of held-out prompts that the model answers at every evaluation; the results go to `samples.jsonl`.
@@ -81,6 +87,8 @@ impl Default for TrainConfig {
             batch_size: 32,
             micro_batch_size: None,
             checkpoint_activations: false,
+            shard_optimizer: false,
+            reduce: Reduce::default(),
             eval_conversations: 256,
             n_samples: 4,
             sample_tokens: 128,

@@ -34,6 +34,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     config.train.amount().check_ranks(group)?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
+    let runtime = runtime.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
     needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
@@ -110,7 +111,7 @@ impl Training for FineTuning<'_> {
             .collect();
         let batches: Vec<Batch> = chosen.chunks(micro).map(|part| Batch::new(part, seq_len)).collect();
         let n_targets = batches.iter().map(Batch::n_targets).sum();
-        let mut grads = GradSum::new(&self.group);
+        let mut grads = GradSum::new(&self.group, self.config.train.reduce);
         let mut losses = Vec::new();
         for i in self.group.share().of(batches.len()) {
             let batch = &batches[i];
@@ -126,7 +127,7 @@ impl Training for FineTuning<'_> {
         }
         let lr = self.config.optimizer.lr_at(step, self.total_steps);
         let grad_norm;
-        (self.gpt, grad_norm) = self.optimizer.step(self.gpt, grads.total()?, lr);
+        (self.gpt, grad_norm) = grads.descend(&mut self.optimizer, self.gpt, lr)?;
         let step = Step::of_lm(&self.group, n_targets as u64, losses, lr, grad_norm);
         Ok((self, step))
     }

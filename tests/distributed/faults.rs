@@ -2,17 +2,20 @@
 
 use std::time::{Duration, Instant};
 
+use common::hf;
 use common::rng::Streams;
-use pipeline_tests::{Lab, PRETRAIN};
-use rustix::process::{Signal, kill_process};
-
 use common::testing::has_mpirun;
+use pipeline_tests::{Lab, PRETRAIN, SFT, Stage};
+use rustix::process::{Signal, kill_process};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::json;
 
 use crate::mpirun::{mpirun, process, rank_pids, set};
 use crate::together::SHARED;
 
 /// The longest that the others may outlive a process.
-const LONGEST: Duration = Duration::from_secs(30);
+pub(crate) const LONGEST: Duration = Duration::from_secs(30);
 
 /// How often a process is killed, unless the variable `N_KILLS` says otherwise.
 const N_KILLS: usize = 10;
@@ -88,5 +91,50 @@ fn a_process_that_cannot_write_or_allocate_ends_the_others_with_its_message() {
         assert!(!run.ends().success(), "{name}: {}", run.stderr());
         assert!(start.elapsed() < LONGEST, "{name}: ended after {:?}", start.elapsed());
         assert!(says.is_none_or(|says| run.stderr().contains(says)), "{name}: {}", run.stderr());
+    }
+}
+
+/// Writes the checkpoint `base` again as `broken`, with a position that no model can read.
+fn break_position(lab: &Lab, position: usize) {
+    std::fs::create_dir(lab.path("broken")).unwrap();
+    for file in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(lab.path("base").join(file), lab.path("broken").join(file)).unwrap();
+    }
+    let (mut tensors, _) = hf::read_file(&lab.path("base/model.safetensors"), |_| true).unwrap();
+    let positions = tensors.get_mut("transformer.wpe.weight").expect("GPT-2's name");
+    let d_model = positions.shape[1];
+    positions.data[position * d_model..(position + 1) * d_model].fill(f32::MAX);
+    let bytes = tensors.values().map(|tensor| tensor.data.iter().flat_map(|x| x.to_le_bytes()).collect());
+    let bytes: Vec<Vec<u8>> = bytes.collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, tensor), bytes)| {
+        (name, TensorView::new(Dtype::F32, tensor.shape.clone(), bytes).expect("as many bytes as the shape says"))
+    });
+    std::fs::write(lab.path("broken/model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_on_one_rank_ends_all_and_the_rank_is_named() {
+    if !has_mpirun() {
+        return;
+    }
+    let lab = Lab::before(SFT);
+    break_position(&lab, 24);
+    // One conversation of eight is long enough to see the position.
+    let conversation = |answer: &str| {
+        let messages = [("user", "what?"), ("assistant", answer)];
+        json!({ "messages": messages.map(|(role, content)| json!({ "role": role, "content": content })) }).to_string()
+    };
+    let long = "the fox sees a red boat. the owl likes a big tree. the hare wants an old bell. a mouse finds a ball.";
+    let records: Vec<String> = (0..8).map(|i| conversation(if i == 3 { long } else { "a fox." })).collect();
+    lab.write("data/sft.train.jsonl", records.join("\n"));
+    let broken = Stage { inputs: &["--init", "broken"], ..SFT };
+    for how in ["train.shard_optimizer=false", "train.shard_optimizer=true", "train.reduce='fast'"] {
+        let more = set(&[&SHARED[..], &[how]].concat());
+        let mut run = Lab::running(mpirun(&lab, &vec![process(broken, "out", &more); 2]));
+        assert_eq!(run.ends().code(), Some(1), "{}", run.stderr());
+        let says = run.stderr();
+        assert!(says.contains("error: the gradient became NaN at step 1"), "{how}: {says}");
+        assert_eq!(says.matches("a gradient that rank ").count(), 1, "{how}: {says}");
+        std::fs::remove_dir_all(lab.path("out")).unwrap();
     }
 }

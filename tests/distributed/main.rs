@@ -7,5 +7,7 @@
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
 mod faults;
+mod many;
 mod mpirun;
+mod silent;
 mod together;

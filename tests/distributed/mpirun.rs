@@ -68,6 +68,12 @@ fn assert_any_number_of_processes_is_one(stage: Stage, settings: &[&str]) {
         assert_eq!(output.stderr.matches("done at step").count(), 1, "one of them speaks:\n{}", output.stderr);
         lab.assert_same("one", &out);
     }
+    let parts = train(&lab, stage, "shards", 3, &[&more[..], &["--set", "train.shard_optimizer=true"]].concat());
+    assert!(parts.status.success(), "{}", parts.stderr);
+    for file in ["model.safetensors", "state/optimizer.safetensors"] {
+        let path = |out: &str| format!("{out}/{file}");
+        assert!(lab.bytes(&path("one")) == lab.bytes(&path("shards")), "`{file}` differs with parts of the optimiser");
+    }
     let few = train(&lab, stage, "parts", 3, &[&more[..], &["--set", "train.steps=3"]].concat());
     assert!(few.status.success(), "{}", few.stderr);
     let steps = format!("train.steps={}", lab.saved_step("one").unwrap());

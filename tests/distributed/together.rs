@@ -110,3 +110,97 @@ fn ppo_by_any_number_of_ranks_is_that_of_one() {
 fn adapters_by_any_number_of_ranks_are_those_of_one() {
     assert_any_number_of_ranks_is_one(SFT, &["lora.rank=3", "lora.dropout=0.1"]);
 }
+
+/// Checks that a run whose ranks each keep a part of the optimiser leaves what one rank leaves, and goes on with any number of
+/// ranks, with parts or without.
+fn assert_parts_are_the_whole(stage: Stage, settings: &[&str]) {
+    let lab = Lab::before(stage);
+    let more: Vec<&str> = SHARED.iter().chain(settings).flat_map(|setting| ["--set", setting]).collect();
+    let parts = ["--set", "train.shard_optimizer=true"];
+    train_as(&lab, stage, "one", 1, &more);
+    for n in [2, 3] {
+        let out = format!("by-{n}");
+        train_as(&lab, stage, &out, n, &[&more[..], &parts].concat());
+        assert_same_but_for_settings(&lab, "one", &out);
+    }
+    let steps = lab.saved_step("one").unwrap();
+    let wholes = ["--set", "train.shard_optimizer=false"];
+    for (out, ranks) in [("alone", [1, 1, 1, 1]), ("parts", [2, 3, 2, 1])] {
+        for (i, n) in ranks.into_iter().enumerate() {
+            let up_to = format!("train.steps={}", steps * (i as u64 + 1) / 4);
+            let resume = ["--set", &up_to, "--resume"];
+            let how = if i == 1 { &wholes } else { &parts };
+            train_as(&lab, stage, out, n, &[&more, &how[..], &resume[..if i == 0 { 2 } else { 3 }]].concat());
+        }
+    }
+    lab.assert_same("alone", "parts");
+}
+
+/// Checks that two checkpoints have the same weights, moments, metrics and samples.
+#[track_caller]
+fn assert_same_but_for_settings(lab: &Lab, a: &str, b: &str) {
+    let contents = |out: &str| {
+        let mut contents = lab.contents(out);
+        ["config.toml", "state/state.json"].iter().for_each(|name| assert!(contents.remove(*name).is_some(), "{name}"));
+        contents
+    };
+    let (of_a, of_b) = (contents(a), contents(b));
+    assert!(of_a.keys().eq(of_b.keys()), "`{a}` and `{b}` hold different files");
+    let different: Vec<_> = of_a.iter().filter(|(name, content)| of_b[*name] != **content).collect();
+    assert!(different.is_empty(), "`{a}` and `{b}`: {:?}", different.iter().map(|(name, _)| name).collect::<Vec<_>>());
+}
+
+#[test]
+fn pretraining_with_parts_of_the_optimiser_is_that_with_the_whole() {
+    assert_parts_are_the_whole(PRETRAIN, &["model.dropout=0.1", "run.keep_best=true", "optimizer.grad_clip=0.1"]);
+}
+
+#[test]
+fn fine_tuning_with_parts_of_the_optimiser_is_that_with_the_whole() {
+    assert_parts_are_the_whole(SFT, &[]);
+}
+
+#[test]
+fn a_reward_model_with_parts_of_the_optimiser_is_that_with_the_whole() {
+    assert_parts_are_the_whole(REWARD_MODEL, &["optimizer.grad_clip=0"]);
+}
+
+#[test]
+fn dpo_with_parts_of_the_optimiser_is_that_with_the_whole() {
+    assert_parts_are_the_whole(DPO, &[]);
+}
+
+#[test]
+fn ppo_with_parts_of_both_optimisers_is_that_with_the_whole() {
+    assert_parts_are_the_whole(PPO, &["train.batch_invariant=true", "ppo.policy_ema=0.5"]);
+}
+
+#[test]
+fn adapters_with_parts_of_the_optimiser_are_those_with_the_whole() {
+    assert_parts_are_the_whole(SFT, &["lora.rank=3", "lora.dropout=0.1"]);
+}
+
+/// The largest difference of two weights after the runs of [`fast_sums_differ_by_rounding_alone`]; with AdamW's first steps of
+/// about the learning rate for any gradient, one that rounds to the other sign moves a weight by twice that.
+const ROUNDED: f32 = 1e-3;
+
+#[test]
+fn fast_sums_differ_by_rounding_alone() {
+    let lab = Lab::before(PRETRAIN);
+    let more: Vec<&str> = SHARED.iter().flat_map(|setting| ["--set", setting]).collect();
+    let fast = [&more[..], &["--set", "train.reduce='fast'"]].concat();
+    train_as(&lab, PRETRAIN, "one", 1, &more);
+    train_as(&lab, PRETRAIN, "fast-alone", 1, &fast);
+    assert_same_but_for_settings(&lab, "one", "fast-alone");
+    for n in [2, 3] {
+        let (whole, parts) = (format!("fast-{n}"), format!("fast-parts-{n}"));
+        train_as(&lab, PRETRAIN, &whole, n, &fast);
+        train_as(&lab, PRETRAIN, &parts, n, &[&fast[..], &["--set", "train.shard_optimizer=true"]].concat());
+        for out in [whole, parts] {
+            let difference = lab.largest_difference("one", &out);
+            println!("{out}: weights differ by {difference:e} at most");
+            assert!(difference > 0.0, "`{out}`: another order rounds otherwise");
+            assert!(difference < ROUNDED, "`{out}`: {difference}");
+        }
+    }
+}

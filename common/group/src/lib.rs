@@ -13,22 +13,25 @@
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "mpi")]
+mod beats;
+#[cfg(feature = "mpi")]
 mod mpi;
+mod sums;
 mod threads;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use threads::threads;
 
-/// Numbers sent at a time: small enough that the ranks of a chain work at the same time, large enough that a message's fixed
-/// cost does not count.
-const BUCKET: usize = 1 << 18;
+/// What [`Group::gather`] sends.
+const RESULTS: &str = "results";
 
 /// Set by launchers in each process that they start: Open MPI, MPICH and Intel MPI, Slurm with `PMIx`.
 const LAUNCHED: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK"];
@@ -36,15 +39,26 @@ const LAUNCHED: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PM
 /// The number of a rank among those of its machine, as launchers give it.
 const LOCAL_RANK: [&str; 4] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID"];
 
-/// Carries messages between two ranks, in order.
+/// Carries messages between two ranks, in order. `what` they are is for the message about a rank that does not answer.
 trait Transport: Send + Sync {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
-    fn send_bytes(&self, to: usize, bytes: &[u8]) -> Result<(), GroupError>;
-    fn receive_bytes(&self, from: usize) -> Result<Vec<u8>, GroupError>;
-    fn send_floats(&self, to: usize, numbers: &[f32]) -> Result<(), GroupError>;
+    fn send_bytes(&self, to: usize, bytes: &[u8], what: &'static str) -> Result<(), GroupError>;
+    fn receive_bytes(&self, from: usize, what: &'static str) -> Result<Vec<u8>, GroupError>;
+    fn send_floats(&self, to: usize, numbers: &[f32], what: &'static str) -> Result<(), GroupError>;
     /// Fills `numbers`, of which there are as many as were sent.
-    fn receive_floats(&self, from: usize, numbers: &mut [f32]) -> Result<(), GroupError>;
+    fn receive_floats(&self, from: usize, numbers: &mut [f32], what: &'static str) -> Result<(), GroupError>;
+    /// Sends to one and receives from another at the same time, so that all ranks may do so in a ring.
+    fn exchange_floats(
+        &self,
+        to: usize,
+        sent: &[f32],
+        from: usize,
+        received: &mut [f32],
+        what: &'static str,
+    ) -> Result<(), GroupError>;
+    /// How long another rank may be silent; see [`Group::set_patience`].
+    fn set_patience(&self, _patience: Option<Duration>) {}
     /// Ends every process of the group.
     fn abort(&self, code: u8);
 }
@@ -71,22 +85,38 @@ impl Counted {
         self.transport.size()
     }
 
-    fn send_bytes(&self, to: usize, bytes: &[u8]) -> Result<(), GroupError> {
-        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.transport.send_bytes(to, bytes)
+    fn count<T>(&self, sent: &[T]) {
+        self.bytes.fetch_add(size_of_val(sent) as u64, Ordering::Relaxed);
     }
 
-    fn receive_bytes(&self, from: usize) -> Result<Vec<u8>, GroupError> {
-        self.transport.receive_bytes(from)
+    fn send_bytes(&self, to: usize, bytes: &[u8], what: &'static str) -> Result<(), GroupError> {
+        self.count(bytes);
+        self.transport.send_bytes(to, bytes, what)
     }
 
-    fn send_floats(&self, to: usize, numbers: &[f32]) -> Result<(), GroupError> {
-        self.bytes.fetch_add(size_of_val(numbers) as u64, Ordering::Relaxed);
-        self.transport.send_floats(to, numbers)
+    fn receive_bytes(&self, from: usize, what: &'static str) -> Result<Vec<u8>, GroupError> {
+        self.transport.receive_bytes(from, what)
     }
 
-    fn receive_floats(&self, from: usize, numbers: &mut [f32]) -> Result<(), GroupError> {
-        self.transport.receive_floats(from, numbers)
+    fn send_floats(&self, to: usize, numbers: &[f32], what: &'static str) -> Result<(), GroupError> {
+        self.count(numbers);
+        self.transport.send_floats(to, numbers, what)
+    }
+
+    fn receive_floats(&self, from: usize, numbers: &mut [f32], what: &'static str) -> Result<(), GroupError> {
+        self.transport.receive_floats(from, numbers, what)
+    }
+
+    fn exchange_floats(
+        &self,
+        to: usize,
+        sent: &[f32],
+        from: usize,
+        received: &mut [f32],
+        what: &'static str,
+    ) -> Result<(), GroupError> {
+        self.count(sent);
+        self.transport.exchange_floats(to, sent, from, received, what)
     }
 }
 
@@ -106,6 +136,11 @@ pub struct Share {
 impl Share {
     /// All of the list.
     pub const WHOLE: Self = Self { rank: 0, size: 1 };
+
+    /// Whether this is all of any list.
+    pub const fn is_whole(self) -> bool {
+        self.size == 1
+    }
 
     /// The indices of this share in a list of `n`. Blocks differ by one at most; where there are fewer items than ranks, the
     /// last ranks have none.
@@ -137,6 +172,21 @@ pub enum GroupError {
         /// Which.
         rank: usize,
     },
+    /// Another rank is there and does nothing, or the network to it is gone.
+    #[error(
+        "rank {rank} has not answered for {seconds:.0} seconds, while rank {own} {doing}\nhint: look after the process of that rank \
+         and the network of its machine; `--resume` goes on from the last checkpoint, and `run.group_timeout` is how long to wait"
+    )]
+    Silent {
+        /// Which.
+        rank: usize,
+        /// For how long.
+        seconds: f64,
+        /// The rank that noticed.
+        own: usize,
+        /// What that was waiting for.
+        doing: String,
+    },
     /// A message cannot be read: the ranks run different programs.
     #[error("a message of another rank cannot be read: {reason}\nhint: start the same program on every machine")]
     Message {
@@ -163,16 +213,19 @@ impl Group {
         Self::default()
     }
 
-    /// The processes that a launcher started together with this one; without a launcher the process is alone.
+    /// The processes that a launcher started together with this one; without a launcher the process is alone. Where a rank
+    /// does not answer any more, `say` tells the user and gives the exit code with which all end.
     ///
     /// # Errors
     /// If there are others, and this program was built without MPI or the library does not start.
-    pub fn join() -> Result<Self, GroupError> {
+    pub fn join(say: fn(GroupError) -> u8) -> Result<Self, GroupError> {
         if !LAUNCHED.iter().any(|name| std::env::var_os(name).is_some()) {
             return Ok(Self::alone());
         }
         #[cfg(feature = "mpi")]
-        return mpi::join();
+        return mpi::join(say);
+        #[cfg(not(feature = "mpi"))]
+        let _ = say;
         #[cfg(not(feature = "mpi"))]
         if std::env::var("OMPI_COMM_WORLD_SIZE").or_else(|_| std::env::var("PMI_SIZE")).is_ok_and(|size| size != "1") {
             return Err(GroupError::NotBuilt);
@@ -213,6 +266,13 @@ impl Group {
         self.transport.as_ref().map_or(0, |transport| transport.bytes.load(Ordering::Relaxed))
     }
 
+    /// How long another rank may be silent, computing or not, until all end; `None` is for ever. Until it is set, 20 seconds.
+    pub fn set_patience(&self, patience: Option<Duration>) {
+        if let Some(transport) = &self.transport {
+            transport.transport.set_patience(patience);
+        }
+    }
+
     /// This rank's share of any list.
     pub fn share(&self) -> Share {
         Share { rank: self.rank(), size: self.size() }
@@ -229,11 +289,11 @@ impl Group {
         let all = if transport.rank() == 0 {
             let mut all = frame(&message);
             for from in 1..transport.size() {
-                all.extend(frame(&transport.receive_bytes(from)?));
+                all.extend(frame(&transport.receive_bytes(from, RESULTS)?));
             }
             all
         } else {
-            transport.send_bytes(0, &message)?;
+            transport.send_bytes(0, &message, RESULTS)?;
             Vec::new()
         };
         let all = self.broadcast(all)?;
@@ -315,52 +375,6 @@ impl Group {
         Ok(())
     }
 
-    /// The sum of the items of all ranks, each rank's `own` in turn: `((a + b) + c) + …` from the first item of rank 0 to the
-    /// last of the last rank, number by number. Every rank has at least one item.
-    ///
-    /// Buckets go along the chain of ranks, each of which adds its own, and the sums go back: a rank sends and receives every
-    /// number twice at most, however many ranks there are.
-    ///
-    /// # Errors
-    /// If a rank has ended.
-    ///
-    /// # Panics
-    /// If there is no item, or they differ in length.
-    pub fn sum_in_order(&self, own: Vec<Vec<f32>>) -> Result<Vec<f32>, GroupError> {
-        let mut own = own.into_iter();
-        let mut sum = own.next().expect("every rank has an item");
-        let Some(transport) = &self.transport else {
-            own.for_each(|item| add(&mut sum, &item));
-            return Ok(sum);
-        };
-        let (rank, last) = (transport.rank(), transport.size() - 1);
-        let (rest, n): (Vec<Vec<f32>>, usize) = (own.collect(), sum.len());
-        let mut before = vec![0.0; BUCKET.min(n)];
-        for start in (0..n).step_by(BUCKET) {
-            let bucket = start..n.min(start + BUCKET);
-            if rank > 0 {
-                let before = &mut before[..bucket.len()];
-                transport.receive_floats(rank - 1, before)?;
-                add(&mut sum[bucket.clone()], before);
-            }
-            for item in &rest {
-                add(&mut sum[bucket.clone()], &item[bucket.clone()]);
-            }
-            if rank < last {
-                transport.send_floats(rank + 1, &sum[bucket])?;
-            }
-        }
-        for bucket in sum.chunks_mut(BUCKET) {
-            if rank < last {
-                transport.receive_floats(rank + 1, bucket)?;
-            }
-            if rank > 0 {
-                transport.send_floats(rank - 1, bucket)?;
-            }
-        }
-        Ok(sum)
-    }
-
     /// Ends all processes of the group with this exit code; returns where the process is alone.
     pub fn abort(&self, code: u8) {
         if let Some(transport) = &self.transport {
@@ -374,10 +388,10 @@ impl Group {
         let (rank, size) = (transport.rank(), transport.size());
         // The highest bit of a rank leads to the one that it hears from.
         let distance = if rank == 0 { 0 } else { 1 << rank.ilog2() };
-        let message = if rank == 0 { message } else { transport.receive_bytes(rank - distance)? };
+        let message = if rank == 0 { message } else { transport.receive_bytes(rank - distance, RESULTS)? };
         let mut step = (2 * distance).max(1);
         while rank + step < size {
-            transport.send_bytes(rank + step, &message)?;
+            transport.send_bytes(rank + step, &message, RESULTS)?;
             step *= 2;
         }
         Ok(message)
@@ -387,12 +401,6 @@ impl Group {
 /// The number of this process among those of its machine, from 0, as the launcher gives it; 0 without one.
 pub fn local_rank() -> usize {
     LOCAL_RANK.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
-}
-
-/// Adds `numbers` to those of `sum`.
-fn add(sum: &mut [f32], numbers: &[f32]) {
-    assert_eq!(sum.len(), numbers.len(), "items of a sum have one length");
-    sum.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
 }
 
 /// A message behind its length.
@@ -419,51 +427,6 @@ fn unreadable(error: &impl ToString) -> GroupError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Numbers of many magnitudes, whose sum depends on the order.
-    fn item(i: usize, len: usize) -> Vec<f32> {
-        (0..len).map(|j| ((i * 7919 + j * 104_729) % 2003) as f32 * 10.0_f32.powi((i % 7) as i32 - 3)).collect()
-    }
-
-    fn sum_over(n_ranks: usize, n_items: usize, len: usize) -> Vec<Vec<f32>> {
-        threads(n_ranks, |group| {
-            let own = group.share().of(n_items).map(|i| item(i, len)).collect();
-            group.sum_in_order(own).expect("all ranks are there")
-        })
-    }
-
-    #[test]
-    fn a_sum_has_the_same_bits_for_any_number_of_ranks() {
-        let len = BUCKET + 3;
-        for n_items in [5, 8] {
-            let alone = sum_over(1, n_items, len).remove(0);
-            let mut reversed = item(n_items - 1, len);
-            (0..n_items - 1).rev().for_each(|i| add(&mut reversed, &item(i, len)));
-            assert_ne!(alone, reversed, "the order is to matter");
-            for n_ranks in [2, 3, 4, 5] {
-                assert!(sum_over(n_ranks, n_items, len).iter().all(|sum| *sum == alone), "{n_ranks} ranks");
-            }
-        }
-    }
-
-    #[test]
-    fn a_number_that_is_none_reaches_every_rank() {
-        let sums = threads(3, |group| {
-            let number = if group.rank() == 1 { f32::NAN } else { 1.0 };
-            group.sum_in_order(vec![vec![1.0, number]]).expect("all ranks are there")
-        });
-        assert!(sums.iter().all(|sum| sum[0] == 3.0 && sum[1].is_nan()), "{sums:?}");
-    }
-
-    #[test]
-    fn a_rank_sends_each_number_twice_and_the_ends_of_the_chain_once() {
-        let len = 1000;
-        let sent = threads(4, |group| {
-            group.sum_in_order(vec![vec![0.5; len], vec![0.25; len]]).expect("all ranks are there");
-            group.bytes_sent()
-        });
-        assert_eq!(sent, [4000, 8000, 8000, 4000]);
-    }
 
     #[test]
     fn shares_are_blocks_in_the_order_of_the_ranks() {

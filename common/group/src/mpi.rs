@@ -1,13 +1,20 @@
 //! A group of processes, through the MPI library of the machine.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mpi::Threading;
 use mpi::environment::Universe;
-use mpi::point_to_point::{Destination as _, MatchedReceiveVec as _, Source as _};
-use mpi::request::{Request, Scope, scope};
+use mpi::point_to_point::{Destination as _, Source as _};
+use mpi::request::{Request, Scope, StaticScope, scope};
 use mpi::topology::Communicator as _;
+use mpi::traits::Equivalence as _;
 
+use super::beats::{Beats, EVERY, PATIENCE};
+use super::sums::BUCKET;
 use super::{Group, GroupError, Transport};
 
 /// How long a rank asks again and again whether a message has come, before it lets others compute between two looks.
@@ -16,15 +23,47 @@ const BUSY: Duration = Duration::from_micros(200);
 /// Time between two looks after that.
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// The universe ends MPI when it is dropped.
-struct Mpi {
+/// Time between two looks for signs of life.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a rank that gives up waits for its own exchange to let go of the library.
+const LET_GO: Duration = Duration::from_secs(2);
+
+/// Between the rank that says first that rank 0 is silent, and the others.
+const FIRST_SPEAKS: Duration = Duration::from_secs(3);
+
+/// The kinds of messages: what is exchanged, and signs of life.
+const DATA: i32 = 0;
+const BEAT: i32 = 1;
+
+/// A sign of life, and the last one.
+static HERE: [u8; 1] = [0];
+static LEAVES: [u8; 1] = [1];
+
+/// The library, and this rank's place.
+struct World {
+    /// Ends MPI when it is dropped.
     universe: Universe,
+    /// One thread at a time calls the library.
+    calls: Mutex<()>,
     rank: usize,
     size: usize,
+    /// What the rank waits for.
+    waiting: Mutex<Option<(&'static str, usize)>>,
+    /// In milliseconds; 0 is for ever.
+    patience: AtomicU64,
+    /// Whether the group is no longer used here.
+    leaves: AtomicBool,
 }
 
-/// Starts MPI.
-pub(super) fn join() -> Result<Group, GroupError> {
+struct Mpi {
+    world: Arc<World>,
+    /// The thread that tells the others that this rank is there, and watches them.
+    watch: Option<JoinHandle<()>>,
+}
+
+/// Starts MPI; `say` tells the user of a rank that does not answer.
+pub(super) fn join(say: fn(GroupError) -> u8) -> Result<Group, GroupError> {
     // Not the thread that starts it, but one thread at a time uses it.
     let Some((universe, threading)) = mpi::initialize_with_threading(Threading::Serialized) else {
         return Err(GroupError::NotStarted { reason: "it is running already" });
@@ -32,18 +71,21 @@ pub(super) fn join() -> Result<Group, GroupError> {
     if threading < Threading::Serialized {
         return Err(GroupError::NotStarted { reason: "the library was built without threads" });
     }
-    let world = universe.world();
-    let (rank, size) = (world.rank() as usize, world.size() as usize);
-    Ok(Group::over(Mpi { universe, rank, size }))
-}
-
-/// Waits for a request without keeping a core busy: where there are more ranks than cores, others compute meanwhile.
-fn wait<'a, D: ?Sized, S: Scope<'a>>(mut request: Request<'a, D, S>) {
-    let start = Instant::now();
-    while let Err(unfinished) = request.test() {
-        request = unfinished;
-        pause(start);
-    }
+    let (rank, size) = (universe.world().rank() as usize, universe.world().size() as usize);
+    let world = Arc::new(World {
+        universe,
+        calls: Mutex::new(()),
+        rank,
+        size,
+        waiting: Mutex::new(None),
+        patience: AtomicU64::new(PATIENCE.as_millis() as u64),
+        leaves: AtomicBool::new(false),
+    });
+    let watched = world.clone();
+    let thread = std::thread::Builder::new().name("group".to_owned());
+    let watch = (size > 1).then(|| thread.spawn(move || watched.watch(say))).transpose();
+    let watch = watch.map_err(|_| GroupError::NotStarted { reason: "there is no thread for signs of life" })?;
+    Ok(Group::over(Mpi { world, watch }))
 }
 
 fn pause(start: Instant) {
@@ -54,46 +96,237 @@ fn pause(start: Instant) {
     }
 }
 
+impl World {
+    fn calls(&self) -> MutexGuard<'_, ()> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_waiting(&self, waiting: Option<(&'static str, usize)>) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+    }
+
+    /// Does `work`, which waits for `what` from, or to be taken by, `rank`.
+    fn wait_for<T>(&self, rank: usize, what: &'static str, work: impl FnOnce() -> T) -> T {
+        self.set_waiting(Some((what, rank)));
+        let done = work();
+        self.set_waiting(None);
+        done
+    }
+
+    /// Waits for a request without keeping a core busy: where there are more ranks than cores, others compute meanwhile.
+    ///
+    /// It does not give up: the thread that watches the others ends the process.
+    fn complete<'a, D: ?Sized, S: Scope<'a>>(&self, mut request: Request<'a, D, S>) {
+        let start = Instant::now();
+        loop {
+            let calls = self.calls();
+            match request.test() {
+                Ok(_) => return,
+                Err(unfinished) => request = unfinished,
+            }
+            drop(calls);
+            pause(start);
+        }
+    }
+
+    fn send<T: mpi::traits::Equivalence>(&self, to: usize, numbers: &[T]) {
+        let world = self.universe.world();
+        scope(|scope| {
+            let request = {
+                let _calls = self.calls();
+                world.process_at_rank(to as i32).immediate_send_with_tag(scope, numbers, DATA)
+            };
+            self.complete(request);
+        });
+    }
+
+    fn receive(&self, from: usize, numbers: &mut [f32]) {
+        let world = self.universe.world();
+        scope(|scope| {
+            let request = {
+                let _calls = self.calls();
+                world.process_at_rank(from as i32).immediate_receive_into_with_tag(scope, numbers, DATA)
+            };
+            self.complete(request);
+        });
+    }
+
+    fn receive_bytes(&self, from: usize) -> Vec<u8> {
+        let (world, start) = (self.universe.world(), Instant::now());
+        let process = world.process_at_rank(from as i32);
+        let (message, status) = loop {
+            let calls = self.calls();
+            if let Some(found) = process.immediate_matched_probe_with_tag(DATA) {
+                break found;
+            }
+            drop(calls);
+            pause(start);
+        };
+        let n = usize::try_from(status.count(u8::equivalent_datatype())).unwrap_or_default();
+        let mut bytes = vec![0; n];
+        scope(|scope| {
+            let request = {
+                let _calls = self.calls();
+                message.immediate_matched_receive_into(scope, &mut bytes[..])
+            };
+            self.complete(request);
+        });
+        bytes
+    }
+
+    /// Sends a bucket to one rank and receives one from another, where there are any.
+    fn exchange(&self, to: usize, sent: &[f32], from: usize, received: &mut [f32]) {
+        let world = self.universe.world();
+        scope(|scope| {
+            let (send, receive) = {
+                let _calls = self.calls();
+                let (to, from) = (world.process_at_rank(to as i32), world.process_at_rank(from as i32));
+                let receive =
+                    (!received.is_empty()).then(|| from.immediate_receive_into_with_tag(scope, received, DATA));
+                ((!sent.is_empty()).then(|| to.immediate_send_with_tag(scope, sent, DATA)), receive)
+            };
+            if let Some(request) = receive {
+                self.complete(request);
+            }
+            if let Some(request) = send {
+                self.complete(request);
+            }
+        });
+    }
+
+    /// Tells the others that this rank is there, until it leaves and they do, and ends all if one of them is silent.
+    fn watch(&self, say: fn(GroupError) -> u8) {
+        let mut beats = Beats::new(self.rank, self.size, Instant::now());
+        let mut sending: BTreeMap<usize, Request<'static, [u8; 1], StaticScope>> = BTreeMap::new();
+        let (mut last_beat, mut has_said_that_it_leaves) = (None::<Instant>, false);
+        loop {
+            let leaves = self.leaves.load(Ordering::SeqCst);
+            {
+                let _calls = self.calls();
+                let world = self.universe.world();
+                while let Some((message, status)) = world.any_process().immediate_matched_probe_with_tag(BEAT) {
+                    let (sign, _) = message.matched_receive::<u8>();
+                    beats.note(status.source_rank() as usize, [sign] == LEAVES, Instant::now());
+                }
+                sending = sending.into_iter().filter_map(|(to, request)| Some((to, request.test().err()?))).collect();
+                let sign = match last_beat {
+                    // The last sign comes behind all others.
+                    _ if leaves => (!has_said_that_it_leaves && sending.is_empty()).then_some(&LEAVES),
+                    Some(last) => (last.elapsed() >= EVERY).then_some(&HERE),
+                    None => Some(&HERE),
+                };
+                if let Some(sign) = sign {
+                    last_beat = Some(Instant::now());
+                    has_said_that_it_leaves = leaves;
+                    for to in beats.partners() {
+                        // One that takes none for now gets the next.
+                        sending.entry(to).or_insert_with(|| {
+                            world.process_at_rank(to as i32).immediate_send_with_tag(StaticScope, sign, BEAT)
+                        });
+                    }
+                }
+            }
+            if has_said_that_it_leaves && beats.all_have_left() && sending.is_empty() {
+                return;
+            }
+            let patience = self.patience.load(Ordering::Relaxed);
+            let patience = (patience > 0).then(|| Duration::from_millis(patience));
+            if let Some((rank, silence)) = beats.silent(patience, Instant::now()) {
+                self.end(rank, silence, say);
+            }
+            std::thread::park_timeout(if leaves { PAUSE } else { LOOK });
+        }
+    }
+
+    /// Ends all ranks because `rank` is silent.
+    fn end(&self, rank: usize, silence: Duration, say: fn(GroupError) -> u8) -> ! {
+        if self.rank > 1 {
+            std::thread::sleep(FIRST_SPEAKS);
+        }
+        let waiting = *self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let doing = waiting.map_or_else(
+            || "was computing".to_owned(),
+            |(what, peer)| format!("was exchanging {what} with rank {peer}"),
+        );
+        let code = say(GroupError::Silent { rank, seconds: silence.as_secs_f64(), own: self.rank, doing });
+        let start = Instant::now();
+        while start.elapsed() < LET_GO {
+            if let Ok(_calls) = self.calls.try_lock() {
+                self.universe.world().abort(i32::from(code));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        std::process::exit(i32::from(code));
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        self.world.leaves.store(true, Ordering::SeqCst);
+        if let Some(watch) = self.watch.take() {
+            watch.thread().unpark();
+            // A panic there was said, and this is the end.
+            let _ = watch.join();
+        }
+    }
+}
+
 impl Transport for Mpi {
     fn rank(&self) -> usize {
-        self.rank
+        self.world.rank
     }
 
     fn size(&self) -> usize {
-        self.size
+        self.world.size
     }
 
-    fn send_bytes(&self, to: usize, bytes: &[u8]) -> Result<(), GroupError> {
-        let world = self.universe.world();
-        scope(|scope| wait(world.process_at_rank(to as i32).immediate_send(scope, bytes)));
+    fn send_bytes(&self, to: usize, bytes: &[u8], what: &'static str) -> Result<(), GroupError> {
+        self.world.wait_for(to, what, || self.world.send(to, bytes));
         Ok(())
     }
 
-    fn receive_bytes(&self, from: usize) -> Result<Vec<u8>, GroupError> {
-        let (world, start) = (self.universe.world(), Instant::now());
-        let process = world.process_at_rank(from as i32);
-        let message = loop {
-            match process.immediate_matched_probe() {
-                Some(message) => break message,
-                None => pause(start),
+    fn receive_bytes(&self, from: usize, what: &'static str) -> Result<Vec<u8>, GroupError> {
+        Ok(self.world.wait_for(from, what, || self.world.receive_bytes(from)))
+    }
+
+    fn send_floats(&self, to: usize, numbers: &[f32], what: &'static str) -> Result<(), GroupError> {
+        self.world.wait_for(to, what, || self.world.send(to, numbers));
+        Ok(())
+    }
+
+    fn receive_floats(&self, from: usize, numbers: &mut [f32], what: &'static str) -> Result<(), GroupError> {
+        self.world.wait_for(from, what, || self.world.receive(from, numbers));
+        Ok(())
+    }
+
+    fn exchange_floats(
+        &self,
+        to: usize,
+        sent: &[f32],
+        from: usize,
+        received: &mut [f32],
+        what: &'static str,
+    ) -> Result<(), GroupError> {
+        self.world.wait_for(from, what, || {
+            let (mut sent, mut received) = (sent.chunks(BUCKET), received.chunks_mut(BUCKET));
+            loop {
+                let (send, receive) = (sent.next(), received.next());
+                if send.is_none() && receive.is_none() {
+                    return;
+                }
+                self.world.exchange(to, send.unwrap_or_default(), from, receive.unwrap_or_default());
             }
-        };
-        Ok(message.matched_receive_vec().0)
-    }
-
-    fn send_floats(&self, to: usize, numbers: &[f32]) -> Result<(), GroupError> {
-        let world = self.universe.world();
-        scope(|scope| wait(world.process_at_rank(to as i32).immediate_send(scope, numbers)));
+        });
         Ok(())
     }
 
-    fn receive_floats(&self, from: usize, numbers: &mut [f32]) -> Result<(), GroupError> {
-        let world = self.universe.world();
-        scope(|scope| wait(world.process_at_rank(from as i32).immediate_receive_into(scope, numbers)));
-        Ok(())
+    fn set_patience(&self, patience: Option<Duration>) {
+        let millis = patience.map_or(0, |patience| patience.as_millis().try_into().unwrap_or(u64::MAX));
+        self.world.patience.store(millis, Ordering::Relaxed);
     }
 
     fn abort(&self, code: u8) {
-        self.universe.world().abort(i32::from(code));
+        let _calls = self.world.calls();
+        self.world.universe.world().abort(i32::from(code));
     }
 }

@@ -68,22 +68,22 @@ impl Transport for Thread {
         self.to.len()
     }
 
-    fn send_bytes(&self, to: usize, bytes: &[u8]) -> Result<(), GroupError> {
+    fn send_bytes(&self, to: usize, bytes: &[u8], _what: &'static str) -> Result<(), GroupError> {
         self.send(to, Message::Bytes(bytes.to_vec()))
     }
 
-    fn receive_bytes(&self, from: usize) -> Result<Vec<u8>, GroupError> {
+    fn receive_bytes(&self, from: usize, _what: &'static str) -> Result<Vec<u8>, GroupError> {
         match self.receive(from)? {
             Message::Bytes(bytes) => Ok(bytes),
             Message::Floats(_) => Err(GroupError::Message { reason: "expected bytes, found numbers".to_owned() }),
         }
     }
 
-    fn send_floats(&self, to: usize, numbers: &[f32]) -> Result<(), GroupError> {
+    fn send_floats(&self, to: usize, numbers: &[f32], _what: &'static str) -> Result<(), GroupError> {
         self.send(to, Message::Floats(numbers.to_vec()))
     }
 
-    fn receive_floats(&self, from: usize, numbers: &mut [f32]) -> Result<(), GroupError> {
+    fn receive_floats(&self, from: usize, numbers: &mut [f32], _what: &'static str) -> Result<(), GroupError> {
         match self.receive(from)? {
             Message::Floats(sent) if sent.len() == numbers.len() => {
                 numbers.copy_from_slice(&sent);
@@ -91,6 +91,19 @@ impl Transport for Thread {
             }
             _ => Err(GroupError::Message { reason: format!("expected {} numbers", numbers.len()) }),
         }
+    }
+
+    fn exchange_floats(
+        &self,
+        to: usize,
+        sent: &[f32],
+        from: usize,
+        received: &mut [f32],
+        what: &'static str,
+    ) -> Result<(), GroupError> {
+        // A channel holds any number of messages.
+        self.send_floats(to, sent, what)?;
+        self.receive_floats(from, received, what)
     }
 
     /// Whoever waits for this thread learns of its end when it returns.

@@ -3,10 +3,15 @@
 //! Burn's own optimisers clip tensor by tensor and know no groups by name, so the update is ours; the arithmetic of one
 //! step is [`kernels::adamw_update`].
 
+mod config;
+mod shard;
+
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use group::Share;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -16,138 +21,8 @@ use crate::params::role_of;
 use crate::{HostTensor, NamedTensors};
 use kernels::{self, AdamWParam, AdamWStep, Kernels, Precision};
 
-/// How the learning rate changes after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schedule {
-    /// Half a cosine from `lr` to `min_lr`.
-    #[default]
-    Cosine,
-    /// A straight line from `lr` to `min_lr`.
-    Linear,
-    /// `lr` throughout.
-    Constant,
-}
-
-/// The `[optimizer]` section of every training stage.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct OptimizerConfig {
-    /// Peak learning rate.
-    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000))]
-    pub lr: f64,
-    /// Learning rate at the end of the schedule; at most `lr`.
-    #[schemars(range(min = 0, max = 1000))]
-    pub min_lr: f64,
-    /// How the learning rate changes after the warm-up.
-    pub schedule: Schedule,
-    /// Optimiser steps over which the learning rate rises from 0 to `lr`.
-    #[schemars(range(max = 1_000_000_000_000_u64))]
-    pub warmup_steps: u64,
-    /// Decoupled weight decay of AdamW; applies to weight matrices, not to biases and norms.
-    #[schemars(range(min = 0, max = 1_000_000))]
-    pub weight_decay: f64,
-    /// Decay rates of the first and second moment estimates (β₁, β₂).
-    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
-    pub betas: [f64; 2],
-    /// Added to the square root of the second moment before dividing (ε).
-    #[schemars(range(min = 1e-30, max = 1_000_000))]
-    pub eps: f64,
-    /// Global norm that gradients are clipped to; 0 disables clipping.
-    #[schemars(range(min = 0, max = 1e30))]
-    pub grad_clip: f64,
-}
-
-impl Default for OptimizerConfig {
-    fn default() -> Self {
-        Self {
-            lr: 1e-3,
-            min_lr: 0.0,
-            schedule: Schedule::Cosine,
-            warmup_steps: 0,
-            weight_decay: 0.1,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            grad_clip: 1.0,
-        }
-    }
-}
-
-impl OptimizerConfig {
-    /// The defaults of reward models and PPO: `lr` 1e-5 falling in a straight line to 0, no weight decay, `eps` 1e-5.
-    ///
-    /// # Source
-    /// lm-human-preferences, `launch.py`; "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031. The
-    /// `betas` are PyTorch's, as there.
-    pub fn rlhf() -> Self {
-        Self {
-            lr: 1e-5,
-            schedule: Schedule::Linear,
-            weight_decay: 0.0,
-            betas: [0.9, 0.999],
-            eps: 1e-5,
-            ..Self::default()
-        }
-    }
-}
-
-/// Reads an [`OptimizerConfig`] whose missing keys take the values of [`OptimizerConfig::rlhf`]:
-/// `#[serde(with = "RlhfDefaults")]`.
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "OptimizerConfig", deny_unknown_fields, default = "OptimizerConfig::rlhf")]
-pub struct RlhfDefaults {
-    lr: f64,
-    min_lr: f64,
-    schedule: Schedule,
-    warmup_steps: u64,
-    weight_decay: f64,
-    betas: [f64; 2],
-    eps: f64,
-    grad_clip: f64,
-}
-
-/// The learning rate at the end of the schedule is above the peak.
-#[derive(Debug, Clone, PartialEq, Error)]
-#[error("optimizer: `min_lr` must be at most `lr` {lr}, found {min_lr}")]
-pub struct OptimizerConfigError {
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Learning rate at the end.
-    pub min_lr: f64,
-}
-
-impl OptimizerConfig {
-    /// Checks that the values fit together; their ranges are those of the schema.
-    ///
-    /// # Errors
-    /// If `min_lr` is above `lr`.
-    pub fn validate(&self) -> Result<(), OptimizerConfigError> {
-        let Self { lr, min_lr, .. } = *self;
-        if min_lr > lr { Err(OptimizerConfigError { lr, min_lr }) } else { Ok(()) }
-    }
-
-    /// The learning rate of step `step` (the first is 0) out of `n_steps`.
-    ///
-    /// During the warm-up `lr·(step + 1)/(warmup_steps + 1)`; after it, with `p` the fraction of the remaining steps
-    /// already done, `min_lr + (lr − min_lr)·(1 + cos πp)/2` or `lr − (lr − min_lr)·p` or `lr`.
-    ///
-    /// # Source
-    /// nanoGPT's `get_lr` for the cosine; the straight line is RLHF practice (`lr·(1 − (u − 1)/U)` from
-    /// lm-human-preferences, whose `u` counts from 1).
-    pub fn lr_at(&self, step: u64, n_steps: u64) -> f64 {
-        if step < self.warmup_steps {
-            return self.lr * (step + 1) as f64 / (self.warmup_steps + 1) as f64;
-        }
-        let remaining = n_steps.saturating_sub(self.warmup_steps).max(1);
-        let progress = ((step - self.warmup_steps) as f64 / remaining as f64).min(1.0);
-        let span = self.lr - self.min_lr;
-        match self.schedule {
-            Schedule::Cosine => self.min_lr + span * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
-            Schedule::Linear => self.lr - span * progress,
-            Schedule::Constant => self.lr,
-        }
-    }
-}
+pub use config::{OptimizerConfig, OptimizerConfigError, RlhfDefaults, Schedule};
+pub(crate) use shard::Places;
 
 /// Where Adam's ε stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -177,6 +52,10 @@ impl AdamStyle {
 #[derive(Debug, Default)]
 pub struct Grads {
     by_path: BTreeMap<String, Tensor<1>>,
+    /// The norm of all, where it is known already.
+    norm: Option<GradNorm>,
+    /// Where those of all ranks stand, if these are the part of one.
+    places: Option<Places>,
 }
 
 impl Grads {
@@ -198,7 +77,7 @@ impl Grads {
         }
         let mut of_parameters = OfParameters { gradients, by_path: BTreeMap::new() };
         named::for_each(module, &mut of_parameters);
-        Self { by_path: of_parameters.by_path }
+        Self::from_flat(of_parameters.by_path)
     }
 
     /// The gradients by path, each flat.
@@ -208,7 +87,17 @@ impl Grads {
 
     /// Of the gradients by path, each flat.
     pub(crate) const fn from_flat(by_path: BTreeMap<String, Tensor<1>>) -> Self {
-        Self { by_path }
+        Self { by_path, norm: None, places: None }
+    }
+
+    /// The same gradients, the norm of all being `norm`.
+    pub(crate) fn with_norm(self, norm: GradNorm) -> Self {
+        Self { norm: Some(norm), ..self }
+    }
+
+    /// The same gradients as one rank's part of all that stand at `places`.
+    pub(crate) fn as_part_of(self, places: Places) -> Self {
+        Self { places: Some(places), ..self }
     }
 
     /// Adds another micro-batch's gradients.
@@ -329,6 +218,10 @@ pub struct AdamW {
     moments: BTreeMap<String, [Tensor<1>; 2]>,
     /// With f16 only.
     loss_scale: Option<LossScale>,
+    /// Which part of all numbers it keeps and moves.
+    share: Share,
+    /// Where all numbers stand, if it has a part of them and has made a step.
+    places: Places,
 }
 
 /// Name of the factor on the loss in a saved optimiser.
@@ -348,8 +241,16 @@ pub enum OptimizerStateError {
 impl AdamW {
     /// An optimiser that has made no step.
     pub fn new(config: &OptimizerConfig, kernels: Kernels) -> Self {
-        let style = AdamStyle::default();
-        Self { config: config.clone(), style, kernels, n_updates: 0, moments: BTreeMap::new(), loss_scale: None }
+        Self {
+            config: config.clone(),
+            style: AdamStyle::default(),
+            kernels,
+            n_updates: 0,
+            moments: BTreeMap::new(),
+            loss_scale: None,
+            share: Share::WHOLE,
+            places: Places::default(),
+        }
     }
 
     /// The same optimiser with its ε elsewhere; PyTorch's place is the default.
@@ -384,19 +285,19 @@ impl AdamW {
     ///
     /// Returns the module and the norm before clipping. With f16, gradients that are not finite lower the factor on
     /// the loss, move nothing and count as a norm of 0; only then does a GPU have to be waited for.
-    pub fn step<M: Module>(&mut self, module: M, grads: Grads, lr: f64) -> (M, GradNorm) {
+    pub fn step<M: Module>(&mut self, module: M, mut grads: Grads, lr: f64) -> (M, GradNorm) {
         let clip = self.config.grad_clip;
         let (mut grad_scale, mut device_scale) = (1.0, None);
-        let norm = match (self.loss_scale, grads.norm_on_device().filter(|_| !grads.are_on_host())) {
-            (None, Some(norm)) => {
+        let norm = match self.norm_of(&grads) {
+            GradNorm::Device(norm) => {
                 if clip > 0.0 {
                     device_scale = Some(norm.clone().clamp_min(clip).recip() * clip);
                 }
                 GradNorm::Device(norm)
             }
-            (scale, _) => {
-                let factor = scale.map_or(1.0, |scale: LossScale| scale.factor);
-                let norm = grads.norm(self.kernels) / factor;
+            GradNorm::Host(norm) => {
+                let factor = self.loss_factor();
+                let norm = norm / factor;
                 if let Some(scale) = &mut self.loss_scale {
                     scale.note(norm.is_finite());
                     if !norm.is_finite() {
@@ -408,17 +309,44 @@ impl AdamW {
                 GradNorm::Host(norm)
             }
         };
+        self.note_places(grads.places.take());
+        let pieces = self.pieces();
         self.n_updates += 1;
-        let mut take_out =
-            TakeOut { optimizer: self, grads, lr, grad_scale, device_scale, paths: Vec::new(), params: Vec::new() };
+        let mut take_out = TakeOut {
+            optimizer: self,
+            grads,
+            lr,
+            grad_scale,
+            device_scale,
+            pieces,
+            paths: Vec::new(),
+            params: Vec::new(),
+        };
         let module = named::map(module, &mut take_out);
-        let TakeOut { paths, params, .. } = take_out;
+        let TakeOut { paths, params, pieces, .. } = take_out;
         let mut moved = BTreeMap::new();
         for (path, [param, m, v]) in paths.into_iter().zip(kernels::adamw_update(self.kernels, params)) {
             self.moments.insert(path.clone(), [m, v]);
             moved.insert(path, param);
         }
-        (named::map(module, &mut PutBack { moved }), norm)
+        (named::map(module, &mut PutBack { moved, pieces }), norm)
+    }
+
+    /// The norm of all gradients, on the device where nothing has to wait for it.
+    pub(crate) fn norm_of(&self, grads: &Grads) -> GradNorm {
+        if let Some(norm) = &grads.norm {
+            return norm.clone();
+        }
+        let waits = self.scales_loss() || grads.are_on_host();
+        match if waits { None } else { grads.norm_on_device() } {
+            Some(norm) => GradNorm::Device(norm),
+            None => GradNorm::Host(grads.norm(self.kernels)),
+        }
+    }
+
+    /// Whether gradients that are not finite are nothing but a reason for a smaller factor on the loss.
+    pub(crate) const fn scales_loss(&self) -> bool {
+        self.loss_scale.is_some()
     }
 
     /// How many steps were made.
@@ -428,11 +356,17 @@ impl AdamW {
 
     /// The moments as `m.<path>` and `v.<path>`, for a checkpoint.
     pub fn to_named(&self) -> NamedTensors {
-        let mut named = NamedTensors::new();
+        let mut named = self.other_named();
         for (path, [m, v]) in &self.moments {
             named.insert(format!("m.{path}"), HostTensor::of(m));
             named.insert(format!("v.{path}"), HostTensor::of(v));
         }
+        named
+    }
+
+    /// What a checkpoint has besides the moments.
+    fn other_named(&self) -> NamedTensors {
+        let mut named = NamedTensors::new();
         if let Some(LossScale { factor, n_good }) = self.loss_scale {
             let data = vec![factor as f32, n_good as f32];
             named.insert(LOSS_SCALE.to_owned(), HostTensor { shape: vec![2], data });
@@ -465,7 +399,7 @@ impl AdamW {
             let flat = |t: HostTensor| Tensor::from_data(TensorData::new(t.data, t.shape), device);
             moments.insert(path, [flat(m), flat(v)]);
         }
-        Ok(Self { config: config.clone(), style: AdamStyle::default(), kernels, n_updates, moments, loss_scale })
+        Ok(Self { n_updates, moments, loss_scale, ..Self::new(config, kernels) })
     }
 }
 
@@ -478,6 +412,8 @@ struct TakeOut<'a> {
     grad_scale: f64,
     /// The clip where the norm is not known on the host, `[1]`.
     device_scale: Option<Tensor<1>>,
+    /// Of parameters of which a piece alone is moved.
+    pieces: BTreeMap<String, Range<usize>>,
     /// The path of each of `params`.
     paths: Vec<String>,
     params: Vec<AdamWParam>,
@@ -506,13 +442,22 @@ impl ParamMapper for TakeOut<'_> {
         let (id, value, mapper) = param.consume();
         let shape = value.dims();
         let n = shape.iter().product::<usize>();
+        let piece = self.pieces.get(&path);
+        // The rest of a piece stays where it is.
+        let whole = piece.map(|_| value.clone());
         let value = value.inner().reshape([n]);
+        let value = match piece {
+            Some(range) => value.narrow(0, range.start, range.len()),
+            None => value,
+        };
+        let n = value.dims()[0];
         let [m, v] = self.optimizer.moments.remove(&path).unwrap_or_else(|| {
             let zeros = || Tensor::zeros([n], &value.device());
             [zeros(), zeros()]
         });
         // One number, seen in the parameter's shape.
-        let stand_in = Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
+        let empty = || Tensor::from_inner(Tensor::<1>::empty([1], &value.device()).expand(shape));
+        let stand_in = whole.unwrap_or_else(empty);
         self.paths.push(path);
         self.params.push(AdamWParam { param: value, grad, m, v, step });
         Param::from_mapped_value(id, stand_in, mapper)
@@ -522,6 +467,8 @@ impl ParamMapper for TakeOut<'_> {
 /// Puts back, updated, the parameters that [`TakeOut`] took.
 struct PutBack {
     moved: BTreeMap<String, Tensor<1>>,
+    /// Of parameters of which a piece alone was moved.
+    pieces: BTreeMap<String, Range<usize>>,
 }
 
 impl ParamMapper for PutBack {
@@ -530,23 +477,21 @@ impl ParamMapper for PutBack {
             return param;
         };
         let (id, stand_in, mapper) = param.consume();
-        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(stand_in.dims())).require_grad(), mapper)
+        let shape = stand_in.dims();
+        let value = match self.pieces.remove(&path) {
+            Some(range) => {
+                let n = shape.iter().product::<usize>();
+                stand_in.inner().reshape([n]).slice_assign([range], value)
+            }
+            None => value,
+        };
+        Param::from_mapped_value(id, Tensor::from_inner(value.reshape(shape)).require_grad(), mapper)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_schedule_warms_up_then_falls_to_its_minimum() {
-        let config = OptimizerConfig { lr: 1.0, min_lr: 0.1, warmup_steps: 4, ..Default::default() };
-        let lr: Vec<f64> = [0, 3, 4, 54, 104, 200].map(|step| config.lr_at(step, 104)).to_vec();
-        let expected = [0.2, 0.8, 1.0, 0.55, 0.1, 0.1];
-        assert!(lr.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{lr:?}");
-        let linear = OptimizerConfig { schedule: Schedule::Linear, min_lr: 0.0, warmup_steps: 0, ..config };
-        assert!((linear.lr_at(25, 100) - 0.75).abs() < 1e-12);
-    }
 
     #[test]
     fn the_factor_on_the_loss_halves_on_overflow_and_doubles_after_many_good_steps() {
@@ -557,11 +502,5 @@ mod tests {
         assert_eq!(scale, LossScale { factor: 65_536.0, n_good: 0 });
         (0..40).for_each(|_| scale.note(false));
         assert_eq!(scale.factor, 1.0);
-    }
-
-    #[test]
-    fn a_value_out_of_range_is_named() {
-        let error = OptimizerConfig { lr: 0.1, min_lr: 0.2, ..Default::default() }.validate().expect_err("invalid");
-        assert_eq!(error.to_string(), "optimizer: `min_lr` must be at most `lr` 0.1, found 0.2");
     }
 }

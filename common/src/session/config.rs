@@ -1,6 +1,7 @@
 //! The parts of a configuration that every stage has, and how a stage reads its own.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use schemars::JsonSchema;
@@ -13,6 +14,9 @@ use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::data::files::one_or_many;
 use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
 use crate::kernels::TrunkPrecision;
+
+/// Seconds: signs of life come every second, and a busy machine may be late.
+const MIN_GROUP_TIMEOUT: u64 = 5;
 
 /// The `[run]` section: how often a run logs, evaluates and saves, and when it stops early.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +35,10 @@ pub struct RunConfig {
     pub keep_best: bool,
     /// Number of evaluations without a new best after which training stops early; 0 never stops early.
     pub patience: u64,
+    /// Seconds without a sign of life from one of several processes after which all end; 0 waits for ever. A process gives
+    /// signs of life whatever it does, so that a slow one does not end the run.
+    #[schemars(range(max = 1_000_000_000))]
+    pub group_timeout: u64,
     /// Whether a run that needs more memory than there is stops before it begins.
     pub check_memory: bool,
     /// Whether the metrics are also written to an event file, for TensorBoard.
@@ -46,6 +54,7 @@ impl Default for RunConfig {
             save_every_minutes: 5.0,
             keep_best: false,
             patience: 0,
+            group_timeout: 20,
             check_memory: true,
             tensorboard: false,
         }
@@ -68,6 +77,7 @@ impl RunConfig {
             save_every_minutes: Option<f64>,
             keep_best: Option<bool>,
             patience: Option<u64>,
+            group_timeout: Option<u64>,
             check_memory: Option<bool>,
             tensorboard: Option<bool>,
         }
@@ -79,6 +89,7 @@ impl RunConfig {
             save_every_minutes: given.save_every_minutes.unwrap_or(self.save_every_minutes),
             keep_best: given.keep_best.unwrap_or(self.keep_best),
             patience: given.patience.unwrap_or(self.patience),
+            group_timeout: given.group_timeout.unwrap_or(self.group_timeout),
             check_memory: given.check_memory.unwrap_or(self.check_memory),
             tensorboard: given.tensorboard.unwrap_or(self.tensorboard),
         })
@@ -94,7 +105,17 @@ impl RunConfig {
             "`run.save_every_minutes` must be 0 or more, found {}",
             self.save_every_minutes
         );
+        ensure!(
+            self.group_timeout == 0 || self.group_timeout >= MIN_GROUP_TIMEOUT,
+            "`run.group_timeout` must be 0 or at least {MIN_GROUP_TIMEOUT}, found {}",
+            self.group_timeout
+        );
         Ok(())
+    }
+
+    /// How long another process may be silent.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        (self.group_timeout > 0).then(|| Duration::from_secs(self.group_timeout))
     }
 
     /// Whether training has stopped early, `evals_since_best` evaluations after the best one.
@@ -265,6 +286,16 @@ mod tests {
         for nothing in [Amount { epochs: Some(0), ..AMOUNT }, Amount { batch_size: 0, ..AMOUNT }] {
             assert!(check(nothing).is_err(), "{nothing:?}");
         }
+    }
+
+    #[test]
+    fn patience_with_other_processes_is_endless_or_some_seconds() {
+        for (seconds, is_valid) in [(0, true), (1, false), (5, true), (600, true)] {
+            let run = RunConfig { group_timeout: seconds, ..RunConfig::default() };
+            assert_eq!(run.validate().is_ok(), is_valid, "{seconds}");
+        }
+        assert_eq!(RunConfig::default().patience(), Some(Duration::from_secs(20)));
+        assert_eq!(RunConfig { group_timeout: 0, ..RunConfig::default() }.patience(), None);
     }
 
     #[test]

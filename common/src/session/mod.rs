@@ -205,6 +205,7 @@ impl Session {
         interrupt: Interrupt,
     ) -> anyhow::Result<(Self, Option<Restored>)> {
         let group = plan.group;
+        group.set_patience(plan.run.patience());
         let lock = if group.is_first() {
             out_dir::check_exchangeable(&args.out)?;
             Some(OutLock::take(&args.out)?)
@@ -472,10 +473,12 @@ impl Session {
         self.progress.seconds = self.recorder.seconds();
         self.progress.stage = stage;
         self.progress.updates = optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.n_updates())).collect();
-        let mut tensors: BTreeMap<String, NamedTensors> =
-            optimizers.iter().map(|(name, o)| ((*name).to_owned(), o.to_named())).collect();
         let current = weights.to_trained();
         together::check_weights(&self.group, self.progress.step, &current)?;
+        let mut tensors: BTreeMap<String, NamedTensors> = BTreeMap::new();
+        for (name, optimizer) in optimizers {
+            tensors.insert(name.to_owned(), optimizer.to_named_on_first(&self.group)?);
+        }
         self.last_save = (Some(self.progress.step), Instant::now());
         if !self.group.is_first() {
             return Ok(());

@@ -117,7 +117,7 @@ impl Restored {
         let n_updates = *self.updates.get(name).with_context(|| format!("the checkpoint lacks optimiser `{name}`"))?;
         let device = runtime.device.clone().inner();
         let optimizer = AdamW::from_named(config, runtime.kernels, n_updates, self.tensors(name)?, &device)?;
-        Ok(optimizer.with_precision(runtime.precision))
+        Ok(optimizer.with_precision(runtime.precision).with_share(runtime.share))
     }
 }
 
@@ -127,11 +127,13 @@ impl Restored {
 ///
 /// Data files may have moved; their content is compared instead.
 fn may_change(key: &str) -> bool {
-    const EXACTLY: [&str; 10] = [
+    const EXACTLY: [&str; 12] = [
         "train.epochs",
         "train.steps",
         "train.micro_batch_size",
         "train.checkpoint_activations",
+        "train.shard_optimizer",
+        "train.reduce",
         "train.rollout_batch_size",
         "train.n_samples",
         "ppo.ratio_tolerance",
@@ -386,6 +388,8 @@ mod tests {
             "train.epochs",
             "train.micro_batch_size",
             "train.checkpoint_activations",
+            "train.shard_optimizer",
+            "train.reduce",
             "train.rollout_batch_size",
             "train.eval_windows",
             "train.eval_prompts",

@@ -12,7 +12,7 @@ use crate::cli::{RuntimeArgs, StageArgs};
 use crate::config::{Configuration, to_table};
 use crate::exit::say_error;
 use crate::group::{Group, GroupError};
-use crate::interrupt::{Interrupt, Stopped};
+use crate::interrupt::{self, Interrupt, Stopped};
 use crate::logging::say;
 use crate::model::NamedTensors;
 use crate::runtime::on_pool;
@@ -38,7 +38,7 @@ pub fn run(
     advice: &str,
     train: impl FnOnce(&Group, Interrupt) -> anyhow::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
-    let group = Group::join()?;
+    let group = Group::join(say_silent)?;
     in_group(&group, || {
         runtime.process.start_on(group.is_first())?;
         let interrupt = Interrupt::install()?;
@@ -54,6 +54,12 @@ pub fn run(
             }
         }
     })
+}
+
+/// Says that a rank does not answer; the exit code.
+fn say_silent(error: GroupError) -> u8 {
+    interrupt::prepare_exit();
+    say_error(&error.into())
 }
 
 /// Does `work`, whose failure on this rank ends every rank: the others wait for it, or are about to.
