@@ -278,6 +278,12 @@ impl Group {
         Share { rank: self.rank(), size: self.size() }
     }
 
+    /// The shares of all ranks in their order.
+    pub fn shares(&self) -> impl Iterator<Item = Share> + use<> {
+        let size = self.size();
+        (0..size).map(move |rank| Share { rank, size })
+    }
+
     /// What each rank gives, in the order of the ranks.
     ///
     /// # Errors

@@ -14,7 +14,6 @@ use mpi::topology::Communicator as _;
 use mpi::traits::Equivalence as _;
 
 use super::beats::{Beats, EVERY, PATIENCE};
-use super::sums::BUCKET;
 use super::{Group, GroupError, Transport};
 
 /// How long a rank asks again and again whether a message has come, before it lets others compute between two looks.
@@ -22,6 +21,9 @@ const BUSY: Duration = Duration::from_micros(200);
 
 /// Time between two looks after that.
 const PAUSE: Duration = Duration::from_micros(50);
+
+/// Numbers in a message at most: the library counts them in 31 bits.
+const LARGEST: usize = 1 << 28;
 
 /// Time between two looks for signs of life.
 const LOOK: Duration = Duration::from_millis(100);
@@ -174,7 +176,7 @@ impl World {
         bytes
     }
 
-    /// Sends a bucket to one rank and receives one from another, where there are any.
+    /// Sends numbers to one rank and receives some from another, where there are any.
     fn exchange(&self, to: usize, sent: &[f32], from: usize, received: &mut [f32]) {
         let world = self.universe.world();
         scope(|scope| {
@@ -308,7 +310,7 @@ impl Transport for Mpi {
         what: &'static str,
     ) -> Result<(), GroupError> {
         self.world.wait_for(from, what, || {
-            let (mut sent, mut received) = (sent.chunks(BUCKET), received.chunks_mut(BUCKET));
+            let (mut sent, mut received) = (sent.chunks(LARGEST), received.chunks_mut(LARGEST));
             loop {
                 let (send, receive) = (sent.next(), received.next());
                 if send.is_none() && receive.is_none() {

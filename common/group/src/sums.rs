@@ -6,7 +6,7 @@ use super::{Counted, Group, GroupError, Share};
 
 /// Numbers sent at a time: small enough that the ranks of a chain work at the same time, large enough that a message's fixed
 /// cost does not count.
-pub(super) const BUCKET: usize = 1 << 18;
+const BUCKET: usize = 1 << 18;
 
 const GRADIENTS: &str = "gradients";
 const WEIGHTS: &str = "new weights";
@@ -138,31 +138,20 @@ impl Group {
         Ok(())
     }
 
-    /// On rank 0 the list of `n` numbers of which each rank has its `part`; nothing on the others.
+    /// Copies `numbers` from a rank to rank 0, which gives room for them; the other ranks need not ask.
     ///
     /// # Errors
     /// If a rank has ended.
-    ///
-    /// # Panics
-    /// If a part has another length than the rank's share of the list.
-    pub fn parts_on_first(&self, part: &[f32], n: usize) -> Result<Option<Vec<f32>>, GroupError> {
-        assert_eq!(part.len(), self.share().of(n).len(), "a part is the rank's share");
-        let Some(transport) = &self.transport else { return Ok(Some(part.to_vec())) };
-        if transport.rank() > 0 {
-            for bucket in part.chunks(BUCKET) {
+    pub fn to_first(&self, from: usize, numbers: &mut [f32]) -> Result<(), GroupError> {
+        let Some(transport) = &self.transport else { return Ok(()) };
+        for bucket in numbers.chunks_mut(BUCKET).filter(|_| from > 0) {
+            if transport.rank() == 0 {
+                transport.receive_floats(from, bucket, MOMENTS)?;
+            } else if transport.rank() == from {
                 transport.send_floats(0, bucket, MOMENTS)?;
             }
-            return Ok(None);
         }
-        let size = transport.size();
-        let mut whole = vec![0.0; n];
-        whole[..part.len()].copy_from_slice(part);
-        for rank in 1..size {
-            for bucket in whole[Share { rank, size }.of(n)].chunks_mut(BUCKET) {
-                transport.receive_floats(rank, bucket, MOMENTS)?;
-            }
-        }
-        Ok(Some(whole))
+        Ok(())
     }
 
     /// What the last rank gives.
@@ -299,21 +288,30 @@ mod tests {
     }
 
     #[test]
-    fn parts_come_together_on_every_rank_or_on_the_first() {
+    fn parts_come_together_on_every_rank() {
         let whole = item(3, 11);
         for n_ranks in [1, 2, 3, 12] {
-            let together = threads(n_ranks, |group| {
+            let everywhere = threads(n_ranks, |group| {
                 let mut numbers = vec![0.0; 11];
                 let own = group.share().of(11);
-                numbers[own.clone()].copy_from_slice(&whole[own.clone()]);
+                numbers[own.clone()].copy_from_slice(&whole[own]);
                 group.complete_from_parts(&mut numbers).expect("all ranks are there");
-                (numbers, group.parts_on_first(&whole[own], 11).expect("all ranks are there"))
+                numbers
             });
-            for (rank, (everywhere, on_first)) in together.into_iter().enumerate() {
-                assert_eq!(everywhere, whole);
-                assert_eq!(on_first, (rank == 0).then(|| whole.clone()));
-            }
+            assert!(everywhere.iter().all(|numbers| *numbers == whole), "{n_ranks} ranks");
         }
+    }
+
+    #[test]
+    fn the_first_gets_the_numbers_of_any_rank() {
+        let got = threads(3, |group| {
+            let mut numbers = [group.rank() as f32; 3].to_vec();
+            group.to_first(2, &mut numbers).expect("all ranks are there");
+            let mut own = vec![group.rank() as f32];
+            group.to_first(0, &mut own).expect("all ranks are there");
+            (numbers[2], own[0])
+        });
+        assert_eq!(got, [(2.0, 0.0), (1.0, 1.0), (2.0, 2.0)]);
     }
 
     #[test]

@@ -96,7 +96,7 @@ impl Grads {
     }
 
     /// The same gradients as one rank's part of all that stand at `places`.
-    pub(crate) fn as_part_of(self, places: Places) -> Self {
+    pub(crate) fn into_part_of(self, places: Places) -> Self {
         Self { places: Some(places), ..self }
     }
 

@@ -121,7 +121,7 @@ impl GradSum {
             }
         };
         let part = Grads::from_flat(places.tensors(share, &part, &device));
-        Ok(part.with_norm(norm).as_part_of(places))
+        Ok(part.with_norm(norm).into_part_of(places))
     }
 
     /// All gradients on the host, one parameter behind the other.

@@ -4,7 +4,7 @@
 //! of these numbers, their gradients, and the step that moves them. Then the ranks give each other the new weights.
 //!
 //! # Source
-//! Rajbhandari et al., "ZeRO", arXiv:1910.02054, section 5.1: the states of the optimiser are partitioned (`P_os`). There a
+//! Rajbhandari et al., arXiv:1910.02054 (`ZeRO`), section 5.1: the states of the optimiser are partitioned (`P_os`). There a
 //! partition has whole parameters or pads; here it may end within a parameter, so that all are equal but for one number.
 
 use std::collections::BTreeMap;
@@ -31,13 +31,18 @@ pub(crate) struct Piece<'a> {
     path: &'a str,
     /// Which of the parameter's own they are.
     range: Range<usize>,
-    /// Whether they are all of it.
-    is_whole: bool,
+    /// How many the parameter has.
+    size: usize,
     /// Where the parameter begins among all numbers.
     start: usize,
 }
 
 impl Piece<'_> {
+    /// Whether it is the whole parameter.
+    const fn is_whole(&self) -> bool {
+        self.range.end - self.range.start == self.size
+    }
+
     /// The numbers among all.
     fn among_all(&self) -> Range<usize> {
         self.start + self.range.start..self.start + self.range.end
@@ -65,7 +70,7 @@ impl Places {
         for (path, size) in &self.sizes {
             let range = wanted.start.clamp(start, start + size) - start..wanted.end.clamp(start, start + size) - start;
             if !range.is_empty() {
-                pieces.push(Piece { path, is_whole: range.len() == *size, range, start });
+                pieces.push(Piece { path, range, size: *size, start });
             }
             start += size;
         }
@@ -98,7 +103,7 @@ impl AdamW {
         self.places = Places::of(sizes);
         let mut whole = std::mem::take(&mut self.moments);
         for piece in self.places.within(share.of(self.places.n())) {
-            let moments = whole.remove(piece.path).expect("a place for each");
+            let Some(moments) = whole.remove(piece.path) else { continue };
             // A copy, so that the rest is freed.
             let own = moments.map(|moment| {
                 let numbers = HostTensor::of(&moment.clone().narrow(0, piece.range.start, piece.range.len())).data;
@@ -128,7 +133,7 @@ impl AdamW {
     /// The parameters of which this rank moves a piece alone, and which.
     pub(super) fn pieces(&self) -> BTreeMap<String, Range<usize>> {
         let own = self.places.within(self.share.of(self.places.n())).into_iter();
-        own.filter(|piece| !piece.is_whole).map(|piece| (piece.path.to_owned(), piece.range)).collect()
+        own.filter(|piece| !piece.is_whole()).map(|piece| (piece.path.to_owned(), piece.range)).collect()
     }
 
     /// `module` with the numbers that other ranks have moved in the same step.
@@ -149,7 +154,7 @@ impl AdamW {
         group.complete_from_parts(&mut numbers)?;
         let all = self.places.within(0..numbers.len()).into_iter();
         // What this rank moved is there.
-        let others = all.filter(|piece| own.get(piece.path).is_none_or(|own| !own.is_whole));
+        let others = all.filter(|piece| own.get(piece.path).is_none_or(|own| !own.is_whole()));
         let others = others.map(|piece| (piece.path, piece)).collect();
         Ok(named::map(module, &mut Write { others, numbers: &numbers }))
     }
@@ -162,18 +167,27 @@ impl AdamW {
         if !self.is_shared() {
             return Ok(if group.is_first() { self.to_named() } else { NamedTensors::new() });
         }
-        let mut named = if group.is_first() { self.other_named() } else { NamedTensors::new() };
         let n = self.places.n();
+        let mut named = NamedTensors::new();
         for (i, prefix) in ["m", "v"].into_iter().enumerate() {
-            let own = self.places.within(self.share.of(n)).into_iter();
-            let part: Vec<f32> = own.flat_map(|piece| HostTensor::of(&self.moments[piece.path][i]).data).collect();
-            let Some(mut rest) = group.parts_on_first(&part, n)? else { continue };
-            // From the end, so that there are never two copies of all.
-            for piece in self.places.within(0..n).into_iter().rev() {
-                let data = rest.split_off(piece.start);
-                rest.shrink_to_fit();
-                named.insert(format!("{prefix}.{}", piece.path), HostTensor { shape: vec![data.len()], data });
+            for (rank, share) in group.shares().enumerate() {
+                for piece in self.places.within(share.of(n)) {
+                    let is_own = rank == group.rank();
+                    let mut data = if is_own { HostTensor::of(&self.moments[piece.path][i]).data } else { Vec::new() };
+                    if group.is_first() {
+                        let size = piece.size;
+                        let whole = named.entry(format!("{prefix}.{}", piece.path));
+                        let whole = whole.or_insert_with(|| HostTensor { shape: vec![size], data: vec![0.0; size] });
+                        let room = &mut whole.data[piece.range];
+                        if is_own { room.copy_from_slice(&data) } else { group.to_first(rank, room)? }
+                    } else if is_own {
+                        group.to_first(rank, &mut data)?;
+                    }
+                }
             }
+        }
+        if group.is_first() {
+            named.extend(self.other_named());
         }
         Ok(named)
     }
@@ -221,7 +235,7 @@ mod tests {
         assert_eq!(places.n(), 9);
         let within = |range| -> Vec<_> {
             let pieces = places.within(range).into_iter();
-            pieces.map(|piece| (piece.path, piece.range.clone(), piece.is_whole, piece.among_all())).collect()
+            pieces.map(|piece| (piece.path, piece.range.clone(), piece.is_whole(), piece.among_all())).collect()
         };
         assert_eq!(within(0..3), [("a", 0..3, true, 0..3)]);
         assert_eq!(within(2..5), [("a", 2..3, false, 2..3), ("b", 0..2, false, 3..5)]);
