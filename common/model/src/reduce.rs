@@ -16,8 +16,8 @@ pub enum Reduce {
     /// Over the micro-batches in their order: the same weights, to the byte, with any number of processes.
     #[default]
     Ordered,
-    /// Over those of a process first, then over the processes: faster and in less memory; another number of processes rounds
-    /// otherwise.
+    /// Over those of a process first, then round a ring of the processes, each of which sends as much; another number of
+    /// processes rounds otherwise.
     Fast,
 }
 
