@@ -54,9 +54,13 @@ fn processes_that_were_all_stopped_for_longer_than_patience_go_on() {
     let more = set(&[&SHARED[..], &RUN].concat());
     let mut run = two(&lab, &more);
     let pids = rank_pids(&run);
-    pids.iter().for_each(|&pid| kill_process(pid, Signal::STOP).unwrap());
+    for &pid in &pids {
+        kill_process(pid, Signal::STOP).unwrap();
+    }
     std::thread::sleep(Duration::from_secs(8)); // longer than patience
-    pids.iter().for_each(|&pid| kill_process(pid, Signal::CONT).unwrap());
+    for &pid in &pids {
+        kill_process(pid, Signal::CONT).unwrap();
+    }
     assert!(run.ends().success(), "{}", run.stderr());
 }
 

@@ -141,7 +141,9 @@ fn assert_parts_are_the_whole(stage: Stage, settings: &[&str]) {
 fn assert_same_but_for_settings(lab: &Lab, a: &str, b: &str) {
     let contents = |out: &str| {
         let mut contents = lab.contents(out);
-        ["config.toml", "state/state.json"].iter().for_each(|name| assert!(contents.remove(*name).is_some(), "{name}"));
+        for name in ["config.toml", "state/state.json"] {
+            assert!(contents.remove(name).is_some(), "{name}");
+        }
         contents
     };
     let (of_a, of_b) = (contents(a), contents(b));
