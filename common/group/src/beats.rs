@@ -75,7 +75,9 @@ mod tests {
     fn watch(beats: &mut Beats, start: Instant, from: u64, until: u64, heard: &[usize]) -> Option<(u64, usize)> {
         (from..=until).find_map(|second| {
             let now = start + Duration::from_secs(second);
-            heard.iter().for_each(|&rank| beats.note(rank, false, now));
+            for &rank in heard {
+                beats.note(rank, false, now);
+            }
             beats.silent(Some(PATIENCE), now).map(|(rank, _)| (second, rank))
         })
     }
