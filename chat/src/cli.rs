@@ -63,6 +63,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub labels: Option<PathBuf>,
 
+    /// Pairs of answers that people judge on the page besides those they ask for, such as a recipe's questions (.jsonl)
+    #[arg(long, value_name = "FILE", requires = "labels")]
+    pub questions: Option<PathBuf>,
+
     /// Folder of training runs that the page shows as they go on
     #[arg(long, value_name = "DIR")]
     pub runs: Option<PathBuf>,

@@ -1,6 +1,8 @@
 //! What the page asks beyond OpenAI's interface: judgements of compared answers, kept as preference records.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -29,17 +31,35 @@ pub(super) struct Labels {
     written: Mutex<Written>,
 }
 
+/// A person by name, or all who give none.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Who(String);
+
+impl From<Option<String>> for Who {
+    fn from(name: Option<String>) -> Self {
+        Self(name.unwrap_or_default())
+    }
+}
+
 #[derive(Debug)]
 struct Written {
     file: LabelFile,
-    /// The number of the last judgement, and how many records it has.
-    last: (u64, usize),
+    /// The judgements that are kept, each with its number and what its records are about.
+    kept: Vec<(u64, Vec<(Who, String)>)>,
+    next: u64,
+    /// How many records of the file each person has on a [`Label::question`].
+    judged: HashMap<Who, HashMap<String, usize>>,
 }
 
 impl Labels {
-    /// Judgements that are appended to `file`.
-    pub(super) fn new(file: LabelFile) -> Self {
-        Self { written: Mutex::new(Written { file, last: (0, 0) }) }
+    /// Judgements that are appended to `file`, which has those of `said`.
+    pub(super) fn new(file: LabelFile, said: &[Label]) -> Self {
+        // A page that was open before the server was started again must not take back what another one judged since. In
+        // milliseconds, numbers stay exact in JavaScript.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut written = Written { file, kept: Vec::new(), next: since.as_millis() as u64, judged: HashMap::new() };
+        said.iter().for_each(|label| drop(written.note(label)));
+        Self { written: Mutex::new(written) }
     }
 
     /// Appends the records of a judgement and waits until they are on the disk; returns the judgement's number.
@@ -48,37 +68,51 @@ impl Labels {
     /// If they cannot be written; none of them is kept then.
     fn keep(&self, records: &[Label]) -> Result<u64, DataError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        written.last = (written.last.0 + 1, 0);
-        for record in records {
+        let number = written.next;
+        written.next += 1;
+        for (n_before, record) in records.iter().enumerate() {
             if let Err(error) = written.file.append(record) {
                 // The first failure is the one to tell.
-                let _ = written.take_back();
+                let _ = (0..n_before).try_for_each(|_| written.file.undo().map(drop));
                 return Err(error);
             }
-            written.last.1 += 1;
         }
-        Ok(written.last.0)
+        let about = records.iter().map(|record| written.note(record)).collect();
+        written.kept.push((number, about));
+        Ok(number)
     }
 
-    /// Takes a judgement back; `false` if it is not the last one, or taken back already.
+    /// Takes a judgement back; `false` if it is not the last one that is kept.
     fn undo(&self, id: u64) -> Result<bool, DataError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if written.last.0 != id || written.last.1 == 0 {
-            return Ok(false);
+        let Written { file, kept, judged, .. } = &mut *written;
+        let Some((_, about)) = kept.last_mut().filter(|(number, _)| *number == id) else { return Ok(false) };
+        // Where the file cannot be written, what is left of the judgement can be taken back later.
+        while !about.is_empty() {
+            file.undo()?;
+            let Some((who, question)) = about.pop() else { break };
+            if let Some(n) = judged.get_mut(&who).and_then(|judged| judged.get_mut(&question)) {
+                *n -= 1;
+            }
         }
-        written.take_back()?;
+        kept.pop();
         Ok(true)
+    }
+
+    /// The questions that somebody has judged.
+    pub(super) fn judged_by(&self, who: &Who) -> HashSet<String> {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let judged = written.judged.get(who).into_iter().flatten();
+        judged.filter(|(_, n)| **n > 0).map(|(question, _)| question.clone()).collect()
     }
 }
 
 impl Written {
-    /// Cuts the records of the last judgement off.
-    fn take_back(&mut self) -> Result<(), DataError> {
-        while self.last.1 > 0 {
-            self.file.undo()?;
-            self.last.1 -= 1;
-        }
-        Ok(())
+    /// Notes who has judged what.
+    fn note(&mut self, label: &Label) -> (Who, String) {
+        let about = (Who::from(label.annotator.clone()), Label::question(&label.prompt, &label.answers));
+        *self.judged.entry(about.0.clone()).or_default().entry(about.1.clone()).or_default() += 1;
+        about
     }
 }
 
@@ -86,7 +120,8 @@ impl Written {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shown {
-    model: String,
+    /// Which served model it comes from, if any does.
+    model: Option<String>,
     text: String,
 }
 
@@ -112,7 +147,7 @@ enum NoneBetter {
 /// `POST /compare/judge`: keeps a judgement and tells what the reward model thinks.
 pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<Json, ApiError> {
     let prompt = messages(&mut params)?;
-    let answers: Vec<Shown> = params.take("answers", "a list of objects with `model` and `text`")?.unwrap_or_default();
+    let answers: Vec<Shown> = params.take("answers", "a list of objects with `text` and `model`")?.unwrap_or_default();
     let judgement = params.take("verdict", "the index of an answer, `tie` or `bad`")?;
     let annotator = params.take::<String>("annotator", "a text")?;
     let seconds = params.take::<f64>("seconds", "a number")?;
@@ -139,7 +174,7 @@ pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<
     Ok(Json(json!({ "kept": kept, "scores": scores(&app, &prompt, &answers).await })))
 }
 
-/// `POST /compare/undo`: takes the last judgement back.
+/// `POST /compare/undo`: takes the last judgement that is kept back.
 pub(super) async fn undo(State(app): State<App>, mut params: Params) -> Result<Json, ApiError> {
     let id = params.take::<u64>("id", "the number of a judgement")?.unwrap_or(0);
     params.finish()?;
@@ -170,7 +205,7 @@ fn check(app: &App, prompt: &[Message], answers: &[Shown]) -> Result<(), ApiErro
     if !(2..=MAX_ANSWERS).contains(&answers.len()) {
         return Err(ApiError::unprocessable("answers", format!("expected 2 to {MAX_ANSWERS} answers")));
     }
-    answers.iter().try_for_each(|answer| app.engine(Some(answer.model.clone())).map(|_| ()))
+    answers.iter().filter_map(|answer| answer.model.clone()).try_for_each(|model| app.engine(Some(model)).map(|_| ()))
 }
 
 /// A record for each pair of answers that the judgement is about.
@@ -190,7 +225,7 @@ fn records(
         verdict,
         annotator: annotator.map(str::to_owned),
         seconds,
-        models: Some([first, second].map(|i| answers[i].model.clone())),
+        models: answers[first].model.clone().zip(answers[second].model.clone()).map(<[String; 2]>::from),
         repeat: false,
     };
     let pairs = (0..answers.len()).flat_map(|i| (i + 1..answers.len()).map(move |j| (i, j)));

@@ -17,7 +17,7 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 use super::error::ApiError;
 use super::shapes::Json;
 use super::state::{App, Shared};
-use super::{answer, compare, page, record, score, training};
+use super::{answer, compare, page, questions, record, score, training};
 
 /// Whether a path needs no key: it tells nothing but that the server runs, and the page asks for the key.
 fn is_open(path: &str) -> bool {
@@ -34,6 +34,7 @@ pub(super) fn router(app: App, origins: Vec<HeaderValue>) -> Router {
         .route("/score", post(score::score))
         .route("/compare/judge", post(compare::judge))
         .route("/compare/undo", post(compare::undo))
+        .route("/compare/question", post(questions::question))
         .route("/training/runs", get(training::runs))
         .route("/training/rows", post(training::rows))
         .route("/training/samples", post(training::samples))

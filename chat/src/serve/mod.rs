@@ -11,6 +11,7 @@ mod error;
 mod http;
 mod page;
 mod params;
+mod questions;
 mod record;
 mod score;
 mod shapes;
@@ -41,6 +42,7 @@ use crate::cli::{NamedCheckpoint, ServeArgs, ServeLimits};
 use crate::model::Loaded;
 use compare::Labels;
 use engine::{Bounds, Engine};
+use questions::Questions;
 use record::Metrics;
 use score::Scorer;
 use state::{App, RequestLimits, Shared};
@@ -170,6 +172,12 @@ fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
         scorer: scorer.transpose().context("failed to load the reward model")?,
         runs: args.runs.as_deref().map(folder).transpose()?,
         labels: args.labels.as_deref().map(labels).transpose()?,
+        questions: args
+            .questions
+            .as_deref()
+            .map(Questions::open)
+            .transpose()
+            .context("failed to read the questions")?,
         limits: RequestLimits {
             max_tokens: max_tokens as usize,
             max_body: max_body as usize,
@@ -193,7 +201,7 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
 fn labels(path: &Path) -> anyhow::Result<Arc<Labels>> {
     let (file, said) = LabelFile::open(path).context("failed to open the labels")?;
     tracing::info!("judgements go to `{}`, which has {} so far", path.display(), said.len());
-    Ok(Arc::new(Labels::new(file)))
+    Ok(Arc::new(Labels::new(file, &said)))
 }
 
 /// Refuses two models of one name.

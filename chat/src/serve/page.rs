@@ -7,6 +7,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use serde_json::json;
 
+use super::questions::Questions;
 use super::shapes::Json;
 use super::state::App;
 
@@ -46,5 +47,6 @@ pub(super) fn routes() -> Router<App> {
 
 /// `GET /about`: what this server was started with, as far as the page differs by it.
 async fn about(State(app): State<App>) -> Json {
-    Json(json!({ "labels": app.labels.is_some(), "training": app.runs.is_some() }))
+    let n_questions = app.questions.as_ref().map_or(0, Questions::n);
+    Json(json!({ "labels": app.labels.is_some(), "training": app.runs.is_some(), "questions": n_questions }))
 }

@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use super::compare::Labels;
 use super::engine::{Engine, one_line};
 use super::error::ApiError;
+use super::questions::Questions;
 use super::record::Metrics;
 use super::score::Scorer;
 
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub scorer: Option<Scorer>,
     /// Where judgements are kept, if they are.
     pub labels: Option<Arc<Labels>>,
+    /// The pairs that people judge, if there are any.
+    pub questions: Option<Questions>,
     /// The folder of training runs that the page shows, if it does.
     pub runs: Option<PathBuf>,
     /// What a request may ask for.

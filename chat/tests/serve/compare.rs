@@ -46,10 +46,20 @@ fn a_judgement_is_a_record_for_each_two_answers_that_it_is_about() {
     assert_eq!(undo(&all), 200);
     assert_eq!(records(&path).len(), 1);
     assert_eq!(undo(&all), 409, "taken back already");
-    assert_eq!(undo(&kept), 409, "one step only");
+    assert_eq!(undo(&kept), 200, "the one before it");
+    assert!(records(&path).is_empty());
+    assert_eq!(undo(&kept), 409, "nothing is left");
+    judge(&server, &json!({}));
     let all = judge(&server, &json!({ "verdict": "bad" })).json()["kept"].clone();
     assert!(records(&path)[1..].iter().all(|record| record["both_bad"] == true));
     assert_ne!(all, kept);
+
+    // Another server's judgements are not those of a page that was open before.
+    drop(server);
+    let server = self::server(Some(&path));
+    let number = |value: &Value| value.as_u64().unwrap();
+    let later = judge(&server, &json!({})).json()["kept"].clone();
+    assert!(number(&later) > number(&all) && number(&later) < 1 << 53, "{later}");
 }
 
 #[test]
@@ -95,6 +105,52 @@ fn what_could_not_be_read_back_is_not_kept() {
 }
 
 #[test]
+fn each_person_is_asked_every_pair_of_a_file_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let [labels, questions] = ["labels.jsonl", "questions.jsonl"].map(|name| dir.path().join(name));
+    let pair = |i: usize| json!({ "prompt": format!("p{i}"), "tied": [format!("a{i}"), format!("b{i}")] });
+    std::fs::write(&questions, (0..3).map(|i| format!("{}\n", pair(i))).collect::<String>()).unwrap();
+    let server = || {
+        let files = ["--labels", labels.to_str().unwrap(), "--questions", questions.to_str().unwrap()];
+        Server::start(&[&["--checkpoint", "lm"], &files[..]].concat())
+    };
+    let running = server();
+    assert_eq!(running.get("/about", &[]).json()["questions"], 3);
+    let next = |server: &Server, who: &str, after: Value| {
+        server.post("/compare/question", &json!({ "annotator": who, "after": after })).json()
+    };
+    let judge = |server: &Server, who: &str, question: &Value| {
+        let answers = [1, 0].map(|i| json!({ "text": question["answers"][i] }));
+        let messages = &question["messages"];
+        let body = json!({ "messages": messages, "answers": answers, "verdict": 0, "annotator": who });
+        server.post("/compare/judge", &body).json()["kept"].clone()
+    };
+    let first = next(&running, "mia", Value::Null);
+    let expected = json!({ "number": 0, "messages": [{ "role": "user", "content": "p0" }], "answers": ["a0", "b0"] });
+    assert_eq!(first, json!({ "question": expected, "n": 3, "judged": 0 }));
+    judge(&running, "mia", &first["question"]);
+    let expected =
+        json!({ "prompt": "p0", "chosen": "b0", "rejected": "a0", "shown_first": "chosen", "annotator": "mia" });
+    assert_eq!(records(&labels), [expected]);
+    assert_eq!(next(&running, "tom", Value::Null)["question"]["number"], 0, "nobody's judgement is another's");
+    // One that is skipped comes again after the others.
+    assert_eq!(next(&running, "mia", json!(1))["question"]["number"], 2);
+    let last = next(&running, "mia", json!(1))["question"].clone();
+    judge(&running, "mia", &last);
+    let skipped = next(&running, "mia", json!(2));
+    assert_eq!((&skipped["question"]["number"], &skipped["judged"]), (&json!(1), &json!(2)));
+    let kept = judge(&running, "mia", &skipped["question"]);
+    assert_eq!(next(&running, "mia", json!(1)), json!({ "question": null, "n": 3, "judged": 3 }));
+    assert_eq!(running.post("/compare/undo", &json!({ "id": kept })).status, 200);
+    assert_eq!(next(&running, "mia", json!(1))["question"]["number"], 1, "what is taken back is asked again");
+    // Another server goes on where this one stopped.
+    drop(running);
+    let again = server();
+    assert_eq!(next(&again, "mia", Value::Null)["question"]["number"], 1);
+    assert_eq!(next(&again, "mia", json!(usize::MAX))["question"]["number"], 1);
+}
+
+#[test]
 fn a_file_has_one_server() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("labels.jsonl");
@@ -111,7 +167,8 @@ fn a_file_has_one_server() {
 fn judgements_without_a_file_are_not_kept() {
     let server = server(None);
     assert_eq!(judge(&server, &json!({})).json(), json!({ "kept": null, "scores": null }));
-    assert_eq!(server.get("/about", &[]).json(), json!({ "labels": false, "training": false }));
+    assert_eq!(server.get("/about", &[]).json(), json!({ "labels": false, "training": false, "questions": 0 }));
+    assert_eq!(server.post("/compare/question", &json!({})).status, 404);
     assert_eq!(server.get("/training/runs", &[]).status, 404);
 }
 

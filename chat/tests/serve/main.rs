@@ -10,6 +10,7 @@ mod limits;
 mod page;
 mod refusals;
 mod server;
+mod side_by_side;
 #[cfg(unix)]
 mod soak;
 #[path = "../support/mod.rs"]

@@ -1,6 +1,6 @@
 //! The page, in Chromium.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ fn server(more: &[&str]) -> Server {
 }
 
 /// A page that is ready for messages.
-fn opened(browser: &Browser, server: &Server) {
+pub(crate) fn opened(browser: &Browser, server: &Server) {
     browser.open(&server.url("/"));
     browser.wait_for("!document.querySelector('#views').hidden && document.querySelector('#model').value");
     browser.script("document.querySelector('#max-tokens').value = 20; document.querySelector('#seed').value = 1");
@@ -153,7 +153,7 @@ fn the_page_asks_for_the_key() {
 }
 
 /// The records of a file.
-fn records(path: &PathBuf) -> Vec<Value> {
+pub(crate) fn records(path: &Path) -> Vec<Value> {
     std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 

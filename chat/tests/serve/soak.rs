@@ -2,12 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use common::rng::{Rng, Streams};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::server::{Server, chat_body, generate};
+use crate::server::{PATIENCE, Server, chat_body, generate};
 
 /// Clients at a time.
 const CLIENTS: u64 = 64;
@@ -15,123 +18,249 @@ const CLIENTS: u64 = 64;
 /// Seeds that are asked for.
 const SEEDS: u64 = 12;
 
+/// By how much memory may grow after the first minute: allocators and threads breathe.
+const BREATH: u64 = 4096;
+
 /// A request and the text that answers it.
 struct Asked {
     body: Value,
     text: String,
 }
 
+/// What the clients know of the server.
+struct Crowd<'a> {
+    server: &'a Server,
+    asked: &'a [Asked],
+    /// Judgements that the server said it kept.
+    kept: Mutex<Vec<String>>,
+}
+
+/// How a visit ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Visit {
+    /// With a whole answer, which was the right one.
+    Answered,
+    /// With 429: the queue was full.
+    SentAway,
+    /// The client did not want an answer, or deserved none.
+    Misbehaved,
+}
+
 #[test]
 #[ignore = "a minute; KINDLING_SOAK_SECONDS says how long"]
 fn a_crowd_of_clients_gets_the_same_answers_for_as_long_as_it_lasts() {
     let seconds = std::env::var("KINDLING_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
-    let asked: Vec<Asked> = (0..SEEDS)
-        .map(|seed| {
-            let prompt = "x".repeat(1 + 5 * seed as usize);
-            let seed = seed.to_string();
-            let expected =
-                generate(&["--checkpoint", "lm", "--prompt", &prompt, "--seed", &seed, "--max-tokens", "24"]);
-            let body = chat_body(&prompt, &json!({ "seed": seed.parse::<u64>().unwrap(), "max_tokens": 24 }));
-            Asked { body, text: expected[0]["text"].as_str().unwrap().to_owned() }
-        })
-        .collect();
-    let server = Server::start(&["--checkpoint", "lm", "--slots", "16", "--queue", "32"]);
-    let end = Instant::now() + Duration::from_secs(seconds);
-    let memory = |server: &Server| {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap_or_default();
-        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
-        kib.map_or(0, |kib| kib.trim().parse::<u64>().unwrap())
-    };
-    let (mut answered, mut first, mut last) = (0, 0, 0);
-    std::thread::scope(|scope| {
+    let asked: Vec<Asked> = (0..SEEDS).map(asked_with).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let labels = dir.path().join("labels.jsonl");
+    let flags = ["--slots", "16", "--queue", "32", "--labels", labels.to_str().unwrap()];
+    let server = Server::start(&[&["--checkpoint", "lm"], &flags[..]].concat());
+    let crowd = Crowd { server: &server, asked: &asked, kept: Mutex::default() };
+    let (began, all) = (Instant::now(), Duration::from_secs(seconds));
+    let mut memory = Vec::new();
+    let visits = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|client| {
-                let (server, asked) = (&server, &asked);
+                let crowd = &crowd;
                 scope.spawn(move || {
                     let mut rng = Streams::new(1).get("client", client);
-                    let mut n = 0;
-                    while Instant::now() < end {
-                        n += u64::from(visit(server, &asked[rng.below(asked.len())], &mut rng));
+                    let mut visits = Vec::new();
+                    while began.elapsed() < all {
+                        visits.push(crowd.visit(&mut rng));
                     }
-                    n
+                    visits
                 })
             })
             .collect();
-        while Instant::now() < end {
-            std::thread::sleep(Duration::from_secs(seconds.div_ceil(10)));
-            last = memory(&server);
-            // The allocator has what it needs after the first part.
-            first = if answered < 3 { last } else { first };
-            answered += 1;
+        while began.elapsed() < all {
+            std::thread::sleep(Duration::from_millis(500));
+            memory.push((began.elapsed(), resident(&server)));
         }
-        answered = clients.into_iter().map(|client| client.join().unwrap()).sum();
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect::<Vec<_>>()
     });
     server.wait_for("kindling_answers_running{model=\"lm\"}", 0.0);
     server.wait_for("kindling_answers_waiting{model=\"lm\"}", 0.0);
+    let n = |kind| visits.iter().filter(|visit| **visit == kind).count();
+    let n_kept = crowd.kept.lock().unwrap().len();
+    eprintln!(
+        "{seconds} s: {} answers, {} sent away, {} misbehaved, {n_kept} judgements",
+        n(Visit::Answered) - n_kept,
+        n(Visit::SentAway),
+        n(Visit::Misbehaved)
+    );
+    assert!(n(Visit::Answered) as u64 > seconds && n_kept > 0);
     let log = server.log();
     assert!(!log.contains("panicked") && !log.contains("error"), "{log}");
-    assert!(answered > seconds, "only {answered} answers in {seconds} seconds");
-    assert!(last <= first + first / 10 + 8192, "memory grew from {first} KiB to {last} KiB");
-    eprintln!("{answered} answers in {seconds} s, memory from {first} KiB to {last} KiB");
+
+    // What the first minute took is enough for the rest; of a shorter run, its first third.
+    let settled = Duration::from_secs(60).min(all / 3);
+    let most = |from: Duration, to: Duration| {
+        memory.iter().filter(|(at, _)| (from..=to).contains(at)).map(|(_, kib)| *kib).max().unwrap()
+    };
+    let of_minutes = memory.chunks(120).map(|minute| minute.iter().map(|(_, kib)| kib).max().unwrap());
+    eprintln!("most memory of each minute, in KiB: {:?}", of_minutes.collect::<Vec<_>>());
+    let (first, last) = (most(Duration::ZERO, settled), most(all - settled, all * 2));
+    assert!(last <= first + BREATH, "memory grew from {first} KiB to {last} KiB");
+
+    crowd.kill_among_judgements();
+    let said = kept_in(&labels);
+    let kept = crowd.kept.lock().unwrap();
+    assert!(kept.len() > n_kept, "nobody judged before the end");
+    let lost = kept.iter().filter(|text| !said.contains(text.as_str())).count();
+    assert_eq!(lost, 0, "of {} judgements that were kept", kept.len());
+    eprintln!("{} judgements kept, none lost by the kill", kept.len());
 }
 
-/// One request of one kind or another; whether it was answered.
-fn visit(server: &Server, asked: &Asked, rng: &mut Rng) -> bool {
-    let mut body = asked.body.clone();
-    match rng.below(8) {
-        // Hangs up at once, or in the midst of the answer.
-        0 | 1 => {
-            body["stream"] = (rng.below(2) == 0).into();
-            let mut client = server.open("/v1/chat/completions", &body);
-            if rng.below(2) == 0 {
-                let _ = client.read(&mut [0; 600]);
+/// A request with this seed, and what `chat generate` answers.
+fn asked_with(seed: u64) -> Asked {
+    let prompt = "x".repeat(1 + 5 * seed as usize);
+    let expected =
+        generate(&["--checkpoint", "lm", "--prompt", &prompt, "--seed", &seed.to_string(), "--max-tokens", "24"]);
+    Asked {
+        body: chat_body(&prompt, &json!({ "seed": seed, "max_tokens": 24 })),
+        text: expected[0]["text"].as_str().unwrap().to_owned(),
+    }
+}
+
+/// Memory of the server, in KiB.
+fn resident(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+    kib.unwrap().trim().parse().unwrap()
+}
+
+/// The preferred answers in a file of labels whose last record may be cut off.
+fn kept_in(labels: &Path) -> std::collections::HashSet<String> {
+    let text = std::fs::read_to_string(labels).unwrap();
+    let whole = text.rfind('\n').map_or("", |at| &text[..at]);
+    let chosen = |line| serde_json::from_str::<Value>(line).unwrap()["chosen"].as_str().unwrap().to_owned();
+    whole.lines().map(chosen).collect()
+}
+
+impl Crowd<'_> {
+    /// One request of one kind or another.
+    fn visit(&self, rng: &mut Rng) -> Visit {
+        let asked = &self.asked[rng.below(self.asked.len())];
+        match rng.below(10) {
+            0 | 1 => self.hang_up(asked, rng),
+            2 => self.send_rubbish(rng),
+            3 => self.send_half(rng),
+            4 => self.read_slowly(asked, rng),
+            5 => self.judge(rng),
+            6 => self.ask(asked, false),
+            _ => self.ask(asked, true),
+        }
+    }
+
+    fn ask(&self, asked: &Asked, is_stream: bool) -> Visit {
+        let mut body = asked.body.clone();
+        body["stream"] = is_stream.into();
+        let reply = self.server.post("/v1/chat/completions", &body);
+        if reply.status == 429 {
+            std::thread::sleep(Duration::from_millis(50));
+            return Visit::SentAway;
+        }
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        let text = if is_stream {
+            let events = reply.events();
+            events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+        } else {
+            reply.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(text, asked.text, "{body}");
+        Visit::Answered
+    }
+
+    /// At once, or in the midst of the answer.
+    fn hang_up(&self, asked: &Asked, rng: &mut Rng) -> Visit {
+        let mut body = asked.body.clone();
+        body["stream"] = (rng.below(2) == 0).into();
+        let mut client = self.server.open("/v1/chat/completions", &body);
+        if rng.below(2) == 0 {
+            let _ = client.read(&mut [0; 600]);
+        }
+        Visit::Misbehaved
+    }
+
+    /// No HTTP at all, and a body that is no JSON.
+    fn send_rubbish(&self, rng: &mut Rng) -> Visit {
+        let mut rubbish = vec![0; 300];
+        rubbish.fill_with(|| rng.below(256) as u8);
+        let _ = self.connect().write_all(&rubbish);
+        let reply = self.server.send("/v1/completions", &rubbish, &[("content-type", "application/json")]);
+        assert_eq!(reply.status, 400, "{}", reply.text);
+        Visit::Misbehaved
+    }
+
+    /// Half a head or half a body, and then nothing for a while.
+    fn send_half(&self, rng: &mut Rng) -> Visit {
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+        let whole = format!("{head}Content-Length: 500\r\n\r\n{{\"model\": \"lm\", \"mess");
+        let mut client = self.connect();
+        let _ = client.write_all(&whole.as_bytes()[..1 + rng.below(whole.len())]);
+        if rng.below(40) == 0 {
+            // Until the server has had enough of it.
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut said = Vec::new();
+            let _ = client.read_to_end(&mut said);
+            assert!(said.is_empty() || said.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&said));
+        } else {
+            std::thread::sleep(Duration::from_millis(rng.below(400) as u64));
+        }
+        Visit::Misbehaved
+    }
+
+    fn read_slowly(&self, asked: &Asked, rng: &mut Rng) -> Visit {
+        let mut body = asked.body.clone();
+        body["stream"] = true.into();
+        let mut client = self.server.open("/v1/chat/completions", &body);
+        let (mut read, mut buffer) = (Vec::new(), [0; 256]);
+        while !read.ends_with(b"\r\n0\r\n\r\n") {
+            std::thread::sleep(Duration::from_millis(rng.below(20) as u64));
+            let n = client.read(&mut buffer).unwrap();
+            assert!(n > 0, "the answer ended early: {}", String::from_utf8_lossy(&read));
+            read.extend_from_slice(&buffer[..n]);
+            if read.starts_with(b"HTTP/1.1 429") {
+                return Visit::SentAway;
             }
-            false
         }
-        // Sends rubbish, or half a request.
-        2 => {
-            let mut garbage = vec![0; 300];
-            garbage.fill_with(|| rng.below(256) as u8);
-            let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
-            let _ = client.write_all(&garbage);
-            let reply = server.send("/v1/completions", &garbage, &[("content-type", "application/json")]);
-            assert_eq!(reply.status, 400, "{}", reply.text);
-            false
-        }
-        // Reads slowly.
-        3 => {
-            body["stream"] = true.into();
-            let mut client = server.open("/v1/chat/completions", &body);
-            client.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
-            let (mut text, mut buffer) = (String::new(), [0; 256]);
-            while !text.contains("[DONE]") {
-                std::thread::sleep(Duration::from_millis(rng.below(20) as u64));
-                match client.read(&mut buffer) {
-                    Ok(n) if n > 0 => text += &String::from_utf8_lossy(&buffer[..n]),
-                    other => panic!("{other:?} after {text}"),
-                }
-                if text.contains("rate_limit_error") {
-                    return false;
-                }
+        let text = String::from_utf8(read).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        // An event comes in one piece.
+        let events = text.lines().filter_map(|line| line.strip_prefix("data: {"));
+        let events = events.map(|event| serde_json::from_str::<Value>(&format!("{{{event}")).unwrap());
+        let said: String =
+            events.filter_map(|event| event["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect();
+        assert_eq!(said, asked.text, "{body}");
+        Visit::Answered
+    }
+
+    /// Judges two answers of which the better one is like no other.
+    fn judge(&self, rng: &mut Rng) -> Visit {
+        let better = format!("{:016x}{:016x}", rng.below(usize::MAX), rng.below(usize::MAX));
+        let answers = [&*better, "worse"].map(|text| json!({ "model": "lm", "text": text }));
+        let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "answers": answers, "verdict": 0 });
+        let Some(reply) = self.server.try_post("/compare/judge", &body) else { return Visit::Misbehaved };
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        self.kept.lock().unwrap().push(better);
+        Visit::Answered
+    }
+
+    /// Kills the server with SIGKILL while several people judge.
+    fn kill_among_judgements(&self) {
+        std::thread::scope(|scope| {
+            for person in 0..8 {
+                scope.spawn(move || {
+                    let mut rng = Streams::new(2).get("person", person);
+                    while self.judge(&mut rng) == Visit::Answered {}
+                });
             }
-            true
-        }
-        kind => {
-            body["stream"] = (kind < 6).into();
-            let reply = server.post("/v1/chat/completions", &body);
-            if reply.status == 429 {
-                std::thread::sleep(Duration::from_millis(50));
-                return false;
-            }
-            assert_eq!(reply.status, 200, "{}", reply.text);
-            let text: String = if kind < 6 {
-                let events = reply.events();
-                events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
-            } else {
-                reply.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
-            };
-            assert_eq!(text, asked.text, "{body}");
-            true
-        }
+            std::thread::sleep(Duration::from_millis(500));
+            self.server.signal(Signal::KILL);
+        });
+    }
+
+    fn connect(&self) -> TcpStream {
+        TcpStream::connect(("127.0.0.1", self.server.port)).unwrap()
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! # Source
 //! W3C, "`WebDriver`", the endpoints used here: new session, navigate, element click and send keys, execute script, take
-//! screenshot, set window rect; `se/log` is chromedriver's own.
+//! screenshot, set window rect; `se/log` and `goog/cdp/execute`, which speaks the `DevTools` protocol, are chromedriver's own.
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -141,11 +142,49 @@ impl Browser {
         std::fs::write(path, from_base64(json["value"].as_str().unwrap())).unwrap();
     }
 
+    /// What a screen reader is told: `role name` of each part of the page that is there for it, in the page's order.
+    ///
+    /// # Source
+    /// Chrome's `DevTools` protocol, `Accessibility.getFullAXTree`.
+    pub(crate) fn accessible(&self) -> Vec<String> {
+        let tree = self.call("/goog/cdp/execute", &json!({ "cmd": "Accessibility.getFullAXTree", "params": {} }));
+        let nodes: HashMap<&str, &Value> =
+            tree["nodes"].as_array().unwrap().iter().map(|node| (node["nodeId"].as_str().unwrap(), node)).collect();
+        let root = tree["nodes"].as_array().unwrap().iter().find(|node| node.get("parentId").is_none()).unwrap();
+        let (mut said, mut to_visit) = (Vec::new(), vec![root]);
+        while let Some(node) = to_visit.pop() {
+            if node["ignored"] == false {
+                said.push(described(node));
+            }
+            let children = node["childIds"].as_array().unwrap().iter().rev();
+            to_visit.extend(children.filter_map(|id| nodes.get(id.as_str().unwrap())));
+        }
+        said
+    }
+
     /// What the browser's console says: warnings and errors, refusals of the security policy among them.
     pub(crate) fn log(&self) -> Vec<String> {
         let log = self.call("/se/log", &json!({ "type": "browser" }));
         log.as_array().unwrap().iter().map(|entry| entry["message"].as_str().unwrap().to_owned()).collect()
     }
+}
+
+/// `role name`, and what of it changes with use: whether it is checked, selected, expanded or told of when it changes.
+fn described(node: &Value) -> String {
+    let text = |field: &Value| field["value"].as_str().unwrap_or_default().trim().to_owned();
+    let mut said = format!("{} {}", text(&node["role"]), text(&node["name"]));
+    for property in node["properties"].as_array().into_iter().flatten() {
+        let name = property["name"].as_str().unwrap();
+        let value = &property["value"]["value"];
+        match name {
+            "checked" | "selected" | "expanded" | "live" | "busy" => {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                said += &format!(" [{name} {value}]");
+            }
+            _ => {}
+        }
+    }
+    said
 }
 
 /// The bytes that base64 stands for (RFC 4648, section 4).

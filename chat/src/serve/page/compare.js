@@ -1,4 +1,5 @@
-// Several models answer one message, unnamed and in random order, until a person has judged.
+// Several models answer one message, unnamed and in random order, until a person has judged; or the server has pairs of
+// answers that somebody wants to be judged.
 
 import { answer, postJson } from "./api.js";
 import { announce, complain, find, isTyping, make, sendOnEnter, settings, withSystem, writer } from "./dom.js";
@@ -8,8 +9,12 @@ const LETTERS = ["A", "B", "C", "D"];
 // What is being judged: `messages`, `answers` of `{ model, text }` in the order shown, and when they were all there.
 let round = null;
 let running = null;
-// What was judged last, so that it can be taken back.
-let judged = null;
+// What was judged, the last one last, so that it can be taken back step by step.
+let judged = [];
+// What was being judged when an earlier judgement was taken back; it comes again.
+let waiting = [];
+// Whether the server is being asked to keep a judgement or to take it back.
+let isSaving = false;
 
 function shuffled(items) {
   const order = [...items];
@@ -28,6 +33,8 @@ function chosenModels() {
   return [...find("rivals").querySelectorAll("input:checked")].map((input) => input.value);
 }
 
+const annotator = () => find("annotator").value.trim() || undefined;
+
 function showButtons() {
   const n = round?.answers.length ?? 0;
   const areAlike = !!round && isOneText(round.answers);
@@ -39,9 +46,22 @@ function showButtons() {
     choice(n > 2 ? "All bad" : "Both bad", "X", "bad"),
   );
   find("verdicts").hidden = !round?.since || round.isJudged;
-  find("undo").hidden = !judged || !!running;
+  find("undo").hidden = judged.length === 0 || !!running;
+  find("next").hidden = !round?.isJudged || (waiting.length === 0 && round.number === undefined);
   find("ask-send").hidden = !!running;
   find("ask-stop").hidden = !running;
+}
+
+// Shows the round's message and its answers, which may still be empty; returns the elements of their texts.
+function showRound() {
+  const texts = round.answers.map(({ text }) => make("p", { className: "text", textContent: text }));
+  const item = (text, i) => make("li", {}, make("h2", { textContent: LETTERS[i] }), text);
+  find("answers").replaceChildren(...texts.map(item));
+  const turns = round.messages.filter(({ role }) => role !== "system");
+  const isAlone = turns.length === 1;
+  find("asked").textContent = turns.map(({ role, content }) => (isAlone ? content : `${role}: ${content}`)).join("\n\n");
+  find("asked-before").hidden = false;
+  return texts;
 }
 
 async function ask(content) {
@@ -51,14 +71,13 @@ async function ask(content) {
     complain(new Error("Choose two to four models to compare."));
     return;
   }
-  judged = null;
+  waiting = [];
   find("verdict").textContent = "";
   const messages = withSystem([{ role: "user", content }]);
   round = { messages, answers: shuffled(models).map((model) => ({ model, text: "" })), since: null, isJudged: false };
   running = new AbortController();
-  const texts = round.answers.map(() => make("p", { className: "text" }));
-  const item = (text, i) => make("li", { ariaBusy: "true" }, make("h2", { textContent: LETTERS[i] }), text);
-  find("answers").replaceChildren(...texts.map(item));
+  const texts = showRound();
+  texts.forEach((text) => (text.parentElement.ariaBusy = "true"));
   showButtons();
   // Letters are a judgement from now on, not the end of the message.
   find("answers").focus();
@@ -80,6 +99,7 @@ async function ask(content) {
     running.abort();
     round = null;
     find("answers").replaceChildren();
+    find("asked-before").hidden = true;
     if (error.name !== "AbortError") complain(error);
   }
   running = null;
@@ -88,44 +108,93 @@ async function ask(content) {
 }
 
 async function judge(verdict) {
-  if (!round?.since || round.isJudged) return;
+  if (!round?.since || round.isJudged || isSaving) return;
+  isSaving = true;
   round.isJudged = true;
   const seconds = Math.round(performance.now() - round.since) / 1000;
-  const annotator = find("annotator").value.trim() || undefined;
   const { messages, answers } = round;
   try {
-    const reply = await postJson("compare/judge", { messages, answers, verdict, annotator, seconds });
-    judged = { round, kept: reply.kept };
+    const reply = await postJson("compare/judge", { messages, answers, verdict, annotator: annotator(), seconds });
+    judged.push({ round, kept: reply.kept });
     [...find("answers").children].forEach((item, i) => {
-      const score = reply.scores ? `, score ${reply.scores[i].toFixed(2)}` : "";
-      item.append(make("p", { className: "note", textContent: answers[i].model + score }));
+      const known = [answers[i].model, reply.scores && `score ${reply.scores[i].toFixed(2)}`].filter(Boolean);
+      if (known.length > 0) item.append(make("p", { className: "note", textContent: known.join(", ") }));
       item.classList.toggle("best", verdict === i);
     });
     const said = { tie: "Judged alike.", bad: "Judged bad." }[verdict] ?? `${LETTERS[verdict]} judged best.`;
-    find("verdict").textContent = `${said} N: the next message.`;
+    const next = waiting.length > 0 ? "answers" : round.number === undefined ? "message" : "pair";
+    find("verdict").textContent = `${said} N: the next ${next}.`;
   } catch (error) {
     round.isJudged = false;
     complain(error);
   }
+  isSaving = false;
   showButtons();
   find(round.isJudged ? "undo" : "question").focus();
 }
 
+// Takes the last judgement back, then the one before it. What is on the screen comes again afterwards.
 async function undo() {
-  if (!judged) return;
+  if (judged.length === 0 || isSaving || running) return;
+  const { round: last, kept } = judged.at(-1);
+  isSaving = true;
   try {
-    if (judged.kept) await postJson("compare/undo", { id: judged.kept });
+    if (kept) await postJson("compare/undo", { id: kept });
   } catch (error) {
     complain(error);
     return;
+  } finally {
+    isSaving = false;
   }
-  round = judged.round;
-  judged = null;
+  judged.pop();
+  if (round && round !== last) waiting.push(round);
+  judgeAgain(last, "Taken back.");
+}
+
+function judgeAgain(earlier, said) {
+  complain(null);
+  round = earlier;
   round.isJudged = false;
   round.since = performance.now();
-  find("answers").querySelectorAll(".note").forEach((note) => note.remove());
-  find("answers").querySelectorAll("li").forEach((item) => item.classList.remove("best"));
-  find("verdict").textContent = "Taken back.";
+  showRound();
+  find("verdict").textContent = said;
+  showButtons();
+  find("verdicts").firstElementChild.focus();
+}
+
+// On to what waits to be judged, or to a new message.
+function next() {
+  if (running || isSaving) return;
+  if (round?.isJudged && waiting.length > 0) judgeAgain(waiting.pop(), "");
+  else if (round?.number !== undefined) askPair();
+  else find("question").select();
+}
+
+// Asks the server for the next pair of its file; one that is not judged is skipped.
+async function askPair() {
+  if (running || isSaving) return;
+  complain(null);
+  isSaving = true;
+  let reply;
+  try {
+    reply = await postJson("compare/question", { annotator: annotator(), after: round?.number });
+  } catch (error) {
+    complain(error);
+    return;
+  } finally {
+    isSaving = false;
+  }
+  find("pairs-judged").textContent = `${reply.judged} of ${reply.n} judged.`;
+  waiting = [];
+  if (!reply.question) {
+    find("verdict").textContent = "All pairs are judged.";
+    showButtons();
+    return;
+  }
+  const { number, messages, answers } = reply.question;
+  round = { messages, answers: shuffled(answers.map((text) => ({ text }))), since: performance.now(), isJudged: false, number };
+  showRound();
+  find("verdict").textContent = "";
   showButtons();
   find("verdicts").firstElementChild.focus();
 }
@@ -139,7 +208,7 @@ export function compareKey(key) {
   const verdicts = { t: "tie", x: "bad" };
   const at = LETTERS.indexOf(key.toUpperCase());
   if (key === "u") undo();
-  else if (key === "n" && !running) find("question").select();
+  else if (key === "n") next();
   else if (at >= 0 && find("verdicts").childElementCount > at + 2) judge(at);
   else if (key in verdicts) judge(verdicts[key]);
   else return false;
@@ -151,7 +220,7 @@ export function startCompare(models, about) {
     make("label", {}, make("input", { type: "checkbox", value: model, checked: i < 4 }), ` ${model}`);
   find("rivals").append(...models.map(box));
   const lacks = [];
-  if (models.length < 2) lacks.push("There is one model only: start the server with several --checkpoint to compare them.");
+  if (models.length < 2 && about.questions === 0) lacks.push("There is one model only: start the server with several --checkpoint to compare them.");
   if (!about.labels) lacks.push("Judgements are not kept: start the server with --labels FILE to keep them.");
   find("lacks").textContent = lacks.join(" ");
   find("annotator").value = localStorage.getItem("annotator") ?? "";
@@ -160,9 +229,13 @@ export function startCompare(models, about) {
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     const content = find("question").value.trim();
-    if (content && !running) ask(content);
+    if (content && !running && !isSaving) ask(content);
   });
   find("ask-stop").addEventListener("click", stopCompare);
   find("undo").addEventListener("click", undo);
+  find("next").addEventListener("click", next);
+  find("pairs").hidden = about.questions === 0;
+  find("pairs-judged").textContent = `${about.questions} pairs wait for you.`;
+  find("ask-pair").addEventListener("click", askPair);
   showButtons();
 }

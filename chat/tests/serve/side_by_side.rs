@@ -1,0 +1,256 @@
+//! The page's comparison of four models, in Chromium: how it looks, what a screen reader is told, and going back.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::page::{opened, records};
+use crate::server::Server;
+use crate::webdriver::Browser;
+
+fn server(labels: &Path) -> Server {
+    let models = ["base=lm", "sft=long-winded", "ppo=lm", "dpo=long-winded"];
+    let models = models.iter().flat_map(|model| ["--checkpoint", model]);
+    let flags = ["--reward-model", "reward-model", "--labels", labels.to_str().unwrap()];
+    Server::start(&models.chain(flags).collect::<Vec<_>>())
+}
+
+/// A page whose four models answer differently, by chance.
+fn compared(browser: &Browser, server: &Server) {
+    opened(browser, server);
+    browser.click("#tab-compare");
+    browser.script("document.querySelector('#seed').value = ''");
+}
+
+/// Asks, and waits until all four have answered.
+fn ask(browser: &Browser, question: &str) {
+    browser.script("document.querySelector('#question').value = ''");
+    browser.keys("#question", &format!("{question}\n"));
+    browser.wait_for(
+        "!document.querySelector('#verdicts').hidden && document.querySelectorAll('#answers li').length === 4",
+    );
+}
+
+fn shown(browser: &Browser) -> Vec<String> {
+    let texts =
+        browser.script("return [...document.querySelectorAll('#answers .text')].map((text) => text.textContent)");
+    serde_json::from_value(texts).unwrap()
+}
+
+/// Presses the key of a judgement and waits until the page says it was kept.
+fn judge(browser: &Browser, key: &str, said: &str) {
+    browser.press(key);
+    browser.wait_for(&format!("document.querySelector('#verdict').textContent.startsWith({said:?})"));
+}
+
+#[test]
+fn four_answers_stand_side_by_side_where_there_is_room_and_below_each_other_where_not() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let server = server(&dir.path().join("labels.jsonl"));
+    compared(&browser, &server);
+    ask(&browser, "Tell me a story about a fox and a red boat.");
+    let columns = || {
+        browser.script(
+            "return new Set([...document.querySelectorAll('#answers li')].map((li) => li.getBoundingClientRect().left)).size",
+        )
+    };
+    let fits = || browser.script("return document.documentElement.scrollWidth <= innerWidth");
+    for theme in ["light", "dark"] {
+        browser.script(&format!(
+            "if (document.documentElement.dataset.theme !== '{theme}') document.querySelector('#theme').click()"
+        ));
+        browser.resize(1280, 900);
+        assert_eq!((columns(), fits()), (json!(4), json!(true)));
+        browser.screenshot(&format!("four-{theme}-wide"));
+        browser.resize(400, 900);
+        assert_eq!((columns(), fits()), (json!(1), json!(true)));
+        browser.screenshot(&format!("four-{theme}-narrow"));
+    }
+    browser.resize(1280, 900);
+    judge(&browser, "c", "C judged best.");
+    browser.screenshot("four-dark-judged");
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn judgements_are_taken_back_step_by_step_and_what_was_on_the_screen_comes_again() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("labels.jsonl");
+    let server = server(&file);
+    compared(&browser, &server);
+    let prompts = || -> Vec<Value> {
+        let mut prompts: Vec<Value> = records(&file).iter().map(|record| record["prompt"].clone()).collect();
+        prompts.dedup();
+        prompts
+    };
+    let mut answers = Vec::new();
+    for question in ["one", "two", "three"] {
+        ask(&browser, question);
+        answers.push(shown(&browser));
+        judge(&browser, "a", "A judged best.");
+    }
+    assert_eq!((records(&file).len(), prompts()), (9, vec!["one".into(), "two".into(), "three".into()]));
+    ask(&browser, "four");
+    let last = shown(&browser);
+
+    // Back past what has not been judged yet, to the second.
+    for (question, expected) in [("three", &answers[2]), ("two", &answers[1])] {
+        browser.press("u");
+        browser.wait_for(&format!("document.querySelector('#asked').textContent === {question:?}"));
+        assert_eq!(&shown(&browser), expected);
+        assert_eq!(browser.script("return document.querySelectorAll('#answers .note').length"), 0, "unnamed again");
+    }
+    assert_eq!(prompts(), ["one"]);
+    judge(&browser, "b", "B judged best. N: the next answers.");
+    let chosen: Vec<Value> = records(&file)[3..].iter().map(|record| record["chosen"].clone()).collect();
+    assert_eq!(chosen, vec![json!(answers[1][1]); 3]);
+
+    // Forward again, in the order in which they were asked.
+    browser.press("n");
+    assert_eq!((browser.text("#asked"), shown(&browser)), ("three".to_owned(), answers[2].clone()));
+    judge(&browser, "t", "Judged alike. N: the next answers.");
+    browser.click("#next");
+    assert_eq!((browser.text("#asked"), shown(&browser)), ("four".to_owned(), last));
+    judge(&browser, "x", "Judged bad. N: the next message.");
+    assert_eq!(prompts(), ["one", "two", "three", "four"]);
+    assert_eq!(browser.script("return document.querySelector('#next').hidden"), true);
+    for left in [3, 2, 1, 0] {
+        browser.press("u");
+        browser.wait_for("document.querySelector('#verdict').textContent === 'Taken back.'");
+        browser.wait_for("!document.querySelector('#verdicts').hidden");
+        assert_eq!(prompts().len(), left);
+        browser.script("document.querySelector('#verdict').textContent = ''");
+    }
+    assert_eq!(browser.script("return document.querySelector('#undo').hidden"), true);
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn pairs_of_a_file_are_judged_one_after_the_other() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let [labels, questions] = ["labels.jsonl", "questions.jsonl"].map(|name| dir.path().join(name));
+    let pair = |i: usize| json!({ "prompt": format!("p{i}"), "tied": [format!("good {i}"), format!("bad {i}")] });
+    std::fs::write(&questions, (0..6).map(|i| format!("{}\n", pair(i))).collect::<String>()).unwrap();
+    let files = ["--labels", labels.to_str().unwrap(), "--questions", questions.to_str().unwrap()];
+    let server = Server::start(&[&["--checkpoint", "lm"], &files[..]].concat());
+    opened(&browser, &server);
+    browser.click("#tab-compare");
+    assert_eq!(
+        (browser.text("#pairs-judged"), browser.text("#lacks")),
+        ("6 pairs wait for you.".into(), String::new())
+    );
+    browser.keys("#annotator", "mia");
+    browser.click("#ask-pair");
+    for i in 0..6 {
+        browser.wait_for(&format!("document.querySelector('#asked').textContent === 'p{i}'"));
+        let is_first = shown(&browser)[0].starts_with("good");
+        if i == 2 {
+            // A slip, mended.
+            judge(&browser, if is_first { "b" } else { "a" }, if is_first { "B judged" } else { "A judged" });
+            browser.press("u");
+            browser.wait_for("document.querySelector('#verdict').textContent === 'Taken back.'");
+        }
+        let said = if is_first { "A judged best. N: the next pair." } else { "B judged best. N: the next pair." };
+        judge(&browser, if is_first { "a" } else { "b" }, said);
+        browser.press("n");
+    }
+    browser.wait_for("document.querySelector('#verdict').textContent === 'All pairs are judged.'");
+    assert_eq!(browser.text("#pairs-judged"), "6 of 6 judged.");
+    let kept = records(&labels);
+    for (i, record) in kept.iter().enumerate() {
+        let chosen = (record["prompt"].clone(), record["chosen"].clone());
+        assert_eq!(chosen, (json!(format!("p{i}")), json!(format!("good {i}"))));
+        assert_eq!((&record["annotator"], record.get("models")), (&json!("mia"), None));
+    }
+    assert_eq!(kept.len(), 6);
+    assert!(kept.iter().any(|record| record["shown_first"] != kept[0]["shown_first"]), "the sides are drawn");
+    browser.screenshot("pairs-light-wide");
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn a_screen_reader_is_told_what_each_part_is_and_what_happens() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let server = server(&dir.path().join("labels.jsonl"));
+    opened(&browser, &server);
+    #[track_caller]
+    fn says(browser: &Browser, expected: &[&str]) {
+        let said = browser.accessible();
+        let mut left = said.iter();
+        for part in expected {
+            assert!(left.any(|line| line.starts_with(part)), "no `{part}` in its place: {said:#?}");
+        }
+    }
+    let chat = [
+        "heading Kindling",
+        "tablist View",
+        "tab Chat [selected true]",
+        "tab Compare [selected false]",
+        "button Use the dark theme",
+        "tabpanel Chat",
+        "combobox Model",
+        "button New conversation",
+        "list Conversation",
+        "textbox Message",
+        "button Send",
+        "status  [live polite]",
+    ];
+    says(&browser, &chat);
+    browser.keys("#message", "hi\n");
+    browser.wait_for("document.querySelector('.assistant button')?.disabled === false");
+    let answer = browser.script("return document.querySelector('.assistant .text').textContent");
+    says(&browser, &["list Conversation", "heading You", "button Edit", "heading base", "button Retry"]);
+    assert_eq!(browser.text("#announce").trim(), format!("base: {}", answer.as_str().unwrap()).trim());
+
+    browser.click("#tab-compare");
+    browser.script("document.querySelector('#seed').value = ''");
+    let asking = [
+        "tab Compare [selected true]",
+        "tabpanel Compare",
+        "group Two to four models",
+        "checkbox base [checked true]",
+        "checkbox dpo [checked true]",
+        "textbox Your name",
+        "textbox Message to all",
+        "button Ask",
+        "list Answers",
+    ];
+    says(&browser, &asking);
+    ask(&browser, "hi");
+    assert_eq!(browser.text("#announce"), "All have answered: which is best?");
+    let judging = [
+        "heading Message",
+        "list Answers",
+        "heading A",
+        "heading D",
+        "group Which answer is better?",
+        "button A is best (A)",
+        "button D is best (D)",
+        "button All alike (T)",
+        "button All bad (X)",
+        "status ",
+    ];
+    says(&browser, &judging);
+    assert_eq!(browser.script("return document.activeElement.textContent"), "A is best (A)");
+    judge(&browser, "b", "B judged best.");
+    says(&browser, &["status  [live polite]", "button Undo (U)"]);
+    // An error is told at once.
+    browser.script("for (const box of document.querySelectorAll('#rivals input')) box.checked = false");
+    browser.keys("#question", "hi\n");
+    browser.wait_for("!document.querySelector('#problem').hidden");
+    says(&browser, &["alert  [live assertive]"]);
+
+    // Nothing that can be used is without a name.
+    for tab in ["chat", "compare"] {
+        browser.click(&format!("#tab-{tab}"));
+        for line in browser.accessible() {
+            let (role, name) = line.split_once(' ').unwrap();
+            let is_control = ["button", "textbox", "checkbox", "combobox", "spinbutton", "tab"].contains(&role);
+            assert!(!is_control || !(name.is_empty() || name.starts_with('[')), "{tab}: `{line}` has no name");
+        }
+    }
+}
