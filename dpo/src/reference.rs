@@ -121,7 +121,11 @@ mod tests {
     fn pairs(ids: &[u32]) -> Pairs {
         let pair =
             |&id: &u32| EncodedPair { chosen: vec![1, 2, id], rejected: vec![1, 2, 9], n_prompt: 2, margin: None };
-        Pairs { encoded: ids.iter().map(pair).collect(), records: (0..ids.len()).map(|i| i..i + 1).collect() }
+        Pairs {
+            encoded: ids.iter().map(pair).collect(),
+            records: (0..ids.len()).map(|i| i..i + 1).collect(),
+            annotators: vec![None; ids.len()],
+        }
     }
 
     #[test]

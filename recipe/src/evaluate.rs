@@ -19,7 +19,8 @@ use serde_json::{Map, Value, json};
 
 use crate::answers::{self, PromptSampler};
 use crate::best_of::BestOf;
-use crate::config::{BasePrompt, EvaluateConfig};
+use crate::collect::PairFiles;
+use crate::config::{BasePrompt, EvaluateConfig, LabelledBy};
 use crate::gold::GoldScorer;
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
 use crate::setup::Setup;
@@ -183,34 +184,48 @@ impl Evaluator<'_> {
         Ok(Some(answers.collect()))
     }
 
-    /// The results of `reward-model eval` on the test pairs, and on the same pairs in their gold order.
+    /// The results of `reward-model eval` on the test pairs, and on the same pairs in their gold order; where people labelled,
+    /// how far the scores agree with each of them.
     fn reward_model(&self) -> Result<Map<String, Value>> {
-        let Some(pairs) = self.setup.test_pairs().filter(|_| self.trains(Step::RewardModel)) else {
+        if !self.trains(Step::RewardModel) {
             return Ok(Map::new());
+        }
+        let mut result = match self.setup.test_pairs() {
+            Some(pairs) => self.on_test_pairs(&pairs)?,
+            None => Map::new(),
         };
-        let evaluate = |data: &Path| {
-            reward_model::evaluate(&reward_model::EvalArgs {
-                checkpoint: self.setup.dir(Step::RewardModel),
-                data: data.to_owned(),
-                batch_size: self.batch_size(),
-                runtime: self.runtime.clone(),
-            })
-            .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
-        };
-        let mut result = fields(&evaluate(&pairs)?)?;
+        if self.setup.recipe.config.collect.as_ref().is_some_and(|collect| collect.labels == LabelledBy::People) {
+            let by_people = self.evaluate_reward_model(&PairFiles::in_out(&self.setup.out).val)?;
+            result.insert("annotators".to_owned(), json!(by_people.annotators));
+        }
+        Ok(result)
+    }
+
+    fn on_test_pairs(&self, pairs: &Path) -> Result<Map<String, Value>> {
+        let mut result = fields(&self.evaluate_reward_model(pairs)?)?;
         let Some(gold) = &self.setup.gold else { return Ok(result) };
-        let ordered = in_gold_order(&read_pairs(&pairs, OnBadRecord::Fail)?, gold)?;
+        let ordered = in_gold_order(&read_pairs(pairs, OnBadRecord::Fail)?, gold)?;
         if ordered.n == 0 {
             return Ok(result);
         }
         let path = self.setup.out.join(GOLD_ORDER_FILE);
         write_whole(&path, ordered.jsonl)?;
-        let against_gold = evaluate(&path)?;
+        let against_gold = self.evaluate_reward_model(&path)?.agreement;
         result.insert("gold_accuracy".to_owned(), json!(against_gold.accuracy));
         result.insert("gold_longer_wins_accuracy".to_owned(), json!(against_gold.longer_wins_accuracy));
         result.insert("gold_pairs".to_owned(), json!(ordered.n));
         result.insert("label_agreement".to_owned(), json!(ordered.n_agreeing as f64 / ordered.n as f64));
         Ok(result)
+    }
+
+    fn evaluate_reward_model(&self, data: &Path) -> Result<reward_model::Evaluation> {
+        reward_model::evaluate(&reward_model::EvalArgs {
+            checkpoint: self.setup.dir(Step::RewardModel),
+            data: data.to_owned(),
+            batch_size: self.batch_size(),
+            runtime: self.runtime.clone(),
+        })
+        .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
     }
 
     /// The results of `dpo eval` on the test pairs, and of [`against_sft`](Self::against_sft).

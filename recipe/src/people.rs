@@ -85,7 +85,7 @@ pub(crate) fn collect(collector: &Collector<'_>) -> Result<Progress> {
     check_n_labels(n_wanted, asked.len())?;
     let said = labels_about(&asked, &out.join("labels"))?;
     if said.decisions.len() < n_wanted {
-        say_how(out, &path, said.decisions.len(), n_wanted)?;
+        say_how(collector, &path, said.decisions.len(), n_wanted)?;
         return Ok(Progress::Waiting);
     }
     let n_prompts = asked.iter().map(prompt_key).collect::<HashSet<_>>().len();
@@ -216,16 +216,21 @@ fn label_files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Tells on stdout how to label, and that the same command goes on.
-fn say_how(out: &Path, questions: &Path, n: usize, n_wanted: usize) -> Result<()> {
-    let labels = out.join("labels");
+fn say_how(collector: &Collector<'_>, questions: &Path, n: usize, n_wanted: usize) -> Result<()> {
+    let labels = collector.setup.out.join("labels");
     std::fs::create_dir_all(&labels).with_context(|| format!("failed to make `{}`", labels.display()))?;
     common::view::leave();
     writeln!(
         std::io::stdout(),
         "{n} of {n_wanted} labels are there. To label in a terminal, each person under a name:\n  \
-         reward-model label --pairs {} --out {} --annotator NAME\nThen run this command again: it goes on.",
-        questions.display(),
-        labels.join("NAME.jsonl").display()
+         reward-model label --pairs {questions} --out {of_terminal} --annotator NAME\n\
+         Or on a page, under Compare:\n  \
+         chat serve --checkpoint {sft} --questions {questions} --labels {of_page}\n\
+         Then run this command again: it goes on.",
+        questions = questions.display(),
+        of_terminal = labels.join("NAME.jsonl").display(),
+        of_page = labels.join("page.jsonl").display(),
+        sft = collector.setup.dir(Step::Sft).display(),
     )
     .context("failed to write the result")
 }

@@ -36,6 +36,12 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
         stdout.starts_with("0 of 16 labels are there.") && stdout.contains("reward-model label --pairs"),
         "{stdout}"
     );
+    assert!(
+        stdout.contains(
+            "chat serve --checkpoint out/sft --questions out/data/pairs.questions.jsonl --labels out/labels/page.jsonl"
+        ),
+        "{stdout}"
+    );
     assert!(stderr.contains("collect: waiting for labels") && !stderr.contains("reward-model:"), "{stderr}");
     let asked = fs::read(lab.out("data/pairs.questions.jsonl")).unwrap();
 
@@ -56,7 +62,16 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
         (&20.into(), &10.into(), &10.into())
     );
     assert_eq!(labels["agreement"]["shared"], 10, "{labels}");
-    assert!(fs::read_to_string(lab.out("report.html")).unwrap().contains("20 decisions of people (mia 10, tom 10)"));
+    let html = fs::read_to_string(lab.out("report.html")).unwrap();
+    assert!(html.contains("20 decisions of people (mia 10, tom 10)"));
+    // How far the reward model agrees with each of them, on what it was not trained on.
+    let held_out = fs::read_to_string(lab.out("data/pairs.val.jsonl")).unwrap();
+    let by = &lab.json("report.json")["stages"]["reward-model"]["metrics"]["annotators"];
+    for name in ["mia", "tom"] {
+        let n = held_out.matches(&format!("\"annotator\":\"{name}\"")).count();
+        assert!(n > 0 && by[name]["accuracy"]["n"] == n, "{name}: {by} of {held_out}");
+        assert!(html.contains(&format!("Agrees with {name}")), "{name}");
+    }
     let lines = |file: &str| fs::read_to_string(lab.out(file)).unwrap().lines().count();
     assert_eq!(lines("data/pairs.train.jsonl") + lines("data/pairs.val.jsonl"), 20);
     assert!(fs::read_to_string(lab.out("data/pairs.train.jsonl")).unwrap().contains("\"annotator\":\"mia\""));
@@ -108,7 +123,7 @@ fn distance(lab: &Lab, line: &str) -> f64 {
     let [model, pair] = ["earlier", "one.jsonl"].map(|name| lab.path(name).display().to_string());
     let cli = reward_model::Cli::parse_from(["reward-model", "eval", "--checkpoint", &model, "--data", &pair]);
     let reward_model::Command::Eval(args) = cli.command else { panic!("another command") };
-    reward_model::evaluate(&args).unwrap().margin_mean.abs()
+    reward_model::evaluate(&args).unwrap().agreement.margin_mean.abs()
 }
 
 #[test]

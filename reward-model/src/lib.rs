@@ -25,7 +25,7 @@ mod train;
 pub use cli::{AgreementArgs, By, Cli, Command, EvalArgs, LabelArgs, ScoreArgs, TrainArgs};
 pub use config::{BestBy, NormalisationConfig, RewardModelConfig, TooLong, TrainConfig};
 pub use data::check_data;
-pub use eval::{Evaluation, evaluate};
+pub use eval::{Evaluation, OfAnnotator, evaluate};
 pub use needs::{lengths, needs};
 pub use train::train;
 

@@ -109,7 +109,7 @@ mod tests {
             let prompt = [1, 2, 3 + i];
             EncodedPair { chosen: prompt.to_vec(), rejected: prompt.to_vec(), n_prompt: 3, margin: None }
         };
-        let training = Pairs { encoded: (0..20).map(pair).collect(), records: Vec::new() };
+        let training = Pairs { encoded: (0..20).map(pair).collect(), records: Vec::new(), annotators: Vec::new() };
         let config = NormalisationConfig { samples: 50, max_tokens: 20, ..NormalisationConfig::default() };
         let scores = |model: &ScalarGpt| {
             score_samples(&config, &initial, model, &training, &tokenizer, streams).expect("scores")
@@ -129,7 +129,7 @@ mod tests {
         let model = ScalarGpt::new(initial.clone(), &streams);
         let prompt = vec![1, 2, 3];
         let pair = EncodedPair { chosen: prompt.clone(), rejected: prompt.clone(), n_prompt: 3, margin: None };
-        let training = Pairs { encoded: vec![pair], records: Vec::new() };
+        let training = Pairs { encoded: vec![pair], records: Vec::new(), annotators: Vec::new() };
         let config = NormalisationConfig { samples: 4, max_tokens: 20, ..NormalisationConfig::default() };
         let fitted_to = score_samples(&config, &initial, &model, &training, &tokenizer, streams).expect("scores");
 

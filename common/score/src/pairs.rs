@@ -36,6 +36,8 @@ pub struct Pairs {
     pub encoded: Vec<EncodedPair>,
     /// Which of `encoded` come from one record: one pair, or all pairs of a ranked list. A batch holds them together.
     pub records: Vec<Range<usize>>,
+    /// Who decided each of `encoded`, where the records say so.
+    pub annotators: Vec<Option<String>>,
 }
 
 /// Treatment of a pair whose prompt and longer answer do not fit into the model's context.
@@ -64,7 +66,7 @@ impl Pairs {
         options: ReadOptions,
         on_too_long: PairTooLong,
     ) -> Result<Self, ScoreError> {
-        let mut all = Self { encoded: Vec::new(), records: Vec::new() };
+        let mut all = Self { encoded: Vec::new(), records: Vec::new(), annotators: Vec::new() };
         let (mut n_cut, mut n_left_out) = (0, 0);
         for file in files {
             let mut last = None;
@@ -85,6 +87,7 @@ impl Pairs {
                     continue;
                 };
                 all.encoded.push(encoded);
+                all.annotators.push(pair.annotator);
                 let n = all.encoded.len();
                 match all.records.last_mut() {
                     Some(record) if last == Some(pair.record) => record.end = n,
@@ -260,7 +263,8 @@ mod tests {
     #[test]
     fn the_steps_of_an_epoch_take_every_pair_once_and_those_of_a_record_together() {
         let records = vec![0..1, 1..4, 4..5, 5..6];
-        let pairs = Pairs { encoded: (0..6).map(|i| pair(&[0, i], &[0, 9], 1, None)).collect(), records };
+        let encoded = (0..6).map(|i| pair(&[0, i], &[0, 9], 1, None)).collect();
+        let pairs = Pairs { encoded, records, annotators: vec![None; 6] };
         let mut order = Order::new(4, Streams::new(3), "order");
         for epoch in 0..2 {
             let mut seen: Vec<usize> = Vec::new();

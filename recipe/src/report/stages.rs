@@ -1,10 +1,13 @@
 //! The report's section on each training stage: what it does, its curves, its key numbers, its samples.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 use common::metrics::{first_and_last, names, read_samples};
+use common::stats::Interval;
 use plot::{Curve, Hue, Plot, Weight, smooth, thousands};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::text::{duration, mean_of, percent, signed, title};
 use super::{Source, StageSource};
@@ -45,7 +48,7 @@ pub(super) struct Key {
 
 #[derive(Serialize)]
 struct Number {
-    label: &'static str,
+    label: Cow<'static, str>,
     value: String,
     note: String,
 }
@@ -306,11 +309,30 @@ pub(super) fn figure(curves: &[Curve], unit: &str, title: &str, caption: &str, w
     Ok(Some(Figure { svg, title: title.to_owned(), caption: caption.to_owned(), keys }))
 }
 
+/// How far a reward model agrees with each person who labelled.
+fn by_people(results: &Map<String, Value>) -> Vec<Number> {
+    let people = results.get("annotators").and_then(Value::as_object);
+    let number = |(name, of): (&String, &Value)| {
+        let Interval { mean, low, high, n } = serde_json::from_value(of["accuracy"].clone()).ok()?;
+        Some(Number {
+            label: format!("Agrees with {name}").into(),
+            value: percent(mean),
+            note: format!(
+                "of {n} {} held out from training; 95\u{a0}% {} to {}",
+                if n == 1 { "label" } else { "labels" },
+                percent(low),
+                percent(high)
+            ),
+        })
+    };
+    people.into_iter().flatten().filter_map(number).collect()
+}
+
 fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
     let log = &stage.log;
     let mut numbers = Vec::new();
     let mut push = |label: &'static str, value: Option<String>, note: &str| {
-        numbers.extend(value.map(|value| Number { label, value, note: note.to_owned() }));
+        numbers.extend(value.map(|value| Number { label: label.into(), value, note: note.to_owned() }));
     };
     match stage.step {
         Step::RewardModel => {
@@ -389,5 +411,8 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
     }
     let speed = log.last("train/tokens_per_second").map(|speed| format!("{} tokens/s", thousands(speed.round())));
     push("Time", Some(duration(stage.seconds)), speed.as_deref().unwrap_or(""));
+    if let (Step::RewardModel, Some(results)) = (stage.step, &source.results) {
+        numbers.extend(by_people(&results.reward_model));
+    }
     numbers
 }
