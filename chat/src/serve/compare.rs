@@ -1,6 +1,6 @@
 //! What the page asks beyond OpenAI's interface: judgements of compared answers, kept as preference records.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,6 +21,9 @@ use super::state::{App, on_disk};
 
 /// Most answers that are compared.
 const MAX_ANSWERS: usize = 4;
+
+/// Judgements that can be taken back one after the other.
+const MAX_UNDO: usize = 1000;
 
 /// Most characters of an annotator's name.
 const MAX_NAME: usize = 64;
@@ -44,20 +47,24 @@ impl From<Option<String>> for Who {
 #[derive(Debug)]
 struct Written {
     file: LabelFile,
-    /// The judgements that are kept, each with its number and what its records are about.
-    kept: Vec<(u64, Vec<(Who, String)>)>,
+    /// The latest judgements that are kept, each with its number and what its records are about, where that was asked.
+    kept: VecDeque<(u64, Vec<Option<(Who, String)>>)>,
     next: u64,
-    /// How many records of the file each person has on a [`Label::question`].
+    /// Each [`Label::question`] that people are asked.
+    asked: HashSet<String>,
+    /// How many records of the file each person has on them.
     judged: HashMap<Who, HashMap<String, usize>>,
 }
 
 impl Labels {
-    /// Judgements that are appended to `file`, which has those of `said`.
-    pub(super) fn new(file: LabelFile, said: &[Label]) -> Self {
+    /// Judgements that are appended to `file`, which has those of `said`; people are asked about `asked`, each a
+    /// [`Label::question`].
+    pub(super) fn new(file: LabelFile, said: &[Label], asked: HashSet<String>) -> Self {
         // A page that was open before the server was started again must not take back what another one judged since. In
         // milliseconds, numbers stay exact in JavaScript.
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut written = Written { file, kept: Vec::new(), next: since.as_millis() as u64, judged: HashMap::new() };
+        let next = since.as_millis() as u64;
+        let mut written = Written { file, kept: VecDeque::new(), next, asked, judged: HashMap::new() };
         said.iter().for_each(|label| drop(written.note(label)));
         Self { written: Mutex::new(written) }
     }
@@ -78,7 +85,10 @@ impl Labels {
             }
         }
         let about = records.iter().map(|record| written.note(record)).collect();
-        written.kept.push((number, about));
+        written.kept.push_back((number, about));
+        if written.kept.len() > MAX_UNDO {
+            written.kept.pop_front();
+        }
         Ok(number)
     }
 
@@ -86,16 +96,16 @@ impl Labels {
     fn undo(&self, id: u64) -> Result<bool, DataError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let Written { file, kept, judged, .. } = &mut *written;
-        let Some((_, about)) = kept.last_mut().filter(|(number, _)| *number == id) else { return Ok(false) };
+        let Some((_, about)) = kept.back_mut().filter(|(number, _)| *number == id) else { return Ok(false) };
         // Where the file cannot be written, what is left of the judgement can be taken back later.
         while !about.is_empty() {
             file.undo()?;
-            let Some((who, question)) = about.pop() else { break };
-            if let Some(n) = judged.get_mut(&who).and_then(|judged| judged.get_mut(&question)) {
+            let noted = about.pop().flatten();
+            if let Some(n) = noted.and_then(|(who, question)| judged.get_mut(&who)?.get_mut(&question)) {
                 *n -= 1;
             }
         }
-        kept.pop();
+        kept.pop_back();
         Ok(true)
     }
 
@@ -108,11 +118,14 @@ impl Labels {
 }
 
 impl Written {
-    /// Notes who has judged what.
-    fn note(&mut self, label: &Label) -> (Who, String) {
-        let about = (Who::from(label.annotator.clone()), Label::question(&label.prompt, &label.answers));
-        *self.judged.entry(about.0.clone()).or_default().entry(about.1.clone()).or_default() += 1;
-        about
+    /// Notes who has judged what, if that was asked.
+    fn note(&mut self, label: &Label) -> Option<(Who, String)> {
+        let question = Label::question(&label.prompt, &label.answers);
+        self.asked.contains(&question).then(|| {
+            let who = Who::from(label.annotator.clone());
+            *self.judged.entry(who.clone()).or_default().entry(question.clone()).or_default() += 1;
+            (who, question)
+        })
     }
 }
 

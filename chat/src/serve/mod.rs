@@ -18,6 +18,7 @@ mod shapes;
 mod state;
 mod training;
 
+use std::collections::HashSet;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -167,17 +168,15 @@ fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
         let tokenizer = checkpoint.require_tokenizer()?.clone();
         Ok(Scorer::new(on_pool(|| runtime.scalar(&checkpoint))?, tokenizer, queue as usize))
     });
+    let questions =
+        args.questions.as_deref().map(Questions::open).transpose().context("failed to read the questions")?;
+    let asked = questions.as_ref().map_or_else(HashSet::new, Questions::keys);
     Ok(Shared {
         engines,
         scorer: scorer.transpose().context("failed to load the reward model")?,
         runs: args.runs.as_deref().map(folder).transpose()?,
-        labels: args.labels.as_deref().map(labels).transpose()?,
-        questions: args
-            .questions
-            .as_deref()
-            .map(Questions::open)
-            .transpose()
-            .context("failed to read the questions")?,
+        labels: args.labels.as_deref().map(|path| labels(path, asked)).transpose()?,
+        questions,
         limits: RequestLimits {
             max_tokens: max_tokens as usize,
             max_body: max_body as usize,
@@ -198,10 +197,10 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// The file that judgements are appended to.
-fn labels(path: &Path) -> anyhow::Result<Arc<Labels>> {
+fn labels(path: &Path, asked: HashSet<String>) -> anyhow::Result<Arc<Labels>> {
     let (file, said) = LabelFile::open(path).context("failed to open the labels")?;
     tracing::info!("judgements go to `{}`, which has {} so far", path.display(), said.len());
-    Ok(Arc::new(Labels::new(file, &said)))
+    Ok(Arc::new(Labels::new(file, &said, asked)))
 }
 
 /// Refuses two models of one name.

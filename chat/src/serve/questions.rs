@@ -1,5 +1,6 @@
 //! Pairs of answers from a file, which people judge on the page.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::ensure;
@@ -35,6 +36,11 @@ impl Questions {
         ensure!(!asked.is_empty(), "`{}` holds no pair to judge", path.display());
         tracing::info!("{} pairs of `{}` are judged on the page", asked.len(), path.display());
         Ok(Self { asked })
+    }
+
+    /// Each [`Label::question`].
+    pub(super) fn keys(&self) -> HashSet<String> {
+        self.asked.iter().map(|(_, question)| question.clone()).collect()
     }
 
     /// How many there are.
