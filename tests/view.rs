@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
 use std::process::Command;
+use std::time::Duration;
 
+use common::view::View;
 use pipeline_tests::{Lab, SFT, binary};
 use rexpect::process::WaitStatus;
 use rexpect::session::{PtySession, spawn_command};
@@ -99,6 +101,56 @@ fn an_error_is_told_after_the_terminal_was_given_back() {
     session.exp_string("error: ").unwrap();
     session.exp_eof().unwrap();
     assert_eq!(exit_code(&session), 1);
+}
+
+#[test]
+fn a_second_ctrl_c_gives_the_terminal_back_and_stops_at_once() {
+    let lab = Lab::before(SFT);
+    // A step that takes longer than anybody waits.
+    let long = ["--set", "train.batch_size=1000000", "--set", "train.micro_batch_size=4"];
+    let mut session = train(&lab, "env", &long, "");
+    // The step has begun.
+    session.exp_string("conversations").unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    session.send_control('c').unwrap();
+    // Two within a second are one request.
+    std::thread::sleep(Duration::from_millis(1500));
+    session.send_control('c').unwrap();
+    session.exp_string(GIVEN_BACK).unwrap();
+    let rest = session.exp_eof().unwrap();
+    assert!(rest.contains("press Ctrl-C again") && rest.contains("stopped without saving"), "{rest}");
+    assert_eq!(exit_code(&session), 130);
+    assert_eq!(lab.saved_step("out"), None);
+}
+
+const PANIC: &str = "a_program_that_panics_while_its_view_is_open";
+
+#[test]
+#[ignore = "the program of the next test"]
+fn a_program_that_panics_while_its_view_is_open() {
+    let _view = View::open().unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    panic!("on purpose");
+}
+
+#[test]
+fn a_panic_is_told_after_the_terminal_was_given_back() {
+    let program = std::env::current_exe().unwrap();
+    // What the terminal is like is said before and after: raw mode would show.
+    let script = format!(
+        "stty rows 40 columns 130; stty -g; '{}' --exact {PANIC} --ignored --nocapture; echo ended with $?; stty -g",
+        program.display()
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).env("TERM", "xterm");
+    let mut session = spawn_command(command, Some(TIMEOUT)).unwrap();
+    let before = session.exp_string(TAKEN).unwrap();
+    session.exp_string("q leave the view").unwrap();
+    session.exp_string(GIVEN_BACK).unwrap();
+    let rest = session.exp_eof().unwrap();
+    assert!(rest.contains("on purpose") && rest.contains("ended with 101"), "{rest}");
+    let (settings, settings_after) = (before.lines().next().unwrap(), rest.lines().next_back().unwrap());
+    assert_eq!(settings.trim(), settings_after.trim(), "{rest}");
 }
 
 #[test]
