@@ -1,7 +1,7 @@
 //! What the page asks beyond OpenAI's interface: judgements of compared answers, kept as preference records.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
@@ -32,6 +32,8 @@ const MAX_NAME: usize = 64;
 #[derive(Debug)]
 pub(super) struct Labels {
     written: Mutex<Written>,
+    /// Held while the disk is waited for: else each judgement would wait for the one before on a thread of its own.
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// A person by name, or all who give none.
@@ -44,11 +46,14 @@ impl From<Option<String>> for Who {
     }
 }
 
+/// Who judged what people are asked about; `None` of what they asked themselves.
+type Noted = Option<(Who, String)>;
+
 #[derive(Debug)]
 struct Written {
     file: LabelFile,
     /// The latest judgements that are kept, each with its number and what its records are about, where that was asked.
-    kept: VecDeque<(u64, Vec<Option<(Who, String)>>)>,
+    kept: VecDeque<(u64, Vec<Noted>)>,
     next: u64,
     /// Each [`Label::question`] that people are asked.
     asked: HashSet<String>,
@@ -65,8 +70,10 @@ impl Labels {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let next = since.as_millis() as u64;
         let mut written = Written { file, kept: VecDeque::new(), next, asked, judged: HashMap::new() };
-        said.iter().for_each(|label| drop(written.note(label)));
-        Self { written: Mutex::new(written) }
+        for label in said {
+            written.note(label);
+        }
+        Self { written: Mutex::new(written), turn: tokio::sync::Mutex::default() }
     }
 
     /// Appends the records of a judgement and waits until they are on the disk; returns the judgement's number.
@@ -119,7 +126,7 @@ impl Labels {
 
 impl Written {
     /// Notes who has judged what, if that was asked.
-    fn note(&mut self, label: &Label) -> Option<(Who, String)> {
+    fn note(&mut self, label: &Label) -> Noted {
         let question = Label::question(&label.prompt, &label.answers);
         self.asked.contains(&question).then(|| {
             let who = Who::from(label.annotator.clone());
@@ -182,7 +189,11 @@ pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<
     let labels = app.labels.clone();
     let kept = match labels {
         None => None,
-        Some(labels) => Some(on_disk(move || labels.keep(&records)).await?),
+        Some(labels) => {
+            let _turn = labels.turn.lock().await;
+            let labels = Arc::clone(&labels);
+            Some(on_disk(move || labels.keep(&records)).await?)
+        }
     };
     Ok(Json(json!({ "kept": kept, "scores": scores(&app, &prompt, &answers).await })))
 }
@@ -193,7 +204,11 @@ pub(super) async fn undo(State(app): State<App>, mut params: Params) -> Result<J
     params.finish()?;
     let undone = match app.labels.clone() {
         None => false,
-        Some(labels) => on_disk(move || labels.undo(id)).await?,
+        Some(labels) => {
+            let _turn = labels.turn.lock().await;
+            let labels = Arc::clone(&labels);
+            on_disk(move || labels.undo(id)).await?
+        }
     };
     if undone {
         return Ok(Json(json!({ "undone": id })));

@@ -98,7 +98,8 @@ fn a_crowd_of_clients_gets_the_same_answers_for_as_long_as_it_lasts() {
         memory.iter().filter(|(at, _)| (from..=to).contains(at)).map(|(_, kib)| *kib).max().unwrap()
     };
     let of_minutes = memory.chunks(120).map(|minute| minute.iter().map(|(_, kib)| kib).max().unwrap());
-    eprintln!("most memory of each minute, in KiB: {:?}", of_minutes.collect::<Vec<_>>());
+    let n_threads = status(&server, "Threads");
+    eprintln!("most memory of each minute, in KiB: {:?}; {n_threads} threads", of_minutes.collect::<Vec<_>>());
     let (first, last) = (most(Duration::ZERO, settled), most(all - settled, all * 2));
     assert!(last <= first + BREATH, "memory grew from {first} KiB to {last} KiB");
 
@@ -124,9 +125,14 @@ fn asked_with(seed: u64) -> Asked {
 
 /// Memory of the server, in KiB.
 fn resident(server: &Server) -> u64 {
+    status(server, "VmRSS")
+}
+
+/// A number of the server's process.
+fn status(server: &Server, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
-    kib.unwrap().trim().parse().unwrap()
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// The preferred answers in a file of labels whose last record may be cut off.
