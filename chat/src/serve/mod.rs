@@ -55,6 +55,10 @@ const LOOK: Duration = Duration::from_millis(50);
 /// where that is less.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 
+/// Threads that encode prompts, score and wait for the disk. Each keeps about a megabyte, and more of them than this would
+/// only wait for each other.
+const MAX_BLOCKING: usize = 8;
+
 /// How long clients may take to read that their answers were broken off.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -79,7 +83,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         key: key.map(|key| sha256_of(key.as_bytes())),
         ..load(args)?
     });
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING).build()?;
     runtime.block_on(async {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;

@@ -171,20 +171,22 @@ fn pairs_of_a_file_are_judged_one_after_the_other() {
     assert!(browser.log().is_empty(), "{:?}", browser.log());
 }
 
+/// A screen reader is told these parts, each beginning so, one after the other.
+#[track_caller]
+fn says(browser: &Browser, expected: &[&str]) {
+    let said = browser.accessible();
+    let mut left = said.iter();
+    for part in expected {
+        assert!(left.any(|line| line.starts_with(part)), "no `{part}` in its place: {said:#?}");
+    }
+}
+
 #[test]
 fn a_screen_reader_is_told_what_each_part_is_and_what_happens() {
     let Some(browser) = Browser::start(false) else { return };
     let dir = tempfile::tempdir().unwrap();
     let server = server(&dir.path().join("labels.jsonl"));
     opened(&browser, &server);
-    #[track_caller]
-    fn says(browser: &Browser, expected: &[&str]) {
-        let said = browser.accessible();
-        let mut left = said.iter();
-        for part in expected {
-            assert!(left.any(|line| line.starts_with(part)), "no `{part}` in its place: {said:#?}");
-        }
-    }
     let chat = [
         "heading Kindling",
         "tablist View",
