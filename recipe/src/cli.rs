@@ -343,7 +343,7 @@ pub struct WorldArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
-    /// Number of stories to pretrain on; the other files scale with it
+    /// Number of stories to pretrain on, by which the other files scale; all as in configs/tiny unless it is given
     #[arg(long, value_name = "N", value_parser = stories)]
     pub stories: Option<usize>,
 

@@ -7,6 +7,8 @@ use common::config::{self, ConfigError, Configuration, PathResolver};
 use common::exit::UsageError;
 use common::files::write_whole;
 
+use toy::WorldConfig;
+
 use crate::collect::PairFiles;
 use crate::config::RecipeConfig;
 use crate::steps::Step;
@@ -207,6 +209,15 @@ const EMBEDDED: (&str, [(&str, &str); 7]) = (
         ("dpo.toml", include_str!("../../configs/tiny/dpo.toml")),
     ],
 );
+
+/// The world of the recipe in this program.
+///
+/// # Errors
+/// If that recipe is not valid.
+pub(crate) fn embedded_world() -> Result<WorldConfig> {
+    let config: RecipeConfig = load(Path::new(FILE), true, "recipe", &[])?;
+    config.world.context("the recipe in this program generates no world")
+}
 
 /// The folder that `name` means, the recipe's name, and whether it is the one in this program, whose folder is in `out`.
 fn find(name: &str, out: &Path) -> Result<(PathBuf, String, bool)> {

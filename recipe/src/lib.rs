@@ -118,7 +118,15 @@ fn generate_world(args: &WorldArgs) -> Result<()> {
             out.display()
         );
     }
-    let stories = args.stories.unwrap_or(WorldConfig::default().stories);
-    let summary = toy::write(out, &WorldConfig::with_stories(args.seed, stories))?;
+    let tiny = folder::embedded_world()?;
+    let sizes = args.stories.map(|stories| WorldConfig::with_stories(args.seed, stories));
+    let world = WorldConfig { seed: args.seed, ..tiny.clone() };
+    let world = sizes.map_or(world, |sizes| WorldConfig {
+        pretrain_flaws: tiny.pretrain_flaws,
+        flaws: tiny.flaws,
+        label_temperature: tiny.label_temperature,
+        ..sizes
+    });
+    let summary = toy::write(out, &world)?;
     print_json(&summary)
 }

@@ -137,8 +137,7 @@ impl Planner {
                 Ok(reward_model::needs(stage, config, &lengths, kernels, settings))
             }),
             Step::Ppo | Step::Rloo => setup.configs.against_scores(step).cloned().map(|mut stage| {
-                let lengths =
-                    if is_there(stage.data.sources_mut()) { ppo::lengths(&mut stage, model)? } else { unknown };
+                let lengths = if is_there(stage.data.sources_mut()) { ppo::lengths(&stage, model)? } else { unknown };
                 Ok(ppo::needs(&stage, [model, model], &lengths, kernels, stage.memory(trunk)))
             }),
             Step::Dpo => setup.configs.dpo.as_mut().map(|stage| {

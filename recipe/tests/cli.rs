@@ -169,6 +169,27 @@ fn a_world_is_written_as_files_and_described_on_stdout() {
     assert_eq!((again.code, again.stdout), (0, ran.stdout));
 }
 
+#[test]
+fn the_world_is_that_of_the_recipe_tiny() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [
+        &["world", "--out", "w", "--seed", "3"][..],
+        &["run", "tiny", "--out", "o", "--seed", "3", "--stages", "world"],
+    ] {
+        let ran = recipe(dir.path(), args);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+    }
+    for entry in fs::read_dir(dir.path().join("w")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap();
+        assert!(
+            fs::read(&path).unwrap() == fs::read(dir.path().join("o/data").join(name)).unwrap(),
+            "{}",
+            path.display()
+        );
+    }
+}
+
 /// The one line of a measurement, whose `names` must be positive.
 #[track_caller]
 fn measured(args: &[&str], names: &[&str]) -> serde_json::Value {
