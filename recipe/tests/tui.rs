@@ -114,8 +114,8 @@ fn exit_code(session: &PtySession) -> i32 {
 
 #[test]
 fn one_view_shows_stage_after_stage_and_changes_none_of_their_results() {
-    // Long enough to be seen.
-    let longer = ["--set", "pretrain.train.steps=400", "--set", "sft.train.steps=400"];
+    // Each takes a second or two on a fast machine: the view is drawn four times a second.
+    let longer = ["--set", "pretrain.train.steps=8000", "--set", "sft.train.steps=1200"];
     let lab = Lab::new();
     let mut session = run(&lab, &longer);
     session.exp_string(TAKEN).unwrap();
