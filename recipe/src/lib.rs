@@ -119,14 +119,12 @@ fn generate_world(args: &WorldArgs) -> Result<()> {
         );
     }
     let tiny = folder::embedded_world()?;
-    let sizes = args.stories.map(|stories| WorldConfig::with_stories(args.seed, stories));
-    let world = WorldConfig { seed: args.seed, ..tiny.clone() };
-    let world = sizes.map_or(world, |sizes| WorldConfig {
-        pretrain_flaws: tiny.pretrain_flaws,
-        flaws: tiny.flaws,
-        label_temperature: tiny.label_temperature,
-        ..sizes
-    });
+    let sizes = match args.stories {
+        Some(stories) => WorldConfig::with_stories(args.seed, stories),
+        None => tiny.clone(),
+    };
+    let WorldConfig { pretrain_flaws, flaws, label_temperature, .. } = tiny;
+    let world = WorldConfig { seed: args.seed, pretrain_flaws, flaws, label_temperature, ..sizes };
     let summary = toy::write(out, &world)?;
     print_json(&summary)
 }

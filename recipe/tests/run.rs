@@ -82,6 +82,10 @@ fn rloo_dpo_and_the_best_of_several_answers_stand_beside_the_others() {
     }
     let weights = |stage: &str| fs::read(lab.out(&format!("{stage}/model.safetensors"))).unwrap();
     assert!(weights("rloo") != weights("ppo") && weights("rloo") != weights("sft"));
+    let answers = fs::read_to_string(lab.out("answers.jsonl")).unwrap();
+    let rows = answers.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    assert!(rows.clone().any(|row| row["rloo"]["text"] != row["sft"]["text"]), "{answers}");
+    assert!(rows.clone().any(|row| row["rloo"]["text"] != row["ppo"]["text"]), "{answers}");
     let best_of = report["best_of"].as_array().unwrap();
     assert_eq!(best_of.iter().map(|best| &best["n"]).collect::<Vec<_>>(), [1, 3], "{report}");
     assert_eq!(best_of[0]["kl"], 0.0);

@@ -118,7 +118,7 @@ impl Lab {
             ("sft", SFT),
             ("reward-model", REWARD_MODEL),
             ("ppo", PPO),
-            ("rloo", &format!("{PPO}estimator = \"rloo\"\nsamples_per_prompt = 2\n")),
+            ("rloo", &format!("{PPO}estimator = \"rloo\"\nsamples_per_prompt = 2\n[optimizer]\nlr = 0.05\n")),
             ("dpo", DPO),
         ] {
             lab.write(&format!("micro/{name}.toml"), text);
