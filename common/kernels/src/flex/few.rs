@@ -1,20 +1,14 @@
 //! Products of few rows with a matrix: decoding.
 //!
-//! Of up to [`STREAMED`] rows, reading the matrix is the work, so it is read once, in the order it lies in memory. So it is
-//! for up to [`SIDE_BY_SIDE`] rows if it does not fit the second cache. More rows are a small matrix product, a tile at a
-//! time; of a large matrix some rows are put together first. Whichever it is, products of more than [`STREAMED`] rows are
-//! added in the order of the matrix's rows.
+//! Reading the matrix is the work, so it is read once, in the order it lies in memory for up to [`STREAMED`] rows, and in
+//! [strips](super::strips) for more, whose products are added in the order of the matrix's rows.
 
-use std::ops::Range;
-
-use pulp::{Arch, Simd, WithSimd};
-
-use super::gemm::SharedMut;
-use super::simd::{self, add_assign, add_up, fma, simd};
-use super::stored::{Stored, four_rows, widen_here, widened};
-use super::transpose::transpose_columns;
+use super::gemm::{Mat, MatMut, SharedMut};
+use super::simd::{add_assign, add_up, fma, simd};
+use super::stored::{Stored, widened};
+use super::tile::{LANES, Start, multiply_panel, pack_columns, widest};
 use super::workers::for_each;
-use super::{unset, with_scratch};
+use super::{strips, unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
 pub const ROWS: usize = 64;
@@ -34,35 +28,14 @@ const RUNS: usize = 64;
 /// Multiplications that are worth handing to another thread.
 const WORK: usize = 1 << 18;
 
-/// Most rows whose results are all kept near while the matrix is read once.
-const SIDE_BY_SIDE: usize = 16;
-
-/// Results kept in the first cache, beside the rows of the matrix that are added to them.
-const NEAREST: usize = 2048;
-
-/// Rows of the matrix that are put together at a time.
-const DEPTH: usize = 64;
-
-/// Columns of the matrix that are put together at a time.
-const BLOCK: usize = 256;
-
-/// Numbers of a matrix that stays in the second cache, so that the order in which it is read matters little.
-const NEAR: usize = 1 << 17;
-
 /// Rows of the matrix whose products are added to a result while it is in a register.
 const TOGETHER: usize = 8;
-
-/// Rows of the matrix that are asked for before they are needed.
-const AHEAD: usize = 8;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Fewest results of a row that a matrix is cut into.
 const PIECE: usize = 256;
 
-/// Columns of the largest tile, two AVX-512 registers: pieces of results are cut at its multiples.
-const COLUMNS: usize = 32;
+/// Columns of the widest strip: pieces of results are cut at its multiples.
+const COLUMNS: usize = 4 * LANES;
 
 /// Rows of a matrix in bf16 that are widened at a time, to be read from the second cache.
 const WIDENED: usize = 64;
@@ -76,57 +49,24 @@ pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_
         stream_matrix(&mut out, x, weight, bias, d_in);
         return out;
     }
-    let n_columns = (WORK / (n * d_in).max(1)).max(PIECE);
-    let n_tasks = d_out.div_ceil(n_columns);
-    // An even number, for an even number of threads.
-    let n_columns = d_out.div_ceil(if n_tasks > 1 { n_tasks.next_multiple_of(2) } else { 1 }).next_multiple_of(COLUMNS);
+    let n_tasks = (d_out / (WORK / (n * d_in).max(1)).max(PIECE)).max(1);
+    let n_columns = match n_tasks {
+        1 => d_out.max(1),
+        // As many for each thread.
+        _ => d_out.div_ceil(n_tasks.next_multiple_of(rayon::current_num_threads())).next_multiple_of(COLUMNS),
+    };
     let shared = SharedMut::new(&mut out);
     for_each(d_out.div_ceil(n_columns), |i| {
         let first = i * n_columns;
         let n_columns = n_columns.min(d_out - first);
         let bias = bias.map(|bias| &bias[first..first + n_columns]);
-        let is_near = weight.len() <= NEAR;
-        if n <= SIDE_BY_SIDE && !is_near {
-            // SAFETY: each task has its own columns of each row.
-            let mut rows: Vec<&mut [f32]> =
-                (0..n).map(|row| unsafe { shared.slice(row * d_out + first, n_columns) }).collect();
-            for row in &mut rows {
-                match bias {
-                    Some(bias) => row.copy_from_slice(bias),
-                    None => row.fill(0.0),
-                }
-            }
-            return add_products_of_rows(&mut rows, x, &weight[first..], d_out, d_in);
-        }
-        let (weight, out_start, out_stride) = (&weight[first..], first, d_out);
-        with_scratch((DEPTH + 1) * BLOCK, |panel| {
-            let as_it_lies = is_near && d_out.is_multiple_of(lanes()) && T::as_f32(weight).is_some();
-            let panel = (!as_it_lies).then_some(panel);
-            let (stride, out) = (d_out, shared);
-            arch().dispatch(Tiles { x, d_in, weight, stride, n_columns, bias, out, out_start, out_stride, panel });
+        // SAFETY: each task has its own columns of each row.
+        let out = unsafe { shared.mat(first, n, n_columns, d_out) };
+        with_scratch(strips::PANEL, |panel| {
+            strips::multiply(out, bias, Mat::rows(x, n, d_in, d_in), &weight[first..], d_out, panel);
         });
     });
     out
-}
-
-/// The instructions that [`simd::level`] says.
-fn arch() -> Arch {
-    match simd::level() {
-        #[cfg(target_arch = "x86_64")]
-        simd::Level::V3 => pulp::x86::V3::try_new().map_or(Arch::Scalar, Arch::V3),
-        #[cfg(target_arch = "x86_64")]
-        simd::Level::Baseline => Arch::Scalar,
-        _ => Arch::new(),
-    }
-}
-
-/// Numbers in a register of [`arch`].
-fn lanes() -> usize {
-    match simd::level() {
-        simd::Level::V4 => 16,
-        simd::Level::V3 => 8,
-        simd::Level::Baseline => 4,
-    }
 }
 
 /// `x · matrixᵀ` with `x: [n, d]` and `matrix: [n_out, d]`; returns `[n, n_out]`.
@@ -140,14 +80,11 @@ pub fn times_transposed<T: Stored>(x: &[f32], matrix: &[T], d: usize) -> Vec<f32
     let n_rows = (TASK / d.max(1)).max(n_out.div_ceil(RUNS)).next_multiple_of(COLUMNS);
     let shared = SharedMut::new(&mut out);
     // Filled up with zeros to whole registers.
-    let width = n.next_multiple_of(lanes());
-    let mut columns = vec![0.0; if n > STREAMED { d * width } else { 0 }];
-    if n == width {
-        transpose_columns(&mut columns, x, n, d, 0);
-    } else {
-        for (to, i) in columns.chunks_exact_mut(width).zip(0..) {
-            to.iter_mut().zip(x[i..].iter().step_by(d)).for_each(|(to, from)| *to = *from);
-        }
+    let width = n.next_multiple_of(LANES);
+    let mut panels = vec![0.0; if n > STREAMED { d * width } else { 0 }];
+    for (panel, first) in panels.chunks_mut((d * widest()).max(1)).zip((0..n).step_by(widest())) {
+        let n_columns = widest().min(n - first);
+        pack_columns(panel, n_columns.next_multiple_of(LANES), n_columns, &x[first * d..], d);
     }
     for_each(n_out.div_ceil(n_rows), |i| {
         let first = i * n_rows;
@@ -166,7 +103,14 @@ pub fn times_transposed<T: Stored>(x: &[f32], matrix: &[T], d: usize) -> Vec<f32
             for (first, matrix) in (0..n_rows).step_by(n_at_a_time).zip(matrix.chunks(n_at_a_time * d)) {
                 let n_rows = matrix.len() / d;
                 let results = &mut results[..n_rows * width];
-                widened(matrix, |matrix| multiply_tiles(results, matrix, d, &columns, width));
+                widened(matrix, |matrix| {
+                    let matrix = Mat::rows(matrix, n_rows, d, d);
+                    let mut results = MatMut::rows(results, n_rows, width, width);
+                    for (panel, first) in panels.chunks((d * widest()).max(1)).zip((0..width).step_by(widest())) {
+                        let to = results.block(0..n_rows, first..width.min(first + widest()));
+                        multiply_panel(to, Start::Zero, 1.0, matrix, panel);
+                    }
+                });
                 for (start, results) in (0..n_rows).step_by(COLUMNS).zip(results.chunks(COLUMNS * width)) {
                     for row in 0..n {
                         let out = &mut out(row)[first + start..][..results.len() / width];
@@ -179,23 +123,6 @@ pub fn times_transposed<T: Stored>(x: &[f32], matrix: &[T], d: usize) -> Vec<f32
         });
     });
     out
-}
-
-/// `out = matrix · columns`, whose rows have `width` numbers, whole registers.
-fn multiply_tiles(out: &mut [f32], matrix: &[f32], d: usize, columns: &[f32], width: usize) {
-    let out = SharedMut::new(out);
-    arch().dispatch(Tiles {
-        x: matrix,
-        d_in: d,
-        weight: columns,
-        stride: width,
-        n_columns: width,
-        bias: None,
-        out,
-        out_start: 0,
-        out_stride: width,
-        panel: None,
-    });
 }
 
 /// `out = x W + b` for at most [`STREAMED`] rows. A large matrix is cut into groups of rows whose partial results are
@@ -262,54 +189,6 @@ simd! {
         }
     }
 
-    /// Adds to rows of `out` the products of the rows of `x` with columns of `weight`, whose rows lie `stride` apart.
-    fn add_products_of_rows<T: Stored>(out: &mut [&mut [f32]], x: &[f32], weight: &[T], stride: usize, d_in: usize) {
-        let mut buffer = [0.0; NEAREST];
-        let n_columns = out[0].len();
-        let piece = (NEAREST / out.len()).next_multiple_of(COLUMNS);
-        for first in (0..n_columns).step_by(piece) {
-            let columns = first..n_columns.min(first + piece);
-            for k in (0..d_in / 4 * 4).step_by(4) {
-                let rows: [&[T]; 4] = std::array::from_fn(|i| &weight[(k + i) * stride..][columns.clone()]);
-                if T::as_f32(rows[0]).is_none() {
-                    // Pieces so short that the processor does not see the next ones coming.
-                    for line in (0..columns.len()).step_by(LINE / size_of::<T>()) {
-                        for row in rows {
-                            prefetch(row.as_ptr().wrapping_add(AHEAD * stride + line));
-                        }
-                    }
-                }
-                let rows = four_rows(rows, &mut buffer);
-                let (pairs, last) = out.as_chunks_mut::<2>();
-                let (x_pairs, x_last) = x.split_at(pairs.len() * 2 * d_in);
-                for ([out_0, out_1], x) in pairs.iter_mut().zip(x_pairs.chunks_exact(2 * d_in)) {
-                    let (x_0, x_1) = (&x[k..k + 4], &x[d_in + k..d_in + k + 4]);
-                    let (out_0, out_1) = (&mut out_0[columns.clone()], &mut out_1[columns.clone()]);
-                    let weights = rows[0].iter().zip(rows[1]).zip(rows[2]).zip(rows[3]);
-                    for ((out_0, out_1), (((w_0, w_1), w_2), w_3)) in out_0.iter_mut().zip(out_1).zip(weights) {
-                        *out_0 = fma(x_0[3], *w_3, fma(x_0[2], *w_2, fma(x_0[1], *w_1, fma(x_0[0], *w_0, *out_0))));
-                        *out_1 = fma(x_1[3], *w_3, fma(x_1[2], *w_2, fma(x_1[1], *w_1, fma(x_1[0], *w_0, *out_1))));
-                    }
-                }
-                for out in last {
-                    let x = &x_last[k..k + 4];
-                    let weights = rows[0].iter().zip(rows[1]).zip(rows[2]).zip(rows[3]);
-                    for (out, (((w_0, w_1), w_2), w_3)) in out[columns.clone()].iter_mut().zip(weights) {
-                        *out = fma(x[3], *w_3, fma(x[2], *w_2, fma(x[1], *w_1, fma(x[0], *w_0, *out))));
-                    }
-                }
-            }
-            for k in d_in / 4 * 4..d_in {
-                let row = &weight[k * stride..][columns.clone()];
-                for (out, x) in out.iter_mut().zip(x.chunks_exact(d_in)) {
-                    for (out, weight) in out[columns.clone()].iter_mut().zip(row) {
-                        *out = fma(x[k], weight.widen(), *out);
-                    }
-                }
-            }
-        }
-    }
-
     /// `out_i = x · row_i` of `matrix`.
     fn dots<T: Stored>(out: &mut [f32], x: &[f32], matrix: &[T]) {
         const N: usize = 16;
@@ -334,196 +213,10 @@ simd! {
     }
 }
 
-/// Some columns of `x W + b`, a tile of rows and columns at a time. Products are added in the order of the rows of `W`,
-/// whatever the tile and the registers.
-struct Tiles<'a, T> {
-    /// `[n, d_in]`
-    x: &'a [f32],
-    d_in: usize,
-    /// Begins at the first column; rows are `stride` apart.
-    weight: &'a [T],
-    stride: usize,
-    n_columns: usize,
-    bias: Option<&'a [f32]>,
-    /// Where the first row's results begin, and from one row's results to the next's.
-    out: SharedMut<'a>,
-    out_start: usize,
-    out_stride: usize,
-    /// Room for [`DEPTH`] rows of [`BLOCK`] columns, where a part of the weight is put together before it is used: as it
-    /// lies, each piece of a tile would be far from the one before. Without it the columns fill registers, and the weight is
-    /// in f32.
-    panel: Option<&'a mut [f32]>,
-}
-
-/// Two registers of columns, or one, of some rows of the weight.
-struct Strip<'a> {
-    /// Begins at the first row and column; rows are `stride` apart.
-    weight: &'a [f32],
-    stride: usize,
-    depth: Range<usize>,
-    /// The first column, and how many there are.
-    column: usize,
-    n_columns: usize,
-}
-
-impl<T: Stored> WithSimd for Tiles<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let width = 2 * S::F32_LANES;
-        let Some(panel) = self.panel.take() else {
-            let weight = T::as_f32(self.weight).expect("what is read as it lies is in f32");
-            for column in (0..self.n_columns).step_by(width) {
-                let n_columns = width.min(self.n_columns - column);
-                let (weight, stride) = (&weight[column..], self.stride);
-                self.strip(simd, &Strip { weight, stride, depth: 0..self.d_in, column, n_columns });
-            }
-            return;
-        };
-        for first in (0..self.d_in.max(1)).step_by(DEPTH) {
-            let depth = first..self.d_in.min(first + DEPTH);
-            for block in (0..self.n_columns).step_by(BLOCK) {
-                let n_columns = BLOCK.min(self.n_columns - block);
-                self.rearrange::<S>(panel, &depth, block, n_columns);
-                for column in (0..n_columns).step_by(width) {
-                    let weight = &panel[column * (depth.len() + 1)..][..width * depth.len()];
-                    let n_columns = width.min(n_columns - column);
-                    let column = block + column;
-                    self.strip(simd, &Strip { weight, stride: width, depth: depth.clone(), column, n_columns });
-                }
-            }
-        }
-    }
-}
-
-impl<T: Stored> Tiles<'_, T> {
-    /// Writes strips of columns, two registers wide, one after the other; the last is filled up with zeros.
-    #[inline(always)]
-    fn rearrange<S: Simd>(&self, panel: &mut [f32], depth: &Range<usize>, column: usize, n_columns: usize) {
-        let width = 2 * S::F32_LANES;
-        for (i, k) in depth.clone().enumerate() {
-            let row = &self.weight[k * self.stride + column..][..n_columns];
-            for line in (0..n_columns).step_by(LINE / size_of::<T>()) {
-                prefetch(row.as_ptr().wrapping_add(AHEAD * self.stride + line));
-            }
-            for (strip, from) in row.chunks(width).enumerate() {
-                // A row more, lest the strips' pieces of a row compete for the same place in the cache.
-                let to = &mut panel[(strip * (depth.len() + 1) + i) * width..][..width];
-                match T::as_f32(from) {
-                    Some(from) if from.len() == width => {
-                        let (to, from) = (S::as_mut_simd_f32s(to).0, S::as_simd_f32s(from).0);
-                        for (to, from) in to.iter_mut().zip(from) {
-                            *to = *from;
-                        }
-                    }
-                    _ => {
-                        widen_here(&mut to[..from.len()], from);
-                        to[from.len()..].fill(0.0);
-                    }
-                }
-            }
-        }
-    }
-
-    /// All rows, as many at a time as there are registers for their results.
-    #[inline(always)]
-    fn strip<S: Simd>(&self, simd: S, strip: &Strip<'_>) {
-        let n = strip.n_columns / S::F32_LANES;
-        match (n, n * S::F32_LANES == strip.n_columns) {
-            (2, true) => self.rows::<S, 2, true>(simd, strip),
-            (1, true) => self.rows::<S, 1, true>(simd, strip),
-            _ => self.rows::<S, 2, false>(simd, strip),
-        }
-    }
-
-    #[inline(always)]
-    fn rows<S: Simd, const W: usize, const FULL: bool>(&self, simd: S, strip: &Strip<'_>) {
-        let n = self.x.len() / self.d_in.max(1);
-        let mut row = 0;
-        while (S::F32_LANES >= 16 || W == 1) && row + 8 <= n {
-            self.tile::<S, 8, W, FULL>(simd, row, strip);
-            row += 8;
-        }
-        while row + 4 <= n {
-            self.tile::<S, 4, W, FULL>(simd, row, strip);
-            row += 4;
-        }
-        while row < n {
-            self.tile::<S, 1, W, FULL>(simd, row, strip);
-            row += 1;
-        }
-    }
-
-    /// `R` rows from `row` on, `W` registers of columns: adds the products of some rows of the weight to what is there, or to
-    /// the bias if they are the first. Fewer columns unless `FULL`.
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const W: usize, const FULL: bool>(&self, simd: S, row: usize, strip: &Strip<'_>) {
-        let Strip { weight, stride, column, n_columns, .. } = *strip;
-        let (depth, width) = (strip.depth.clone(), W * S::F32_LANES);
-        assert!(depth.is_empty() || weight.len() >= (depth.len() - 1) * stride + width, "columns out of bounds");
-        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * self.d_in..][depth.clone()]);
-        // SAFETY: the maker of the tiles has these columns of each row to itself.
-        let mut out: [&mut [f32]; R] = std::array::from_fn(|r| unsafe {
-            self.out.slice(self.out_start + (row + r) * self.out_stride + column, n_columns)
-        });
-        let start =
-            self.bias.map_or([simd.splat_f32s(0.0); W], |bias| load::<S, W, FULL>(&bias[column..][..n_columns]));
-        let mut totals: [[S::f32s; W]; R] =
-            std::array::from_fn(|r| if depth.start == 0 { start } else { load::<S, W, FULL>(out[r]) });
-        // As in `tile.rs`: not a chain of additions.
-        let x = std::hint::black_box(x.map(<[f32]>::as_ptr));
-        for k in 0..depth.len() {
-            // SAFETY: row `k` of the weight has these columns, as just compared, and each row of `x` has a number `k`.
-            unsafe {
-                let numbers = std::slice::from_raw_parts(weight.as_ptr().add(k * stride), width);
-                let numbers = load::<S, W, true>(numbers);
-                for r in 0..R {
-                    let factor = simd.splat_f32s(*x[r].add(k));
-                    for j in 0..W {
-                        totals[r][j] = simd.mul_add_f32s(factor, numbers[j], totals[r][j]);
-                    }
-                }
-            }
-        }
-        for (out, totals) in out.iter_mut().zip(totals) {
-            if FULL {
-                S::as_mut_simd_f32s(out).0[..W].copy_from_slice(&totals);
-            } else {
-                let mut buffer = [0.0; COLUMNS];
-                S::as_mut_simd_f32s(&mut buffer).0[..W].copy_from_slice(&totals);
-                out.copy_from_slice(&buffer[..n_columns]);
-            }
-        }
-    }
-}
-
-/// `W` registers of numbers, filled up with zeros unless `FULL`.
-#[inline(always)]
-fn load<S: Simd, const W: usize, const FULL: bool>(numbers: &[f32]) -> [S::f32s; W] {
-    let mut buffer = [0.0; COLUMNS];
-    let numbers = if FULL {
-        numbers
-    } else {
-        buffer[..numbers.len()].copy_from_slice(numbers);
-        &buffer
-    };
-    let (registers, _) = S::as_simd_f32s(numbers);
-    std::array::from_fn(|j| registers[j])
-}
-
-/// Asks for the cache line at `address`, which need not exist.
-#[inline(always)]
-fn prefetch<T>(address: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which reads nothing.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use burn::tensor::bf16;
+
     use super::*;
     use crate::flex::workers::with_workers;
 
@@ -569,6 +262,33 @@ mod tests {
                     assert!((f64::from(product[row * n_out + j]) - expected).abs() < REORDERED, "{n} {d} {n_out}");
                     let expected = dot(&|i| weight[j * d + i]);
                     assert!((f64::from(transposed[row * n_out + j]) - expected).abs() < REORDERED, "{n} {d} {n_out}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_rows_than_are_streamed_give_each_result_one_chain_of_products() {
+        for (n, d, n_out) in SIZES.into_iter().filter(|(n, ..)| *n > STREAMED) {
+            let (x, weight, bias) = (numbers(n * d), numbers(d * n_out), numbers(n_out));
+            let half: Vec<bf16> = weight.iter().map(|&weight| bf16::from_f32(weight)).collect();
+            let (product, transposed) =
+                (times_matrix(&x, &weight, Some(&bias), n_out), times_transposed(&x, &weight, d));
+            let (product_of_half, transposed_of_half) =
+                (times_matrix(&x, &half, Some(&bias), n_out), times_transposed(&x, &half, d));
+            let chain = |first: f32, x: &[f32], w: &dyn Fn(usize) -> f32| {
+                x.iter().enumerate().fold(first, |total, (i, &x)| fma(x, w(i), total)).to_bits()
+            };
+            for (row, x) in x.chunks(d).enumerate() {
+                for j in 0..n_out {
+                    let what = format!("{n} {d} {n_out}, row {row}, result {j}");
+                    let at = row * n_out + j;
+                    assert_eq!(product[at].to_bits(), chain(bias[j], x, &|i| weight[i * n_out + j]), "{what}");
+                    assert_eq!(transposed[at].to_bits(), chain(0.0, x, &|i| weight[j * d + i]), "{what}");
+                    let of_half = chain(bias[j], x, &|i| half[i * n_out + j].widen());
+                    assert_eq!(product_of_half[at].to_bits(), of_half, "{what}");
+                    let of_half = chain(0.0, x, &|i| half[j * d + i].widen());
+                    assert_eq!(transposed_of_half[at].to_bits(), of_half, "{what}");
                 }
             }
         }

@@ -17,6 +17,7 @@ pub mod norm;
 pub mod rotary;
 pub mod simd;
 mod stored;
+mod strips;
 pub mod thin;
 mod tile;
 mod transpose;

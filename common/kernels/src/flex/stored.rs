@@ -98,19 +98,6 @@ pub fn widen_here<T: Stored>(to: &mut [f32], from: &[T]) {
     }
 }
 
-/// Four rows of a weight in f32, in `buffer` where they do not lie so.
-#[inline(always)]
-pub fn four_rows<'a, T: Stored>(rows: [&'a [T]; 4], buffer: &'a mut [f32]) -> [&'a [f32]; 4] {
-    if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(T::as_f32) {
-        return [a, b, c, d];
-    }
-    let n = rows[0].len();
-    for (to, from) in buffer.chunks_exact_mut(n.max(1)).zip(rows) {
-        widen_here(to, from);
-    }
-    std::array::from_fn(|i| &buffer[i * n..][..n])
-}
-
 /// [`transpose_square`] of numbers of either type.
 ///
 /// # Panics

@@ -61,6 +61,7 @@ simd! {
                 4 => all_rows::<4, 6>(block, a),
                 3 => all_rows::<3, 8>(block, a),
                 2 => all_rows::<2, 12>(block, a),
+                1 if widest() > LANES => all_rows::<1, 12>(block, a),
                 1 => all_rows::<1, 6>(block, a),
                 other => panic!("a panel of {other} registers"),
             }
@@ -116,6 +117,8 @@ macro_rules! unrolled {
         }
     )*};
 }
+
+pub(crate) use unrolled;
 
 /// A block of the output.
 #[derive(Clone, Copy)]
@@ -202,27 +205,10 @@ unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
 ) {
     let mut totals = [[[0.0f32; LANES]; WIDTH]; ROWS];
     let (_, k) = a.dims();
-    let [a_row, a_col] = a.strides();
+    let scale = block.scale;
     // SAFETY: all reads and writes are those the caller allows; arrays of f32 need the alignment of f32 only.
     unsafe {
-        let (mut b, scale) = (block.panel.as_ptr(), block.scale);
-        // The compiler may not know how the rows lie: it would find each from the one before, a chain of additions that takes
-        // longer than the multiplications of AVX2's tile.
-        let rows: [*const f32; ROWS] = std::hint::black_box(std::array::from_fn(|i| a.as_ptr().add((row + i) * a_row)));
-        let mut at = 0;
-        for _ in 0..k {
-            let b_row = *b.cast::<[[f32; LANES]; WIDTH]>();
-            unrolled!(i, totals, totals_of_row => {
-                let factor = *rows[i].add(at);
-                for j in 0..WIDTH {
-                    for lane in 0..LANES {
-                        totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
-                    }
-                }
-            });
-            b = b.wrapping_add(WIDTH * LANES);
-            at += a_col;
-        }
+        add_products(&mut totals, k, a, row, Panel { next: block.panel.as_ptr() });
         unrolled!(i, totals, totals_of_row => {
             let to = &mut *to.add(i * row_stride).cast::<[[f32; LANES]; WIDTH]>();
             for j in 0..WIDTH {
@@ -233,4 +219,63 @@ unsafe fn tile<const WIDTH: usize, const ROWS: usize>(
             }
         });
     }
+}
+
+/// The rows of a right operand, one after the other.
+pub trait RightRows<const WIDTH: usize> {
+    /// The next row.
+    ///
+    /// # Safety
+    /// There is one more.
+    unsafe fn next(&mut self) -> [[f32; LANES]; WIDTH];
+}
+
+/// The rows of a panel.
+pub struct Panel {
+    pub next: *const f32,
+}
+
+impl<const WIDTH: usize> RightRows<WIDTH> for Panel {
+    #[inline(always)]
+    unsafe fn next(&mut self) -> [[f32; LANES]; WIDTH] {
+        // SAFETY: promised by the caller; arrays of f32 need the alignment of f32 only.
+        let row = unsafe { *self.next.cast::<[[f32; LANES]; WIDTH]>() };
+        self.next = self.next.wrapping_add(WIDTH * LANES);
+        row
+    }
+}
+
+/// Adds to `totals` the products of the rows of `a` from row `row` on with the first `k` rows of `right`, in their order.
+///
+/// # Safety
+/// `a` has these rows and `k` columns, and `right` has `k` rows.
+#[inline(always)]
+pub unsafe fn add_products<const WIDTH: usize, const ROWS: usize, R: RightRows<WIDTH>>(
+    totals: &mut [[[f32; LANES]; WIDTH]; ROWS],
+    k: usize,
+    a: Mat<'_>,
+    row: usize,
+    mut right: R,
+) -> R {
+    let [a_row, a_col] = a.strides();
+    // SAFETY: the caller promises all that is read.
+    unsafe {
+        // The compiler may not know how the rows lie: it would find each from the one before, a chain of additions that takes
+        // longer than the multiplications of AVX2's tile.
+        let rows: [*const f32; ROWS] = std::hint::black_box(std::array::from_fn(|i| a.as_ptr().add((row + i) * a_row)));
+        let mut at = 0;
+        for _ in 0..k {
+            let b_row = right.next();
+            unrolled!(i, totals, totals_of_row => {
+                let factor = *rows[i].add(at);
+                for j in 0..WIDTH {
+                    for lane in 0..LANES {
+                        totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
+                    }
+                }
+            });
+            at += a_col;
+        }
+    }
+    right
 }
