@@ -227,32 +227,19 @@ impl Work<'_> {
     /// Steps until the turn is over or there is nothing to do.
     fn turn(&mut self, running: &AtomicUsize) {
         let began = Instant::now();
-        let step = |work: &mut Self| {
-            while let Ok(job) = work.jobs.try_recv() {
-                work.take(job);
+        kernels::with_workers(|| {
+            loop {
+                while let Ok(job) = self.jobs.try_recv() {
+                    self.take(job);
+                }
+                self.give_up();
+                self.step();
+                running.store(self.scheduler.n_running(), Ordering::Relaxed);
+                if self.answers.is_empty() || began.elapsed() >= TURN {
+                    return;
+                }
             }
-            work.give_up();
-            work.step();
-            running.store(work.scheduler.n_running(), Ordering::Relaxed);
-            !work.answers.is_empty() && began.elapsed() < TURN
-        };
-        loop {
-            let goes_on = if self.scheduler.is_reading() {
-                step(self)
-            } else {
-                kernels::with_workers(|| {
-                    while step(self) {
-                        if self.scheduler.is_reading() {
-                            return true;
-                        }
-                    }
-                    false
-                })
-            };
-            if !goes_on {
-                return;
-            }
-        }
+        });
     }
 
     /// Submits a job.

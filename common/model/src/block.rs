@@ -5,8 +5,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData, assert_shape, s};
 use rayon::prelude::*;
 
 use super::adapter::{Adapter, Adapters};
-use super::cache::LayerCache;
-use super::{Activation, Cache, GptConfig, NormKind};
+use super::cache::Kept;
+use super::{Activation, GptConfig, NormKind};
 use base::rng::Rng;
 use kernels::{self, Adapted, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision};
 
@@ -141,7 +141,7 @@ impl Block {
         x: Tensor<3>,
         activation: Activation,
         pass: &mut Pass<'_>,
-        cache: Option<&mut Cache>,
+        cache: Option<&mut Kept<'_>>,
         layer: usize,
     ) -> Tensor<3> {
         let (qkv, residual) = self.attention.qkv.forward_keeping(x, pass);
@@ -158,7 +158,7 @@ impl Block {
         activation: Activation,
         next: &Norm,
         pass: &mut Pass<'_>,
-        cache: Option<&mut Cache>,
+        cache: Option<&mut Kept<'_>>,
         layer: usize,
     ) -> (Tensor<3>, Tensor<3>) {
         let qkv = self.attention.qkv.forward(pass.precision.narrow(normed), pass);
@@ -177,7 +177,7 @@ impl Block {
         activation: Activation,
         next: &Norm,
         pass: &mut Pass<'_>,
-        cache: Option<&mut Cache>,
+        cache: Option<&mut Kept<'_>>,
         layer: usize,
     ) -> (Tensor<3>, Tensor<3>) {
         // A node of its own adds what comes to `x` from here before what comes to it from its norm, so that the sum has
@@ -203,7 +203,7 @@ impl Attention {
     /// # Shapes
     /// - `qkv`: `[batch, seq, (n_heads + 2·n_kv_heads)·d_head]`
     /// - returns `[batch, seq, n_heads·d_head]`
-    fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Cache>, layer: usize) -> Tensor<3> {
+    fn mix(&self, qkv: Tensor<3>, pass: &mut Pass<'_>, cache: Option<&mut Kept<'_>>, layer: usize) -> Tensor<3> {
         let qkv = self.placed(qkv, pass);
         let [batch, seq, _] = qkv.dims();
         let n_heads = self.heads.queries;
@@ -212,13 +212,7 @@ impl Attention {
                 let dropout_mask = pass.mask::<4>(pass.probability(), [batch, n_heads, seq, seq], &qkv.device());
                 kernels::attention(pass.kernels, qkv, pass.first_key.clone(), self.heads, dropout_mask)
             }
-            Some(cache) => {
-                let LayerCache { keys_values } = &mut cache.layers[layer];
-                let (keys, values) = keys_values.take().expect("each layer's cache is put back after use");
-                let (mixed, keys, values) = kernels::attention_cached(pass.kernels, qkv, keys, values, &cache.lens);
-                *keys_values = Some((keys, values));
-                mixed
-            }
+            Some(kept) => kept.attend(pass.kernels, qkv, layer),
         };
         assert_shape!(mixed, [batch, seq, n_heads * self.d_head]);
         mixed

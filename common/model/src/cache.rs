@@ -3,6 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData, s};
 
 use super::Gpt;
+use kernels::Kernels;
 
 /// Positions that there is room for are a multiple of this, so that each row of keys begins where a cache line does.
 const ALIGNED: usize = 16;
@@ -24,6 +25,61 @@ pub struct Cache {
 pub(super) struct LayerCache {
     /// Taken out while the layer runs, so that it is the only owner and can be written in place.
     pub(super) keys_values: Option<(Tensor<4>, Tensor<4>)>,
+}
+
+impl LayerCache {
+    /// Attention of new positions over what is kept and themselves, which are appended behind `cached` positions of each row.
+    pub(super) fn attend(&mut self, kernels: Kernels, qkv: Tensor<3>, cached: &[usize]) -> Tensor<3> {
+        let (keys, values) = self.keys_values.take().expect("each layer's cache is put back after use");
+        let (mixed, keys, values) = kernels::attention_cached(kernels, qkv, keys, values, cached);
+        self.keys_values = Some((keys, values));
+        mixed
+    }
+}
+
+/// Positions of a sequence that are attended to together where sequences are read in parts: parts end at its multiples or with
+/// their sequences, so that no number depends on how a sequence is cut.
+pub const CHUNK: usize = 32;
+
+/// Where a pass finds the keys and values of earlier positions.
+pub(super) enum Kept<'a> {
+    /// Each row of the batch in a row of one cache.
+    Rows(&'a mut Cache),
+    /// Sequences one after the other in one row, so many positions of each, with a cache of one row each.
+    Parts(Vec<(&'a mut Cache, usize)>),
+}
+
+impl Kept<'_> {
+    /// Attention of a layer's new positions over the earlier ones and themselves, which are kept; of spare rows, zeros.
+    ///
+    /// # Shapes
+    /// - `qkv`: `[batch, seq, (n_heads + 2·n_kv_heads)·d_head]`
+    /// - returns `[batch, seq, n_heads·d_head]`
+    pub(super) fn attend(&mut self, kernels: Kernels, qkv: Tensor<3>, layer: usize) -> Tensor<3> {
+        let parts = match self {
+            Self::Rows(cache) => return cache.layers[layer].attend(kernels, qkv, &cache.lens),
+            Self::Parts(parts) => parts,
+        };
+        let [batch, seq, _] = qkv.dims();
+        let mut mixed: Vec<Tensor<3>> = Vec::new();
+        let mut at = 0;
+        for (cache, n) in parts {
+            let (end, mut cached) = (at + *n, cache.lens[0]);
+            while at < end {
+                let n = (CHUNK - cached % CHUNK).min(end - at);
+                let chunk = qkv.clone().slice(s![.., at..at + n]);
+                mixed.push(cache.layers[layer].attend(kernels, chunk, &[cached]));
+                at += n;
+                cached += n;
+            }
+        }
+        if at < seq {
+            let first = mixed.first().expect("there is a position");
+            let [.., width] = first.dims();
+            mixed.push(Tensor::zeros([batch, seq - at, width], (&first.device(), first.dtype())));
+        }
+        Tensor::cat(mixed, 1)
+    }
 }
 
 impl Cache {

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::adapter::{Adapters, trains_beside_trunk};
 use super::block::{Blank, Block, Dropout, Norm, Pass};
+use super::cache::Kept;
 use super::params::{Output, Parameter, parameters};
 use super::positions::sinusoid_table;
 use super::recompute::recomputed;
@@ -205,9 +206,50 @@ impl Gpt {
             in_blocks: false,
             rotary: self.rotary(positions.as_deref(), start, [batch, seq], &x.device()),
         };
-        let hidden = self.run_blocks(x, &mut pass, Some(cache));
+        let hidden = self.run_blocks(x, &mut pass, Some(&mut Kept::Rows(&mut *cache)));
         cache.lens.iter_mut().for_each(|len| *len += seq);
         hidden
+    }
+
+    /// [`decode`](Self::decode) of several sequences in one pass, each by as many positions as there are, with a cache of one
+    /// row each. At least `n_rows` rows are computed, spare ones if need be.
+    ///
+    /// The hidden states of a sequence keep their bits however it is cut at multiples of [`CHUNK`](super::CHUNK) and whatever
+    /// is read beside it, as far as products of that many rows do.
+    ///
+    /// # Shapes
+    /// - returns `[n, d_model]` for `n` positions or spare rows, sequence after sequence
+    ///
+    /// # Panics
+    /// If a cache has no room left or not one row, or there is no position.
+    pub fn decode_parts(&self, parts: &mut [(&[u32], &mut Cache)], n_rows: usize) -> Tensor<2> {
+        let mut ids: Vec<i32> = parts.iter().flat_map(|(ids, _)| ids.iter().map(|&id| id as i32)).collect();
+        let mut positions: Vec<usize> = Vec::with_capacity(ids.len());
+        for (ids, cache) in parts.iter() {
+            let &[cached] = cache.lens() else { panic!("a cache of {} rows for one sequence", cache.n_rows()) };
+            assert!(cached + ids.len() <= cache.capacity(), "{} positions exceed the cache", cached + ids.len());
+            positions.extend(cached..cached + ids.len());
+        }
+        let n = ids.len().max(n_rows);
+        ids.resize(n, 0);
+        positions.resize(n, 0);
+        let device = self.device();
+        let x = self.embed(Tensor::from_data(TensorData::new(ids, [1, n]), &device), Some(&positions), 0);
+        let mut pass = Pass {
+            kernels: self.kernels,
+            precision: self.precision,
+            eps: self.config.layer_norm_eps,
+            first_key: None,
+            dropout: None,
+            in_blocks: false,
+            rotary: self.rotary(Some(&positions), 0, [1, n], &device),
+        };
+        let mut kept = Kept::Parts(parts.iter_mut().map(|(ids, cache)| (&mut **cache, ids.len())).collect());
+        let hidden = self.run_blocks(x, &mut pass, Some(&mut kept));
+        for (ids, cache) in parts {
+            cache.lens[0] += ids.len();
+        }
+        hidden.reshape([n, self.config.d_model])
     }
 
     /// Output logits of hidden states.
@@ -384,7 +426,7 @@ impl Gpt {
     }
 
     /// All blocks and the final norm.
-    fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Cache>) -> Tensor<3> {
+    fn run_blocks(&self, x: Tensor<3>, pass: &mut Pass<'_>, mut cache: Option<&mut Kept<'_>>) -> Tensor<3> {
         let mut x = pass.drop(x);
         let activation = self.config.activation;
         let recomputes = self.recompute && x.is_autodiff();

@@ -24,7 +24,7 @@ mod scalar;
 mod tests;
 
 pub use adapter::{ALL_LINEAR, AdapterPlace, Adapters, LoraConfig, LoraConfigError};
-pub use cache::Cache;
+pub use cache::{CHUNK, Cache};
 pub use config::{Activation, GptConfig, ModelConfigError, ModelSection, NormKind, NormPlacement, Positions, Preset};
 pub use gpt::Gpt;
 pub use layout::Layout;

@@ -75,7 +75,7 @@ pub struct Limits {
     /// Whether a request's log-probabilities keep their bits whatever it is decoded together with.
     ///
     /// The fused kernels have loops of their own for up to 3 and for more than 64 rows, whose sums differ in the last
-    /// bits. With this, prompts are read one by one, and the number of rows stays within
+    /// bits. With this, prompts are read one by one or in pieces, and the number of rows stays within
     /// [`BATCH_INVARIANT_ROWS`](kernels::BATCH_INVARIANT_ROWS): spare rows are computed where there are fewer.
     pub batch_invariant: bool,
     /// Most tokens of a prompt that are read between two tokens of the running requests, so that a long prompt does not stop
@@ -162,11 +162,6 @@ impl<'m> Scheduler<'m> {
     /// Whether no request is queued or running.
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.reading.is_empty() && self.n_running() == 0
-    }
-
-    /// Whether the next step reads a prompt: a long operation, which all threads of the pool should share.
-    pub fn is_reading(&self) -> bool {
-        !(self.queue.is_empty() && self.reading.is_empty())
     }
 
     /// How many requests are running, those whose prompts are not read yet left out.
