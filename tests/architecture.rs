@@ -36,12 +36,13 @@ const LIBRARIES: [(&str, &[&str]); 14] = [
 ];
 
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
-const EDGES: [(&str, &[&str]); 15] = [
+const EDGES: [(&str, &[&str]); 16] = [
     ("backend", &["config", "group", "kernels"]),
     ("capacity", &["model", "kernels", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
     ("cli", &["backend", "checkpoint", "config", "exit", "kernels", "logging", "model", "out_dir", "runtime"]),
     ("config", &["files"]),
+    ("corpus", &["config", "data", "group", "interrupt", "logging", "loss", "model", "rng", "tokenizer"]),
     ("exit", &["interrupt", "logging"]),
     ("interrupt", &["group"]),
     ("lib", &[]),

@@ -168,7 +168,7 @@ impl PathResolver {
 }
 
 /// The lists of files in a configuration, by their key.
-pub type Sources<'a> = [(&'static str, &'a mut Vec<PathBuf>); 2];
+pub type Sources<'a> = Vec<(&'static str, &'a mut Vec<PathBuf>)>;
 
 /// Errors in a configuration, in the words of the file or the flag.
 #[derive(Debug, thiserror::Error)]

@@ -1,43 +1,19 @@
 //! Held-out loss.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use burn::tensor::{Int, Tensor, TensorData};
 use common::checkpoint::{CONFIG_FILE, Checkpoint, Stage};
 use common::cli::print_json;
+use common::config;
+use common::corpus::{TextConfig, evaluate_batch, evaluate_windows};
 use common::data::{collate, ids};
 use common::group::Group;
 use common::model::{Gpt, Layout};
-use common::{config, loss};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::EvalArgs;
-use crate::config::{DataConfig, PretrainConfig};
-use crate::data::{self, TokenSet, Windows};
-
-/// Batches that are evaluated before their sums are added: a text of any length takes no more memory.
-const TOGETHER: usize = 1 << 14;
-
-/// Cross-entropy summed over tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Evaluation {
-    /// Sum of `−log p(token)` in nats.
-    pub nats: f64,
-    /// How many tokens were predicted.
-    pub tokens: usize,
-}
-
-impl Evaluation {
-    /// Mean over tokens, in nats.
-    pub fn loss(&self) -> f64 {
-        self.nats / self.tokens as f64
-    }
-
-    fn add(&mut self, other: Self) {
-        self.nats += other.nats;
-        self.tokens += other.tokens;
-    }
-}
+use crate::config::PretrainConfig;
+use crate::data;
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
@@ -72,45 +48,10 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     print_json(&result)
 }
 
-/// Mean loss over `n_windows` windows spread over `text`, or all of them with 0.
-pub(crate) fn evaluate_windows(
-    group: &Group,
-    gpt: &Gpt,
-    text: &TokenSet,
-    n_windows: usize,
-    batch_size: usize,
-) -> anyhow::Result<Evaluation> {
-    let mut all = Evaluation::default();
-    let n = text.n_spread(n_windows);
-    let n_batches = n.div_ceil(batch_size);
-    for first in (0..n_batches).step_by(TOGETHER) {
-        let of_batch = |i: usize| {
-            let start = (first + i) * batch_size;
-            let starts = (start..n.min(start + batch_size)).map(|i| text.spread(i, n));
-            evaluate_batch(gpt, &text.windows(starts)?)
-        };
-        let of_batches = group.map_shared(TOGETHER.min(n_batches - first), of_batch)?;
-        for of_batch in of_batches {
-            all.add(of_batch);
-        }
-    }
-    ensure!(all.nats.is_finite(), "the held-out loss is {}", all.nats);
-    Ok(all)
-}
-
-fn evaluate_batch(gpt: &Gpt, windows: &Windows) -> anyhow::Result<Evaluation> {
-    let (inputs, targets) = windows.tensors(&gpt.device());
-    let hidden = gpt.hidden(inputs, &windows.layout());
-    let [batch, seq, d_model] = hidden.dims();
-    let log_probs = loss::token_log_probs(gpt, hidden.reshape([batch * seq, d_model]), targets, 1.0);
-    let log_probs = log_probs.try_into_vec_as::<f32>().context("failed to read the loss from the device")?;
-    Ok(Evaluation { nats: -log_probs.iter().map(|&p| f64::from(p)).sum::<f64>(), tokens: batch * seq })
-}
-
 /// How the text of a checkpoint's own pretraining was cut; the defaults for a checkpoint of another stage or program.
-fn data_config(checkpoint: &Checkpoint) -> anyhow::Result<DataConfig> {
+fn data_config(checkpoint: &Checkpoint) -> anyhow::Result<TextConfig> {
     if checkpoint.stage() != Some(Stage::Pretrain) {
-        return Ok(DataConfig::default());
+        return Ok(TextConfig::default());
     }
     let path = checkpoint.dir().join(CONFIG_FILE);
     let config: PretrainConfig =

@@ -13,19 +13,16 @@ mod config;
 mod data;
 mod eval;
 mod needs;
-mod tokenise;
 mod tokenizer;
 mod train;
-mod windows;
 
 pub use cli::{Cli, Command, EvalArgs, TokenizerArgs, TrainArgs};
-pub use config::{DataConfig, PretrainConfig, Shuffle, TrainConfig};
-pub use data::Windows;
-pub use eval::Evaluation;
+pub use common::corpus::{Evaluation, Shuffle, TextConfig as DataConfig, Windows};
+pub use config::{PretrainConfig, TrainConfig};
+pub use data::first_windows;
 pub use needs::needs;
 pub use tokenizer::{TokenizerReport, train_tokenizer};
 pub use train::{gradients, train};
-pub use windows::first_windows;
 
 use common::cli::{ConfigSource, print_json};
 use common::session;

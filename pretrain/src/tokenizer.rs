@@ -5,6 +5,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use anyhow::Context;
 use common::config::{self, PathResolver};
+use common::corpus::TextConfig;
 use common::data::DataError;
 use common::data::records::Texts;
 use common::out_dir::{self, OutLock};
@@ -14,7 +15,7 @@ use serde::Serialize;
 use tracing::subscriber::{NoSubscriber, with_default};
 
 use crate::cli::TokenizerArgs;
-use crate::config::{DataConfig, PretrainConfig};
+use crate::config::PretrainConfig;
 
 /// Bytes of text that the measure of compression looks at.
 const HELD_OUT_BYTES: usize = 1 << 20;
@@ -178,7 +179,7 @@ impl HeldOut {
 }
 
 /// The documents of `files`, one after the other.
-fn documents(files: &[PathBuf], data: &DataConfig) -> impl Iterator<Item = Result<String, DataError>> {
+fn documents(files: &[PathBuf], data: &TextConfig) -> impl Iterator<Item = Result<String, DataError>> {
     files.iter().flat_map(|file| {
         let (texts, error) = match Texts::open(file, &data.separator, data.read_options()) {
             Ok(texts) => (Some(texts), None),
@@ -202,7 +203,7 @@ mod tests {
             dir.join(name)
         };
         let train = vec![write("a.txt", 0..150), write("b.txt", 150..400)];
-        PretrainConfig { data: DataConfig { train, ..DataConfig::default() }, tokenizer, ..PretrainConfig::default() }
+        PretrainConfig { data: TextConfig { train, ..TextConfig::default() }, tokenizer, ..PretrainConfig::default() }
     }
 
     fn learned(config: &PretrainConfig) -> (Vec<String>, Vec<String>) {

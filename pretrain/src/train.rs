@@ -4,10 +4,10 @@ use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::tensor::Tensor;
 use common::checkpoint::{self, Checkpoint, Preview, Stage};
+use common::corpus::{self, Corpus, Tokenising, Windows, evaluate_windows};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::group::Group;
 use common::interrupt::Interrupt;
-use common::loss;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
@@ -20,10 +20,8 @@ use serde_json::json;
 
 use crate::cli::TrainArgs;
 use crate::config::PretrainConfig;
-use crate::data::{Corpus, Windows};
-use crate::eval;
+use crate::data::SEQ_LEN;
 use crate::needs;
-use crate::tokenise::Tokenising;
 
 /// Trains a language model on text.
 ///
@@ -49,7 +47,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     }
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
     let tokenising = Tokenising::new(group, interrupt, quiet);
-    let corpus = Corpus::open(&config.data, &tokenizer, seq_len, &streams, &tokenising)?;
+    let corpus = Corpus::open(&config.data, &tokenizer, (seq_len, SEQ_LEN), &streams, &tokenising)?;
     let parents: Vec<_> = init.iter().map(|init| ("--init", init)).collect();
     let plan = Plan {
         stage: Stage::Pretrain,
@@ -118,8 +116,7 @@ impl Training for Pretraining<'_> {
         let plain = self.gpt.valid();
         let n_windows = if session.is_last() { 0 } else { self.config.train.eval_windows };
         let text = &self.corpus.val;
-        let held_out =
-            eval::evaluate_windows(&self.group, &plain, text, n_windows, self.config.train.amount().micro())?;
+        let held_out = evaluate_windows(&self.group, &plain, text, n_windows, self.config.train.amount().micro())?;
         session.log(&[
             (names::VAL_LOSS, held_out.loss()),
             (names::VAL_BITS_PER_BYTE, held_out.nats / std::f64::consts::LN_2 / text.bytes_of(held_out.tokens)),
@@ -178,10 +175,7 @@ pub fn gradients(
     n_targets: usize,
     dropout: Option<&mut Rng>,
 ) -> (Grads, Tensor<1>) {
-    let (inputs, targets) = windows.tensors(&gpt.device());
-    let hidden = gpt.hidden_with_dropout(inputs, &windows.layout(), dropout);
-    let [batch, seq, d_model] = hidden.dims();
-    let loss = loss::cross_entropy(gpt, hidden.reshape([batch * seq, d_model]), targets, n_targets);
+    let loss = corpus::loss(gpt, windows, n_targets, dropout);
     let value = loss.clone().inner();
     (Grads::take(gpt, optimizer.scaled(loss).backward()), value)
 }

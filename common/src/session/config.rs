@@ -150,19 +150,19 @@ impl<L> DataConfig<L> {
     /// Naming the key that is empty.
     pub fn validate(&self, records: &str) -> anyhow::Result<()> {
         for (key, files) in self.sources() {
-            ensure!(!files.is_empty(), "`data.{key}` names no file\nhint: list at least one .jsonl of {records}");
+            ensure!(!files.is_empty(), "`{key}` names no file\nhint: list at least one .jsonl of {records}");
         }
         Ok(())
     }
 
-    /// The files by their key.
-    pub fn sources(&self) -> [(&'static str, &[PathBuf]); 2] {
-        [("train", &self.train), ("val", &self.val)]
+    /// The files by their key in the configuration.
+    pub fn sources(&self) -> Vec<(&'static str, &[PathBuf])> {
+        vec![("data.train", &self.train), ("data.val", &self.val)]
     }
 
-    /// The files by their key in the configuration.
+    /// [`sources`](Self::sources), to be resolved.
     pub fn sources_mut(&mut self) -> Sources<'_> {
-        [("data.train", &mut self.train), ("data.val", &mut self.val)]
+        vec![("data.train", &mut self.train), ("data.val", &mut self.val)]
     }
 
     /// How the records of the files are read.

@@ -72,8 +72,8 @@ pub struct Plan<'a, C> {
     pub stage: Stage,
     /// The checkpoints it starts from, each with the flag that names it.
     pub parents: &'a [(&'static str, &'a Checkpoint)],
-    /// The data files, by their key in `[data]`.
-    pub data: [(&'static str, &'a [PathBuf]); 2],
+    /// The data files, by their key in the configuration.
+    pub data: Vec<(&'static str, &'a [PathBuf])>,
     /// The tokenizer that every model of the run shares.
     pub tokenizer: &'a Tokenizer,
     /// Where the tokenizer was read, unless a parent brought it.

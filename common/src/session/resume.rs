@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use toml::{Table, Value};
 
+use super::together::PLACES;
 use super::{Plan, Progress};
 use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH, Stage};
 use crate::cli::StageArgs;
@@ -127,7 +128,7 @@ impl Restored {
 ///
 /// Data files may have moved; their content is compared instead.
 fn may_change(key: &str) -> bool {
-    const EXACTLY: [&str; 12] = [
+    const EXACTLY: [&str; 11] = [
         "train.epochs",
         "train.steps",
         "train.micro_batch_size",
@@ -138,11 +139,10 @@ fn may_change(key: &str) -> bool {
         "train.n_samples",
         "ppo.ratio_tolerance",
         "ppo.on_alarm",
-        "data.train",
-        "data.val",
+        "ptx.eval_windows",
     ];
     const BELOW: [&str; 5] = ["run.", "normalisation.", "tokenizer.", "train.eval_", "train.sample_"];
-    EXACTLY.contains(&key) || BELOW.iter().any(|prefix| key.starts_with(prefix))
+    EXACTLY.contains(&key) || PLACES.contains(&key) || BELOW.iter().any(|prefix| key.starts_with(prefix))
 }
 
 /// Reads what a run goes on with, and checks that it goes on as it began.
@@ -244,7 +244,7 @@ pub(super) fn check<C: Configuration>(
         let change = format!("`{key}` was {old}, is now {new}");
         if !may_change(&key) {
             refused.push(change);
-        } else if !key.starts_with("data.") {
+        } else if !PLACES.contains(&&*key) {
             tracing::info!("{change}");
         }
     }
@@ -279,17 +279,18 @@ fn changed_data<C>(
         None => format!("`{path}`"),
     };
     let mut changed = Vec::new();
-    for (key, files) in plan.data {
-        let old = saved.get("data").and_then(|data| data.get(key)).and_then(Value::as_array);
+    let saved = flat(saved);
+    for (key, files) in &plan.data {
+        let old = saved.get(*key).and_then(Value::as_array);
         let old: Vec<&str> = old.into_iter().flatten().filter_map(Value::as_str).collect();
         let new: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
         if old.len() != new.len() {
-            changed.push(format!("`data.{key}` was {} files, is now {}", old.len(), new.len()));
+            changed.push(format!("`{key}` was {} files, is now {}", old.len(), new.len()));
         }
         for (old, new) in old.iter().zip(&new) {
             let (was, is) = (manifest.data.get(*old), data.get(new));
             if was.is_some() && was != is {
-                changed.push(format!("`data.{key}` was {}, is now {}", name(old, was), name(new, is)));
+                changed.push(format!("`{key}` was {}, is now {}", name(old, was), name(new, is)));
             }
         }
     }
@@ -399,6 +400,8 @@ mod tests {
             "run.save_every_minutes",
             "run.patience",
             "ppo.ratio_tolerance",
+            "ptx.eval_windows",
+            "ptx.data.val",
             "normalisation.samples",
         ] {
             assert!(may_change(key), "{key}");
@@ -417,6 +420,8 @@ mod tests {
             "data.on_bad_record",
             "data.max_record_bytes",
             "data.val_fraction",
+            "ptx.batch_size",
+            "ptx.data.separator",
         ] {
             assert!(!may_change(key), "{key}");
         }

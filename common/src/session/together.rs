@@ -24,8 +24,8 @@ const FIRST_SPEAKS: Duration = Duration::from_secs(3);
 /// The exit code of a program that panicked.
 const PANICKED: u8 = 101;
 
-/// Settings that do not have to be the same on every rank: where files lie on its machine. Their content is compared.
-const PLACES: [&str; 2] = ["data.train", "data.val"];
+/// Settings that do not have to be the same on every rank, nor in a resumed run: where files lie. Their content is compared.
+pub(super) const PLACES: [&str; 4] = ["data.train", "data.val", "ptx.data.train", "ptx.data.val"];
 
 /// Carries out a command that trains: the other processes, logging, threads, signals, the view where it `is_viewed`, and the
 /// exit code of a run that was asked to stop, which ends with `advice` on how to go on.
@@ -120,10 +120,10 @@ pub(super) fn facts<C: Configuration>(
     ];
     let settings = flat(&to_table(plan.config)?).into_iter().filter(|(key, _)| !PLACES.contains(&key.as_str()));
     facts.extend(settings.map(|(key, value)| (format!("`{key}`"), value.to_string())));
-    for (key, files) in plan.data {
+    for (key, files) in &plan.data {
         for (i, file) in files.iter().enumerate() {
             let hash = data.get(&file.display().to_string()).cloned().unwrap_or_default();
-            facts.push((format!("file {} of `data.{key}` (SHA-256)", i + 1), hash));
+            facts.push((format!("file {} of `{key}` (SHA-256)", i + 1), hash));
         }
     }
     for (flag, parent) in plan.parents {

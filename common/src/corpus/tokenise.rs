@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use common::data::shards::{Cache, Making, Part, ShardSource};
-use common::data::{DataError, Stamp, file_sha256};
-use common::group::{Group, GroupError};
-use common::interrupt::Interrupt;
-use common::logging::Progress;
-use common::tokenizer::Tokenizer;
 
-use crate::config::DataConfig;
+use super::TextConfig;
+use crate::data::shards::{Cache, Making, Part, ShardSource};
+use crate::data::{DataError, Stamp, file_sha256};
+use crate::group::{Group, GroupError};
+use crate::interrupt::Interrupt;
+use crate::logging::Progress;
+use crate::tokenizer::Tokenizer;
 
 /// A file with more than a rank's share of the work, divided by this, is made by all ranks.
 const DIVIDED: u64 = 4;
@@ -25,12 +25,12 @@ const LONG: u64 = 256 << 20;
 
 /// How text is tokenised: into which cache, by whom, until when.
 #[derive(Debug)]
-pub(crate) struct Tokenising<'a> {
-    pub(crate) cache: Cache,
-    pub(crate) group: &'a Group,
-    pub(crate) interrupt: Interrupt,
+pub struct Tokenising<'a> {
+    cache: Cache,
+    group: &'a Group,
+    interrupt: Interrupt,
     /// Whether no progress is shown.
-    pub(crate) quiet: bool,
+    quiet: bool,
 }
 
 /// The ranks that see one cache folder, from the point of view of one of them.
@@ -45,26 +45,21 @@ struct Peers {
 
 impl<'a> Tokenising<'a> {
     /// Into the usual cache by `group`.
-    pub(crate) fn new(group: &'a Group, interrupt: Interrupt, quiet: bool) -> Self {
+    pub fn new(group: &'a Group, interrupt: Interrupt, quiet: bool) -> Self {
         Self { cache: Cache::usual(), group, interrupt, quiet }
     }
 
     /// By this process alone, which nobody stops but by killing it.
-    pub(crate) fn alone(group: &'a Group, quiet: bool) -> Self {
+    pub fn alone(group: &'a Group, quiet: bool) -> Self {
         Self::new(group, Interrupt::never(), quiet)
     }
 
     /// The tokens of each file, those that are missing in the cache made first. Every rank calls it.
     ///
     /// # Errors
-    /// If a file cannot be read or the cache not be written, and with [`common::interrupt::Stopped`] on every rank once one
+    /// If a file cannot be read or the cache not be written, and with [`crate::interrupt::Stopped`] on every rank once one
     /// was asked to stop; parts that were finished are kept.
-    pub(crate) fn parts(
-        &self,
-        files: &[PathBuf],
-        data: &DataConfig,
-        tokenizer: &Tokenizer,
-    ) -> anyhow::Result<Vec<Vec<Part>>> {
+    pub fn parts(&self, files: &[PathBuf], data: &TextConfig, tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<Part>>> {
         let sha256 = tokenizer.sha256();
         let sources: Vec<ShardSource<'_>> =
             files.iter().map(|file| source_of(file, data, tokenizer, &sha256)).collect::<Result<_, _>>()?;
@@ -163,7 +158,7 @@ impl<'a> Tokenising<'a> {
 /// A file and all that decides which tokens it becomes.
 fn source_of<'a>(
     file: &'a Path,
-    data: &'a DataConfig,
+    data: &'a TextConfig,
     tokenizer: &Tokenizer,
     tokenizer_sha256: &'a str,
 ) -> Result<ShardSource<'a>, DataError> {
@@ -277,18 +272,18 @@ mod tests {
     use std::convert::Infallible;
     use std::fs;
 
-    use common::data::shards::Tokens;
-    use common::group::threads;
-    use common::testing::byte_tokenizer;
     use tempfile::TempDir;
 
     use super::*;
+    use crate::data::shards::Tokens;
+    use crate::group::threads;
+    use crate::testing::byte_tokenizer;
 
     /// Bytes of a part: the texts here are short.
     const PART_BYTES: u64 = 30;
 
     /// A folder with two short texts and two long ones, of different formats.
-    fn texts() -> (TempDir, DataConfig) {
+    fn texts() -> (TempDir, TextConfig) {
         let dir = tempfile::tempdir().unwrap();
         let document = |i: usize| format!("document {i}");
         let lines = |from: usize, to: usize| (from..to).map(|i| format!("{{\"text\": \"{}\"}}\n", document(i)));
@@ -303,7 +298,7 @@ mod tests {
             write("c.jsonl", lines(40, 41).collect()),
             write("d.txt", (41..90).map(document).collect::<Vec<_>>().join("\n\n")),
         ];
-        (dir, DataConfig { train, ..DataConfig::default() })
+        (dir, TextConfig { train, ..TextConfig::default() })
     }
 
     fn all(parts: &[Vec<Part>]) -> Vec<u32> {
@@ -315,7 +310,7 @@ mod tests {
     fn by_ranks(
         n: usize,
         dir: &TempDir,
-        data: &DataConfig,
+        data: &TextConfig,
         cache: impl Fn(usize) -> &'static str + Sync,
     ) -> Vec<Vec<u32>> {
         threads(n, |group| {
