@@ -84,11 +84,13 @@ fn a_plan_is_what_a_run_takes() {
         let out = if preset == "llama" { "base" } else { preset };
         assert_near(preset, planned, pretrain(&lab, out, &settings));
     }
-    let stages: [(Stage, &[&str]); 5] = [
+    let text = ["ppo.epochs=1", "ppo.ptx_coef=1.0", "ptx.batch_size=32", "ptx.data.train=['../data/train.txt']"];
+    let stages: [(Stage, &[&str]); 6] = [
         (SFT, &["model.dropout=0.0", "lora.rank=8"]),
         (SFT, &["model.dropout=0.0"]),
         (REWARD_MODEL, &["model.dropout=0.0", "normalisation.samples=4"]),
         (PPO, &["ppo.epochs=1"]),
+        (PPO, &text),
         (DPO, &[]),
     ];
     for (stage, more) in stages {

@@ -18,6 +18,7 @@ use crate::dialect::{
     Dialect, Estimator, KlEstimator, KlPlace, LossMean, MissingEos, ScorePosition, Switches, ValueInit, Variance,
     Whiten,
 };
+use crate::ptx::PtxConfig;
 
 /// The least number of responses in a minibatch whose rewards are whitened.
 ///
@@ -34,6 +35,9 @@ pub struct PpoConfig {
     /// Prompts to train and evaluate on. Paths are relative to the folder of the configuration; `$DATA/` begins a path in the
     /// folder of `--data` or `KINDLING_DATA`.
     pub data: DataConfig<TooLong>,
+    /// Pretraining text whose loss is measured, and with `ppo.ptx_coef` learned from beside the scores (PPO-ptx).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ptx: Option<PtxConfig>,
     /// Train low-rank adapters beside frozen weights, of the policy and of the value model: the reference policy, and a reward model
     /// that is an adapter on the same base, then share them. Without this section all weights are trained.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,6 +79,7 @@ impl Default for PpoConfig {
         Self {
             seed: 0,
             data: DataConfig::default(),
+            ptx: None,
             lora: None,
             optimizer: OptimizerConfig::rlhf(),
             value_optimizer: OptimizerConfig::rlhf(),
@@ -247,7 +252,7 @@ pub struct PpoSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1))]
     pub temperature_eps: Option<f64>,
-    /// Factor on the loss on pretraining text beside the policy's. Only 0, which leaves it out, is supported.
+    /// Factor on the mean loss of a token of pretraining text, which is added to the policy's and needs `[ptx]`; 0 leaves it out.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub ptx_coef: Option<f64>,
@@ -377,7 +382,7 @@ impl PpoConfig {
     /// # Errors
     /// If it cannot be read or is not valid.
     pub fn load(args: &StageArgs) -> anyhow::Result<Self> {
-        session::load_config(args, Self::validate, |config| config.data.sources_mut())
+        session::load_config(args, Self::validate, Self::sources_mut)
     }
 
     /// Checks the constraints that the types do not express.
@@ -437,12 +442,7 @@ impl PpoConfig {
             "`ppo.dual_clip` must be above 1, or 0 for no limit, found {}",
             switches.dual_clip
         );
-        let ptx_coef = switches.ptx_coef;
-        ensure!(
-            ptx_coef == 0.0,
-            "`ppo.ptx_coef` is not supported yet, found {ptx_coef}\nhint: leave it out, or set it to 0"
-        );
-        Ok(())
+        self.validate_ptx()
     }
 
     /// The settings that decide how much memory an update needs.
@@ -537,7 +537,9 @@ mod tests {
             (&["ppo.estimator=rloo", "ppo.samples_per_prompt=4", "ppo.whiten_rewards=true"], "`ppo.whiten_rewards`"),
             (&["ppo.dialect=lm-human-preferences", "ppo.minibatches=16"], "at least 8 responses"),
             (&["ppo.dual_clip=0.5"], "`ppo.dual_clip` must be above 1"),
-            (&["ppo.ptx_coef=27.8"], "`ppo.ptx_coef`"),
+            (&["ppo.ptx_coef=27.8"], "`ppo.ptx_coef` is 27.8, but there is no pretraining text"),
+            (&["ppo.ptx_coef=27.8", "ptx.seq_len=8"], "`ptx.data.train` names no file"),
+            (&["ptx.data.val=a.txt"], "`ptx.data.train` names no file"),
         ] {
             let config = PpoConfig {
                 data: DataConfig { train: vec!["a".into()], val: vec!["b".into()], ..DataConfig::default() },

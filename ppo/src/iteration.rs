@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use burn::module::Module;
+use common::corpus::Windows;
 use common::group::Group;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError};
@@ -10,7 +11,7 @@ use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError}
 use crate::config::PpoConfig;
 use crate::learner::Learner;
 use crate::targets::Experience;
-use crate::update::UpdateMetrics;
+use crate::update::{Update, UpdateMetrics};
 
 /// Wall-clock time of the parts of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,7 +55,7 @@ impl Iteration<'_> {
     }
 
     /// Makes step `step` on `prompts`: row `i` samples from stream `step · prompts.len() + i`. The same prompt stands
-    /// `ppo.samples_per_prompt` times in a row.
+    /// `ppo.samples_per_prompt` times in a row. `text` has the pretraining windows of each update, or nothing.
     ///
     /// # Errors
     /// If sampling, scoring or the updates fail.
@@ -64,6 +65,7 @@ impl Iteration<'_> {
         prompts: &[EncodedPrompt],
         step: u64,
         kl_coef: f32,
+        text: &[Windows],
     ) -> anyhow::Result<StepOutput> {
         let clock = Instant::now();
         let responses = self.sampling.answer(&learner.policy.valid(), prompts, step * prompts.len() as u64)?;
@@ -74,7 +76,9 @@ impl Iteration<'_> {
         let score = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
-        let (learner, metrics) = learner.update_in(self.group(), &batch, self.config, self.streams, step, kl_coef)?;
+        let Self { config, streams, .. } = *self;
+        let (learner, metrics) =
+            learner.update_in(self.group(), &batch, &Update { config, streams, step, kl_coef, text })?;
         let update = clock.elapsed().as_secs_f64();
         Ok(StepOutput { learner, batch, update: metrics, seconds: Seconds { rollout, score, update } })
     }

@@ -6,8 +6,8 @@
 //!
 //! In reading order: `train` is the loop, [`Iteration`] one step of it. A step samples and scores with
 //! [`common::score`]; [`targets`] turns that into rewards and advantages, from [`advantage`], [`rewards`] and [`kl`], plain
-//! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, and [`loss`]
-//! is their objective, on tensors. [`doctor`] examines what a run would start from; [`dialect`] says how other
+//! numbers, one response a call; `update` runs the PPO epochs over the batch on the [`Learner`]'s models, [`loss`]
+//! is their objective, on tensors, and `ptx` the pretraining text that may join it. [`doctor`] examines what a run would start from; [`dialect`] says how other
 //! implementations choose, and `oracle` compares the equations with theirs.
 //!
 //! # Source
@@ -32,6 +32,7 @@ mod measured;
 mod models;
 mod needs;
 mod oracle;
+mod ptx;
 pub mod rewards;
 pub mod targets;
 mod train;
@@ -46,8 +47,9 @@ pub use iteration::{Iteration, Seconds, StepOutput};
 pub use learner::{Critic, Learner};
 pub use models::Models;
 pub use needs::{lengths, needs};
+pub use ptx::PtxConfig;
 pub use train::{open_models, train};
-pub use update::{UpdateMetrics, ValueMetrics};
+pub use update::{Update, UpdateMetrics, ValueMetrics};
 
 use common::cli::ConfigSource;
 use common::session;
@@ -75,5 +77,5 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 /// # Errors
 /// If it cannot be read.
 pub fn print_config(source: &ConfigSource) -> anyhow::Result<()> {
-    source.print(|config: &mut PpoConfig| config.data.sources_mut())
+    source.print(PpoConfig::sources_mut)
 }

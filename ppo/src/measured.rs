@@ -13,6 +13,7 @@ use crate::config::PpoConfig;
 use crate::data;
 use crate::doctor::{Answered, orders};
 use crate::iteration::StepOutput;
+use crate::ptx::Text;
 use crate::targets::counted;
 
 /// Means over responses and the scores that count.
@@ -92,6 +93,7 @@ impl Measured {
                 (names::VALUE_GRAD_NORM, value.grad_norm),
             ]);
         }
+        metrics.extend(update.ptx_loss.map(|loss| (names::TRAIN_PTX_LOSS, loss)));
         metrics.extend(means.gold.map(|gold| (names::GOLD_SCORE, gold)));
         Self { kl: means.kl, metrics }
     }
@@ -107,16 +109,18 @@ pub(crate) struct HeldOut<'a> {
 }
 
 impl HeldOut<'_> {
-    /// Answers held-out prompts, logs their scores and divergence and writes some answers to `samples.jsonl`.
+    /// Answers held-out prompts, logs their scores and divergence, and the loss on held-out text where there is some, and
+    /// writes some answers to `samples.jsonl`.
     ///
     /// Best is what scores highest after the price of its divergence at the configured coefficient; the gold score,
     /// which no real project has, plays no part in it.
-    pub(crate) fn evaluate(&self, session: &mut Session, policy: &Gpt) -> anyhow::Result<()> {
+    pub(crate) fn evaluate(&self, session: &mut Session, policy: &Gpt, text: Option<&Text>) -> anyhow::Result<()> {
         let step = session.progress().step;
         let all = &self.prompts.encoded;
         let n =
             if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
-        let responses = self.sampling.answer(&policy.valid(), &all[..n], 0)?;
+        let plain = policy.valid();
+        let responses = self.sampling.answer(&plain, &all[..n], 0)?;
         let rollouts =
             self.frozen.rollouts_in(&self.sampling.group, &all[..n], responses, self.sampling.config.temperature)?;
         let counts = |rollout: &Rollout| counted(rollout, &self.config.ppo);
@@ -129,6 +133,9 @@ impl HeldOut<'_> {
             (names::VAL_EOS_RATE, means.eos_rate),
         ];
         metrics.extend(self.order_accuracy(&rollouts)?.map(|accuracy| (names::VAL_ORDER_ACCURACY, accuracy)));
+        if let Some(text) = text {
+            metrics.push(text.evaluate(&self.sampling.group, &plain)?);
+        }
         metrics.extend(means.gold.map(|gold| (names::GOLD_VAL_SCORE, gold)));
         session.log(&metrics)?;
         for rollout in rollouts.iter().take(self.config.train.n_samples) {

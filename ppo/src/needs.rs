@@ -9,6 +9,7 @@ use common::runtime::Runtime;
 
 use crate::cli::TrainArgs;
 use crate::config::PpoConfig;
+use crate::ptx;
 
 /// Refuses a run that needs more memory than there is, before the weights of policy and reward model are read.
 ///
@@ -44,7 +45,8 @@ pub fn lengths(config: &PpoConfig, policy: &Preview) -> anyhow::Result<Lengths> 
 
 /// What PPO needs with such a policy and reward model: both and the frozen reference, the value model, the answers as they
 /// are decoded. With `[lora]` policy and reference share a trunk, as do
-/// reward and value model, and all four where they stand on one base.
+/// reward and value model, and all four where they stand on one base. The loss on pretraining text has a backward pass of its
+/// own, after theirs and with their gradients kept.
 pub fn needs(
     config: &PpoConfig,
     [policy, reward_model]: [&Preview; 2],
@@ -56,6 +58,8 @@ pub fn needs(
     let (policy, reward_model) = (&policy.config, &reward_model.config);
     let seq = (lengths.longest() + config.ppo.response_length).min(policy.max_seq_len);
     let batch = Batch { rows: settings.micro_batch_size as f64, seq: seq as f64 };
+    let text = ptx::batches(config, policy.max_seq_len, settings.micro_batch_size);
+    let learned = text.and_then(|(learned, _)| learned);
     let trained = |model, output| Trained {
         config: model,
         output,
@@ -64,7 +68,7 @@ pub fn needs(
         checkpoint_activations: settings.checkpoint_activations,
         trunk: settings.trunk,
         batch,
-        accumulates: settings.micro_batch_size < config.train.batch_size / config.ppo.minibatches,
+        accumulates: settings.micro_batch_size < config.train.batch_size / config.ppo.minibatches || learned.is_some(),
     };
     let actor = trained(policy, Output::Logits);
     let mut needs = actor.needs();
@@ -84,11 +88,18 @@ pub fn needs(
         let (weights, saving) = (critic.weights - shared, critic.saving - critic.moments / 2.0);
         needs += Needs { weights, saving, activations, last_activations, ..critic };
     }
+    if let Some(batch) = learned {
+        let of_text = Trained { batch, ..actor }.needs();
+        needs.activations = needs.activations.max(of_text.activations);
+        needs.last_activations = needs.last_activations.max(of_text.last_activations);
+    }
+    let measured = text.map_or(0.0, |(_, measured)| footprint::inference(policy, actor.computation(), measured));
     let rows = config.train.rollout_batch_size.min(config.train.batch_size);
     needs += Needs {
         weights: if config.lora.is_some() { 0.0 } else { of_policy } + if is_shared { 0.0 } else { of_reward_model },
         loading: of_policy + of_reward_model,
-        cache: footprint::cache(policy, rows, seq) + footprint::inference(policy, actor.computation(), batch),
+        cache: measured
+            .max(footprint::cache(policy, rows, seq) + footprint::inference(policy, actor.computation(), batch)),
         data: capacity::vocabulary(policy.vocab_size)
             + capacity::records(config.data.train.iter().chain(&config.data.val)),
         ..Needs::default()

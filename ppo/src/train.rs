@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use burn::module::Module;
 use common::checkpoint::{self, Checkpoint, Stage};
+use common::corpus::{Tokenising, Windows};
 use common::data::order::Order;
 use common::group::Group;
 use common::interrupt::Interrupt;
@@ -28,6 +29,7 @@ use crate::learner::Learner;
 use crate::measured::{HeldOut, Measured};
 use crate::models::Models;
 use crate::needs;
+use crate::ptx::Text;
 use crate::targets::Experience;
 
 /// Every sampled response, in the output directory.
@@ -63,10 +65,13 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     let read = |files: &[PathBuf]| config.read_prompts(files, tokenizer, max_seq_len);
     let training = read(&config.data.train).context("failed to read the training prompts")?;
     let held_out = read(&config.data.val).context("failed to read the held-out prompts")?;
+    let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
+    let tokenising = Tokenising::new(group, interrupt, quiet);
+    let text = Text::open(&config, tokenizer, initial.model_config().max_seq_len, &tokenising)?;
     let plan = Plan {
         stage: Stage::Ppo,
         parents: &[("--policy", &initial), ("--reward-model", &reward_model)],
-        data: config.data.sources(),
+        data: config.sources(),
         tokenizer,
         tokenizer_dir: None,
         config: &config,
@@ -120,6 +125,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
         },
         order: Order::new(training.encoded.len(), streams, "order"),
         training: &training,
+        text,
         config: &config,
     })
 }
@@ -166,6 +172,8 @@ struct Ppo<'a> {
     held_out: HeldOut<'a>,
     order: Order,
     training: &'a Prompts,
+    /// Pretraining text, where there is some.
+    text: Option<Text>,
     config: &'a PpoConfig,
 }
 
@@ -178,7 +186,12 @@ impl Training for Ppo<'_> {
         let prompts: Vec<EncodedPrompt> = (first..first + n_prompts)
             .flat_map(|position| vec![self.training.encoded[self.order.item(position)].clone(); n_samples])
             .collect();
-        let output = self.iteration.run(self.learner, &prompts, step, self.kl_coef)?;
+        let n_updates = self.config.ppo.epochs * self.config.ppo.minibatches as u64;
+        let text: Vec<Windows> = match &mut self.text {
+            Some(text) => text.of_step(step, n_updates)?,
+            None => Vec::new(),
+        };
+        let output = self.iteration.run(self.learner, &prompts, step, self.kl_coef, &text)?;
         let lr = self.config.optimizer.lr_at(step, self.config.train.steps);
         let measured = Measured::of(&output, self.kl_coef, lr);
         let StepOutput { learner, batch, update, .. } = output;
@@ -205,8 +218,9 @@ impl Training for Ppo<'_> {
     }
 
     fn evaluate(&self, session: &mut Session) -> anyhow::Result<()> {
-        let Some(average) = &self.average else { return self.held_out.evaluate(session, &self.learner.policy) };
-        self.held_out.evaluate(session, &self.learner.policy.clone().with_trained(average.clone())?)
+        let text = self.text.as_ref();
+        let Some(average) = &self.average else { return self.held_out.evaluate(session, &self.learner.policy, text) };
+        self.held_out.evaluate(session, &self.learner.policy.clone().with_trained(average.clone())?, text)
     }
 
     /// The policy that training starts from is evaluated too.

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
+use common::corpus::{self, Windows};
 use common::group::Group;
 use common::kernels;
 use common::optim::{GradNorm, Grads};
@@ -34,6 +35,8 @@ pub struct UpdateMetrics {
     pub grad_norm: f64,
     /// The same of the value model, where there is one.
     pub value: Option<ValueMetrics>,
+    /// Mean cross-entropy of a token of pretraining text, in nats, where some is learned from.
+    pub ptx_loss: Option<f64>,
 }
 
 /// Means over all minibatches of a step.
@@ -54,6 +57,21 @@ impl UpdateMetrics {
     }
 }
 
+/// What all updates of a step share.
+#[derive(Debug, Clone, Copy)]
+pub struct Update<'a> {
+    /// The configuration.
+    pub config: &'a PpoConfig,
+    /// Seeds the order of the minibatches.
+    pub streams: Streams,
+    /// The step, of `config.train.steps`.
+    pub step: u64,
+    /// The price of a nat of divergence where that is part of the loss.
+    pub kl_coef: f32,
+    /// The pretraining windows of each update; nothing where the scores alone are learned from.
+    pub text: &'a [Windows],
+}
+
 impl Learner {
     /// Makes the updates of step `step` of `config.train.steps`; a nat of divergence costs `kl_coef` where that is part of
     /// the loss.
@@ -72,23 +90,27 @@ impl Learner {
         step: u64,
         kl_coef: f32,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
-        self.update_in(&Group::alone(), batch, config, streams, step, kl_coef)
+        self.update_in(&Group::alone(), batch, &Update { config, streams, step, kl_coef, text: &[] })
     }
 
-    /// [`update`](Self::update) on the same batch on every process of `group`, which shares the micro-batches: the same
-    /// weights and numbers to the bit.
+    /// The updates on the same batch on every process of `group`, which shares the micro-batches: the same weights and
+    /// numbers to the bit.
     ///
     /// # Errors
-    /// As there, and if a process has ended.
+    /// As [`update`](Self::update), and if a process has ended.
+    ///
+    /// # Panics
+    /// If there is text, but not of each update.
     pub fn update_in(
         mut self,
         group: &Group,
         batch: &[Experience],
-        config: &PpoConfig,
-        streams: Streams,
-        step: u64,
-        kl_coef: f32,
+        update: &Update<'_>,
     ) -> anyhow::Result<(Self, UpdateMetrics)> {
+        let &Update { config, streams, step, text, .. } = update;
+        let mut texts = text.iter();
+        let n_updates = config.ppo.epochs as usize * config.ppo.minibatches;
+        assert!(text.is_empty() || text.len() == n_updates, "text of {} updates for {n_updates}", text.len());
         let n_steps = config.train.steps;
         let lrs = (config.optimizer.lr_at(step, n_steps), config.value_optimizer.lr_at(step, n_steps));
         let mut sums = Sums::default();
@@ -98,20 +120,21 @@ impl Learner {
                 let minibatch: Vec<&Experience> = minibatch.iter().map(|&i| &batch[i]).collect();
                 let own = Experience::of_minibatch(&minibatch, &config.ppo);
                 let minibatch = own.as_ref().map_or(minibatch, |own| own.iter().collect());
-                let (policy_grads, value_grads) = self.gradients(group, &minibatch, config, kl_coef, &mut sums)?;
+                let (policy_grads, value_grads) = self.gradients(group, &minibatch, update, texts.next(), &mut sums)?;
                 self = self.descend(policy_grads, value_grads, lrs, &mut sums).with_shared_weights(group)?;
             }
         }
-        Ok((self, sums.metrics()?))
+        Ok((self, sums.metrics(!text.is_empty())?))
     }
 
-    /// The gradients of a minibatch, accumulated over its micro-batches of all processes, longest responses first.
+    /// The gradients of a minibatch, accumulated over its micro-batches of all processes, longest responses first; those of
+    /// the policy with those of `text`, of which each micro-batch has a part.
     fn gradients(
         &self,
         group: &Group,
         minibatch: &[&Experience],
-        config: &PpoConfig,
-        kl_coef: f32,
+        &Update { config, kl_coef, .. }: &Update<'_>,
+        text: Option<&Windows>,
         sums: &mut Sums,
     ) -> anyhow::Result<(Grads, Grads)> {
         let counts = Counts::of(minibatch);
@@ -120,7 +143,8 @@ impl Learner {
         let mut value_grads = self.critic.as_ref().map(|_| GradSum::new(group, config.train.reduce));
         let (mut all_means, mut ratio_maxima) = (Vec::new(), Vec::new());
         let parts = by_length(lengths, config.micro_batch_size());
-        for part in &parts[group.share().of(parts.len())] {
+        for i in group.share().of(parts.len()) {
+            let (part, text) = (&parts[i], text.map(|text| part_of(text, i, parts.len())));
             let part = MicroBatch::new(part.iter().map(|&i| minibatch[i]).collect(), counts);
             let of_policy = || part.policy_gradients(self, config, kl_coef);
             let of_value = || self.critic.as_ref().map(|critic| part.value_gradients(critic, config));
@@ -139,6 +163,14 @@ impl Learner {
                 value_grads.add(value.grads);
                 means.extend(value.means);
             }
+            if let Some((text, n_targets)) = text {
+                // One backward pass after the other: the activations of both are never there at once.
+                let (grads, loss) = self.text_gradients(&text, n_targets, config.ppo.switches().ptx_coef);
+                if let Some(grads) = grads {
+                    policy_grads.add(grads);
+                }
+                means.push(loss);
+            }
             all_means.push(Tensor::cat(means, 0));
             ratio_maxima.push(policy.ratio_max);
         }
@@ -150,6 +182,21 @@ impl Learner {
             _ => Grads::default(),
         };
         Ok((policy_grads.total(&self.policy_optimizer)?, value_grads))
+    }
+
+    /// The gradients of `coef` times the cross-entropy of `text`, divided by the `n_targets` of the whole update, and that
+    /// without `coef`, `[1]`; no gradients of no text.
+    ///
+    /// # Source
+    /// Ouyang et al., arXiv:2203.02155, equation 2.
+    fn text_gradients(&self, text: &Windows, n_targets: usize, coef: f64) -> (Option<Grads>, Tensor<1>) {
+        if text.rows.is_empty() {
+            return (None, Tensor::zeros([1], &self.policy.device().inner()));
+        }
+        let loss = corpus::loss(&self.policy, text, n_targets, None);
+        let value = loss.clone().inner();
+        let gradients = self.policy_optimizer.scaled(loss * coef).backward();
+        (Some(Grads::take(&self.policy, gradients)), value)
     }
 
     /// One step of each optimiser at the learning rates of policy and value model.
@@ -185,10 +232,16 @@ impl Learner {
     }
 }
 
+/// Part `i` of `n` of the windows of an update, about as many in each, and how many targets the whole has.
+fn part_of(text: &Windows, i: usize, n: usize) -> (Windows, usize) {
+    let n_rows = text.rows.len();
+    (text.part(i * n_rows / n..(i + 1) * n_rows / n), text.n_targets())
+}
+
 /// The sums behind a step's metrics, kept on the device so that no update waits for it.
 #[derive(Default)]
 struct Sums {
-    /// `[5]`, with a value model `[7]`, in the order in which [`Sums::metrics`] reads them.
+    /// `[5]`, two more with a value model and one more with text, in the order in which [`Sums::metrics`] reads them.
     means: Option<Tensor<1>>,
     /// `[1]`
     ratio_max: Option<Tensor<1>>,
@@ -213,7 +266,7 @@ impl Sums {
         });
     }
 
-    fn metrics(self) -> anyhow::Result<UpdateMetrics> {
+    fn metrics(self, has_text: bool) -> anyhow::Result<UpdateMetrics> {
         let n_updates = self.n_updates() as f64;
         let host = |tensor: Option<Tensor<1>>| {
             let tensor = tensor.context("a step makes at least one update")?;
@@ -233,6 +286,7 @@ impl Sums {
                 clip_frac: means[6],
                 grad_norm: GradNorm::mean(&self.value_norms),
             }),
+            ptx_loss: has_text.then(|| means[means.len() - 1]),
         })
     }
 }
@@ -402,5 +456,117 @@ impl<'a> MicroBatch<'a> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::group::threads;
+    use common::kernels::Kernels;
+    use common::model::{Gpt, NamedTensors};
+    use common::optim::AdamW;
+    use common::score::{EncodedPrompt, Response, Rollout};
+    use common::testing::{assert_close, tiny_config};
+
+    /// Sums of some hundred f32 products, in another order.
+    const REORDERED: f32 = 1e-5;
+
+    const VOCAB_SIZE: usize = 40;
+
+    fn learner() -> Learner {
+        let policy = Gpt::new(&tiny_config(VOCAB_SIZE), &Streams::new(4), &Device::flex().autodiff());
+        let policy_optimizer = AdamW::new(&PpoConfig::default().optimizer, Kernels::Plain);
+        Learner { policy, policy_optimizer, critic: None }
+    }
+
+    /// Two prompts with two answers each, as if another policy had given them.
+    fn batch() -> Vec<Experience> {
+        let experience = |i: u32| {
+            let n = 2 + i as usize;
+            let response = Response {
+                ids: (0..n as u32).map(|t| 7 + t * (i + 1)).collect(),
+                log_probs: vec![-3.5; n],
+                ended: true,
+                ..Response::default()
+            };
+            Experience {
+                rollout: Rollout {
+                    prompt: EncodedPrompt { ids: vec![1, 2 + i], text: String::new() },
+                    response,
+                    ref_log_probs: vec![-3.6; n],
+                    score: 0.5,
+                    gold: None,
+                },
+                score: 0.5,
+                rewards: vec![0.0; n],
+                advantages: vec![0.5 - i as f32; n],
+                critic: None,
+            }
+        };
+        (0..4).map(experience).collect()
+    }
+
+    fn config(micro_batch_size: usize, ptx_coef: f64) -> PpoConfig {
+        let mut config = PpoConfig::default();
+        (config.train.batch_size, config.train.micro_batch_size) = (4, Some(micro_batch_size));
+        (config.ppo.ptx_coef, config.ppo.ratio_tolerance) = (Some(ptx_coef), f64::INFINITY);
+        config
+    }
+
+    fn text(n: u32) -> Windows {
+        let row = |i: u32| (0..9).map(|t| (t * (i + 3) + 2) % VOCAB_SIZE as u32).collect();
+        Windows { rows: (0..n).map(row).collect(), seq_len: 8, bos: None }
+    }
+
+    /// The gradients of one update on [`batch`], and the mean loss on the text.
+    fn gradients(group: &Group, config: &PpoConfig, text: Option<&Windows>) -> (NamedTensors, Option<f64>) {
+        let (learner, batch) = (learner(), batch());
+        let minibatch: Vec<&Experience> = batch.iter().collect();
+        let update = Update { config, streams: Streams::new(1), step: 0, kl_coef: 0.1, text: &[] };
+        let mut sums = Sums::default();
+        let (grads, _) = learner.gradients(group, &minibatch, &update, text, &mut sums).expect("computable");
+        let named = grads.to_named();
+        sums.policy_norms.push(GradNorm::Host(1.0));
+        (named, sums.metrics(text.is_some()).expect("readable").ptx_loss)
+    }
+
+    #[test]
+    fn text_adds_its_gradient_times_the_coefficient_however_it_is_cut() {
+        const COEF: f32 = 2.5;
+        let (alone, windows, learner) = (Group::alone(), text(5), learner());
+        let loss = corpus::loss(&learner.policy, &windows, windows.n_targets(), None);
+        let value = loss.clone().inner().into_scalar::<f32>();
+        let of_text = Grads::take(&learner.policy, loss.backward()).to_named();
+        let (of_scores, none) = gradients(&alone, &config(2, 0.0), None);
+        assert_eq!(none, None);
+        // Two, four and one micro-batches, over which five windows are spread unevenly.
+        for micro in [2, 1, 4] {
+            let (both, measured) = gradients(&alone, &config(micro, COEF.into()), Some(&windows));
+            assert_close(&[measured.expect("there is text") as f32], &[value], REORDERED);
+            assert!(of_text.keys().eq(both.keys()));
+            for (path, both) in both {
+                let sum = of_scores[&path].data.iter().zip(&of_text[&path].data).map(|(ppo, lm)| ppo + COEF * lm);
+                assert_close(&both.data, &sum.collect::<Vec<f32>>(), REORDERED);
+            }
+        }
+    }
+
+    #[test]
+    fn text_of_two_ranks_is_that_of_one() {
+        // Three windows for four micro-batches, so that one has none.
+        let (config, windows) = (config(1, 2.5), text(3));
+        let one = gradients(&Group::alone(), &config, Some(&windows));
+        for of_rank in threads(2, |group| gradients(&group, &config, Some(&windows))) {
+            assert!(of_rank == one, "{:?} and {:?}", of_rank.1, one.1);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "text of 1 updates for 4")]
+    fn there_is_text_of_every_update_or_of_none() {
+        let config = config(1, 1.0);
+        let update = Update { config: &config, streams: Streams::new(1), step: 0, kl_coef: 0.1, text: &[text(2)] };
+        drop(learner().update_in(&Group::alone(), &batch(), &update));
     }
 }

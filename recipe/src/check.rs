@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::conversation;
+use common::corpus::TextConfig;
 use common::data::files;
 use common::data::records::{self, OnBadRecord, Prompt};
 use common::session::DataConfig;
@@ -162,9 +163,7 @@ impl Checker<'_> {
             Step::World => {}
             Step::Tokenizer | Step::Pretrain => {
                 let Some(config) = &self.setup.configs.pretrain else { return Ok(()) };
-                for file in self.files(step, &[&config.data.train[..], &config.data.val[..]].concat())? {
-                    records::check_texts(&file, &config.data.separator, config.data.read_options())?;
-                }
+                self.texts(step, &config.data)?;
             }
             Step::Sft => {
                 let Some(config) = &self.setup.configs.sft else { return Ok(()) };
@@ -189,6 +188,9 @@ impl Checker<'_> {
                     self.gold(step, &file, &prompts)?;
                     self.labels(step, &file, prompts.len())?;
                 }
+                if let Some(ptx) = self.setup.configs.against_scores(step).and_then(|config| config.ptx.as_ref()) {
+                    self.texts(step, &ptx.data)?;
+                }
             }
         }
         if let (Step::Evaluate, Some(pairs)) = (step, self.setup.test_pairs())
@@ -196,6 +198,14 @@ impl Checker<'_> {
             && self.reads_test_pairs()
         {
             records::check_pairs(&pairs, OnBadRecord::Fail)?;
+        }
+        Ok(())
+    }
+
+    /// Every file of text has some.
+    fn texts(&self, step: Step, text: &TextConfig) -> Result<()> {
+        for file in self.files(step, &[&text.train[..], &text.val[..]].concat())? {
+            records::check_texts(&file, &text.separator, text.read_options())?;
         }
         Ok(())
     }

@@ -65,7 +65,7 @@ impl Inputs {
         Ok(())
     }
 
-    /// Adds a stage's configuration under `prefix`. Of the files in its `[data]` the content counts, not the place.
+    /// Adds a stage's configuration under `prefix`. Of the files of its data the content counts, not the place.
     ///
     /// # Errors
     /// If it has no form in TOML, or a file cannot be read.
@@ -76,19 +76,20 @@ impl Inputs {
             let files = files::expand(&path).unwrap_or_else(|_| vec![path]);
             for (i, file) in files.iter().enumerate() {
                 let of_pattern = if files.len() > 1 { format!(" ({})", i + 1) } else { String::new() };
-                self.file(format!("{prefix}.data.{name}{of_pattern}"), file)?;
+                self.file(format!("{prefix}.{name}{of_pattern}"), file)?;
             }
         }
         Ok(())
     }
 
-    /// Adds a stage's configuration without the files of its `[data]`, which it returns by their names there.
+    /// Adds a stage's configuration without the files in its `[data]` and `[ptx.data]`, which it returns by their names.
     ///
     /// # Errors
     /// If it has no form in TOML.
     pub fn settings<T: Serialize>(&mut self, prefix: &str, config: &T) -> Result<Vec<(String, String)>> {
         let mut table = Table::try_from(config).context("the configuration has no form in TOML")?;
-        let files = table.get_mut("data").and_then(Value::as_table_mut).map(take_files).unwrap_or_default();
+        let mut files = take_files("data", table.get_mut("data"));
+        files.extend(take_files("ptx.data", table.get_mut("ptx").and_then(|ptx| ptx.get_mut("data"))));
         flatten(prefix, &table, &mut self.0);
         for name in WITHOUT_EFFECT {
             self.0.remove(&format!("{prefix}.{name}"));
@@ -209,9 +210,10 @@ impl fmt::Display for Change {
     }
 }
 
-/// Takes the lists of files out of a `[data]` section: every file with its name in the section.
-fn take_files(data: &mut Table) -> Vec<(String, String)> {
+/// Takes the lists of files out of the table `data`, which is the section `section`: every file with its name.
+fn take_files(section: &str, data: Option<&mut Value>) -> Vec<(String, String)> {
     let mut files = Vec::new();
+    let Some(data) = data.and_then(Value::as_table_mut) else { return files };
     for key in ["train", "val"] {
         let paths = match data.remove(key) {
             Some(Value::Array(paths)) => paths,
@@ -219,7 +221,7 @@ fn take_files(data: &mut Table) -> Vec<(String, String)> {
             None => Vec::new(),
         };
         let paths = paths.iter().filter_map(Value::as_str).enumerate();
-        files.extend(paths.map(|(i, path)| (format!("{key}[{i}]"), path.to_owned())));
+        files.extend(paths.map(|(i, path)| (format!("{section}.{key}[{i}]"), path.to_owned())));
     }
     files
 }
@@ -289,7 +291,7 @@ mod tests {
             std::fs::write(dir.path().join(name), "abc").unwrap();
             let text = format!(
                 "[data]\ntrain = [\"{name}\"]\nval = [\"no.txt\"]\non_bad_record = \"fail\"\n\
-                 [run]\nlog_every = {log_every}\neval_every = 5\n"
+                 [ptx.data]\ntrain = [\"{name}\"]\n[run]\nlog_every = {log_every}\neval_every = 5\n"
             );
             let config: Table = toml::from_str(&text).unwrap();
             let mut inputs = Inputs::default();
@@ -299,7 +301,16 @@ mod tests {
         };
         assert_eq!(of("a.txt", 1), of("b.txt", 2));
         let names: Vec<String> = of("a.txt", 1).0.into_keys().collect();
-        assert_eq!(names, ["sft.data.on_bad_record", "sft.data.train[0]", "sft.data.val[0]", "sft.run.eval_every"]);
+        assert_eq!(
+            names,
+            [
+                "sft.data.on_bad_record",
+                "sft.data.train[0]",
+                "sft.data.val[0]",
+                "sft.ptx.data.train[0]",
+                "sft.run.eval_every",
+            ]
+        );
     }
 
     #[test]

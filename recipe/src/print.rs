@@ -27,8 +27,8 @@ pub fn print_config(args: &RunArgs) -> Result<()> {
         stage(&recipe, Step::Pretrain, pretrain, |config| config.data.sources_mut())?,
         stage(&recipe, Step::Sft, sft, |config| config.data.sources_mut())?,
         stage(&recipe, Step::RewardModel, reward_model, |config| config.data.sources_mut())?,
-        stage(&recipe, Step::Ppo, ppo, |config| config.data.sources_mut())?,
-        stage(&recipe, Step::Rloo, rloo, |config| config.data.sources_mut())?,
+        stage(&recipe, Step::Ppo, ppo, ppo::PpoConfig::sources_mut)?,
+        stage(&recipe, Step::Rloo, rloo, ppo::PpoConfig::sources_mut)?,
         stage(&recipe, Step::Dpo, dpo, |config| config.data.sources_mut())?,
     ];
     std::io::stdout().write_all(text.concat().as_bytes()).context("failed to write the configuration")

@@ -156,8 +156,8 @@ impl Setup {
             (Step::Pretrain, pretrain.as_ref().map(|config| config.data.sources())),
             (Step::Sft, sft.as_ref().map(|config| config.data.sources())),
             (Step::RewardModel, reward_model.as_ref().map(|config| config.data.sources())),
-            (Step::Ppo, ppo.as_ref().map(|config| config.data.sources())),
-            (Step::Rloo, rloo.as_ref().map(|config| config.data.sources())),
+            (Step::Ppo, ppo.as_ref().map(PpoConfig::sources)),
+            (Step::Rloo, rloo.as_ref().map(PpoConfig::sources)),
             (Step::Dpo, dpo.as_ref().map(|config| config.data.sources())),
         ];
         let mut files: Vec<PathBuf> = self.recipe.config.init.iter().cloned().collect();

@@ -89,7 +89,7 @@ impl Checked for DpoConfig {
 }
 
 impl Checked for PpoConfig {
-    const BASE: &'static str = SftConfig::BASE;
+    const BASE: &'static str = "[data]\ntrain = [\"a.jsonl\"]\nval = [\"b.jsonl\"]\n[ptx.data]\ntrain = [\"c.txt\"]\n";
 
     fn validate(&self) -> anyhow::Result<()> {
         self.validate()

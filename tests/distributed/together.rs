@@ -9,6 +9,9 @@ use pipeline_tests::{DPO, Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, Stage};
 /// Enough micro-batches that 2, 3 and 4 ranks have some each.
 pub(crate) const SHARED: [&str; 2] = ["train.batch_size=8", "train.micro_batch_size=1"];
 
+/// Pretraining text for PPO.
+const TEXT: &str = "ptx.data.train=['../data/train.txt']";
+
 /// Trains a stage on one rank of a group.
 fn train(lab: &Lab, stage: Stage, out: &str, group: &Group, more: &[&str]) -> anyhow::Result<Outcome> {
     let path = |name: &str| lab.path(name).display().to_string();
@@ -107,6 +110,15 @@ fn ppo_by_any_number_of_ranks_is_that_of_one() {
 }
 
 #[test]
+fn ppo_with_pretraining_text_by_any_number_of_ranks_is_that_of_one() {
+    // Six windows for four micro-batches.
+    assert_any_number_of_ranks_is_one(
+        PPO,
+        &["train.batch_invariant=true", TEXT, "ppo.ptx_coef=0.5", "ptx.batch_size=6"],
+    );
+}
+
+#[test]
 fn adapters_by_any_number_of_ranks_are_those_of_one() {
     assert_any_number_of_ranks_is_one(SFT, &["lora.rank=3", "lora.dropout=0.1"]);
 }
@@ -174,7 +186,8 @@ fn dpo_with_parts_of_the_optimiser_is_that_with_the_whole() {
 
 #[test]
 fn ppo_with_parts_of_both_optimisers_is_that_with_the_whole() {
-    assert_parts_are_the_whole(PPO, &["train.batch_invariant=true", "ppo.policy_ema=0.5"]);
+    let text = [TEXT, "ppo.ptx_coef=0.5"];
+    assert_parts_are_the_whole(PPO, &[&["train.batch_invariant=true", "ppo.policy_ema=0.5"], &text[..]].concat());
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub struct Curves {
 }
 
 /// What a reader looks at first: title, in training, on held-out data.
-const FIRST: [(&str, &str, &str); 14] = [
+const FIRST: [(&str, &str, &str); 15] = [
     ("loss", names::TRAIN_LOSS, names::VAL_LOSS),
     ("accuracy", names::TRAIN_ACCURACY, names::VAL_ACCURACY),
     ("margin", names::TRAIN_MARGIN, names::VAL_MARGIN),
@@ -28,6 +28,7 @@ const FIRST: [(&str, &str, &str); 14] = [
     ("entropy, nats", names::POLICY_ENTROPY, ""),
     ("tokens in a response", names::ROLLOUT_RESPONSE_LENGTH, names::VAL_RESPONSE_LENGTH),
     ("responses that end", names::ROLLOUT_EOS_RATE, names::VAL_EOS_RATE),
+    ("loss on pretraining text", names::TRAIN_PTX_LOSS, names::VAL_PTX_LOSS),
     ("bits per byte", "", names::VAL_BITS_PER_BYTE),
     ("learning rate", names::TRAIN_LR, ""),
     ("norm of the gradient", names::TRAIN_GRAD_NORM, ""),

@@ -15,6 +15,9 @@ names! {
     /// Training loss of the step: cross-entropy in nats per trained token; for a reward model the pairwise loss, with the
     /// centring term; for DPO the mean loss of a pair.
     TRAIN_LOSS = "train/loss";
+    /// Mean cross-entropy of a token of the pretraining text that PPO learns from beside the scores, in nats, before
+    /// `ppo.ptx_coef`; mean over minibatches.
+    TRAIN_PTX_LOSS = "train/ptx_loss";
     /// Learning rate of the step; of the policy in PPO.
     TRAIN_LR = "train/lr";
     /// Global norm of the gradient before clipping; of the policy in PPO.
@@ -59,6 +62,8 @@ names! {
     /// Share of comparisons in which an answer to a held-out prompt scores above a damaged form of it: empty, cut, repeated or to
     /// another prompt.
     VAL_ORDER_ACCURACY = "val/order_accuracy";
+    /// The policy's held-out loss on pretraining text, in nats per token: what PPO costs it as a language model.
+    VAL_PTX_LOSS = "val/ptx_loss";
     /// KL divergence from the reference policy, summed over the tokens of a response (estimator k1), averaged over responses.
     OBJECTIVE_KL = "objective/kl";
     /// KL coefficient: reward lost per nat of divergence.
@@ -112,7 +117,7 @@ names! {
 }
 
 /// The metrics on the console, in this order; the rest is for the file.
-pub(super) const ON_CONSOLE: [&str; 19] = [
+pub(super) const ON_CONSOLE: [&str; 20] = [
     TRAIN_LOSS,
     TRAIN_ACCURACY,
     REWARDS_ACCURACIES,
@@ -123,6 +128,7 @@ pub(super) const ON_CONSOLE: [&str; 19] = [
     VAL_SCORE,
     VAL_KL,
     VAL_EOS_RATE,
+    VAL_PTX_LOSS,
     OBJECTIVE_SCORE,
     GOLD_SCORE,
     GOLD_VAL_SCORE,

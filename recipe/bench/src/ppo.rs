@@ -165,7 +165,7 @@ fn steps(
                 EncodedPrompt { ids, text: String::new() }
             })
             .collect();
-        let output = iteration.run(learner, &prompts, step, config.ppo.kl_coef as f32)?;
+        let output = iteration.run(learner, &prompts, step, config.ppo.kl_coef as f32, &[])?;
         let n_tokens: usize = output.batch.iter().map(Experience::n_tokens).sum();
         assert_eq!(n_tokens, prompts.len() * args.response.get(), "a response ended early");
         Ok(output)
