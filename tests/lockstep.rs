@@ -14,7 +14,7 @@ use common::kernels::Kernels;
 use common::model::{Gpt, NamedTensors, ScalarGpt};
 use common::optim::{AdamW, OptimizerConfig};
 use common::rng::Streams;
-use common::score::{EncodedPrompt, FrozenModels, Response, log_probs, of_response_tokens};
+use common::score::{EncodedPrompt, Ensemble, FrozenModels, Response, log_probs, of_response_tokens};
 use common::testing::byte_tokenizer;
 use ppo::{Critic, Dialect, Iteration, Learner, PpoConfig, PpoSection, TrainConfig};
 use serde_json::Value;
@@ -111,7 +111,15 @@ fn trained(dialect: Dialect) -> (Vec<[f64; 7]>, [f64; 2]) {
         policy_optimizer: optimizer(&config.optimizer),
         critic: Some(Critic { model: scalar(&autodiff), optimizer: optimizer(&config.value_optimizer) }),
     };
-    let frozen = FrozenModels { reference: gpt(&plain), reward_model: scalar(&plain), gold: None, batch_size: 4 };
+    let (further, ensemble) = (Vec::new(), Ensemble::default());
+    let frozen = FrozenModels {
+        reference: gpt(&plain),
+        reward_model: scalar(&plain),
+        further,
+        ensemble,
+        gold: None,
+        batch_size: 4,
+    };
     let (streams, tokenizer) = (Streams::new(1), byte_tokenizer());
     let sampling = config.sampling(streams, &tokenizer);
     let iteration = Iteration { config: &config, sampling: &sampling, frozen: &frozen, streams };

@@ -81,9 +81,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub policy: PathBuf,
 
-    /// Checkpoint of the reward model, which also initialises the value model
-    #[arg(long, value_name = "DIR")]
-    pub reward_model: PathBuf,
+    /// Checkpoint of the reward model, which also initialises the value model; repeated, `ppo.ensemble` says how the scores of all
+    /// become one, and the first initialises the value model
+    #[arg(long, value_name = "DIR", required = true)]
+    pub reward_model: Vec<PathBuf>,
 
     /// The flags of every training command
     #[command(flatten)]

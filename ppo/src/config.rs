@@ -1,6 +1,6 @@
 //! The configuration of this stage.
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use common::capacity::Settings;
 use common::cli::StageArgs;
 use common::kernels::TrunkPrecision;
@@ -8,7 +8,7 @@ use common::model::LoraConfig;
 use common::optim::{AdamStyle, OptimizerConfig, RlhfDefaults};
 use common::reduce::Reduce;
 use common::rng::Streams;
-use common::score::{Sampling, TooLong};
+use common::score::{Ensemble, Sampling, TooLong};
 use common::session::{self, Amount, DataConfig, RunConfig};
 use common::tokenizer::Tokenizer;
 use schemars::JsonSchema;
@@ -163,6 +163,9 @@ pub struct PpoSection {
     /// Score of a response that was cut off before `<|end|>`, in place of the reward model's or as `missing_eos` says.
     #[schemars(range(min = -1_000_000, max = 1_000_000))]
     pub missing_eos_score: f64,
+    /// How the scores of several reward models (`--reward-model`, repeated) become one; `"mean"` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ensemble: Option<Ensemble>,
     /// KL coefficient: reward lost per nat of divergence from the reference policy. With `kl_target`, its initial value.
     #[schemars(range(min = 0, max = 1_000_000))]
     pub kl_coef: f64,
@@ -343,6 +346,7 @@ impl Default for PpoSection {
             response_length: 64,
             temperature: 1.0,
             missing_eos_score: -1.0,
+            ensemble: None,
             kl_coef: 0.05,
             kl_target: None,
             kl_horizon: 10_000.0,
@@ -443,6 +447,22 @@ impl PpoConfig {
             switches.dual_clip
         );
         self.validate_ptx()
+    }
+
+    /// The same configuration for a run with `n` reward models, which names how their scores become one.
+    ///
+    /// # Errors
+    /// If it names a way for a single one.
+    pub(crate) fn with_reward_models(mut self, n: usize) -> anyhow::Result<Self> {
+        if n > 1 {
+            self.ppo.ensemble = Some(self.ppo.ensemble.unwrap_or_default());
+        } else if let Some(ensemble) = self.ppo.ensemble {
+            bail!(
+                "`ppo.ensemble` is \"{ensemble}\", but there is one reward model\n\
+                 hint: give each with a `--reward-model` of its own, or leave `ppo.ensemble` out"
+            );
+        }
+        Ok(self)
     }
 
     /// The settings that decide how much memory an update needs.

@@ -34,6 +34,9 @@ pub(crate) fn line(rollout: &Rollout, score: f32) -> Value {
         "length": rollout.response.answer().len(),
         "finish": if rollout.response.ended { "stop" } else { "length" },
     });
+    if !rollout.member_scores.is_empty() {
+        line["member_scores"] = json!(rollout.member_scores);
+    }
     if let Some(gold) = rollout.gold {
         line["gold"] = json!(gold);
     }
@@ -54,6 +57,7 @@ mod tests {
             response,
             ref_log_probs: vec![-1.5, -0.25],
             score: 2.0,
+            member_scores: Vec::new(),
             gold: None,
         };
         // KL = (−1 + 1.5) + (−0.5 + 0.25).
@@ -62,7 +66,9 @@ mod tests {
             json!({ "prompt": "p", "response": "r", "score": 1.0, "kl": 0.25, "length": 2, "finish": "stop" })
         );
         (rollout.gold, rollout.response.ended) = (Some(0.5), false);
+        rollout.member_scores = vec![1.5, 2.5];
         let line = line(&rollout, -1.0);
         assert_eq!((&line["gold"], &line["finish"]), (&json!(0.5), &json!("length")));
+        assert_eq!(line["member_scores"], json!([1.5, 2.5]));
     }
 }

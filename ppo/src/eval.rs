@@ -7,7 +7,7 @@ use common::config;
 use common::data::records::OnBadRecord;
 use common::exit::UsageError;
 use common::rng::Streams;
-use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong};
+use common::score::{Ensemble, FrozenModels, Prompts, Rollout, Sampling, TooLong};
 use common::stats::{Interval, win};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -109,6 +109,8 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let frozen = FrozenModels {
         reference: runtime.gpt(&reference)?,
         reward_model: runtime.scalar(&reward_model)?,
+        further: Vec::new(),
+        ensemble: Ensemble::default(),
         gold: None,
         batch_size: args.batch_size.get(),
     };

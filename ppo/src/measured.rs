@@ -21,6 +21,8 @@ struct Means {
     kl: f64,
     score: f64,
     gold: Option<f64>,
+    /// Where there are several reward models.
+    score_spread: Option<f64>,
     response_length: f64,
     eos_rate: f64,
     repetition: f64,
@@ -32,11 +34,15 @@ impl Means {
         let mean = |value: &dyn Fn(&Rollout, f32) -> f64| {
             scored.iter().map(|&(rollout, score)| value(rollout, score)).sum::<f64>() / scored.len() as f64
         };
-        let golds: Vec<f64> = scored.iter().filter_map(|(rollout, _)| rollout.gold).collect();
+        let known = |value: fn(&Rollout) -> Option<f64>| -> Option<f64> {
+            let known: Vec<f64> = scored.iter().filter_map(|(rollout, _)| value(rollout)).collect();
+            (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
+        };
         Self {
             kl: mean(&|rollout, _| rollout.kl()),
             score: mean(&|_, score| f64::from(score)),
-            gold: (!golds.is_empty()).then(|| golds.iter().sum::<f64>() / golds.len() as f64),
+            gold: known(|rollout| rollout.gold),
+            score_spread: known(Rollout::score_spread),
             response_length: mean(&|rollout, _| rollout.response.answer().len() as f64),
             eos_rate: mean(&|rollout, _| f64::from(u8::from(rollout.response.ended))),
             repetition: mean(&|rollout, _| repetition(rollout.response.answer())),
@@ -93,6 +99,7 @@ impl Measured {
                 (names::VALUE_GRAD_NORM, value.grad_norm),
             ]);
         }
+        metrics.extend(means.score_spread.map(|spread| (names::OBJECTIVE_SCORE_STD_MEMBERS, spread)));
         metrics.extend(update.ptx_loss.map(|loss| (names::TRAIN_PTX_LOSS, loss)));
         metrics.extend(means.gold.map(|gold| (names::GOLD_SCORE, gold)));
         Self { kl: means.kl, metrics }
@@ -133,6 +140,7 @@ impl HeldOut<'_> {
             (names::VAL_EOS_RATE, means.eos_rate),
         ];
         metrics.extend(self.order_accuracy(&rollouts)?.map(|accuracy| (names::VAL_ORDER_ACCURACY, accuracy)));
+        metrics.extend(means.score_spread.map(|spread| (names::VAL_SCORE_STD_MEMBERS, spread)));
         if let Some(text) = text {
             metrics.push(text.evaluate(&self.sampling.group, &plain)?);
         }
@@ -146,12 +154,11 @@ impl HeldOut<'_> {
         Ok(())
     }
 
-    /// How often the reward model puts the answers above damaged forms of them; `None` where no answer ended.
+    /// How often the reward model or the ensemble puts the answers above damaged forms of them; `None` where no answer ended.
     fn order_accuracy(&self, rollouts: &[Rollout]) -> anyhow::Result<Option<f64>> {
         let mut answered = Answered::ended(rollouts);
         answered.truncate(N_ORDERED);
-        let FrozenModels { reward_model, batch_size, .. } = self.frozen;
-        let wins = orders(reward_model, self.sampling.tokenizer, &answered, *batch_size)?;
+        let wins = orders(self.frozen, self.sampling.tokenizer, &answered)?;
         let wins: Vec<f64> = wins.into_iter().flat_map(|(_, wins)| wins).collect();
         Ok((!wins.is_empty()).then(|| wins.iter().sum::<f64>() / wins.len() as f64))
     }

@@ -19,16 +19,16 @@ pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, runtime: &Runtime) -> 
     let (true, true) = (config.run.check_memory, runtime.is_on_host()) else { return Ok(()) };
     // What is wrong with a model is said where it is loaded.
     let preview = |dir| Preview::open(dir, args.stage.runtime.base());
-    let (Ok(policy), Ok(reward_model)) = (preview(&args.policy), preview(&args.reward_model)) else {
-        return Ok(());
-    };
+    let reward_models: Result<Vec<Preview>, _> = args.reward_model.iter().map(|dir| preview(dir)).collect();
+    let (Ok(policy), Ok(reward_models)) = (preview(&args.policy), reward_models) else { return Ok(()) };
+    let reward_models: Vec<&Preview> = reward_models.iter().collect();
     let kernels = runtime.effective_kernels();
     capacity::check_run(
         config.train.batch_size / config.ppo.minibatches,
         config.memory(runtime.trunk),
         policy.config.max_seq_len,
         || lengths(config, &policy),
-        |lengths, settings| needs(config, [&policy, &reward_model], lengths, kernels, settings),
+        |lengths, settings| needs(config, &policy, &reward_models, lengths, kernels, settings),
     )
 }
 
@@ -43,19 +43,33 @@ pub fn lengths(config: &PpoConfig, policy: &Preview) -> anyhow::Result<Lengths> 
     Ok(Lengths::of(context, prompts.encoded.iter().map(|prompt| prompt.ids.len()).collect()))
 }
 
-/// What PPO needs with such a policy and reward model: both and the frozen reference, the value model, the answers as they
-/// are decoded. With `[lora]` policy and reference share a trunk, as do
-/// reward and value model, and all four where they stand on one base. The loss on pretraining text has a backward pass of its
+/// What PPO needs with such a policy and such reward models: all of them and the frozen reference, the value model, which begins
+/// as the first reward model, the answers as they are decoded. With `[lora]` policy and reference share a trunk, as do reward and
+/// value model, and all that stand on one base. The loss on pretraining text has a backward pass of its
 /// own, after theirs and with their gradients kept.
+///
+/// # Panics
+/// If there is no reward model.
 pub fn needs(
     config: &PpoConfig,
-    [policy, reward_model]: [&Preview; 2],
+    policy: &Preview,
+    reward_models: &[&Preview],
     lengths: &Lengths,
     kernels: Kernels,
     settings: Settings,
 ) -> Needs {
-    let is_shared = config.lora.is_some() && policy.weights_dir == reward_model.weights_dir;
-    let (policy, reward_model) = (&policy.config, &reward_model.config);
+    let mut trunks = vec![&policy.weights_dir];
+    let (mut of_reward_models, mut loaded) = (0.0, 0.0);
+    for member in reward_models {
+        let weights = footprint::weights(&member.config, Output::Score, settings.trunk);
+        loaded += weights;
+        if config.lora.is_none() || !trunks.contains(&&member.weights_dir) {
+            of_reward_models += weights;
+        }
+        trunks.push(&member.weights_dir);
+    }
+    let first = reward_models.first().expect("a run has a reward model");
+    let (policy, reward_model) = (&policy.config, &first.config);
     let seq = (lengths.longest() + config.ppo.response_length).min(policy.max_seq_len);
     let batch = Batch { rows: settings.micro_batch_size as f64, seq: seq as f64 };
     let text = ptx::batches(config, policy.max_seq_len, settings.micro_batch_size);
@@ -96,8 +110,8 @@ pub fn needs(
     let measured = text.map_or(0.0, |(_, measured)| footprint::inference(policy, actor.computation(), measured));
     let rows = config.train.rollout_batch_size.min(config.train.batch_size);
     needs += Needs {
-        weights: if config.lora.is_some() { 0.0 } else { of_policy } + if is_shared { 0.0 } else { of_reward_model },
-        loading: of_policy + of_reward_model,
+        weights: if config.lora.is_some() { 0.0 } else { of_policy } + of_reward_models,
+        loading: of_policy + loaded,
         cache: measured
             .max(footprint::cache(policy, rows, seq) + footprint::inference(policy, actor.computation(), batch)),
         data: capacity::vocabulary(policy.vocab_size)
@@ -105,4 +119,29 @@ pub fn needs(
         ..Needs::default()
     };
     needs
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use common::testing::tiny_config;
+
+    #[test]
+    fn every_reward_model_takes_its_weights_and_adapters_on_one_base_take_them_once() {
+        let preview =
+            |dir: &str| Preview { config: tiny_config(100), tokenizer: None, weights_dir: Path::new(dir).to_owned() };
+        let (policy, on_base, other) = (preview("base"), preview("base"), preview("other"));
+        let weights = footprint::weights(&policy.config, Output::Score, TrunkPrecision::F32);
+        let of = |lora: bool, members: &[&Preview]| {
+            let config = PpoConfig { lora: lora.then(Default::default), ..PpoConfig::default() };
+            let settings = config.memory(TrunkPrecision::F32);
+            needs(&config, &policy, members, &Lengths::unknown(64), Kernels::Fused, settings).weights
+        };
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1.0, "{a} {b}");
+        close(of(false, &[&other, &other, &on_base]) - of(false, &[&other]), 2.0 * weights);
+        close(of(true, &[&on_base, &on_base]) - of(true, &[&on_base]), 0.0);
+        close(of(true, &[&on_base, &other, &other]) - of(true, &[&on_base]), weights);
+    }
 }

@@ -212,6 +212,7 @@ mod tests {
             },
             ref_log_probs: ref_log_probs.to_vec(),
             score,
+            member_scores: Vec::new(),
             gold: None,
         }
     }

@@ -13,7 +13,7 @@ use common::metrics::{self, Recorder};
 use common::model::NamedTensors;
 use common::optim::GradNorm;
 use common::rng::Streams;
-use common::score::{EncodedPrompt, FrozenModels, Gold, Prompts, Sampling};
+use common::score::{EncodedPrompt, Gold, Prompts, Sampling};
 use common::session::{Contents, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::Interval;
 
@@ -41,7 +41,7 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// Whatever stands in the way: configuration, data, models that do not fit together, the output directory, a ratio that
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
-    let config = PpoConfig::load(&args.stage)?;
+    let config = PpoConfig::load(&args.stage)?.with_reward_models(args.reward_model.len())?;
     config.minibatch().check_ranks(group)?;
     if !group.is_alone() && !config.train.batch_invariant {
         tracing::info!(
@@ -58,19 +58,22 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     let runtime = args.stage.runtime.open()?.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
     needs::check(&config, args, &runtime)?;
-    let (mut initial, mut reward_model) = open_models(args)?;
+    let (mut initial, mut reward_models) = open_models(args)?;
     initial.check_lora(config.lora.as_ref())?;
     let tokenizer = &initial.require_tokenizer()?.clone();
-    let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
+    let contexts = std::iter::once(&initial).chain(&reward_models).map(|model| model.model_config().max_seq_len);
+    let max_seq_len = contexts.min().unwrap_or(0);
     let read = |files: &[PathBuf]| config.read_prompts(files, tokenizer, max_seq_len);
     let training = read(&config.data.train).context("failed to read the training prompts")?;
     let held_out = read(&config.data.val).context("failed to read the held-out prompts")?;
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
     let tokenising = Tokenising::new(group, interrupt, quiet);
     let text = Text::open(&config, tokenizer, initial.model_config().max_seq_len, &tokenising)?;
+    let mut parents = vec![("--policy", &initial)];
+    parents.extend(reward_models.iter().map(|model| ("--reward-model", model)));
     let plan = Plan {
         stage: Stage::Ppo,
-        parents: &[("--policy", &initial), ("--reward-model", &reward_model)],
+        parents: &parents,
         data: config.sources(),
         tokenizer,
         tokenizer_dir: None,
@@ -95,9 +98,11 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     }
     let decay = config.ppo.switches().policy_ema as f32;
     let average = restored.as_mut().filter(|_| decay > 0.0).map(Restored::average).transpose()?;
-    let models = Models::load(&config, &mut initial, &mut reward_model, restored, &runtime)?;
-    let Models { learner, reference, reward_model } = models;
-    let frozen = FrozenModels { reference, reward_model, gold, batch_size: config.micro_batch_size() };
+    let models = Models::load(&config, &mut initial, &mut reward_models, restored, &runtime)?;
+    let (learner, frozen) = models.split(&config, gold);
+    if let Some(ensemble) = config.ppo.ensemble {
+        tracing::info!("{} reward models score every response; what counts is \"{ensemble}\"", reward_models.len());
+    }
     tracing::info!(
         "{} parameters of the policy, {} training prompts, {} held out",
         learner.policy.num_params(),
@@ -130,18 +135,19 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     })
 }
 
-/// The initial policy and the reward model of a run.
+/// The initial policy and the reward models of a run.
 ///
 /// # Errors
 /// If one of them cannot be used, or their tokenizers differ.
-pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Checkpoint)> {
+pub fn open_models(args: &TrainArgs) -> anyhow::Result<(Checkpoint, Vec<Checkpoint>)> {
     let opening = args.stage.runtime.opening();
     let initial =
         checkpoint::init_from(&args.policy, opening).and_then(|policy| policy.of_stage(&[Stage::Sft, Stage::Dpo]));
     let initial = initial.context("failed to load the initial policy")?;
-    let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &initial)
-        .context("failed to load the reward model")?;
-    Ok((initial, reward_model))
+    let open = |dir: &PathBuf| checkpoint::open_reward_model(dir, opening, &initial);
+    let reward_models: Result<Vec<Checkpoint>, _> = args.reward_model.iter().map(open).collect();
+    let reward_models = reward_models.context("failed to load the reward model")?;
+    Ok((initial, reward_models))
 }
 
 /// Moves `average` towards `weights`: `decay·average + (1 − decay)·weights`.

@@ -496,6 +496,7 @@ mod tests {
                     response,
                     ref_log_probs: vec![-3.6; n],
                     score: 0.5,
+                    member_scores: Vec::new(),
                     gold: None,
                 },
                 score: 0.5,

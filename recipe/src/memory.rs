@@ -138,7 +138,7 @@ impl Planner {
             }),
             Step::Ppo | Step::Rloo => setup.configs.against_scores(step).cloned().map(|mut stage| {
                 let lengths = if is_there(stage.data.sources_mut()) { ppo::lengths(&stage, model)? } else { unknown };
-                Ok(ppo::needs(&stage, [model, model], &lengths, kernels, stage.memory(trunk)))
+                Ok(ppo::needs(&stage, model, &[model], &lengths, kernels, stage.memory(trunk)))
             }),
             Step::Dpo => setup.configs.dpo.as_mut().map(|stage| {
                 let is_there = setup.recipe.config.collect.is_none() && is_there(stage.data.sources_mut());

@@ -114,7 +114,7 @@ pub(crate) fn train_stage(
         _ => {
             let score = gold.map(|gold| |prompt: &str, response: &str| gold.score(prompt, response));
             let reward_model = reward_model.context("PPO has no reward model")?;
-            let args = ppo::TrainArgs { policy: init, reward_model, stage };
+            let args = ppo::TrainArgs { policy: init, reward_model: vec![reward_model], stage };
             ppo::train(&args, group, interrupt, score.as_ref().map(|score| score as ppo::Gold<'_>))
         }
     }

@@ -8,7 +8,9 @@ use common::data::records::OnBadRecord;
 use common::model::loss::token_log_probs;
 use common::model::{Gpt, GptConfig, Layout, NamedTensors, ScalarGpt};
 use common::rng::Streams;
-use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong, log_probs, of_response_tokens, values};
+use common::score::{
+    Ensemble, FrozenModels, Prompts, Rollout, Sampling, TooLong, log_probs, of_response_tokens, values,
+};
 use common::testing::save_weights;
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use ppo::doctor::{Blame, Check, cached_is_uncached, kl_of_itself, ratio_is_one, values_finite};
@@ -251,7 +253,8 @@ fn rollouts(setup: &Setup, policy: &Gpt, tokenizer: &Tokenizer, temperature: f64
     let sampling = Sampling::new(temperature, 24, Streams::new(5), tokenizer, 32);
     let responses = sampling.answer(policy, prompts, 0).unwrap();
     let reward_model = Checkpoint::open(&setup.path("rm")).unwrap().load_scalar(&Device::flex()).unwrap();
-    let frozen = FrozenModels { reference, reward_model, gold: None, batch_size: 16 };
+    let (further, ensemble) = (Vec::new(), Ensemble::default());
+    let frozen = FrozenModels { reference, reward_model, further, ensemble, gold: None, batch_size: 16 };
     frozen.rollouts(prompts, responses, temperature).unwrap()
 }
 

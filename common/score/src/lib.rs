@@ -2,7 +2,8 @@
 //! scores.
 //!
 //! In reading order: [`Prompts`] are read from files, [`Sampling`] answers them, [`FrozenModels`] make [`Rollout`]s of
-//! the [`Response`]s: log-probabilities under the reference policy, a score, their divergence ([`kl`]). Below these,
+//! the [`Response`]s: log-probabilities under the reference policy, a score, that of one reward model or of an
+//! [`Ensemble`], their divergence ([`kl`]). Below these,
 //! [`ResponseBatch`] holds prompts with given responses as one batch, [`log_probs`] and [`values`] are tensors of one
 //! number a response token, with gradient where the model has one, [`sum_by_response`] adds them up; [`of_response_tokens`] reads such numbers to the
 //! host; [`score_rows`] reads a reward model at the last token of each row. [`Pairs`] are preferences read from files, and
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod ensemble;
 mod error;
 pub mod kl;
 mod pairs;
@@ -24,6 +26,7 @@ mod rows;
 mod sampling;
 mod tokens;
 
+pub use ensemble::{Ensemble, spread};
 pub use error::ScoreError;
 pub use pairs::{Agreement, EncodedPair, PairTooLong, Pairs, distance, longer_wins, negative_log_sigmoid, score_pairs};
 pub use prompts::{EncodedPrompt, Prompts, TooLong};

@@ -5,8 +5,8 @@ use model::{Gpt, ScalarGpt};
 
 use crate::kl::k1;
 use crate::pairs::finite;
-use crate::rows::score_share_of_rows;
-use crate::{EncodedPrompt, Response, ScoreError, log_probs, of_share_of_responses};
+use crate::rows::{score_rows, score_share_of_rows};
+use crate::{EncodedPrompt, Ensemble, Response, ScoreError, log_probs, of_share_of_responses, spread};
 
 /// The true reward of a response to a prompt, both as text; `None` for a prompt that it does not know.
 ///
@@ -22,8 +22,10 @@ pub struct Rollout {
     pub response: Response,
     /// Log-probabilities of the response's tokens under the reference policy, at the sampling temperature.
     pub ref_log_probs: Vec<f32>,
-    /// The reward model's score, whether or not the response ended.
+    /// The reward model's score, or of several what their ensemble makes of them, whether or not the response ended.
     pub score: f32,
+    /// The scores of several reward models; nothing where there is one.
+    pub member_scores: Vec<f32>,
     /// The true reward, where it is known.
     pub gold: Option<f64>,
 }
@@ -32,6 +34,12 @@ impl Rollout {
     /// Divergence from the reference policy in nats, estimator k1 summed over the response.
     pub fn kl(&self) -> f64 {
         k1(&self.response.log_probs, &self.ref_log_probs).iter().map(|&kl| f64::from(kl)).sum()
+    }
+
+    /// How far several reward models disagree: the deviation of their scores; `None` where there is one.
+    pub fn score_spread(&self) -> Option<f64> {
+        let scores: Vec<f64> = self.member_scores.iter().map(|&score| f64::from(score)).collect();
+        (!scores.is_empty()).then(|| spread(&scores))
     }
 
     /// Token ids of prompt and response.
@@ -46,6 +54,10 @@ pub struct FrozenModels<'a> {
     pub reference: Gpt,
     /// The reward model.
     pub reward_model: ScalarGpt,
+    /// Further reward models, which score each response too.
+    pub further: Vec<ScalarGpt>,
+    /// How the scores of several become one.
+    pub ensemble: Ensemble,
     /// The true reward, where it is known.
     pub gold: Option<Gold<'a>>,
     /// Responses computed at a time.
@@ -89,7 +101,9 @@ impl FrozenModels<'_> {
         let row = |(prompt, response): (&EncodedPrompt, &Response)| [&*prompt.ids, response.answer()].concat();
         let rows: Vec<Vec<u32>> = prompts.iter().zip(&responses).map(row).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-        let (reference, reward_model, batch_size) = (&self.reference, &self.reward_model, self.batch_size);
+        let (reference, batch_size) = (&self.reference, self.batch_size);
+        let members: Vec<&ScalarGpt> = self.members().collect();
+        let of_member = |model: &&ScalarGpt| score_share_of_rows(model, &rows, batch_size, group.share());
         let (ref_log_probs, scores) = kernels::join(
             &reference.device(),
             || {
@@ -97,19 +111,55 @@ impl FrozenModels<'_> {
                     log_probs(reference, batch, temperature)
                 })
             },
-            || score_share_of_rows(reward_model, &rows, batch_size, group.share()),
+            || members.iter().map(of_member).collect::<Result<Vec<_>, _>>(),
         );
-        let (ref_log_probs, scores) = (group.in_order(ref_log_probs?)?, finite(group.in_order(scores?)?)?);
-        let scored = prompts.iter().zip(responses).zip(scores).zip(ref_log_probs);
+        let ref_log_probs = group.in_order(ref_log_probs?)?;
+        let by_member: Vec<Vec<f32>> =
+            scores?.into_iter().map(|own| finite(group.in_order(own)?)).collect::<Result<_, _>>()?;
+        let scored = prompts.iter().zip(responses).zip(self.combined(&by_member)).zip(ref_log_probs);
         Ok(scored
-            .map(|(((prompt, response), score), ref_log_probs)| Rollout {
+            .map(|(((prompt, response), (score, member_scores)), ref_log_probs)| Rollout {
                 gold: self.gold.and_then(|gold| gold(&prompt.text, &response.text)),
                 prompt: prompt.clone(),
                 response,
                 ref_log_probs,
                 score,
+                member_scores,
             })
             .collect())
+    }
+
+    /// The score of each row of tokens, by the reward model or the ensemble.
+    ///
+    /// # Errors
+    /// If the device cannot be read.
+    pub fn scores(&self, rows: &[&[u32]]) -> Result<Vec<f32>, ScoreError> {
+        let by_member: Vec<Vec<f32>> =
+            self.members().map(|model| score_rows(model, rows, self.batch_size)).collect::<Result<_, _>>()?;
+        Ok(self.combined(&by_member).into_iter().map(|(score, _)| score).collect())
+    }
+
+    /// Tokens that every reward model reads.
+    pub fn score_context(&self) -> usize {
+        self.members().map(|model| model.config().max_seq_len).min().unwrap_or(0)
+    }
+
+    /// The reward models.
+    fn members(&self) -> impl Iterator<Item = &ScalarGpt> {
+        std::iter::once(&self.reward_model).chain(&self.further)
+    }
+
+    /// The one score of each response, and those that several members gave it.
+    fn combined(&self, by_member: &[Vec<f32>]) -> Vec<(f32, Vec<f32>)> {
+        let of_response = |i: usize| {
+            if let [only] = by_member {
+                return (only[i], Vec::new());
+            }
+            let scores: Vec<f32> = by_member.iter().map(|scores| scores[i]).collect();
+            let wide: Vec<f64> = scores.iter().map(|&score| f64::from(score)).collect();
+            (self.ensemble.combine(&wide) as f32, scores)
+        };
+        (0..by_member.first().map_or(0, Vec::len)).map(of_response).collect()
     }
 }
 
@@ -144,7 +194,7 @@ mod tests {
         let streams = Streams::new(3);
         let reference = Gpt::new(&config, &streams, &Device::flex());
         let reward_model = ScalarGpt::new(reference.clone(), &streams).with_score_bias(score_bias);
-        FrozenModels { reference, reward_model, gold, batch_size: 2 }
+        FrozenModels { reference, reward_model, further: Vec::new(), ensemble: Ensemble::Mean, gold, batch_size: 2 }
     }
 
     fn prompts() -> Vec<EncodedPrompt> {
@@ -175,10 +225,53 @@ mod tests {
     }
 
     #[test]
+    fn several_reward_models_score_each_response_and_are_combined() {
+        let tokenizer = tokenizer();
+        let one = frozen(&tokenizer, 0.25, None);
+        let sampling = Sampling::new(0.7, 12, Streams::new(1), &tokenizer, 2);
+        let responses = sampling.answer(&one.reference, &prompts(), 0).unwrap();
+        let scores = |frozen: &FrozenModels<'_>| frozen.rollouts(&prompts(), responses.clone(), 0.7).unwrap();
+        let alone = scores(&one);
+        assert!(alone.iter().all(|rollout| rollout.member_scores.is_empty() && rollout.score_spread().is_none()));
+        // The same model, each score 3 higher: mean 1.5 above, variance 1.5².
+        let FrozenModels { reference, reward_model, .. } = &one;
+        for (ensemble, above) in [(Ensemble::Mean, 1.5), (Ensemble::Worst, 0.0), (Ensemble::MeanLessVariance, 0.375)] {
+            let two = || FrozenModels {
+                reference: reference.clone(),
+                reward_model: reward_model.clone(),
+                further: vec![reward_model.clone().with_score_bias(3.25)],
+                ensemble,
+                gold: None,
+                batch_size: 2,
+            };
+            let shared: Vec<Vec<f32>> = group::threads(2, |group| {
+                let rollouts = two().rollouts_in(&group, &prompts(), responses.clone(), 0.7).unwrap();
+                rollouts.into_iter().map(|rollout| rollout.score).collect()
+            });
+            let two = two();
+            for (i, (rollout, alone)) in scores(&two).iter().zip(&alone).enumerate() {
+                assert_close(&rollout.member_scores, &[alone.score, alone.score + 3.0], REORDERED);
+                assert_close(&[rollout.score], &[alone.score + above], REORDERED);
+                assert!((rollout.score_spread().unwrap() - 1.5).abs() < f64::from(REORDERED));
+                assert!(shared.iter().all(|of_rank| of_rank[i] == rollout.score), "a rank's share changes no bit");
+            }
+            let row: Vec<u32> = [&*prompts()[0].ids, responses[0].answer()].concat();
+            assert_close(&two.scores(&[&row]).unwrap(), &[scores(&two)[0].score], REORDERED);
+        }
+    }
+
+    #[test]
     fn divergence_is_summed_over_the_response() {
         let response = Response { ids: vec![5, 6], log_probs: vec![-1.0, -0.5], ..Response::default() };
         let prompt = EncodedPrompt { ids: vec![1], text: String::new() };
-        let rollout = Rollout { prompt, response, ref_log_probs: vec![-1.5, -0.25], score: 0.0, gold: None };
+        let rollout = Rollout {
+            prompt,
+            response,
+            ref_log_probs: vec![-1.5, -0.25],
+            score: 0.0,
+            member_scores: Vec::new(),
+            gold: None,
+        };
         // (−1 + 1.5) + (−0.5 + 0.25).
         assert_eq!(rollout.kl(), 0.25);
     }

@@ -16,13 +16,14 @@ pub struct Curves {
 }
 
 /// What a reader looks at first: title, in training, on held-out data.
-const FIRST: [(&str, &str, &str); 15] = [
+const FIRST: [(&str, &str, &str); 16] = [
     ("loss", names::TRAIN_LOSS, names::VAL_LOSS),
     ("accuracy", names::TRAIN_ACCURACY, names::VAL_ACCURACY),
     ("margin", names::TRAIN_MARGIN, names::VAL_MARGIN),
     ("accuracy", names::REWARDS_ACCURACIES, names::VAL_ACCURACY),
     ("margin", names::REWARDS_MARGINS, names::VAL_MARGIN),
     ("reward model's score", names::OBJECTIVE_SCORE, names::VAL_SCORE),
+    ("disagreement of the reward models", names::OBJECTIVE_SCORE_STD_MEMBERS, names::VAL_SCORE_STD_MEMBERS),
     ("gold score", names::GOLD_SCORE, names::GOLD_VAL_SCORE),
     ("KL from the reference, nats", names::OBJECTIVE_KL, names::VAL_KL),
     ("entropy, nats", names::POLICY_ENTROPY, ""),

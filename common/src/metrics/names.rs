@@ -53,6 +53,8 @@ names! {
     LOGPS_REJECTED = "logps/rejected";
     /// Mean score of answers to held-out prompts.
     VAL_SCORE = "val/score";
+    /// `objective/score_std_members` of answers to held-out prompts.
+    VAL_SCORE_STD_MEMBERS = "val/score_std_members";
     /// `objective/kl` of answers to held-out prompts.
     VAL_KL = "val/kl";
     /// `rollout/response_length` of answers to held-out prompts.
@@ -74,6 +76,8 @@ names! {
     /// Mean score that PPO trains on: the reward model's, or `ppo.missing_eos_score` for a response that was cut off. `ppo eval`
     /// reports the reward model's score of every response.
     OBJECTIVE_SCORE = "objective/score";
+    /// Standard deviation of the scores that several reward models give a response, averaged over responses: how far they disagree.
+    OBJECTIVE_SCORE_STD_MEMBERS = "objective/score_std_members";
     /// `objective/score` plus `objective/non_score_reward`.
     OBJECTIVE_RLHF_REWARD = "objective/rlhf_reward";
     /// KL penalty, summed over the tokens of a response, averaged over responses; negative once the policy has moved.

@@ -263,7 +263,7 @@ impl Session {
                 total_steps: Some(plan.total_steps),
                 ..Manifest::new(plan.stage)
             },
-            bases: [plan.parents.first(), plan.parents.last()]
+            bases: [plan.parents.first(), plan.parents.get(1).or(plan.parents.first())]
                 .map(|parent| parent.map(|(_, parent)| parent.base()).unwrap_or_default()),
             tokenizer: plan.tokenizer.clone(),
             config_toml,

@@ -126,8 +126,7 @@ impl Examination<'_> {
             return Ok(());
         }
         let Some(models) = self.load(&mut policy, &mut reward_model) else { return Ok(()) };
-        let Models { learner, reference, reward_model } = models;
-        let frozen = FrozenModels { reference, reward_model, gold: None, batch_size: self.config.micro_batch_size() };
+        let (learner, frozen) = models.split(self.config, None);
         let answered = self.preferences(&frozen, &tokenizer, sources);
         let sampled = match &read.prompts {
             Some(prompts) => self.samples(&frozen, &learner, &tokenizer, prompts)?,
@@ -135,7 +134,7 @@ impl Examination<'_> {
         };
         let answered = answered.unwrap_or_else(|| Answered::ended(&sampled));
         let answered = &answered[..answered.len().min(N_DAMAGED)];
-        let wins = scores::orders(&frozen.reward_model, &tokenizer, answered, frozen.batch_size)?;
+        let wins = scores::orders(&frozen, &tokenizer, answered)?;
         self.checks.extend(scores::order_checks(wins));
         Ok(())
     }
@@ -195,7 +194,7 @@ impl Examination<'_> {
         let lengths = Lengths::of(policy.config.max_seq_len, lengths);
         let kernels = self.runtime.effective_kernels();
         let settings = self.config.memory(self.runtime.trunk);
-        let needed = needs::needs(self.config, [&policy, &reward_model], &lengths, kernels, settings);
+        let needed = needs::needs(self.config, &policy, &[&reward_model], &lengths, kernels, settings);
         let (needed, available) = (needed.peak() / GIB, available / GIB);
         let reason = format!("the run needs about {needed:.2} GiB, {available:.2} GiB are available");
         let check = Check::at_most(about, needed, available, reason);
@@ -210,7 +209,7 @@ impl Examination<'_> {
         let models = policy
             .check_lora(lora)
             .map_err(anyhow::Error::from)
-            .and_then(|()| Models::load(self.config, policy, reward_model, None, self.runtime));
+            .and_then(|()| Models::load(self.config, policy, std::slice::from_mut(reward_model), None, self.runtime));
         match models {
             Ok(models) => {
                 self.passed(&about::MODELS_LOAD, "policy, reference, reward model and value model load together");

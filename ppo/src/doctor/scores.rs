@@ -1,8 +1,7 @@
 //! The reward model on the policy's own answers: scale, headroom, and orders that are obvious.
 
 use common::conversation;
-use common::model::ScalarGpt;
-use common::score::{Rollout, ScoreError, score_rows};
+use common::score::{FrozenModels, Rollout, ScoreError};
 use common::stats::{Interval, win};
 use common::tokenizer::Tokenizer;
 
@@ -123,12 +122,11 @@ fn first_half(answer: &str) -> Option<String> {
 /// # Errors
 /// If the device cannot be read.
 pub(crate) fn orders(
-    model: &ScalarGpt,
+    frozen: &FrozenModels<'_>,
     tokenizer: &Tokenizer,
     answered: &[Answered],
-    batch_size: usize,
 ) -> Result<Vec<(&'static About, Vec<f64>)>, ScoreError> {
-    let max_seq_len = model.config().max_seq_len;
+    let max_seq_len = frozen.score_context();
     let fitting =
         |prompt: &[u32], answer: &str| Answered::row(prompt, answer, tokenizer).filter(|row| row.len() <= max_seq_len);
     let mut rows: Vec<Vec<u32>> = Vec::new();
@@ -146,7 +144,7 @@ pub(crate) fn orders(
         }
     }
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-    let scores = score_rows(model, &rows, batch_size)?;
+    let scores = frozen.scores(&rows)?;
     let of_kind = |kind: usize| {
         let of_kind = compared.iter().filter(|compared| compared.0 == kind);
         of_kind.map(|&(_, whole, damaged)| win(f64::from(scores[whole]), f64::from(scores[damaged]))).collect()

@@ -307,6 +307,7 @@ fn rollouts(case: &Case, position: ScorePosition) -> Vec<Rollout> {
             response,
             ref_log_probs: narrow(&case.ref_log_probs[i][..n]),
             score: case.scores[i] as f32,
+            member_scores: Vec::new(),
             gold: None,
         }
     };

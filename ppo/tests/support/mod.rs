@@ -93,7 +93,11 @@ pub fn metrics(dir: &Path) -> Vec<Value> {
 
 /// Trains with `settings` in one go, and again killed and resumed.
 pub fn ends_with_the_same_bytes_after_a_kill(settings: &[&str], has_values: bool) {
-    let dir = workplace();
+    ends_in_the_same_bytes(&workplace(), settings, has_values);
+}
+
+/// The same in `dir`.
+pub fn ends_in_the_same_bytes(dir: &TempDir, settings: &[&str], has_values: bool) {
     let more = ["--set", "train.steps=60", "--set", "run.save_every=4", "--set", "run.eval_every=15"];
     let more = [&more[..], settings].concat();
     let (code, _, stderr) = train(dir.path(), "whole", &more);

@@ -11,7 +11,7 @@ use common::model::{Gpt, GptConfig, ScalarGpt};
 use common::optim::{OptimizerConfig, Schedule};
 use common::rng::Streams;
 use common::runtime::Runtime;
-use common::score::{EncodedPrompt, FrozenModels};
+use common::score::{EncodedPrompt, Ensemble, FrozenModels};
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use ppo::targets::Experience;
 use ppo::{Critic, Iteration, Learner, PpoConfig, Seconds, StepOutput};
@@ -144,6 +144,8 @@ fn steps(
     let frozen = FrozenModels {
         reference: gpt(config.seed, runtime),
         reward_model: scalar(config.seed + 1, runtime),
+        further: Vec::new(),
+        ensemble: Ensemble::default(),
         gold: None,
         batch_size: config.micro_batch_size(),
     };

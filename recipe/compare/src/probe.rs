@@ -332,7 +332,7 @@ impl Probe {
         let stage = Stage::Ppo;
         let args = ppo::TrainArgs {
             policy: self.parents.join(Stage::Sft.to_string()),
-            reward_model: self.parents.join(Stage::RewardModel.to_string()),
+            reward_model: vec![self.parents.join(Stage::RewardModel.to_string())],
             stage: self.stage_args(stage, &[]),
         };
         let given = match &self.reference {

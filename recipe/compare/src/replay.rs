@@ -38,16 +38,17 @@ pub fn replay(args: &TrainArgs, reference: &Path, n_prompts: usize, responses: O
     let config = PpoConfig::load(&args.stage)?;
     let runtime = args.stage.runtime.open()?;
     let streams = Streams::new(config.seed);
-    let (mut initial, mut reward_model) = ppo::open_models(args)?;
+    let (mut initial, mut reward_models) = ppo::open_models(args)?;
     let tokenizer = &initial.require_tokenizer()?.clone();
-    let max_seq_len = initial.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
+    let contexts = std::iter::once(&initial).chain(&reward_models).map(|model| model.model_config().max_seq_len);
+    let max_seq_len = contexts.min().unwrap_or(0);
     let minibatches = config.ppo.minibatches;
     let n = responses.map_or(n_prompts / minibatches * minibatches, <[_]>::len).max(minibatches);
     let prompts = first_prompts(&config, n, tokenizer, max_seq_len, streams)?;
 
-    let Models { learner, reward_model, .. } = Models::load(&config, &mut initial, &mut reward_model, None, &runtime)?;
-    let reference = runtime.gpt(&Checkpoint::open(reference)?)?;
-    let frozen = FrozenModels { reference, reward_model, gold: None, batch_size: config.micro_batch_size() };
+    let (learner, frozen) =
+        Models::load(&config, &mut initial, &mut reward_models, None, &runtime)?.split(&config, None);
+    let frozen = FrozenModels { reference: runtime.gpt(&Checkpoint::open(reference)?)?, ..frozen };
     let sampling = config.sampling(streams, tokenizer);
     let policy = learner.policy.valid();
     let ids = match responses {

@@ -1,5 +1,6 @@
 //! Gold and proxy against the distance from the initial policy.
 
+use common::score::Ensemble;
 use common::stats::{Interval, win};
 use serde::{Deserialize, Serialize};
 
@@ -155,44 +156,11 @@ pub(crate) fn best_of_n(golds: &[f64], scores: &[f64], pool: usize) -> Vec<Point
         .collect()
 }
 
-/// How several reward models are made one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Ensemble {
-    /// The mean of their scores.
-    Mean,
-    /// The lowest of their scores.
-    Worst,
-    /// Their mean less half their variance.
-    MeanLessVariance,
-}
-
-impl Ensemble {
-    /// Every way.
-    pub(crate) const ALL: [Self; 3] = [Self::Mean, Self::Worst, Self::MeanLessVariance];
-
-    /// The scores of the ensemble, from those of its members, each brought to mean 0 and deviation 1 first.
-    ///
-    /// # Source
-    /// Coste et al., "Reward model ensembles help mitigate overoptimization", arXiv:2310.02743: mean, worst-case and
-    /// uncertainty-weighted optimisation, with the weight 0.5 on the variance.
-    pub(crate) fn scores(self, members: &[Vec<f64>]) -> Vec<f64> {
-        let members: Vec<Vec<f64>> = members.iter().map(|scores| standardised(scores)).collect();
-        let n = members.len() as f64;
-        (0..members.first().map_or(0, Vec::len))
-            .map(|i| {
-                let scores = || members.iter().map(|member| member[i]);
-                let mean = scores().sum::<f64>() / n;
-                match self {
-                    Self::Mean => mean,
-                    Self::Worst => scores().fold(f64::INFINITY, f64::min),
-                    Self::MeanLessVariance => {
-                        mean - 0.5 * scores().map(|score| (score - mean).powi(2)).sum::<f64>() / n
-                    }
-                }
-            })
-            .collect()
-    }
+/// The scores of the ensemble, from those of its members, each brought to mean 0 and deviation 1 first.
+pub(crate) fn ensemble_scores(ensemble: Ensemble, members: &[Vec<f64>]) -> Vec<f64> {
+    let members: Vec<Vec<f64>> = members.iter().map(|scores| standardised(scores)).collect();
+    let of_answer = |i: usize| members.iter().map(|member| member[i]).collect::<Vec<f64>>();
+    (0..members.first().map_or(0, Vec::len)).map(|i| ensemble.combine(&of_answer(i))).collect()
 }
 
 fn standardised(scores: &[f64]) -> Vec<f64> {
@@ -270,9 +238,12 @@ mod tests {
         };
         let standard = [[-root, 0.0, root, 0.0], [-1.0, -1.0, 1.0, 1.0]];
         let of = |combine: fn(f64, f64) -> f64| std::array::from_fn(|i| combine(standard[0][i], standard[1][i]));
-        close(Ensemble::Mean.scores(&members), of(f64::midpoint));
-        close(Ensemble::Worst.scores(&members), of(f64::min));
-        close(Ensemble::MeanLessVariance.scores(&members), of(|a, b| f64::midpoint(a, b) - 0.125 * (a - b) * (a - b)));
+        close(ensemble_scores(Ensemble::Mean, &members), of(f64::midpoint));
+        close(ensemble_scores(Ensemble::Worst, &members), of(f64::min));
+        close(
+            ensemble_scores(Ensemble::MeanLessVariance, &members),
+            of(|a, b| f64::midpoint(a, b) - 0.125 * (a - b) * (a - b)),
+        );
     }
 
     #[test]

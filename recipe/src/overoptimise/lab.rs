@@ -15,7 +15,7 @@ use common::group::Group;
 use common::interrupt::Interrupt;
 use common::metrics::{MetricsLog, names};
 use common::rng::Streams;
-use common::score::{FrozenModels, Prompts, Response, Sampling, TooLong, score_rows};
+use common::score::{Ensemble, FrozenModels, Prompts, Response, Sampling, TooLong, score_rows};
 use common::session::Outcome;
 use dpo::DpoConfig;
 use ppo::PpoConfig;
@@ -316,6 +316,8 @@ impl Lab<'_> {
             let frozen = FrozenModels {
                 reference: open.gpt(&reference)?,
                 reward_model: open.scalar(&judge)?,
+                further: Vec::new(),
+                ensemble: Ensemble::default(),
                 gold: Some(&score),
                 batch_size: collect.batch_size,
             };

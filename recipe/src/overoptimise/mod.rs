@@ -27,6 +27,7 @@ use common::group::Group;
 use common::interrupt::Interrupt;
 use common::model::params::{Output, parameters};
 use common::out_dir::OutLock;
+use common::score::Ensemble;
 use common::session::Outcome;
 use common::stats::Interval;
 use pretrain::PretrainConfig;
@@ -40,7 +41,7 @@ use crate::run;
 use crate::setup::Setup;
 use crate::steps::{Progress, Step};
 use config::OveroptimiseConfig;
-use curves::{Curve, Ensemble, Point, SeedCurve};
+use curves::{Curve, Point, SeedCurve};
 use design::{Design, Judge, Policy, Sizes};
 use fit::Form;
 use lab::{Lab, PoolAnswer, Stopped};
@@ -197,7 +198,7 @@ fn curves_of(lab: &mut Lab<'_>, prompts: &[Prompt], pairs: &[Pair]) -> Result<Op
         push(Method::BestOfN, Curve::new(Form::BestOfN, best.collect(), false));
         if scores.len() > 1 && *judge == lab.design.centre {
             for ensemble in Ensemble::ALL {
-                let points = curves::best_of_n(&golds, &ensemble.scores(&scores), n);
+                let points = curves::best_of_n(&golds, &curves::ensemble_scores(ensemble, &scores), n);
                 let one = vec![SeedCurve { seed: lab.config.seeds[0], points }];
                 push(Method::Ensemble(ensemble), Curve::new(Form::BestOfN, one, false));
             }

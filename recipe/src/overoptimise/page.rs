@@ -1,10 +1,11 @@
 //! `overoptimise.html`: the values that `page.html` lays out.
 
 use anyhow::Result;
+use common::score::Ensemble;
 use plot::{Hue, Plot, Weight, thousands};
 use serde::Serialize;
 
-use super::curves::{Curve, Ensemble, MeanPoint};
+use super::curves::{Curve, MeanPoint};
 use super::design::{Axis, Design, Judge};
 use super::fit::Estimate;
 use super::results::{Finding, Method, NamedCurve, Results};

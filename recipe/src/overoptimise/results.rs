@@ -1,9 +1,10 @@
 //! `overoptimise.json`, and the sentences that its numbers make.
 
+use common::score::Ensemble;
 use common::stats::Interval;
 use serde::Serialize;
 
-use super::curves::{Curve, Ensemble};
+use super::curves::Curve;
 use super::design::{Axis, Design, Judge};
 
 /// Everything that was measured.
