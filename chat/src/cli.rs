@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use common::cli::{ProcessArgs, RuntimeArgs};
 use common::exit::UsageError;
 use common::generate::{BeamConfig, GenerateError, SamplingConfig, TEMPERATURE_EPS};
+use common::score::Ensemble;
 
 /// Talk to a model
 ///
@@ -253,9 +254,13 @@ pub struct GenerateArgs {
     )]
     pub best_of: Option<u64>,
 
-    /// Checkpoint of the reward model that chooses with --best-of
+    /// Checkpoint of the reward model that chooses with --best-of; repeated, --ensemble says how the scores of all become one
     #[arg(long, value_name = "DIR", requires = "best_of")]
-    pub reward_model: Option<PathBuf>,
+    pub reward_model: Vec<PathBuf>,
+
+    /// How the scores of several reward models become one: mean, worst or mean-less-variance [default: mean]
+    #[arg(long, value_name = "NAME", requires = "reward_model")]
+    pub ensemble: Option<Ensemble>,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

@@ -30,7 +30,13 @@ fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
         return Err(UsageError(message).into());
     }
     let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
-    let judge = args.reward_model.as_ref().map(|dir| Judge::load(dir, &model, &args.runtime)).transpose();
+    if let (Some(ensemble), [_]) = (args.ensemble, &args.reward_model[..]) {
+        let message = format!("`--ensemble {ensemble}` needs several reward models: repeat `--reward-model`");
+        return Err(UsageError(message).into());
+    }
+    let judge = (!args.reward_model.is_empty())
+        .then(|| Judge::load(&args.reward_model, args.ensemble.unwrap_or_default(), &model, &args.runtime))
+        .transpose();
     let judge = judge.context("failed to load the reward model")?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&model, &prompt)? } else { encode_chat(&model, args, prompt)? };

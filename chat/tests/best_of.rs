@@ -56,6 +56,39 @@ fn the_best_is_the_sample_with_the_highest_score() {
     }
 }
 
+/// How the scores of members become one.
+type Combined = fn(f64, f64) -> f64;
+
+#[test]
+fn several_reward_models_choose_by_their_ensemble() {
+    let dir = models();
+    save_tiny(&dir.path().join("rm-2"), Stage::RewardModel, &byte_tokenizer(), 6);
+    let of = |name: &str| Checkpoint::open(&dir.path().join(name)).unwrap().load_scalar(&Device::flex()).unwrap();
+    let judges = ["rm", "rm-2"].map(of);
+    let ids = |sample: &Value, name: &str| -> Vec<u32> { serde_json::from_value(sample[name].clone()).unwrap() };
+    let rows: Vec<Vec<u32>> = json(dir.path(), &["--num-samples", "40"])
+        .iter()
+        .map(|sample| [ids(sample, "prompt_token_ids"), ids(sample, "token_ids")].concat())
+        .collect();
+    let score = |judge, row: &Vec<u32>| f64::from(score_rows(judge, &[row], 1).unwrap()[0]);
+    let scores: Vec<[f64; 2]> = rows.iter().map(|row| [score(&judges[0], row), score(&judges[1], row)]).collect();
+    let ways: [(&[&str], Combined); 4] = [
+        (&[], f64::midpoint),
+        (&["--ensemble", "mean"], f64::midpoint),
+        (&["--ensemble", "worst"], f64::min),
+        (&["--ensemble", "mean-less-variance"], |a, b| f64::midpoint(a, b) - 0.125 * (a - b) * (a - b)),
+    ];
+    for (flags, combined) in ways {
+        let all = [&["--best-of", "40", "--reward-model", "rm", "--reward-model", "rm-2"][..], flags].concat();
+        let [best] = &json(dir.path(), &all)[..] else { panic!("one answer") };
+        let of: Vec<f64> = scores.iter().map(|&[a, b]| combined(a, b)).collect();
+        let highest = of.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let chosen = best["sample"].as_u64().unwrap() as usize;
+        assert!((of[chosen] - highest).abs() < 1e-5, "{flags:?}: {best}");
+        assert!((best["score"].as_f64().unwrap() - highest).abs() < 1e-5, "{flags:?}: {best} {highest}");
+    }
+}
+
 #[test]
 fn what_cannot_choose_is_refused() {
     let dir = models();
@@ -66,6 +99,9 @@ fn what_cannot_choose_is_refused() {
         (&["--best-of", "4", "--reward-model", "rm", "--raw"], 2, "cannot be used with"),
         (&["--best-of", "4", "--reward-model", "rm", "--num-samples", "2"], 2, "cannot be used with"),
         (&["--best-of", "4", "--reward-model", "rm", "--temperature", "0"], 2, "`--best-of 4` needs sampling"),
+        (&["--best-of", "4", "--reward-model", "rm", "--ensemble", "worst"], 2, "needs several reward models"),
+        (&["--best-of", "4", "--reward-model", "rm", "--ensemble", "best"], 2, "`mean-less-variance`"),
+        (&["--best-of", "4", "--ensemble", "worst"], 2, "--reward-model <DIR>"),
         (&["--best-of", "4", "--reward-model", "lm"], 1, "was written by stage `sft`, expected `reward-model`"),
         (&["--best-of", "4", "--reward-model", "other"], 1, "has another tokenizer than `lm`"),
     ] {
