@@ -9,7 +9,7 @@
 //! - Who may use whom, `testing` aside: `model` → `kernels`, `rng`; `loss` and `optim` → `model`, `kernels`; `generate` →
 //!   `model`, `kernels`, `rng`; `conversation` → `tokenizer`; `data` → `rng` and, for messages, `conversation`; `score` → `model`,
 //!   `data`, `generate`; `hf` → `model`; `checkpoint` → `model`, `rng`, `hf`, `tokenizer`; `backend` → `config`, `kernels`; `runtime` →
-//!   `backend`, `checkpoint`, `group`, `hf`, `model`, `optim`; `capacity` → `model`, `kernels`, `hf`; `corpus` → `data`, `tokenizer`, `model`, `loss`, `config`, `group`, `interrupt`, `logging`, `rng`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `view` → `metrics`, `logging`, `interrupt`; `session` → all that a run needs; all that write or read files → `files`, `hash`. There are no other edges; `tests/architecture.rs` checks them.
+//!   `backend`, `checkpoint`, `group`, `hf`, `model`, `optim`; `capacity` → `model`, `kernels`, `group`, `reduce`, `hf`; `corpus` → `data`, `tokenizer`, `model`, `loss`, `config`, `group`, `interrupt`, `logging`, `rng`; `cli` → `runtime`, `config`, `out_dir`, `logging`; `view` → `metrics`, `logging`, `interrupt`; `session` → all that a run needs; all that write or read files → `files`, `hash`. There are no other edges; `tests/architecture.rs` checks them.
 //! - `model` and `loss` do no I/O and read no clock, environment, file or global random state.
 //! - Every random decision comes from [`rng::Streams`], on the host, so that all backends see the same numbers.
 

@@ -3,6 +3,7 @@
 use anyhow::{bail, ensure};
 use common::capacity::Settings;
 use common::cli::StageArgs;
+use common::group::Share;
 use common::kernels::TrunkPrecision;
 use common::model::LoraConfig;
 use common::optim::{AdamStyle, OptimizerConfig, RlhfDefaults};
@@ -471,6 +472,9 @@ impl PpoConfig {
             micro_batch_size: self.micro_batch_size(),
             checkpoint_activations: self.train.checkpoint_activations,
             trunk,
+            shard_optimizer: self.train.shard_optimizer,
+            reduce: self.train.reduce,
+            share: Share::WHOLE,
         }
     }
 

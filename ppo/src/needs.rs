@@ -1,7 +1,8 @@
 //! Memory that a run needs.
 
-use common::capacity::{self, Lengths, Needs, Settings, Trained};
+use common::capacity::{self, Lengths, Needs, Ranks, Settings, Trained};
 use common::checkpoint::Preview;
+use common::group::Group;
 use common::kernels::{Kernels, TrunkPrecision};
 use common::model::footprint::{self, Batch};
 use common::model::params::Output;
@@ -15,15 +16,16 @@ use crate::ptx;
 ///
 /// # Errors
 /// If it does not fit.
-pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, runtime: &Runtime) -> anyhow::Result<()> {
-    let (true, true) = (config.run.check_memory, runtime.is_on_host()) else { return Ok(()) };
+pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, group: &Group, runtime: &Runtime) -> anyhow::Result<()> {
     // What is wrong with a model is said where it is loaded.
     let preview = |dir| Preview::open(dir, args.stage.runtime.base());
     let reward_models: Result<Vec<Preview>, _> = args.reward_model.iter().map(|dir| preview(dir)).collect();
     let (Ok(policy), Ok(reward_models)) = (preview(&args.policy), reward_models) else { return Ok(()) };
     let reward_models: Vec<&Preview> = reward_models.iter().collect();
+    let ranks = Ranks::gathered(group, config.run.check_memory && runtime.is_on_host())?;
     let kernels = runtime.effective_kernels();
     capacity::check_run(
+        &ranks,
         config.train.batch_size / config.ppo.minibatches,
         config.memory(runtime.trunk),
         policy.config.max_seq_len,
@@ -79,18 +81,21 @@ pub fn needs(
         output,
         lora: config.lora.as_ref(),
         kernels,
-        checkpoint_activations: settings.checkpoint_activations,
-        trunk: settings.trunk,
+        settings,
         batch,
-        accumulates: settings.micro_batch_size < config.train.batch_size / config.ppo.minibatches || learned.is_some(),
+        // Where text is learned, each micro-batch has two backward passes.
+        n_micro_batches: config.train.batch_size / config.ppo.minibatches / settings.micro_batch_size
+            * if learned.is_some() { 2 } else { 1 },
     };
     let actor = trained(policy, Output::Logits);
     let mut needs = actor.needs();
     let of_policy = footprint::weights(policy, Output::Logits, settings.trunk);
     let of_reward_model = footprint::weights(reward_model, Output::Score, settings.trunk);
     if config.ppo.estimator.has_critic() {
-        let critic = trained(reward_model, Output::Score).needs();
-        // It is saved once: nothing is handed on in its place. A trunk that it shares is the reward model's.
+        let model = trained(reward_model, Output::Score);
+        let (critic, trained) = (model.needs(), model.trained());
+        // It is saved once: nothing is handed on in its place, and ranks behind the first do not compare it. A trunk that it
+        // shares is the reward model's.
         let shared = if config.lora.is_some() { of_reward_model } else { 0.0 };
         let [activations, last_activations] = if settings.trunk == TrunkPrecision::F32 {
             [critic.activations, critic.last_activations]
@@ -99,8 +104,10 @@ pub fn needs(
             [critic.activations - needs.activations, critic.last_activations - needs.last_activations]
                 .map(|x| x.max(0.0))
         };
-        let (weights, saving) = (critic.weights - shared, critic.saving - critic.moments / 2.0);
-        needs += Needs { weights, saving, activations, last_activations, ..critic };
+        let (weights, saving) = (critic.weights - shared, critic.saving - trained);
+        // One is sent after the other, through the same library.
+        let (exchange, library) = ((critic.exchange - trained).max(0.0), 0.0);
+        needs += Needs { weights, saving, exchange, library, activations, last_activations, ..critic };
     }
     if let Some(batch) = learned {
         let of_text = Trained { batch, ..actor }.needs();
@@ -108,7 +115,7 @@ pub fn needs(
         needs.last_activations = needs.last_activations.max(of_text.last_activations);
     }
     let measured = text.map_or(0.0, |(_, measured)| footprint::inference(policy, actor.computation(), measured));
-    let rows = config.train.rollout_batch_size.min(config.train.batch_size);
+    let rows = config.train.rollout_batch_size.min(settings.share.of(config.train.batch_size).len());
     needs += Needs {
         weights: if config.lora.is_some() { 0.0 } else { of_policy } + of_reward_models,
         loading: of_policy + loaded,

@@ -42,7 +42,7 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
     let config = PpoConfig::load(&args.stage)?.with_reward_models(args.reward_model.len())?;
-    config.minibatch().check_ranks(group)?;
+    config.minibatch().check_ranks(group.size())?;
     if !group.is_alone() && !config.train.batch_invariant {
         tracing::info!(
             "responses are decoded in other batches than by one process, which may change the last bits of their \
@@ -57,7 +57,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     }
     let runtime = args.stage.runtime.open()?.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
-    needs::check(&config, args, &runtime)?;
+    needs::check(&config, args, group, &runtime)?;
     let (mut initial, mut reward_models) = open_models(args)?;
     initial.check_lora(config.lora.as_ref())?;
     let tokenizer = &initial.require_tokenizer()?.clone();

@@ -1,8 +1,11 @@
 //! The configuration of this stage.
 
 use anyhow::{Context, ensure};
+use common::capacity::Settings;
 use common::cli::StageArgs;
 use common::corpus::TextConfig;
+use common::group::Share;
+use common::kernels::TrunkPrecision;
 use common::model::{GptConfig, ModelSection};
 use common::optim::OptimizerConfig;
 use common::reduce::Reduce;
@@ -90,6 +93,19 @@ impl TrainConfig {
     pub const fn amount(&self) -> Amount {
         let Self { steps, batch_size, micro_batch_size, .. } = *self;
         Amount { epochs: None, steps: Some(steps), batch_size, micro_batch_size }
+    }
+
+    /// The settings that decide how much memory a step needs.
+    pub fn memory(&self, trunk: TrunkPrecision) -> Settings {
+        let Self { checkpoint_activations, shard_optimizer, reduce, .. } = *self;
+        Settings {
+            micro_batch_size: self.amount().micro(),
+            checkpoint_activations,
+            trunk,
+            shard_optimizer,
+            reduce,
+            share: Share::WHOLE,
+        }
     }
 }
 

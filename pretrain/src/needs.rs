@@ -1,6 +1,7 @@
 //! Memory that a run needs.
 
-use common::capacity::{self, Needs, Settings, Trained};
+use common::capacity::{self, Needs, Ranks, Settings, Trained};
+use common::group::Group;
 use common::kernels::Kernels;
 use common::model::GptConfig;
 use common::model::footprint::{self, Batch};
@@ -17,17 +18,16 @@ pub(crate) fn check(
     config: &PretrainConfig,
     model: &GptConfig,
     has_init: bool,
+    group: &Group,
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
     let seq_len = config.seq_len(model)?;
-    if !config.run.check_memory || !runtime.is_on_host() {
-        return Ok(());
-    }
+    let ranks = Ranks::gathered(group, config.run.check_memory && runtime.is_on_host())?;
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
+    let settings = config.train.memory(runtime.trunk);
     let kernels = runtime.effective_kernels();
     let needs = |settings| needs(config, model, seq_len, has_init, kernels, settings);
-    Ok(capacity::check(amount.batch_size, settings, needs)?)
+    Ok(capacity::check(&ranks, amount.batch_size, settings, needs)?)
 }
 
 /// What training a model of architecture `model` on windows of `seq_len` tokens needs; `has_init` if its first weights come
@@ -46,10 +46,9 @@ pub fn needs(
         output: Output::Logits,
         lora: None,
         kernels,
-        checkpoint_activations: settings.checkpoint_activations,
-        trunk: settings.trunk,
+        settings,
         batch: Batch { rows: settings.micro_batch_size as f64, seq: seq_len as f64 },
-        accumulates: settings.micro_batch_size < config.train.batch_size,
+        n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
     Needs {
         initial: if has_init { footprint::weights(&model, Output::Logits, settings.trunk) } else { 0.0 },

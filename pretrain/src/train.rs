@@ -29,12 +29,12 @@ use crate::needs;
 /// If configuration, data or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = PretrainConfig::load(&args.stage)?;
-    config.train.amount().check_ranks(group)?;
+    config.train.amount().check_ranks(group.size())?;
     args.stage.runtime.check_trunk(None)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let runtime = runtime.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
-    let (tokenizer, init) = starting_point(args, &config, &runtime)?;
+    let (tokenizer, init) = starting_point(args, &config, group, &runtime)?;
     let model_config = if let Some(init) = &init {
         init.model_config().clone()
     } else {
@@ -43,7 +43,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     };
     let seq_len = config.seq_len(&model_config)?;
     if init.is_none() {
-        needs::check(&config, &model_config, false, &runtime)?;
+        needs::check(&config, &model_config, false, group, &runtime)?;
     }
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
     let tokenising = Tokenising::new(group, interrupt, quiet);
@@ -184,13 +184,14 @@ pub fn gradients(
 fn starting_point(
     args: &TrainArgs,
     config: &PretrainConfig,
+    group: &Group,
     runtime: &Runtime,
 ) -> anyhow::Result<(Tokenizer, Option<Checkpoint>)> {
     match (&args.tokenizer, &args.init) {
         (_, Some(dir)) => {
             // What is wrong with the initial model is said where it is loaded.
             if let Ok(initial) = Preview::open(dir, args.stage.runtime.base()) {
-                needs::check(config, &initial.config, true, runtime)?;
+                needs::check(config, &initial.config, true, group, runtime)?;
             }
             let init = checkpoint::init_from(dir, args.stage.runtime.opening())
                 .and_then(|init| init.of_stage(&Stage::LANGUAGE_MODELS))

@@ -123,7 +123,8 @@ pub struct RunArgs {
         are there already; otherwise each is taken to be as long as the model's context.\n\nExample:\n  \
         recipe plan configs/tiny\n  \
         recipe plan configs/smollm2 --data DATA --init models/SmolLM2-135M-Instruct\n  \
-        recipe plan configs/stories --data DATA --set sft.train.micro_batch_size=4 --set sft.train.checkpoint_activations=true"
+        recipe plan configs/stories --data DATA --set sft.train.micro_batch_size=4 --set sft.train.checkpoint_activations=true\n  \
+        recipe plan configs/stories --data DATA --ranks 2 --set pretrain.train.micro_batch_size=8 --set pretrain.train.shard_optimizer=true"
 )]
 pub struct PlanArgs {
     /// Folder of the recipe, or the name of one in configs/; `tiny` is in this program as well
@@ -141,6 +142,10 @@ pub struct PlanArgs {
     /// Changes to the recipe's files
     #[command(flatten)]
     pub changes: ChangeArgs,
+
+    /// Number of processes that are to train together on this machine, as `mpirun -n N` starts them
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_1)]
+    pub ranks: NonZeroUsize,
 
     /// Print one JSON object, in bytes
     #[arg(long)]

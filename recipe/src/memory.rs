@@ -5,18 +5,20 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use common::capacity::{self, Lengths, Needs};
+use common::capacity::{Lengths, Needs, Ranks, Settings};
 use common::checkpoint::Preview;
 use common::cli::print_json;
 use common::config::Sources;
+use common::group::Share;
 use common::kernels::Kernels;
 use common::tokenizer::Tokenizer;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 use crate::cli::PlanArgs;
 use crate::folder::Recipe;
 use crate::setup::Setup;
 use crate::steps::Step;
+use crate::training;
 
 const MIB: f64 = (1_u64 << 20) as f64;
 
@@ -25,26 +27,54 @@ const MIB: f64 = (1_u64 << 20) as f64;
 /// Lengths of data are those of its tokens where data and tokenizer are there, and the whole context otherwise.
 ///
 /// # Errors
-/// If the recipe is not valid, the initial model cannot be read, or stdout is closed.
+/// If the recipe is not valid or a stage has too few micro-batches for the ranks, the initial model cannot be read, or
+/// stdout is closed.
 pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
     let recipe = Recipe::open(&args.recipe, &out, args.data.as_deref(), &args.changes.all()?, None)?;
     let setup = Setup::open(recipe, &args.runtime)?;
     let runtime = args.runtime.open()?;
-    let needs = Planner::open(setup, runtime.effective_kernels())?.stages()?;
-    let available = if runtime.is_on_host() { capacity::available() } else { None };
+    training::check_ranks(&setup, &setup.recipe.config.stages(), args.ranks.get())?;
+    let ranks = Ranks::on_this_machine(args.ranks.get());
+    let stages = Planner::open(setup, runtime.effective_kernels())?.stages(ranks.shares())?;
+    let ranks = runtime.is_on_host().then_some(ranks);
     if args.json {
-        let stages: Map<_, _> = needs
-            .iter()
-            .map(|(step, needs)| (step.name().to_owned(), json!({ "bytes": needs, "peak": needs.peak() })))
-            .collect();
+        let stages: Map<_, _> = stages.iter().map(|stage| (stage.step.name().to_owned(), stage.to_json())).collect();
+        let available = ranks.and_then(|ranks| ranks.available());
         return print_json(&json!({ "stages": stages, "available": available }));
     }
-    std::io::stdout().write_all(table(&needs, available).as_bytes()).context("failed to write the plan")
+    std::io::stdout().write_all(table(&stages, ranks.as_ref()).as_bytes()).context("failed to write the plan")
 }
 
-/// The plan for people, in MiB.
-fn table(stages: &[(Step, Needs)], available: Option<f64>) -> String {
+/// What a stage needs.
+struct PlannedStage {
+    step: Step,
+    /// In each rank.
+    needs: Vec<Needs>,
+}
+
+impl PlannedStage {
+    fn peaks(&self) -> Vec<f64> {
+        self.needs.iter().map(Needs::peak).collect()
+    }
+
+    /// All ranks together.
+    fn peak(&self) -> f64 {
+        self.peaks().iter().sum()
+    }
+
+    /// With a list of ranks where there are several.
+    fn to_json(&self) -> Value {
+        let of_rank = |needs: &Needs| json!({ "bytes": needs, "peak": needs.peak() });
+        match &*self.needs {
+            [alone] => of_rank(alone),
+            ranks => json!({ "ranks": ranks.iter().map(of_rank).collect::<Vec<_>>(), "peak": self.peak() }),
+        }
+    }
+}
+
+/// The plan for people, in MiB; `ranks` on the host's memory.
+fn table(stages: &[PlannedStage], ranks: Option<&Ranks>) -> String {
     let mut text = String::new();
     let columns = ["weights", "moments", "gradients", "activations", "cache", "saving", "peak"];
     let _ = write!(text, "{:14}", "MiB");
@@ -52,24 +82,32 @@ fn table(stages: &[(Step, Needs)], available: Option<f64>) -> String {
         let _ = write!(text, "{column:>13}");
     }
     text.push('\n');
-    for (step, needs) in stages {
-        let _ = write!(text, "{:14}", step.name());
-        let Needs { initial, weights, moments, gradients, activations, cache, saving, .. } = *needs;
-        for bytes in [initial + weights, moments, gradients, activations, cache, saving, needs.peak()] {
-            let _ = write!(text, "{:>13.0}", bytes / MIB);
+    for stage in stages {
+        let fits = ranks.is_none_or(|ranks| ranks.have(&stage.peaks()));
+        for (rank, needs) in stage.needs.iter().enumerate() {
+            let name = if rank == 0 { stage.step.name().to_owned() } else { format!("  rank {rank}") };
+            let _ = write!(text, "{name:14}");
+            let Needs { initial, weights, moments, gradients, activations, cache, saving, .. } = *needs;
+            for bytes in [initial + weights, moments, gradients, activations, cache, saving, needs.peak()] {
+                let _ = write!(text, "{:>13.0}", bytes / MIB);
+            }
+            if rank == 0 && !fits {
+                text.push_str("  does not fit");
+            }
+            text.push('\n');
         }
-        if available.is_some_and(|available| needs.peak() > available) {
-            text.push_str("  does not fit");
-        }
-        text.push('\n');
     }
-    let peak = stages.iter().map(|(_, needs)| needs.peak()).fold(0.0, f64::max);
-    let _ = match available {
+    let peak = stages.iter().map(PlannedStage::peak).fold(0.0, f64::max);
+    let together = match stages.first().map_or(1, |stage| stage.needs.len()) {
+        1 => String::new(),
+        n => format!(", all {n} ranks together"),
+    };
+    let _ = match ranks.and_then(Ranks::available) {
         Some(available) => {
             let verdict = if peak > available { "which is not enough" } else { "which is enough" };
-            writeln!(text, "{:.0} MiB at most, {:.0} available, {verdict}", peak / MIB, available / MIB)
+            writeln!(text, "{:.0} MiB at most{together}, {:.0} available, {verdict}", peak / MIB, available / MIB)
         }
-        None => writeln!(text, "{:.0} MiB at most", peak / MIB),
+        None => writeln!(text, "{:.0} MiB at most{together}", peak / MIB),
     };
     text
 }
@@ -100,17 +138,17 @@ impl Planner {
         Ok(Self { setup, kernels, model })
     }
 
-    fn stages(mut self) -> Result<Vec<(Step, Needs)>> {
+    fn stages(mut self, shares: &[Share]) -> Result<Vec<PlannedStage>> {
         let mut stages = Vec::new();
         for step in self.setup.recipe.config.stages().into_iter().filter(|step| step.trains()) {
-            let needs = self.stage(step)?;
-            stages.push((step, needs.with_context(|| format!("the recipe has no `{step}`"))?));
+            let needs = self.stage(step, shares)?.with_context(|| format!("the recipe has no `{step}`"))?;
+            stages.push(PlannedStage { step, needs });
         }
         Ok(stages)
     }
 
-    /// `None` if the recipe has no configuration of the stage.
-    fn stage(&mut self, step: Step) -> Result<Option<Needs>> {
+    /// What each rank needs; `None` if the recipe has no configuration of the stage.
+    fn stage(&mut self, step: Step, shares: &[Share]) -> Result<Option<Vec<Needs>>> {
         let Self { setup, kernels, model } = self;
         let (kernels, trunk, resolver) = (*kernels, setup.trunk, setup.recipe.resolver(step));
         let config = &model.config;
@@ -119,32 +157,41 @@ impl Planner {
         let is_there = |mut sources: Sources<'_>| {
             sources.iter_mut().all(|(key, files)| resolver.resolve_files(key, files).is_ok())
         };
-        let needs: Option<Result<Needs>> = match step {
+        let of_all = |settings: Settings, needs: &dyn Fn(Settings) -> Needs| -> Vec<Needs> {
+            shares.iter().map(|&share| needs(settings.of(share))).collect()
+        };
+        let needs: Option<Result<Vec<Needs>>> = match step {
             Step::Pretrain => setup.configs.pretrain.as_ref().map(|stage| {
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
-                let has_init = setup.recipe.config.init.is_some();
-                Ok(pretrain::needs(stage, config, stage.seq_len(config)?, has_init, kernels, settings))
+                let (seq_len, has_init) = (stage.seq_len(config)?, setup.recipe.config.init.is_some());
+                Ok(of_all(stage.train.memory(trunk), &|settings| {
+                    pretrain::needs(stage, config, seq_len, has_init, kernels, settings)
+                }))
             }),
             Step::Sft => setup.configs.sft.as_mut().map(|stage| {
                 let lengths = if is_there(stage.data.sources_mut()) { sft::lengths(stage, model)? } else { unknown };
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
-                Ok(sft::needs(stage, config, &lengths, kernels, settings))
+                Ok(of_all(stage.train.memory(trunk), &|settings| {
+                    sft::needs(stage, config, &lengths, kernels, settings)
+                }))
             }),
             Step::RewardModel => setup.configs.reward_model.as_mut().map(|stage| {
                 let is_there = setup.recipe.config.collect.is_none() && is_there(stage.data.sources_mut());
                 let lengths = if is_there { reward_model::lengths(stage, model)? } else { unknown };
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
-                Ok(reward_model::needs(stage, config, &lengths, kernels, settings))
+                Ok(of_all(stage.train.memory(trunk), &|settings| {
+                    reward_model::needs(stage, config, &lengths, kernels, settings)
+                }))
             }),
             Step::Ppo | Step::Rloo => setup.configs.against_scores(step).cloned().map(|mut stage| {
                 let lengths = if is_there(stage.data.sources_mut()) { ppo::lengths(&stage, model)? } else { unknown };
-                Ok(ppo::needs(&stage, model, &[model], &lengths, kernels, stage.memory(trunk)))
+                Ok(of_all(stage.memory(trunk), &|settings| {
+                    ppo::needs(&stage, model, &[model], &lengths, kernels, settings)
+                }))
             }),
             Step::Dpo => setup.configs.dpo.as_mut().map(|stage| {
                 let is_there = setup.recipe.config.collect.is_none() && is_there(stage.data.sources_mut());
                 let lengths = if is_there { dpo::lengths(stage, model)? } else { unknown };
-                let settings = stage.train.amount().memory(stage.train.checkpoint_activations, trunk);
-                Ok(dpo::needs(stage, config, &lengths, kernels, settings))
+                Ok(of_all(stage.train.memory(trunk), &|settings| {
+                    dpo::needs(stage, config, &lengths, kernels, settings)
+                }))
             }),
             Step::World | Step::Tokenizer | Step::Collect | Step::Evaluate => None,
         };

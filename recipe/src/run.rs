@@ -111,7 +111,7 @@ impl<'a> Run<'a> {
         plan::confirm(&planned, &args.out, args.overwrite)?;
         let is_due = |planned: &&PlannedStep| planned.is_wanted && planned.state != State::Done;
         let due: Vec<Step> = planned.iter().filter(is_due).map(|planned| planned.step).collect();
-        training::check_ranks(&setup, &due, group)?;
+        training::check_ranks(&setup, &due, group.size())?;
         check::check(&setup, &due)?;
         check_inputs(&setup, &due, replaced.is_some())?;
         if let Some(replaced) = &replaced {

@@ -27,11 +27,11 @@ enum Next {
     End,
 }
 
-/// Checks that every process has something to compute in each of the stages among `due`.
+/// Checks that each of `n_ranks` processes has something to compute in each of the stages among `due`.
 ///
 /// # Errors
 /// Naming the first stage with fewer micro-batches.
-pub(crate) fn check_ranks(setup: &Setup, due: &[Step], group: &Group) -> Result<()> {
+pub(crate) fn check_ranks(setup: &Setup, due: &[Step], n_ranks: usize) -> Result<()> {
     let StageConfigs { pretrain, sft, reward_model, ppo, rloo, dpo } = &setup.configs;
     let amounts = [
         (Step::Pretrain, pretrain.as_ref().map(|config| config.train.amount())),
@@ -43,7 +43,7 @@ pub(crate) fn check_ranks(setup: &Setup, due: &[Step], group: &Group) -> Result<
     ];
     for (step, amount) in amounts.into_iter().filter(|(step, _)| due.contains(step)) {
         if let Some(amount) = amount {
-            amount.check_ranks(group).with_context(|| format!("the step `{step}`"))?;
+            amount.check_ranks(n_ranks).with_context(|| format!("the step `{step}`"))?;
         }
     }
     Ok(())

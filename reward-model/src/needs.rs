@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use common::capacity::{self, Lengths, Needs, Settings, Trained};
+use common::capacity::{self, Lengths, Needs, Ranks, Settings, Trained};
 use common::checkpoint::Preview;
+use common::group::Group;
 use common::kernels::Kernels;
 use common::model::GptConfig;
 use common::model::footprint::{self, Batch};
@@ -22,16 +23,17 @@ pub(crate) fn check(
     config: &RewardModelConfig,
     init: &Path,
     base: Option<&Path>,
+    group: &Group,
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
     // What is wrong with the initial model is said where it is loaded.
-    let (true, true, Ok(initial)) = (config.run.check_memory, runtime.is_on_host(), Preview::open(init, base)) else {
-        return Ok(());
-    };
+    let Ok(initial) = Preview::open(init, base) else { return Ok(()) };
+    let ranks = Ranks::gathered(group, config.run.check_memory && runtime.is_on_host())?;
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
+    let settings = config.train.memory(runtime.trunk);
     let kernels = runtime.effective_kernels();
     capacity::check_run(
+        &ranks,
         amount.batch_size,
         settings,
         initial.config.max_seq_len,
@@ -66,10 +68,9 @@ pub fn needs(
         output: Output::Score,
         lora: config.lora.as_ref(),
         kernels,
-        checkpoint_activations: settings.checkpoint_activations,
-        trunk: settings.trunk,
+        settings,
         batch: Batch { rows: 2.0 * settings.micro_batch_size as f64, seq: lengths.longest() as f64 },
-        accumulates: settings.micro_batch_size < config.train.batch_size,
+        n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
     // With adapters the initial model is their trunk.
     let initial = if config.lora.is_some() { 0.0 } else { footprint::weights(&model, Output::Logits, settings.trunk) };

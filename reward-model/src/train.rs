@@ -39,12 +39,12 @@ use crate::normalisation::{Normalisation, score_samples};
 /// cannot be normalised.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = RewardModelConfig::load(&args.stage)?;
-    config.train.amount().check_ranks(group)?;
+    config.train.amount().check_ranks(group.size())?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);
     let runtime = runtime.sharing(group, config.train.shard_optimizer);
-    needs::check(&config, &args.init, args.stage.runtime.base(), &runtime)?;
+    needs::check(&config, &args.init, args.stage.runtime.base(), group, &runtime)?;
     let streams = Streams::new(config.seed);
     let mut init = checkpoint::init_from(&args.init, args.stage.runtime.opening())
         .and_then(|init| init.of_stage(&[Stage::Sft, Stage::Pretrain, Stage::Dpo]))

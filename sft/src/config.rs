@@ -1,6 +1,9 @@
 //! The configuration of this stage.
 
+use common::capacity::Settings;
 use common::cli::StageArgs;
+use common::group::Share;
+use common::kernels::TrunkPrecision;
 use common::model::LoraConfig;
 use common::optim::OptimizerConfig;
 use common::reduce::Reduce;
@@ -101,6 +104,19 @@ impl TrainConfig {
     pub const fn amount(&self) -> Amount {
         let Self { epochs, steps, batch_size, micro_batch_size, .. } = *self;
         Amount { epochs: Some(epochs), steps, batch_size, micro_batch_size }
+    }
+
+    /// The settings that decide how much memory a step needs.
+    pub fn memory(&self, trunk: TrunkPrecision) -> Settings {
+        let Self { checkpoint_activations, shard_optimizer, reduce, .. } = *self;
+        Settings {
+            micro_batch_size: self.amount().micro(),
+            checkpoint_activations,
+            trunk,
+            shard_optimizer,
+            reduce,
+            share: Share::WHOLE,
+        }
     }
 }
 

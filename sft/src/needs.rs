@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use common::capacity::{self, Lengths, Needs, Settings, Trained};
+use common::capacity::{self, Lengths, Needs, Ranks, Settings, Trained};
 use common::checkpoint::Preview;
+use common::group::Group;
 use common::kernels::Kernels;
 use common::model::GptConfig;
 use common::model::params::Output;
@@ -16,15 +17,21 @@ use crate::data::Conversations;
 ///
 /// # Errors
 /// If it does not fit.
-pub(crate) fn check(config: &SftConfig, init: &Path, base: Option<&Path>, runtime: &Runtime) -> anyhow::Result<()> {
+pub(crate) fn check(
+    config: &SftConfig,
+    init: &Path,
+    base: Option<&Path>,
+    group: &Group,
+    runtime: &Runtime,
+) -> anyhow::Result<()> {
     // What is wrong with the initial model is said where it is loaded.
-    let (true, true, Ok(initial)) = (config.run.check_memory, runtime.is_on_host(), Preview::open(init, base)) else {
-        return Ok(());
-    };
+    let Ok(initial) = Preview::open(init, base) else { return Ok(()) };
+    let ranks = Ranks::gathered(group, config.run.check_memory && runtime.is_on_host())?;
     let amount = config.train.amount();
-    let settings = amount.memory(config.train.checkpoint_activations, runtime.trunk);
+    let settings = config.train.memory(runtime.trunk);
     let kernels = runtime.effective_kernels();
     capacity::check_run(
+        &ranks,
         amount.batch_size,
         settings,
         initial.config.max_seq_len,
@@ -52,10 +59,9 @@ pub fn needs(config: &SftConfig, model: &GptConfig, lengths: &Lengths, kernels: 
         output: Output::Logits,
         lora: config.lora.as_ref(),
         kernels,
-        checkpoint_activations: settings.checkpoint_activations,
-        trunk: settings.trunk,
+        settings,
         batch: lengths.packed(settings.micro_batch_size),
-        accumulates: settings.micro_batch_size < config.train.batch_size,
+        n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
     let trained = trained.needs();
     Needs {

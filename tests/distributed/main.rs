@@ -8,6 +8,7 @@
 
 mod faults;
 mod many;
+mod memory;
 mod mpirun;
 mod silent;
 mod together;

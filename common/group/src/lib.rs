@@ -137,9 +137,29 @@ impl Share {
     /// All of the list.
     pub const WHOLE: Self = Self { rank: 0, size: 1 };
 
+    /// The shares of `size` ranks, in their order.
+    pub fn all(size: usize) -> impl Iterator<Item = Self> {
+        (0..size).map(move |rank| Self { rank, size })
+    }
+
     /// Whether this is all of any list.
     pub const fn is_whole(self) -> bool {
         self.size == 1
+    }
+
+    /// How much of a long list it is.
+    pub fn fraction(self) -> f64 {
+        1.0 / self.size as f64
+    }
+
+    /// Whether it is the first rank's.
+    pub const fn is_first(self) -> bool {
+        self.rank == 0
+    }
+
+    /// Whether it is the last rank's.
+    pub const fn is_last(self) -> bool {
+        self.rank + 1 == self.size
     }
 
     /// The indices of this share in a list of `n`. Blocks differ by one at most; where there are fewer items than ranks, the
@@ -280,8 +300,7 @@ impl Group {
 
     /// The shares of all ranks in their order.
     pub fn shares(&self) -> impl Iterator<Item = Share> + use<> {
-        let size = self.size();
-        (0..size).map(move |rank| Share { rank, size })
+        Share::all(self.size())
     }
 
     /// What each rank gives, in the order of the ranks.

@@ -8,12 +8,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::resume;
-use crate::capacity::Settings;
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::data::files::one_or_many;
 use crate::data::records::{OnBadRecord, ReadOptions, RecordLimit};
-use crate::kernels::TrunkPrecision;
 
 /// Seconds: signs of life come every second, and a busy machine may be late.
 const MIN_GROUP_TIMEOUT: u64 = 5;
@@ -229,11 +227,6 @@ impl Amount {
     pub fn n_steps(&self, n: usize) -> u64 {
         let of_epochs = || self.epochs.unwrap_or(1).saturating_mul(n as u64).div_ceil(self.batch_size as u64);
         self.steps.unwrap_or_else(of_epochs)
-    }
-
-    /// The settings that decide how much memory a step needs.
-    pub fn memory(&self, checkpoint_activations: bool, trunk: TrunkPrecision) -> Settings {
-        Settings { micro_batch_size: self.micro(), checkpoint_activations, trunk }
     }
 
     /// Items computed at a time.

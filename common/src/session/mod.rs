@@ -523,7 +523,9 @@ impl Session {
         if !self.group.is_alone() {
             tracing::debug!("{} bytes sent by this process of {}", self.group.bytes_sent(), self.group.size());
         }
-        tracing::debug!("{} MiB of memory at most", crate::kernels::memory::usage().peak_bytes >> 20);
+        let of_all = self.group.gather(crate::kernels::memory::usage().peak_bytes >> 20)?;
+        let of_all: Vec<String> = of_all.iter().map(ToString::to_string).collect();
+        tracing::debug!("{} MiB of memory at most", of_all.join(", "));
         Ok(if interrupted { Outcome::Interrupted } else { Outcome::Finished })
     }
 

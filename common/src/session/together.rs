@@ -87,18 +87,24 @@ fn in_group(group: &Group, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow:
 }
 
 impl Amount {
-    /// Checks that every rank has a micro-batch to compute in each step.
+    /// Checks that each of so many ranks has a micro-batch to compute in each step.
     ///
     /// # Errors
-    /// If there are more ranks.
-    pub fn check_ranks(&self, group: &Group) -> anyhow::Result<()> {
-        let (micro, batch_size, ranks) = (self.micro(), self.batch_size, group.size());
+    /// If there are fewer micro-batches.
+    pub fn check_ranks(&self, ranks: usize) -> anyhow::Result<()> {
+        let (micro, batch_size) = (self.micro(), self.batch_size);
         let n = batch_size / micro;
+        let hint = if batch_size < ranks {
+            format!("start {batch_size} at most, or choose a larger batch, which is another training")
+        } else {
+            let most = batch_size / ranks;
+            format!(
+                "set `train.micro_batch_size` to {most} or less; the sums do not depend on the number of processes, but on this"
+            )
+        };
         ensure!(
             n >= ranks,
-            "a batch of {batch_size} in micro-batches of {micro} is too little for {ranks} processes\nhint: set \
-             `train.micro_batch_size` to {} or less; the sums do not depend on the number of processes, but on this",
-            (batch_size / ranks).max(1)
+            "a batch of {batch_size} in micro-batches of {micro} is too little for {ranks} processes\nhint: {hint}"
         );
         Ok(())
     }
@@ -163,10 +169,11 @@ mod tests {
     #[test]
     fn more_processes_than_micro_batches_are_refused_with_a_size_that_fits() {
         let amount = Amount { epochs: None, steps: Some(1), batch_size: 8, micro_batch_size: Some(4) };
-        let checked = threads(3, |group| amount.check_ranks(&group).map_err(|error| error.to_string()));
-        let says = checked[0].clone().expect_err("two micro-batches for three");
+        let says = amount.check_ranks(3).expect_err("two micro-batches for three").to_string();
         assert!(says.contains("too little for 3 processes") && says.contains("to 2 or less"), "{says}");
-        assert!(threads(2, |group| amount.check_ranks(&group).is_ok()).into_iter().all(|fits| fits));
+        assert!(amount.check_ranks(2).is_ok());
+        let says = amount.check_ranks(9).expect_err("two micro-batches for nine").to_string();
+        assert!(says.ends_with("hint: start 8 at most, or choose a larger batch, which is another training"), "{says}");
     }
 
     #[test]
