@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
+mod corpus;
 mod faults;
 mod many;
 mod memory;
