@@ -110,12 +110,15 @@ impl Group {
     fn sum_of_part_within(&self, numbers: &mut [f32]) -> Result<(), GroupError> {
         let Some(transport) = &self.transport else { return Ok(()) };
         let ring = Ring::of(transport);
-        let mut before = Vec::new();
+        let mut before = vec![0.0; BUCKET.min(numbers.len())];
         for round in 1..ring.size {
-            let (sent, received) = (ring.part(round, numbers.len()), ring.part(round + 1, numbers.len()));
-            before.resize(received.len(), 0.0);
-            transport.exchange_floats(ring.next(), &numbers[sent], ring.previous(), &mut before, GRADIENTS)?;
-            add(&mut numbers[received], &before);
+            let parts = [ring.part(round, numbers.len()), ring.part(round + 1, numbers.len())];
+            let [sent, received] = numbers.get_disjoint_mut(parts).expect("parts do not overlap");
+            for (sent, received) in buckets(sent, received) {
+                let before = &mut before[..received.len()];
+                transport.exchange_floats(ring.next(), sent, ring.previous(), before, GRADIENTS)?;
+                add(received, before);
+            }
         }
         Ok(())
     }
@@ -133,7 +136,9 @@ impl Group {
         for round in 0..ring.size - 1 {
             let parts = [ring.part(round, numbers.len()), ring.part(round + 1, numbers.len())];
             let [sent, received] = numbers.get_disjoint_mut(parts).expect("parts do not overlap");
-            transport.exchange_floats(ring.next(), sent, ring.previous(), received, WEIGHTS)?;
+            for (sent, received) in buckets(sent, received) {
+                transport.exchange_floats(ring.next(), sent, ring.previous(), received, WEIGHTS)?;
+            }
         }
         Ok(())
     }
@@ -213,6 +218,13 @@ impl Ring {
     }
 }
 
+/// Two lists in buckets, as many of the one as of the other: the last of one may be empty.
+fn buckets<'a>(sent: &'a [f32], received: &'a mut [f32]) -> impl Iterator<Item = (&'a [f32], &'a mut [f32])> {
+    let n = sent.len().max(received.len()).div_ceil(BUCKET);
+    let (mut sent, mut received) = (sent.chunks(BUCKET), received.chunks_mut(BUCKET));
+    (0..n).map(move |_| (sent.next().unwrap_or_default(), received.next().unwrap_or_default()))
+}
+
 /// Adds `numbers` to those of `sum`.
 fn add(sum: &mut [f32], numbers: &[f32]) {
     assert_eq!(sum.len(), numbers.len(), "items of a sum have one length");
@@ -269,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_fast_sum_is_the_same_on_every_rank_and_close_to_that_in_order() {
-        for len in [1, 2, 7, 1000] {
+        for len in [1, 2, 7, 1000, 3 * BUCKET + 1] {
             // Whole numbers, which add up exactly in any order.
             let own = |rank: usize| (0..len).map(|j| ((rank * 31 + j * 17) % 101) as f32).collect::<Vec<f32>>();
             for n_ranks in [1, 2, 3, 5] {
