@@ -64,7 +64,7 @@ const AMOUNTS: [&str; 17] = [
 ];
 
 /// Each command that takes numbers, by the words that lead to it, with the least it needs otherwise.
-const COMMANDS: [(&str, &[&str], &str); 20] = [
+const COMMANDS: [(&str, &[&str], &str); 21] = [
     ("pretrain", &["tokenizer"], "--config configs/pretrain.toml --out out --overwrite"),
     ("pretrain", &["eval"], "--checkpoint base --data data/val.txt"),
     ("sft", &["eval"], "--checkpoint sft --data data/sft.val.jsonl"),
@@ -86,6 +86,7 @@ const COMMANDS: [(&str, &[&str], &str); 20] = [
     // It would serve until it is stopped.
     ("chat", &["serve"], "--checkpoint no-such-model"),
     ("recipe", &["run"], "no-such-recipe --out out"),
+    ("recipe", &["plan"], "tiny"),
     ("recipe", &["compare"], "no-such-recipe --backends flex"),
     ("recipe", &["duel"], "sft sft --prompts data/prompts.val.jsonl --reward-model reward --max-tokens 8"),
     ("recipe", &["overoptimise"], "no-such-recipe --out out"),
