@@ -97,7 +97,7 @@ impl Amount {
         let hint = if batch_size < ranks {
             format!("start {batch_size} at most, or choose a larger batch, which is another training")
         } else {
-            let most = batch_size / ranks;
+            let most = (1..=batch_size / ranks).rev().find(|&most| batch_size.is_multiple_of(most)).unwrap_or(1);
             format!(
                 "set `train.micro_batch_size` to {most} or less; the sums do not depend on the number of processes, but on this"
             )
@@ -172,6 +172,10 @@ mod tests {
         let says = amount.check_ranks(3).expect_err("two micro-batches for three").to_string();
         assert!(says.contains("too little for 3 processes") && says.contains("to 2 or less"), "{says}");
         assert!(amount.check_ranks(2).is_ok());
+        let amount = Amount { batch_size: 32, micro_batch_size: None, ..amount };
+        let says = amount.check_ranks(3).expect_err("one micro-batch for three").to_string();
+        assert!(says.contains("to 8 or less"), "10 does not divide the batch: {says}");
+        let amount = Amount { batch_size: 8, ..amount };
         let says = amount.check_ranks(9).expect_err("two micro-batches for nine").to_string();
         assert!(says.ends_with("hint: start 8 at most, or choose a larger batch, which is another training"), "{says}");
     }
