@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -101,6 +101,24 @@ fn pause(start: Instant) {
 impl World {
     fn calls(&self) -> MutexGuard<'_, ()> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to call the library, if it can be had within [`EVERY`].
+    fn calls_soon(&self) -> Option<MutexGuard<'_, ()>> {
+        let start = Instant::now();
+        loop {
+            match self.calls.try_lock() {
+                Ok(calls) => return Some(calls),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if start.elapsed() >= EVERY => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+            }
+        }
+    }
+
+    /// What this rank waits for, and for which rank.
+    fn waiting(&self) -> Option<(&'static str, usize)> {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set_waiting(&self, waiting: Option<(&'static str, usize)>) {
@@ -203,8 +221,10 @@ impl World {
         let (mut last_beat, mut has_said_that_it_leaves) = (None::<Instant>, false);
         loop {
             let leaves = self.leaves.load(Ordering::SeqCst);
-            {
-                let _calls = self.calls();
+            // A call can wait inside the library for a process that was stopped there. Then nothing is heard of anybody.
+            let calls = self.calls_soon();
+            let is_stuck = calls.is_none();
+            if let Some(_calls) = calls {
                 let world = self.universe.world();
                 while let Some((message, status)) = world.any_process().immediate_matched_probe_with_tag(BEAT) {
                     let (sign, _) = message.matched_receive::<u8>();
@@ -234,7 +254,8 @@ impl World {
             let patience = self.patience.load(Ordering::Relaxed);
             let patience = (patience > 0).then(|| Duration::from_millis(patience));
             if let Some((rank, silence)) = beats.silent(patience, Instant::now()) {
-                self.end(rank, silence, say);
+                let peer = self.waiting().map(|(_, peer)| peer).filter(|_| is_stuck);
+                self.end(peer.unwrap_or(rank), silence, say);
             }
             std::thread::park_timeout(if leaves { PAUSE } else { LOOK });
         }
@@ -245,8 +266,7 @@ impl World {
         if self.rank > 1 {
             std::thread::sleep(FIRST_SPEAKS);
         }
-        let waiting = *self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let doing = waiting.map_or_else(
+        let doing = self.waiting().map_or_else(
             || "was computing".to_owned(),
             |(what, peer)| format!("was exchanging {what} with rank {peer}"),
         );
