@@ -122,6 +122,24 @@ impl Cache {
         self.lens[row] = self.lens[row].min(len);
     }
 
+    /// Forgets the positions of a row and the numbers in them.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn clear_row(&mut self, row: usize) {
+        self.lens[row] = 0;
+        for layer in &mut self.layers {
+            layer.keys_values = layer.keys_values.take().map(|(keys, values)| {
+                let clear = |tensor: Tensor<4>| {
+                    let [_, n_heads, a, b] = tensor.dims();
+                    let zeros = Tensor::zeros([1, n_heads, a, b], (&tensor.device(), tensor.dtype()));
+                    tensor.slice_assign(s![row..row + 1], zeros)
+                };
+                (clear(keys), clear(values))
+            });
+        }
+    }
+
     /// Keeps the rows `rows`, in that order; a row may be named twice (beams) or not at all (finished sequences).
     ///
     /// # Panics

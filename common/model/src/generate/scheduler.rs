@@ -319,6 +319,10 @@ impl<'m> Scheduler<'m> {
         kernels::for_each_of(&mut tasks, |(_, row, logits, chosen)| *chosen = Some(row.choose(logits)));
         let chosen: Vec<_> = tasks.into_iter().filter_map(|(slot, .., chosen)| Some((slot, chosen?))).collect();
         for (slot, chosen) in &chosen {
+            if chosen.is_err() {
+                // Where masked weights are multiplied like others, what is not finite would reach the row's next request.
+                self.cache.clear_row(*slot);
+            }
             if !chosen.as_ref().is_ok_and(|token| token.finish.is_none()) {
                 self.retire(*slot);
             }

@@ -43,7 +43,7 @@ fn expected(request: &Request) -> usize {
 
 impl Scheduler<'_> {
     /// Gives every running request one more token and reads pieces of prompts, of about `piece` tokens together or, where many
-    /// wait, half a chunk for each; those that are read to their ends get their first tokens.
+    /// wait, a chunk for each; those that are read to their ends get their first tokens.
     pub(super) fn step_in_pieces(&mut self, piece: usize) -> Result<Vec<Result<SampledToken, Failed>>, GenerateError> {
         let mut chosen = Vec::new();
         if self.n_running() > 0 {
@@ -56,7 +56,7 @@ impl Scheduler<'_> {
             let cache = Cache::new(self.model, 1, request.prompt.len());
             self.reading.push_back(Reading { request, cache });
         }
-        let mut n_left = piece.max(CHUNK / 2 * self.reading.len());
+        let mut n_left = piece.max(CHUNK * self.reading.len());
         while n_left > 0 && !self.reading.is_empty() {
             let n_read = self.read_pass(n_left, &mut chosen)?;
             n_left = n_left.saturating_sub(n_read);
