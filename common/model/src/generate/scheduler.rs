@@ -78,9 +78,9 @@ pub struct Limits {
     /// bits. With this, prompts are read one by one or in pieces, and the number of rows stays within
     /// [`BATCH_INVARIANT_ROWS`](kernels::BATCH_INVARIANT_ROWS): spare rows are computed where there are fewer.
     pub batch_invariant: bool,
-    /// Most tokens of a prompt that are read between two tokens of the running requests, so that a long prompt does not stop
-    /// them. Its pieces are the same whatever runs beside it. `None` reads prompts whole, several together, as a list of
-    /// requests is done soonest.
+    /// About how many tokens of prompts are read between two tokens of the running requests, so that a long prompt does not stop
+    /// them; where many wait, [`CHUNK`](crate::CHUNK) of each. A prompt is cut at multiples of that alone. `None` reads prompts
+    /// whole, several together, as a list of requests is done soonest.
     pub prompt_piece: Option<NonZeroUsize>,
 }
 

@@ -122,6 +122,34 @@ fn logits_that_are_not_finite_end_their_request_alone() {
     assert_eq!((failed, ended), (vec![1], vec![0, 2]));
 }
 
+/// A model so wide that the products of up to three rows have other sums than those of more.
+fn wide_model() -> Gpt {
+    random_model(&GptConfig { d_model: 96, d_ff: 512, ..model().config().clone() }, &Device::flex())
+}
+
+#[test]
+fn prompts_that_are_read_together_keep_the_bits_of_each_alone() {
+    let model = wide_model();
+    let together: Vec<_> = (0..12).map(|id| (0, request(id, 1 + id % 5, 6))).collect();
+    let found = scheduled(&model, limits(16, 128), &together);
+    for (_, request) in together {
+        let id = request.id;
+        assert_eq!(found[&id], scheduled(&model, limits(16, 128), &[(0, request)])[&id], "request {id}");
+    }
+}
+
+#[test]
+fn where_a_long_prompt_is_cut_changes_no_bit() {
+    let model = wide_model();
+    let limits = Limits { capacity: 700, ..limits(16, CHUNK) };
+    let long = request(0, 690, 4);
+    let alone = scheduled(&model, limits, &[(0, long.clone())]);
+    // Where others wait, passes are longer.
+    let others = (1..6).map(|id| (0, request(id, 600, 2)));
+    let together = scheduled(&model, limits, &std::iter::once((0, long)).chain(others).collect::<Vec<_>>());
+    assert_eq!(alone[&0], together[&0]);
+}
+
 #[test]
 fn what_is_not_finite_reaches_no_later_request() {
     let config = GptConfig { tie_embeddings: false, ..model().config().clone() };
