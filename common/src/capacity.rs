@@ -159,7 +159,7 @@ impl Trained<'_> {
             moments: 2.0 * trained * kept,
             gradients,
             accumulated: gradients - trained,
-            exchange: if share.is_whole() { 0.0 } else { gradients + self.exchanged() + activations.at_the_end },
+            exchange: if share.is_whole() { 0.0 } else { gradients + trained + activations.at_the_end },
             activations: activations.at_most,
             last_activations: activations.at_the_end,
             saving: match (share.is_first(), is_rearranged) {
@@ -182,19 +182,6 @@ impl Trained<'_> {
         // What is wrong with `[lora]` is said where the adapters are made.
         let adapters = hf::adapters_of(self.config, self.lora?).ok()?;
         Some(footprint::adapters(self.config, self.output, &adapters))
-    }
-
-    /// Bytes of numbers one behind the other while gradients are exchanged: a sum of all; on the rank that looks at it for others
-    /// the same as tensors; and behind the first rank of a sum in order, which keeps such a block for each micro-batch, one more:
-    /// where the others are does not always leave room for it in what was freed.
-    fn exchanged(&self) -> f64 {
-        let Settings { shard_optimizer, reduce, share, .. } = self.settings;
-        let n_blocks = match (reduce, shard_optimizer) {
-            (Reduce::Ordered, true) if share.is_last() => 2.0,
-            (Reduce::Ordered, false) if !share.is_first() => 2.0,
-            _ => 1.0,
-        };
-        self.trained() * n_blocks
     }
 
     /// The micro-batches whose gradients are there at a time: the last and the sum of those before it, or, behind the first

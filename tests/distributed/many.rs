@@ -24,13 +24,17 @@ enum Fault {
     Stopped,
     /// No file of rank 0 can grow, as on a full disk.
     FullDisk,
+    /// SIGABRT, which an allocation raises that fails. (So small a run asks for no memory after its first steps that could
+    /// be denied.)
+    Aborted,
     /// A setting is not that of rank 0.
     OtherSettings,
     /// A file is not that of rank 0.
     OtherData,
 }
 
-const KINDS: [Fault; 5] = [Fault::Killed, Fault::Stopped, Fault::FullDisk, Fault::OtherSettings, Fault::OtherData];
+const KINDS: [Fault; 6] =
+    [Fault::Killed, Fault::Stopped, Fault::FullDisk, Fault::Aborted, Fault::OtherSettings, Fault::OtherData];
 
 /// What was seen of one kind.
 #[derive(Debug, Default)]
@@ -47,6 +51,7 @@ impl Fault {
         // One that has ended has it behind it.
         let _ = match self {
             Self::Killed => kill_process(pid, Signal::KILL).is_ok(),
+            Self::Aborted => kill_process(pid, Signal::ABORT).is_ok(),
             Self::Stopped => kill_process(pid, Signal::STOP).is_ok(),
             Self::FullDisk => {
                 prlimit(Some(pid), Resource::Fsize, Rlimit { current: Some(1), maximum: Some(1) }).is_ok()
@@ -66,6 +71,7 @@ impl Fault {
             Self::Killed => "signal 9",
             Self::Stopped => "has not answered for",
             Self::FullDisk => "",
+            Self::Aborted => "signal 6",
             Self::OtherSettings => "differs from rank 0: `optimizer.lr` is",
             Self::OtherData => "differs from rank 0: file 1 of `data.train`",
         }

@@ -16,6 +16,7 @@
 mod beats;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod pieces;
 mod sums;
 mod threads;
 
@@ -28,6 +29,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use pieces::Pieces;
 pub use threads::threads;
 
 /// What [`Group::gather`] sends.

@@ -2,11 +2,8 @@
 //!
 //! Of a list cut into parts each rank has its [`Share`].
 
+use super::pieces::{BUCKET, Bucket, Pieces};
 use super::{Counted, Group, GroupError, Share};
-
-/// Numbers sent at a time: small enough that the ranks of a chain work at the same time, large enough that a message's fixed
-/// cost does not count.
-const BUCKET: usize = 1 << 18;
 
 const GRADIENTS: &str = "gradients";
 const WEIGHTS: &str = "new weights";
@@ -14,33 +11,42 @@ const MOMENTS: &str = "the moments of its optimiser";
 
 impl Group {
     /// The sum of the items of all ranks, each rank's `own` in turn: `((a + b) + c) + …` from the first item of rank 0 to the
-    /// last of the last rank, number by number. Every rank has at least one item.
+    /// last of the last rank, number by number. Every rank has at least one item. `look` sees each bucket of an item before it
+    /// is added up.
     ///
-    /// Buckets go along the chain of ranks, each of which adds its own, and the sums go back: a rank sends and receives every
-    /// number twice at most, however many ranks there are.
+    /// Buckets go along the chain of ranks, each of which adds its own, and the sums come back as they are made, while later
+    /// buckets are on their way: a rank sends and receives every number twice at most, however many ranks there are, and each
+    /// link carries both directions at a time.
     ///
     /// # Errors
     /// If a rank has ended.
     ///
     /// # Panics
     /// If there is no item, or they differ in length.
-    pub fn sum_in_order(&self, own: Vec<Vec<f32>>) -> Result<Vec<f32>, GroupError> {
-        let mut sum = self.along_the_chain(own)?;
-        let Some(transport) = &self.transport else { return Ok(sum) };
-        let (rank, last) = (transport.rank(), transport.size() - 1);
-        for bucket in sum.chunks_mut(BUCKET) {
-            if rank < last {
-                transport.receive_floats(rank + 1, bucket, GRADIENTS)?;
+    pub fn sum_in_order(&self, own: Vec<Pieces>, look: impl FnMut(&[f32])) -> Result<Pieces, GroupError> {
+        let mut chain = Chain::of(own, look);
+        let (rank, last) = (self.rank(), self.size() - 1);
+        // Behind this rank a bucket goes to the last one and comes back, which takes a turn for each link.
+        let behind = last - rank;
+        for turn in 0..chain.buckets.len() + last {
+            if let (Some(transport), 1..) = (&self.transport, rank) {
+                let (sum, before) = (chain.bucket(turn, behind + 1), chain.bucket(turn, 0));
+                let received = &mut chain.before[..before.as_ref().map_or(0, Bucket::len)];
+                let sent = sum.as_ref().map_or(&[][..], |sum| chain.sum.of(sum));
+                transport.exchange_floats(rank - 1, sent, rank - 1, received, GRADIENTS)?;
             }
-            if rank > 0 {
-                transport.send_floats(rank - 1, bucket, GRADIENTS)?;
+            chain.add(turn, rank > 0);
+            if let (Some(transport), 1..) = (&self.transport, behind) {
+                let (own, sum) = (chain.bucket(turn, 0), chain.bucket(turn, behind));
+                let (sent, received) = chain.sum.of_two(own.as_ref(), sum.as_ref());
+                transport.exchange_floats(rank + 1, sent, rank + 1, received, GRADIENTS)?;
             }
         }
-        Ok(sum)
+        Ok(chain.sum)
     }
 
-    /// The same sum, of which every rank gets its part: the last rank, where the chain ends, looks at the whole and then
-    /// hands out the parts. What it saw comes with them.
+    /// The same sum, of which every rank gets its part: the last rank, where the chain ends, measures the whole and then
+    /// hands out the parts. What it measured comes with them.
     ///
     /// A rank sends every number once; the last one sends what is not its own.
     ///
@@ -51,31 +57,45 @@ impl Group {
     /// If there is no item, or they differ in length.
     pub fn sum_in_order_by_parts(
         &self,
-        own: Vec<Vec<f32>>,
-        look: impl FnOnce(&[f32]) -> f64,
+        own: Vec<Pieces>,
+        look: impl FnMut(&[f32]),
+        measure: impl FnOnce(Pieces) -> (Pieces, f64),
     ) -> Result<(Vec<f32>, f64), GroupError> {
-        let sum = self.along_the_chain(own)?;
+        let mut chain = Chain::of(own, look);
+        let (rank, last, n) = (self.rank(), self.size() - 1, chain.sum.n());
+        for turn in 0..chain.buckets.len() {
+            let bucket = chain.buckets[turn].clone();
+            if let (Some(transport), 1..) = (&self.transport, rank) {
+                transport.receive_floats(rank - 1, &mut chain.before[..bucket.len()], GRADIENTS)?;
+            }
+            chain.add(turn, rank > 0);
+            if let (Some(transport), true) = (&self.transport, rank < last) {
+                transport.send_floats(rank + 1, chain.sum.of(&bucket), GRADIENTS)?;
+            }
+        }
+        let (sum, own) = (chain.sum, self.share().of(n));
         let Some(transport) = &self.transport else {
-            let seen = look(&sum);
-            return Ok((sum, seen));
+            let (sum, measured) = measure(sum);
+            return Ok((sum.copy_of(own), measured));
         };
-        let (size, n) = (transport.size(), sum.len());
-        let last = size - 1;
-        if transport.rank() < last {
+        if rank < last {
+            let buckets = sum.buckets(own.clone());
             drop(sum);
-            let mut part = vec![0.0; self.share().of(n).len()];
-            for bucket in part.chunks_mut(BUCKET) {
-                transport.receive_floats(last, bucket, GRADIENTS)?;
+            let mut part = vec![0.0; own.len()];
+            let mut rest = part.as_mut_slice();
+            for bucket in &buckets {
+                let room = rest.split_off_mut(..bucket.len()).expect("buckets are as long as the part");
+                transport.receive_floats(last, room, GRADIENTS)?;
             }
             return Ok((part, self.of_last(None)?));
         }
         for rank in 0..last {
-            for bucket in sum[Share { rank, size }.of(n)].chunks(BUCKET) {
-                transport.send_floats(rank, bucket, GRADIENTS)?;
+            for bucket in sum.buckets(Share { rank, size: last + 1 }.of(n)) {
+                transport.send_floats(rank, sum.of(&bucket), GRADIENTS)?;
             }
         }
-        let seen = self.of_last(Some(look(&sum)))?;
-        Ok((sum[self.share().of(n)].to_vec(), seen))
+        let (sum, measured) = measure(sum);
+        Ok((sum.copy_of(own), self.of_last(Some(measured))?))
     }
 
     /// Of each list its sum over all ranks, in another order for every part: the fastest, and the same numbers on every rank,
@@ -163,33 +183,47 @@ impl Group {
     fn of_last(&self, own: Option<f64>) -> Result<f64, GroupError> {
         Ok(self.gather(own)?.pop().flatten().expect("the last rank gives it"))
     }
+}
 
-    /// On the last rank the sum of the items of all, on the others what the chain had come to there.
-    fn along_the_chain(&self, own: Vec<Vec<f32>>) -> Result<Vec<f32>, GroupError> {
+/// A rank's place in the chain along which a sum is made in order.
+struct Chain<L> {
+    /// This rank's first item, which becomes the sum.
+    sum: Pieces,
+    /// Its others.
+    rest: Vec<Pieces>,
+    buckets: Vec<Bucket>,
+    /// What the chain had come to before this rank, of one bucket.
+    before: Vec<f32>,
+    look: L,
+}
+
+impl<L: FnMut(&[f32])> Chain<L> {
+    fn of(own: Vec<Pieces>, look: L) -> Self {
         let mut own = own.into_iter();
-        let mut sum = own.next().expect("every rank has an item");
-        let Some(transport) = &self.transport else {
-            own.for_each(|item| add(&mut sum, &item));
-            return Ok(sum);
-        };
-        let (rank, last) = (transport.rank(), transport.size() - 1);
-        let (rest, n): (Vec<Vec<f32>>, usize) = (own.collect(), sum.len());
-        let mut before = vec![0.0; BUCKET.min(n)];
-        for start in (0..n).step_by(BUCKET) {
-            let bucket = start..n.min(start + BUCKET);
-            if rank > 0 {
-                let before = &mut before[..bucket.len()];
-                transport.receive_floats(rank - 1, before, GRADIENTS)?;
-                add(&mut sum[bucket.clone()], before);
-            }
-            for item in &rest {
-                add(&mut sum[bucket.clone()], &item[bucket.clone()]);
-            }
-            if rank < last {
-                transport.send_floats(rank + 1, &sum[bucket], GRADIENTS)?;
-            }
+        let sum = own.next().expect("every rank has an item");
+        let buckets = sum.buckets(0..sum.n());
+        let before = vec![0.0; buckets.iter().map(Bucket::len).max().unwrap_or_default()];
+        Self { sum, rest: own.collect(), buckets, before, look }
+    }
+
+    /// The bucket that began so many turns ago, if one did.
+    fn bucket(&self, turn: usize, ago: usize) -> Option<Bucket> {
+        self.buckets.get(turn.checked_sub(ago)?).cloned()
+    }
+
+    /// Adds this rank's items to what came `before` it, if anything did, in the bucket of a turn.
+    fn add(&mut self, turn: usize, has_before: bool) {
+        let Some(bucket) = self.buckets.get(turn) else { return };
+        let sum = self.sum.of_mut(bucket);
+        (self.look)(sum);
+        if has_before {
+            add(sum, &self.before[..bucket.len()]);
         }
-        Ok(sum)
+        for item in &self.rest {
+            let item = item.of(bucket);
+            (self.look)(item);
+            add(sum, item);
+        }
     }
 }
 
@@ -241,10 +275,16 @@ mod tests {
         (0..len).map(|j| ((i * 7919 + j * 104_729) % 2003) as f32 * 10.0_f32.powi((i % 7) as i32 - 3)).collect()
     }
 
+    /// A list in pieces of different lengths, none among them.
+    fn in_pieces(numbers: &[f32]) -> Pieces {
+        let (first, rest) = numbers.split_at(numbers.len() / 3);
+        vec![first.to_vec(), Vec::new(), rest.to_vec()].into()
+    }
+
     fn sum_over(n_ranks: usize, n_items: usize, len: usize) -> Vec<Vec<f32>> {
         threads(n_ranks, |group| {
-            let own = group.share().of(n_items).map(|i| item(i, len)).collect();
-            group.sum_in_order(own).expect("all ranks are there")
+            let own = group.share().of(n_items).map(|i| in_pieces(&item(i, len))).collect();
+            group.sum_in_order(own, |_| ()).expect("all ranks are there").flat()
         })
     }
 
@@ -268,8 +308,12 @@ mod tests {
             let alone = sum_over(1, 5, len).remove(0);
             for n_ranks in [1, 2, 3, 5] {
                 let parts = threads(n_ranks, |group| {
-                    let own = group.share().of(5).map(|i| item(i, len)).collect();
-                    group.sum_in_order_by_parts(own, |sum| f64::from(sum[len - 1])).expect("all ranks are there")
+                    let own = group.share().of(5).map(|i| in_pieces(&item(i, len))).collect();
+                    let measure = |sum: Pieces| {
+                        let last = f64::from(sum.flat()[len - 1]);
+                        (sum, last)
+                    };
+                    group.sum_in_order_by_parts(own, |_| (), measure).expect("all ranks are there")
                 });
                 assert!(parts.iter().all(|(_, seen)| *seen == f64::from(alone[len - 1])), "{n_ranks} ranks");
                 for (rank, (part, _)) in parts.iter().enumerate() {
@@ -330,9 +374,17 @@ mod tests {
     fn a_number_that_is_none_reaches_every_rank() {
         let sums = threads(3, |group| {
             let number = if group.rank() == 1 { f32::NAN } else { 1.0 };
-            group.sum_in_order(vec![vec![1.0, number]]).expect("all ranks are there")
+            let mut seen = Vec::new();
+            let own = vec![Pieces::from(vec![vec![1.0, number]])];
+            let sum = group.sum_in_order(own, |numbers| seen.extend(numbers.to_vec())).expect("all ranks are there");
+            (sum.flat(), seen[1].is_nan())
         });
-        assert!(sums.iter().all(|sum| sum[0] == 3.0 && sum[1].is_nan()), "{sums:?}");
+        assert!(sums.iter().all(|(sum, _)| sum[0] == 3.0 && sum[1].is_nan()), "{sums:?}");
+        assert_eq!(
+            sums.iter().map(|(_, is_seen)| *is_seen).collect::<Vec<_>>(),
+            [false, true, false],
+            "each rank sees its own"
+        );
     }
 
     /// Bytes that each of four ranks sends for 1000 numbers.
@@ -346,7 +398,8 @@ mod tests {
     #[test]
     fn a_rank_sends_each_number_twice_and_the_ends_of_the_chain_once() {
         let whole = sent(|group| {
-            group.sum_in_order(vec![vec![0.5; 1000], vec![0.25; 1000]]).expect("all ranks are there");
+            let own = [0.5, 0.25].map(|x| in_pieces(&[x; 1000]));
+            group.sum_in_order(own.to_vec(), |_| ()).expect("all ranks are there");
         });
         assert_eq!(whole, [4000, 8000, 8000, 4000]);
     }
@@ -354,7 +407,8 @@ mod tests {
     #[test]
     fn for_parts_a_rank_sends_each_number_once_or_all_but_a_part() {
         let in_order = sent(|group| {
-            group.sum_in_order_by_parts(vec![vec![0.5; 1000]], |_| 0.0).expect("all ranks are there");
+            let own = vec![in_pieces(&[0.5; 1000])];
+            group.sum_in_order_by_parts(own, |_| (), |sum| (sum, 0.0)).expect("all ranks are there");
         });
         // Besides, the number that the last one saw.
         assert!(in_order.iter().zip([4000, 4000, 4000, 3000]).all(|(sent, n)| (n..n + 100).contains(sent)));

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use group::{Group, GroupError};
+use group::{Group, GroupError, Pieces};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -31,8 +31,8 @@ pub struct GradSum {
     reduce: Reduce,
     /// The sum of this rank's micro-batches, where it is the first or the order does not count.
     sum: Grads,
-    /// Otherwise those of each micro-batch, all parameters one behind the other.
-    own: Vec<Vec<f32>>,
+    /// Otherwise those of each micro-batch, a piece for each parameter.
+    own: Vec<Pieces>,
     /// Path and size of each parameter.
     sizes: Vec<(String, usize)>,
     device: Option<Device>,
@@ -50,8 +50,8 @@ impl GradSum {
         if self.group.is_first() || self.reduce == Reduce::Fast {
             self.sum = std::mem::take(&mut self.sum).plus(grads);
         } else {
-            let flat = self.flat(grads);
-            self.own.push(flat);
+            let own = self.on_host(grads);
+            self.own.push(own);
         }
     }
 
@@ -82,12 +82,11 @@ impl GradSum {
         }
         if self.group.is_first() || self.reduce == Reduce::Fast {
             let sum = std::mem::take(&mut self.sum);
-            let flat = self.flat(sum);
-            self.own.push(flat);
+            let own = self.on_host(sum);
+            self.own.push(own);
         }
-        let is_finite = self.own.iter().all(|grads| are_finite(grads));
         let group = self.group.clone();
-        let grads = self.reduced(optimizer)?;
+        let (grads, is_finite) = self.reduced(optimizer)?;
         let norm = optimizer.norm_of(&grads);
         if norm.known().is_some_and(|norm| !norm.is_finite()) && !optimizer.scales_loss() {
             let all = group.gather(is_finite)?;
@@ -98,50 +97,64 @@ impl GradSum {
         Ok(grads.with_norm(norm))
     }
 
-    /// What comes of the exchange.
-    fn reduced(self, optimizer: &AdamW) -> Result<Grads, GroupError> {
+    /// What comes of the exchange, and whether what this rank gave was finite.
+    fn reduced(self, optimizer: &AdamW) -> Result<(Grads, bool), GroupError> {
         let Self { group, reduce, own, sizes, device, .. } = self;
         let device = device.expect("every rank has a micro-batch");
         let places = Places::of(sizes);
         let (n, share) = (places.n(), group.share().of(places.n()));
-        let whole = |sum: &[f32]| Grads::from_flat(places.tensors(0..n, sum, &device));
+        let mut is_finite = true;
+        let look = |numbers: &[f32]| is_finite &= are_finite(numbers);
         let (part, norm) = match (reduce, optimizer.is_shared()) {
-            (Reduce::Ordered, false) => return Ok(whole(&group.sum_in_order(own)?)),
-            (Reduce::Fast, false) => return Ok(whole(&group.sum(only(own))?)),
+            (Reduce::Ordered, false) => {
+                let sum = group.sum_in_order(own, look)?;
+                return Ok((Grads::from_flat(places.of_pieces(sum, &device)), is_finite));
+            }
+            (Reduce::Fast, false) => {
+                let own = only(own, look);
+                let sum = group.sum(own)?;
+                return Ok((Grads::from_flat(places.tensors(0..n, &sum, &device)), is_finite));
+            }
             (Reduce::Ordered, true) => {
                 // As it is without parts: of all at once, and to the bit.
-                let (part, norm) = group.sum_in_order_by_parts(own, |sum| optimizer.norm_of(&whole(sum)).value())?;
+                let measure = |sum| {
+                    let sum = Grads::from_flat(places.of_pieces(sum, &device));
+                    let norm = optimizer.norm_of(&sum).value();
+                    (sum.into_flat().into_values().map(into_numbers).collect::<Vec<_>>().into(), norm)
+                };
+                let (part, norm) = group.sum_in_order_by_parts(own, look, measure)?;
                 let is_known = optimizer.scales_loss() || kernels::is_on_host(&Tensor::<1>::zeros([1], &device));
                 (part, if is_known { GradNorm::Host(norm) } else { on_device(norm, &device) })
             }
             (Reduce::Fast, true) => {
-                let part = group.sum_by_parts(only(own))?;
+                let part = group.sum_by_parts(only(own, look))?;
                 let squares: f64 = part.iter().map(|&x| f64::from(x).powi(2)).sum();
                 (part, GradNorm::Host(group.gather(squares)?.iter().sum::<f64>().sqrt()))
             }
         };
         let part = Grads::from_flat(places.tensors(share, &part, &device));
-        Ok(part.with_norm(norm).into_part_of(places))
+        Ok((part.with_norm(norm).into_part_of(places), is_finite))
     }
 
-    /// All gradients on the host, one parameter behind the other.
-    fn flat(&mut self, grads: Grads) -> Vec<f32> {
+    /// All gradients on the host, without a copy where they are there already.
+    fn on_host(&mut self, grads: Grads) -> Pieces {
         let grads = grads.into_flat();
         self.device = grads.values().next().map(Tensor::device);
-        let mut flat = Vec::with_capacity(grads.values().map(|grad| grad.dims()[0]).sum());
-        self.sizes.clear();
-        for (path, grad) in grads {
-            let data = HostTensor::of(&grad).data;
-            self.sizes.push((path, data.len()));
-            flat.extend(data);
-        }
-        flat
+        self.sizes = grads.iter().map(|(path, grad)| (path.clone(), grad.dims()[0])).collect();
+        grads.into_values().map(into_numbers).collect::<Vec<_>>().into()
     }
 }
 
-/// The sum of a rank whose micro-batches are summed already.
-fn only(own: Vec<Vec<f32>>) -> Vec<f32> {
-    own.into_iter().next().expect("every rank has a micro-batch")
+/// The numbers of a tensor, which nobody else has.
+fn into_numbers(tensor: Tensor<1>) -> Vec<f32> {
+    tensor.into_data().try_into_vec_as::<f32>().expect("the device can be read")
+}
+
+/// The sum of a rank whose micro-batches are summed already, in one piece.
+fn only(own: Vec<Pieces>, look: impl FnMut(&[f32])) -> Vec<f32> {
+    let own = own.into_iter().next().expect("every rank has a micro-batch");
+    own.iter().for_each(look);
+    own.flat()
 }
 
 /// Whether all are; the largest pattern of bits without its sign tells, and is found in one pass.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use group::{Group, GroupError, Share};
+use group::{Group, GroupError, Pieces, Share};
 
 use super::AdamW;
 use crate::named::{self, ParamMapper, ParamVisitor};
@@ -75,6 +75,14 @@ impl Places {
             start += size;
         }
         pieces
+    }
+
+    /// A tensor for each parameter, of the piece in its place.
+    pub(crate) fn of_pieces(&self, pieces: Pieces, device: &Device) -> BTreeMap<String, Tensor<1>> {
+        let tensor = |((path, size), numbers): (&(String, usize), Vec<f32>)| {
+            (path.clone(), Tensor::from_data(TensorData::new(numbers, [*size]), device))
+        };
+        self.sizes.iter().zip(pieces.into_vecs()).map(tensor).collect()
     }
 
     /// `numbers`, those in `range` of all, as a tensor for each parameter or piece of one.
