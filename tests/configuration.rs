@@ -98,3 +98,28 @@ fn a_printed_configuration_reads_back_as_itself() {
     round_trips::<DpoConfig>("dpo.toml");
     round_trips::<RecipeConfig>("recipe.toml");
 }
+
+/// The configuration in the file `name` of two recipes.
+fn both<T: DeserializeOwned + JsonSchema + Serialize + PartialEq + Default>(name: &str) -> [T; 2] {
+    ["tiny", "llama-small"]
+        .map(|recipe| common::config::load(&root().join("configs").join(recipe).join(name), &[]).unwrap())
+}
+
+/// configs/llama-small compares architectures, and may differ from configs/tiny in nothing else than what its README names.
+#[test]
+fn llama_small_is_tiny_but_for_the_model_and_its_learning_rate() {
+    let [tiny, mut llama] = both::<PretrainConfig>("pretrain.toml");
+    assert_ne!(llama.model, tiny.model);
+    llama.model = tiny.model.clone();
+    llama.optimizer.lr = tiny.optimizer.lr;
+    assert_eq!(llama, tiny);
+    let [tiny, llama] = both::<SftConfig>("sft.toml");
+    assert_eq!(llama, tiny);
+    let [tiny, llama] = both::<RewardModelConfig>("reward-model.toml");
+    assert_eq!(llama, tiny);
+    let [tiny, llama] = both::<PpoConfig>("ppo.toml");
+    assert_eq!(llama, tiny);
+    let [mut tiny, llama] = both::<RecipeConfig>("recipe.toml");
+    (tiny.title, tiny.overoptimise) = (llama.title.clone(), None);
+    assert_eq!(llama, tiny);
+}

@@ -5,7 +5,7 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// The names that a training run or a tokenizer writes: a directory of these alone is ours.
-const OUR_FILES: [&str; 16] = [
+const OUR_FILES: [&str; 18] = [
     "config.toml",
     "manifest.json",
     "config.json",
@@ -15,6 +15,8 @@ const OUR_FILES: [&str; 16] = [
     "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
     "metrics.jsonl",
     "samples.jsonl",
     "rollouts.jsonl",
@@ -383,6 +385,16 @@ mod tests {
         assert!(matches!(prepare(&out, false, true, &[&out]), Err(OutDirError::InputInside { .. })));
         prepare(&out, false, true, &[dir.path()]).expect("ours");
         assert_eq!(entry_names(&out).expect("there").len(), 0);
+    }
+
+    #[test]
+    fn chat_templates_in_files_are_part_of_a_checkpoint() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(dir.path().join("additional_chat_templates")).expect("made");
+        for file in ["config.toml", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"] {
+            std::fs::write(dir.path().join(file), "").expect("written");
+        }
+        prepare(dir.path(), false, true, &[]).expect("a run with the tokenizer of a model from elsewhere");
     }
 
     #[test]
