@@ -31,7 +31,7 @@ use crate::reference::{Reference, pair_log_probs};
 /// If configuration, data, the initial model or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = DpoConfig::load(&args.stage)?;
-    config.train.amount().check_ranks(group.size())?;
+    config.train.amount().check_ranks(group.size(), "")?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);

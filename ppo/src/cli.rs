@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use common::cli::{RuntimeArgs, StageArgs, at_least_1};
+use common::score::Ensemble;
 
 use crate::dialect::Dialect;
 
@@ -105,9 +106,14 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub reference: PathBuf,
 
-    /// Checkpoint of the reward model
-    #[arg(long, value_name = "DIR")]
-    pub reward_model: PathBuf,
+    /// Checkpoint of the reward model; repeated, --ensemble says how the scores of all become one
+    #[arg(long, value_name = "DIR", required = true)]
+    pub reward_model: Vec<PathBuf>,
+
+    /// How the scores of several reward models become one: mean, worst or mean-less-variance [default: that of the checkpoint's
+    /// training, else mean]
+    #[arg(long, value_name = "NAME")]
+    pub ensemble: Option<Ensemble>,
 
     /// Prompts (.jsonl, also .gz)
     #[arg(long, value_name = "FILE")]

@@ -450,14 +450,15 @@ impl PpoConfig {
         self.validate_ptx()
     }
 
-    /// The same configuration for a run with `n` reward models, which names how their scores become one.
+    /// The same configuration for a run with `n` reward models, which names how their scores become one. A run that `resumes`
+    /// has to have those that it began with, which is said later.
     ///
     /// # Errors
     /// If it names a way for a single one.
-    pub(crate) fn with_reward_models(mut self, n: usize) -> anyhow::Result<Self> {
+    pub(crate) fn with_reward_models(mut self, n: usize, resumes: bool) -> anyhow::Result<Self> {
         if n > 1 {
             self.ppo.ensemble = Some(self.ppo.ensemble.unwrap_or_default());
-        } else if let Some(ensemble) = self.ppo.ensemble {
+        } else if let Some(ensemble) = self.ppo.ensemble.filter(|_| !resumes) {
             bail!(
                 "`ppo.ensemble` is \"{ensemble}\", but there is one reward model\n\
                  hint: give each with a `--reward-model` of its own, or leave `ppo.ensemble` out"

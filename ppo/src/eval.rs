@@ -7,7 +7,7 @@ use common::config;
 use common::data::records::OnBadRecord;
 use common::exit::UsageError;
 use common::rng::Streams;
-use common::score::{Ensemble, FrozenModels, Prompts, Rollout, Sampling, TooLong};
+use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong};
 use common::stats::{Interval, win};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -83,15 +83,20 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// Lets a policy and its reference answer the same prompts, with the same random numbers, and compares the answers.
 ///
 /// # Errors
-/// If a checkpoint or the prompts cannot be used, or the three models do not share a tokenizer.
+/// If a checkpoint or the prompts cannot be used, or the models do not share a tokenizer.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let opening = args.runtime.opening();
     let open = |dir| checkpoint::init_from(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS);
     let policy = open(&args.checkpoint).context("failed to load the policy")?;
     let reference = open(&args.reference).context("failed to load the reference policy")?;
-    let reward_model = checkpoint::open_reward_model(&args.reward_model, opening, &policy)
-        .context("failed to load the reward model")?;
+    let open = |dir| checkpoint::open_reward_model(dir, opening, &policy);
+    let reward_models: Result<Vec<Checkpoint>, _> = args.reward_model.iter().map(|dir| open(dir)).collect();
+    let reward_models = reward_models.context("failed to load the reward model")?;
     checkpoint::ensure_same_tokenizer(&policy, &reference)?;
+    if let (Some(ensemble), [_]) = (args.ensemble, &args.reward_model[..]) {
+        let message = format!("`--ensemble {ensemble}` needs several reward models: repeat `--reward-model`");
+        return Err(UsageError(message).into());
+    }
     let tokenizer = policy.require_tokenizer()?;
     let trained = ppo_section(&policy)?;
     let temperature = args.temperature.or(trained.as_ref().map(PpoSection::temperature)).unwrap_or(1.0);
@@ -100,17 +105,20 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
         return Err(UsageError(reason).into());
     }
     let max_tokens = args.max_tokens.or(trained.as_ref().map(|ppo| ppo.response_length)).unwrap_or(DEFAULT_MAX_TOKENS);
-    let max_seq_len = [&policy, &reference, &reward_model].map(|model| model.model_config().max_seq_len);
-    let max_seq_len = max_seq_len.into_iter().min().unwrap_or(0);
+    let contexts =
+        [&policy, &reference].into_iter().chain(&reward_models).map(|model| model.model_config().max_seq_len);
+    let max_seq_len = contexts.min().unwrap_or(0);
     let files = std::slice::from_ref(&args.data);
     let prompts = Prompts::read(files, tokenizer, max_seq_len, max_tokens, OnBadRecord::Fail.into(), TooLong::Fail)?;
 
     let runtime = args.runtime.open()?;
+    let mut members = reward_models.iter().map(|model| runtime.scalar(model));
+    let reward_model = members.next().context("no reward model was named")??;
     let frozen = FrozenModels {
         reference: runtime.gpt(&reference)?,
-        reward_model: runtime.scalar(&reward_model)?,
-        further: Vec::new(),
-        ensemble: Ensemble::default(),
+        reward_model,
+        further: members.collect::<Result<_, _>>()?,
+        ensemble: args.ensemble.or(trained.and_then(|ppo| ppo.ensemble)).unwrap_or_default(),
         gold: None,
         batch_size: args.batch_size.get(),
     };

@@ -2,6 +2,7 @@
 
 use common::checkpoint::Checkpoint;
 use common::hf::HostAdapter;
+use common::logging::counted;
 use common::model::params::Output;
 use common::model::{Gpt, LoraConfig, ScalarGpt};
 use common::rng::Streams;
@@ -106,13 +107,16 @@ impl Adapting<'_> {
             tracing::info!("one frozen trunk serves the policy, its reference, the reward model and the value model");
         }
         let n_before = trunks.known.len();
+        let n_adapters = further.iter().filter(|model| model.adapter().is_some()).count();
         let further = further.iter_mut().map(|model| Ok(trunks.reward_model(model)?.0));
         let further = further.collect::<anyhow::Result<Vec<ScalarGpt>>>()?;
-        if !further.is_empty() {
-            tracing::info!(
-                "{} more frozen trunks of adapters for further reward models",
-                trunks.known.len() - n_before
-            );
+        match trunks.known.len() - n_before {
+            0 if n_adapters > 0 => tracing::info!("the further reward models stand on frozen trunks that are there"),
+            0 => {}
+            n => {
+                let trunks = counted(n, "more frozen trunk", "more frozen trunks");
+                tracing::info!("{trunks} for the adapters of further reward models");
+            }
         }
         let policy_optimizer = match &mut restored {
             Some(restored) => restored.optimizer("optimizer", &config.optimizer, training)?,

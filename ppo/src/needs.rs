@@ -1,6 +1,6 @@
 //! Memory that a run needs.
 
-use common::capacity::{self, Lengths, Needs, Ranks, Settings, Trained};
+use common::capacity::{self, Lengths, Needs, Ranks, Settings, TooLarge, Trained};
 use common::checkpoint::Preview;
 use common::group::Group;
 use common::kernels::{Kernels, TrunkPrecision};
@@ -24,14 +24,29 @@ pub(crate) fn check(config: &PpoConfig, args: &TrainArgs, group: &Group, runtime
     let reward_models: Vec<&Preview> = reward_models.iter().collect();
     let ranks = Ranks::gathered(group, config.run.check_memory && runtime.is_on_host())?;
     let kernels = runtime.effective_kernels();
-    capacity::check_run(
+    let (batch_size, settings) = (config.train.batch_size / config.ppo.minibatches, config.memory(runtime.trunk));
+    let of_run = |config: &PpoConfig, lengths: &Lengths, settings| {
+        needs(config, &policy, &reward_models, lengths, kernels, settings)
+    };
+    let checked = capacity::check_run(
         &ranks,
-        config.train.batch_size / config.ppo.minibatches,
-        config.memory(runtime.trunk),
+        batch_size,
+        settings,
         policy.config.max_seq_len,
         || lengths(config, &policy),
-        |lengths, settings| needs(config, &policy, &reward_models, lengths, kernels, settings),
-    )
+        |lengths, settings| of_run(config, lengths, settings),
+    );
+    let too_large = match checked.map_err(anyhow::Error::downcast::<TooLarge>) {
+        Ok(()) => return Ok(()),
+        Err(Err(other)) => return Err(other),
+        Err(Ok(too_large)) => too_large,
+    };
+    let lengths = lengths(config, &policy)?;
+    let fits =
+        |less: &PpoConfig| capacity::check(&ranks, batch_size, settings, |of| of_run(less, &lengths, of)).is_ok();
+    let n_windows = ptx::most_windows(config, fits);
+    let setting = |n| format!("`ptx.batch_size={n}`, which is another training");
+    Err(too_large.or_with(n_windows.map(setting)).into())
 }
 
 /// The lengths of the training prompts.

@@ -122,6 +122,25 @@ pub(crate) fn batches(config: &PpoConfig, context: usize, micro_batch_size: usiz
     Some(((n_windows > 0).then(|| batch(n_windows.div_ceil(n_parts))), batch(micro_batch_size)))
 }
 
+/// The largest `ptx.batch_size` below that of `config` with which a run `fits`; `None` where none does, or nothing is learned
+/// from text.
+pub(crate) fn most_windows(config: &PpoConfig, fits: impl Fn(&PpoConfig) -> bool) -> Option<usize> {
+    let fits = |n: usize| {
+        let mut less = config.clone();
+        less.ptx.iter_mut().for_each(|ptx| ptx.batch_size = Some(n));
+        fits(&less)
+    };
+    let (mut most, mut too_many) = (1, config.n_windows());
+    if too_many < 2 || !fits(most) {
+        return None;
+    }
+    while too_many - most > 1 {
+        let middle = usize::midpoint(most, too_many);
+        if fits(middle) { most = middle } else { too_many = middle }
+    }
+    Some(most)
+}
+
 /// The text of a run.
 #[derive(Debug)]
 pub(crate) struct Text {

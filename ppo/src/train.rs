@@ -41,8 +41,8 @@ const ROLLOUTS_FILE: &str = "rollouts.jsonl";
 /// Whatever stands in the way: configuration, data, models that do not fit together, the output directory, a ratio that
 /// is not 1 before the first update, a loss that is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option<Gold<'_>>) -> anyhow::Result<Outcome> {
-    let config = PpoConfig::load(&args.stage)?.with_reward_models(args.reward_model.len())?;
-    config.minibatch().check_ranks(group.size())?;
+    let config = PpoConfig::load(&args.stage)?.with_reward_models(args.reward_model.len(), args.stage.resume)?;
+    config.minibatch().check_ranks(group.size(), "")?;
     if !group.is_alone() && !config.train.batch_invariant {
         tracing::info!(
             "responses are decoded in other batches than by one process, which may change the last bits of their \
@@ -67,7 +67,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     let training = read(&config.data.train).context("failed to read the training prompts")?;
     let held_out = read(&config.data.val).context("failed to read the held-out prompts")?;
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
-    let tokenising = Tokenising::new(group, interrupt, quiet);
+    let tokenising = Tokenising::new(group, interrupt, quiet).of_section("ptx.data");
     let text = Text::open(&config, tokenizer, initial.model_config().max_seq_len, &tokenising)?;
     let mut parents = vec![("--policy", &initial)];
     parents.extend(reward_models.iter().map(|model| ("--reward-model", model)));

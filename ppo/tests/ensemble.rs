@@ -7,11 +7,13 @@ mod support;
 use std::path::Path;
 
 use common::checkpoint::Stage;
-use common::testing::{byte_tokenizer, save_tiny};
+use common::testing::{byte_tokenizer, run, save_tiny};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use support::{ends_in_the_same_bytes, ends_with_the_same_bytes_after_a_kill, lines, metrics, train, workplace};
+use support::{
+    PROGRAM, ends_in_the_same_bytes, ends_with_the_same_bytes_after_a_kill, lines, metrics, train, workplace,
+};
 
 /// The second and third reward model, beside that of a workplace.
 const FURTHER: [&str; 4] = ["--reward-model", "rm-2", "--reward-model", "rm-3"];
@@ -127,8 +129,33 @@ fn a_checkpoint_records_the_members_and_a_resumed_run_refuses_others() {
         assert_eq!(code, 1, "{members:?}: {stderr}");
         assert!(stderr.contains("cannot resume") && stderr.contains(named), "{members:?}: {stderr}");
     }
+    // Where the ensemble is set, too, it is the reward models that are missing.
+    let (code, _, stderr) = resume(&["--set", "ppo.ensemble=mean"]);
+    assert!(code == 1 && stderr.contains("which is not given now") && !stderr.contains("ppo.ensemble"), "{stderr}");
     let (code, _, stderr) = resume(&FURTHER);
     assert_eq!(code, 0, "{stderr}");
+}
+
+#[test]
+fn an_evaluation_scores_by_the_ensemble_of_the_training_or_of_the_flag() {
+    let dir = with_members();
+    let more = [&FURTHER[..2], &["--set", "train.steps=1", "--set", "ppo.ensemble=worst"]].concat();
+    let (code, _, stderr) = train(dir.path(), "out", &more);
+    assert_eq!(code, 0, "{stderr}");
+    let eval = |more: &[&str]| -> (i32, Value, String) {
+        let args = ["eval", "--checkpoint", "out", "--reference", "sft", "--data", "val.jsonl", "-q"];
+        let (code, stdout, stderr) = run(PROGRAM, &[&args[..], more].concat(), dir.path());
+        (code, serde_json::from_str(&stdout).unwrap_or_default(), stderr)
+    };
+    let score = |more: &[&str]| eval(more).1["score_mean"].as_f64().unwrap();
+    let (rm, rm_2) = (["--reward-model", "rm"], ["--reward-model", "rm-2"]);
+    let both = |flags: &[&str]| score(&[&rm[..], &rm_2, flags].concat());
+    let (one, two) = (score(&rm), score(&rm_2));
+    assert!((both(&["--ensemble", "mean"]) - f64::midpoint(one, two)).abs() < 1e-6);
+    assert_eq!(both(&[]), both(&["--ensemble", "worst"]), "as the checkpoint was trained");
+    assert!(both(&[]) <= one.min(two) && both(&[]) < both(&["--ensemble", "mean"]));
+    let (code, _, stderr) = eval(&[&rm[..], &["--ensemble", "worst"]].concat());
+    assert!(code == 2 && stderr.contains("needs several reward models"), "{stderr}");
 }
 
 #[test]
@@ -137,7 +164,7 @@ fn what_is_no_ensemble_is_an_error_that_says_why() {
     for (more, named) in [
         (&["--set", "ppo.ensemble=worst"][..], "`ppo.ensemble` is \"worst\", but there is one reward model\nhint: "),
         (&["--reward-model", "rm-2", "--set", "ppo.ensemble=median"], "ppo.ensemble=median"),
-        (&["--reward-model", "nowhere"], "failed to load the reward model: "),
+        (&["--reward-model", "nowhere"], "hint: pass the directory that a training command wrote: its `--out`"),
         (&["--reward-model", "sft"], "failed to load the reward model: "),
     ] {
         let (code, _, stderr) = train(dir.path(), "out", more);

@@ -126,6 +126,7 @@ fn text_that_cannot_be_used_is_an_error_that_says_why() {
     let path = |name: &str| dir.path().join(name);
     std::fs::write(path("short.txt"), "no").unwrap();
     std::fs::write(path("blank.txt"), "\n\n").unwrap();
+    std::fs::write(path("bad.jsonl"), "{\"words\": 1}\n").unwrap();
     save_tiny(&path("other"), Stage::Sft, &byte_tokenizer(), 3);
     let with = |sets: &[&str]| -> (i32, String) {
         let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
@@ -141,7 +142,15 @@ fn text_that_cannot_be_used_is_an_error_that_says_why() {
         (&[coef, "ptx.seq_len=8"], &["`ptx.data.train` names no file", "hint: "]),
         (&[coef, "ptx.data.train=nowhere.txt"], &["nowhere.txt"]),
         (&[coef, "ptx.data.train=train.json"], &["train.json"]),
-        (&[coef, "ptx.data.train=blank.txt"], &["blank.txt"]),
+        (&[coef, "ptx.data.train=blank.txt"], &["blank.txt` is empty", "hint: fill it, or leave it out"]),
+        (
+            &[coef, "ptx.data.train=bad.jsonl"],
+            &["bad.jsonl`, line 1: ", "hint: fix the record, or skip such records with `ptx.data.on_bad_record = "],
+        ),
+        (
+            &[coef, "ptx.data.train=bad.jsonl", "ptx.data.max_record_bytes=2"],
+            &["hint: raise `ptx.data.max_record_bytes`, or skip such records with `ptx.data.on_bad_record = "],
+        ),
         (
             &[coef, "ptx.data.train=short.txt", "ptx.data.val=text.val.txt"],
             &["the training text has", "lower `ptx.seq_len`"],
@@ -175,4 +184,12 @@ fn memory_counts_the_windows() {
     let (code, _, stderr) = train(dir.path(), "out", &[&text[..], &huge].concat());
     assert_eq!(code, 1, "{stderr}");
     assert!(stderr.contains("this run needs about") && stderr.contains("GiB of memory"), "{stderr}");
+    // The hint names as many as do fit.
+    let (_, rest) = stderr.split_once("hint: it would fit with `ptx.batch_size=").unwrap();
+    let fitting: usize = rest.split('`').next().unwrap().parse().unwrap();
+    assert!((1..1_000_000).contains(&fitting) && rest.contains("which is another training"), "{stderr}");
+    let fewer = format!("ptx.batch_size={}", fitting / 2);
+    let (code, _, stderr) =
+        train(dir.path(), "out", &[&text[..], &huge, &["--set", &fewer, "--set", "data.train=nowhere.jsonl"]].concat());
+    assert!(code == 1 && stderr.contains("nowhere.jsonl") && !stderr.contains("GiB"), "{stderr}");
 }

@@ -181,7 +181,7 @@ impl HeldOut {
 /// The documents of `files`, one after the other.
 fn documents(files: &[PathBuf], data: &TextConfig) -> impl Iterator<Item = Result<String, DataError>> {
     files.iter().flat_map(|file| {
-        let (texts, error) = match Texts::open(file, &data.separator, data.read_options()) {
+        let (texts, error) = match Texts::open(file, &data.separator, data.read_options("data")) {
             Ok(texts) => (Some(texts), None),
             Err(error) => (None, Some(Err(error))),
         };

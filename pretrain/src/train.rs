@@ -29,7 +29,7 @@ use crate::needs;
 /// If configuration, data or the output directory cannot be used, or a loss is not finite.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = PretrainConfig::load(&args.stage)?;
-    config.train.amount().check_ranks(group.size())?;
+    config.train.amount().check_ranks(group.size(), "")?;
     args.stage.runtime.check_trunk(None)?;
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let runtime = runtime.sharing(group, config.train.shard_optimizer);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::checkpoint::{self, Checkpoint, Stage};
+use common::checkpoint::{self, Checkpoint, Preview, Stage};
 use common::conversation;
 use common::corpus::TextConfig;
 use common::data::files;
@@ -34,6 +34,23 @@ pub fn check(setup: &Setup, due: &[Step]) -> Result<()> {
     Ok(())
 }
 
+/// Checks the configurations and the data of a recipe that is only planned, with a model like `model`: data that no step is
+/// to write has to be there.
+///
+/// # Errors
+/// Naming the step that would fail, and why.
+pub fn check_planned(setup: &Setup, model: &Preview) -> Result<()> {
+    let (context, source) = (model.config.max_seq_len, setup.context_source());
+    // The tokenizer of an earlier run is no more than a guess at the one to come.
+    let tokenizer = model.tokenizer.clone().filter(|_| setup.recipe.config.init.is_some());
+    let checker = Checker { setup, due: &Step::ALL, model: Model { context: Some((context, source)), tokenizer } };
+    for step in setup.recipe.config.steps() {
+        let checked = checker.data(step).and_then(|()| checker.lengths(step));
+        checked.with_context(|| format!("the step `{step}` cannot run"))?;
+    }
+    Ok(())
+}
+
 /// Checks that prompts and answers of the steps `due` fit the context, which takes the tokenizer that was just learned.
 ///
 /// # Errors
@@ -60,7 +77,7 @@ impl Model {
                 .and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
             let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
-                context: Some((model.model_config().max_seq_len, format!("`{}`", init.display()))),
+                context: Some((model.model_config().max_seq_len, setup.context_source())),
                 tokenizer: Some(model.require_tokenizer()?.clone()),
             });
         }
@@ -69,12 +86,12 @@ impl Model {
                 let invalid = || format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display());
                 let model = config.model.resolve(config.tokenizer.vocab_size).with_context(invalid)?;
                 config.seq_len(&model).with_context(invalid)?;
-                Some((model.max_seq_len, "`pretrain.model.max_seq_len`".to_owned()))
+                Some((model.max_seq_len, setup.context_source()))
             }
             // The recipe goes on from what an earlier run of it left.
             None => Checkpoint::open_with(&setup.base(), setup.opening())
                 .ok()
-                .map(|model| (model.model_config().max_seq_len, format!("`{}`", setup.base().display()))),
+                .map(|model| (model.model_config().max_seq_len, setup.context_source())),
         };
         let dir = setup.dir(Step::Tokenizer);
         let is_there = dir.join("tokenizer.json").is_file() && !due.contains(&Step::Tokenizer);
@@ -152,6 +169,8 @@ impl Checker<'_> {
             let path = resolver.resolve(file)?;
             if self.is_there(&path) {
                 all.extend(files::expand(&path)?);
+            } else if path.parent().is_some_and(|dir| same(dir, &self.setup.data_dir())) {
+                check_generated(&path)?;
             }
         }
         Ok(all)
@@ -163,7 +182,7 @@ impl Checker<'_> {
             Step::World => {}
             Step::Tokenizer | Step::Pretrain => {
                 let Some(config) = &self.setup.configs.pretrain else { return Ok(()) };
-                self.texts(step, &config.data)?;
+                self.texts(step, &config.data, "data")?;
             }
             Step::Sft => {
                 let Some(config) = &self.setup.configs.sft else { return Ok(()) };
@@ -189,7 +208,7 @@ impl Checker<'_> {
                     self.labels(step, &file, prompts.len())?;
                 }
                 if let Some(ptx) = self.setup.configs.against_scores(step).and_then(|config| config.ptx.as_ref()) {
-                    self.texts(step, &ptx.data)?;
+                    self.texts(step, &ptx.data, "ptx.data")?;
                 }
             }
         }
@@ -203,9 +222,9 @@ impl Checker<'_> {
     }
 
     /// Every file of text has some.
-    fn texts(&self, step: Step, text: &TextConfig) -> Result<()> {
+    fn texts(&self, step: Step, text: &TextConfig, section: &'static str) -> Result<()> {
         for file in self.files(step, &[&text.train[..], &text.val[..]].concat())? {
-            records::check_texts(&file, &text.separator, text.read_options())?;
+            records::check_texts(&file, &text.separator, text.read_options(section))?;
         }
         Ok(())
     }
@@ -269,6 +288,9 @@ impl Checker<'_> {
     fn lengths(&self, step: Step) -> Result<()> {
         let config = &self.setup.recipe.config;
         let Some((context, source)) = &self.model.context else { return Ok(()) };
+        if let Some(ptx) = self.setup.configs.against_scores(step).and_then(|config| config.ptx.as_ref()) {
+            ptx.seq_len(*context)?;
+        }
         if let Some(tokenizer) = &self.model.tokenizer {
             self.encoded(step, tokenizer, *context)?;
         }
@@ -351,6 +373,21 @@ impl Checker<'_> {
         }
         Ok(())
     }
+}
+
+/// A file that is to be generated has a name that one of them will have.
+fn check_generated(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let is_pattern = name.contains(['*', '?', '[']);
+    let pairs = PairFiles::in_out(Path::new(""));
+    let collected = [&pairs.train, &pairs.val, &pairs.test].map(|file| file.file_name().unwrap_or_default());
+    let is_collected = collected.iter().any(|file| file.to_string_lossy() == name);
+    ensure!(
+        is_pattern || is_collected || toy::FILES.contains(&&*name),
+        "no `{name}` is generated\nhint: the files of the world are {}",
+        toy::FILES.map(|file| format!("`{file}`")).join(", ")
+    );
+    Ok(())
 }
 
 /// Whether two paths, one of them perhaps relative, are the same file's.

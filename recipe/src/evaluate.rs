@@ -253,7 +253,8 @@ impl Evaluator<'_> {
         let evaluation = ppo::evaluate(&ppo::EvalArgs {
             checkpoint: self.setup.dir(stage),
             reference: self.setup.dir(Step::Sft),
-            reward_model: self.setup.dir(Step::RewardModel),
+            reward_model: vec![self.setup.dir(Step::RewardModel)],
+            ensemble: None,
             data: data.to_owned(),
             temperature: Some(self.config.temperature),
             max_tokens: Some(self.config.max_tokens),

@@ -14,6 +14,7 @@ use common::kernels::Kernels;
 use common::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
+use crate::check;
 use crate::cli::PlanArgs;
 use crate::folder::Recipe;
 use crate::setup::Setup;
@@ -27,8 +28,8 @@ const MIB: f64 = (1_u64 << 20) as f64;
 /// Lengths of data are those of its tokens where data and tokenizer are there, and the whole context otherwise.
 ///
 /// # Errors
-/// If the recipe is not valid or a stage has too few micro-batches for the ranks, the initial model cannot be read, or
-/// stdout is closed.
+/// If the recipe is not valid, a step could not run with its data, a stage has too few micro-batches for the ranks, the initial
+/// model cannot be read, or stdout is closed.
 pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
     let recipe = Recipe::open(&args.recipe, &out, args.data.as_deref(), &args.changes.all()?, None)?;
@@ -36,7 +37,9 @@ pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let runtime = args.runtime.open()?;
     training::check_ranks(&setup, &setup.recipe.config.stages(), args.ranks.get())?;
     let ranks = Ranks::on_this_machine(args.ranks.get());
-    let stages = Planner::open(setup, runtime.effective_kernels())?.stages(ranks.shares())?;
+    let planner = Planner::open(setup, runtime.effective_kernels())?;
+    check::check_planned(&planner.setup, &planner.model)?;
+    let stages = planner.stages(ranks.shares())?;
     let ranks = runtime.is_on_host().then_some(ranks);
     if args.json {
         let stages: Map<_, _> = stages.iter().map(|stage| (stage.step.name().to_owned(), stage.to_json())).collect();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use common::checkpoint::{Manifest, Opening};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
@@ -54,7 +54,7 @@ impl StageConfigs {
                 Step::RewardModel => {
                     configs.reward_model = Some(load(recipe, step, &overrides, RewardModelConfig::validate)?);
                 }
-                Step::Ppo => configs.ppo = Some(load(recipe, step, &overrides, PpoConfig::validate)?),
+                Step::Ppo => configs.ppo = Some(load(recipe, step, &overrides, validate_ppo)?),
                 Step::Rloo => configs.rloo = Some(load(recipe, step, &overrides, validate_rloo)?),
                 Step::Dpo => configs.dpo = Some(load(recipe, step, &overrides, DpoConfig::validate)?),
                 _ => {}
@@ -95,9 +95,21 @@ fn load<T: Configuration + Default>(
     Ok(config)
 }
 
+/// A recipe has one reward model.
+fn validate_ppo(config: &PpoConfig) -> Result<()> {
+    config.validate()?;
+    if let Some(ensemble) = config.ppo.ensemble {
+        bail!(
+            "`ppo.ensemble` is \"{ensemble}\", but a recipe trains one reward model\n\
+             hint: leave it out, or run `ppo train` with a `--reward-model` for each"
+        );
+    }
+    Ok(())
+}
+
 /// PPO with a value model is the stage `ppo`.
 fn validate_rloo(config: &PpoConfig) -> Result<()> {
-    config.validate()?;
+    validate_ppo(config)?;
     ensure!(
         config.ppo.estimator != Estimator::Gae,
         "`ppo.estimator` is \"gae\", which is the stage `ppo`; expected \"rloo\" or \"grpo\""
@@ -197,6 +209,15 @@ impl Setup {
             .clone()
             .filter(|_| !config.stages().contains(&Step::Pretrain))
             .unwrap_or_else(|| self.dir(Step::Pretrain))
+    }
+
+    /// What decides the context of the models, as a message names it.
+    pub fn context_source(&self) -> String {
+        match (&self.recipe.config.init, &self.configs.pretrain) {
+            (Some(init), _) => format!("`{}`", init.display()),
+            (None, Some(_)) => "`pretrain.model.max_seq_len`".to_owned(),
+            (None, None) => format!("`{}`", self.base().display()),
+        }
     }
 
     /// Whether there is a language model from before SFT to compare with.

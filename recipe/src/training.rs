@@ -43,7 +43,7 @@ pub(crate) fn check_ranks(setup: &Setup, due: &[Step], n_ranks: usize) -> Result
     ];
     for (step, amount) in amounts.into_iter().filter(|(step, _)| due.contains(step)) {
         if let Some(amount) = amount {
-            amount.check_ranks(n_ranks).with_context(|| format!("the step `{step}`"))?;
+            amount.check_ranks(n_ranks, &format!("{step}.")).with_context(|| format!("the step `{step}`"))?;
         }
     }
     Ok(())

@@ -57,6 +57,60 @@ fn numbers_that_do_not_fit_together_are_refused() {
     assert!(error.contains("cuda"), "{error}");
 }
 
+/// What `recipe run` and `recipe plan` both say of a recipe that cannot run.
+#[track_caller]
+fn refused_by_both(lab: &Lab, sets: &[&str]) -> String {
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let error = refused(lab, &sets);
+    let data: &[&str] = if lab.path("data").exists() { &["--data", "data"] } else { &[] };
+    let planned = lab.program(&[&["plan", "micro", "--out", "out"][..], &sets, data].concat()).output().unwrap();
+    let said = String::from_utf8(planned.stderr).unwrap();
+    assert_eq!((planned.status.code(), planned.stdout.as_slice()), (Some(1), &b""[..]), "{said}");
+    let reason = |text: &str| text.lines().find(|line| line.starts_with("error: ")).map(str::to_owned);
+    assert_eq!(reason(&said), reason(&error));
+    error
+}
+
+#[test]
+fn text_and_ensemble_of_a_later_step_are_checked_before_the_first() {
+    let text = "ppo.ptx.data.train=$DATA/pretrain.train.txt";
+    for (sets, reason) in [
+        (&["ppo.ppo.ensemble=worst"][..], "`ppo.ensemble` is \"worst\", but a recipe trains one reward model\nhint: "),
+        (&[text, "ppo.ptx.seq_len=257"], "cannot run: `ptx.seq_len` 257 exceeds the policy's context of 256"),
+        (&[text, "ppo.ptx.data.val=nowhere.txt"], "nowhere.txt"),
+        (&["ppo.ptx.data.train=$DATA/pretrian.txt"], "pretrian.txt"),
+        (&["ppo.ptx.data.train=blank.txt"], "blank.txt` is empty\nhint: "),
+        (&["ppo.ptx.data.train=bad.jsonl"], "or skip such records with `ptx.data.on_bad_record = "),
+        (&["ppo.data.val=nowhere.jsonl"], "nowhere.jsonl"),
+        (&["ppo.data.val=$DATA/prompts.vla.jsonl"], "prompts.vla.jsonl"),
+        (&["sft.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    ] {
+        for lab in [Lab::new(), Lab::with_own_data(RECIPE)] {
+            lab.write("micro/blank.txt", "\n");
+            lab.write("micro/bad.jsonl", "{\"words\": 1}\n");
+            let error = refused_by_both(&lab, sets);
+            assert!(error.contains(reason), "{sets:?}: {error}");
+        }
+    }
+    // What is to be generated need not be there yet, nor what is to be collected.
+    let lab = Lab::new();
+    let good = ["--set", text, "--set", "ppo.ptx.seq_len=256", "--set", "ppo.ppo.ptx_coef=1"];
+    let planned = lab.program(&[&["plan", "micro"][..], &good].concat()).output().unwrap();
+    assert!(planned.status.success(), "{}", String::from_utf8_lossy(&planned.stderr));
+}
+
+#[test]
+fn too_few_micro_batches_for_the_ranks_name_the_stage_and_its_key() {
+    let lab = Lab::new();
+    let planned = lab.program(&["plan", "micro", "--ranks", "2"]).output().unwrap();
+    let said = String::from_utf8(planned.stderr).unwrap();
+    assert_eq!(planned.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("the step `pretrain`: ") && said.contains("`pretrain.train.micro_batch_size` to 1"),
+        "{said}"
+    );
+}
+
 #[test]
 fn records_of_every_stage_are_read_before_the_first() {
     for (file, record, step, reason) in [

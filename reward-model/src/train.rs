@@ -39,7 +39,7 @@ use crate::normalisation::{Normalisation, score_samples};
 /// cannot be normalised.
 pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::Result<Outcome> {
     let config = RewardModelConfig::load(&args.stage)?;
-    config.train.amount().check_ranks(group.size())?;
+    config.train.amount().check_ranks(group.size(), "")?;
     args.stage.runtime.check_trunk(config.lora.as_ref())?;
     let plain = args.stage.runtime.open()?;
     let runtime = plain.training(config.train.checkpoint_activations);

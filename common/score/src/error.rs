@@ -80,6 +80,14 @@ pub enum ScoreError {
     /// A score is NaN or infinite.
     #[error("a score is not finite: the reward model's weights have diverged")]
     NotFinite,
+    /// The score of one of several reward models is NaN or infinite.
+    #[error("a score is not finite: the weights of reward model {number} of {n} have diverged")]
+    MemberNotFinite {
+        /// Its number in the order they were given in, from 1.
+        number: usize,
+        /// How many there are.
+        n: usize,
+    },
 }
 
 impl From<TensorReadError> for ScoreError {

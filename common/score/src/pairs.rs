@@ -175,13 +175,11 @@ pub fn score_pairs(
 ) -> Result<Vec<[f32; 2]>, ScoreError> {
     let rows: Vec<&[u32]> = pairs.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
     let own = score_share_of_rows(model, &rows, batch_size, group.share())?;
-    let scores = finite(group.in_order(own)?)?;
+    let scores = group.in_order(own)?;
+    if scores.iter().any(|score| !score.is_finite()) {
+        return Err(ScoreError::NotFinite);
+    }
     Ok(scores.chunks_exact(2).map(|of_pair| [of_pair[0], of_pair[1]]).collect())
-}
-
-/// `scores`, if all of them are finite.
-pub(crate) fn finite(scores: Vec<f32>) -> Result<Vec<f32>, ScoreError> {
-    if scores.iter().all(|score| score.is_finite()) { Ok(scores) } else { Err(ScoreError::NotFinite) }
 }
 
 /// A reward model's agreement with labelled pairs.

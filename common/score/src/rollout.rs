@@ -4,7 +4,6 @@ use group::Group;
 use model::{Gpt, ScalarGpt};
 
 use crate::kl::k1;
-use crate::pairs::finite;
 use crate::rows::{score_rows, score_share_of_rows};
 use crate::{EncodedPrompt, Ensemble, Response, ScoreError, log_probs, of_share_of_responses, spread};
 
@@ -114,8 +113,9 @@ impl FrozenModels<'_> {
             || members.iter().map(of_member).collect::<Result<Vec<_>, _>>(),
         );
         let ref_log_probs = group.in_order(ref_log_probs?)?;
-        let by_member: Vec<Vec<f32>> =
-            scores?.into_iter().map(|own| finite(group.in_order(own)?)).collect::<Result<_, _>>()?;
+        let by_member = scores?.into_iter().map(|own| Ok(group.in_order(own)?));
+        let by_member = by_member.collect::<Result<Vec<Vec<f32>>, ScoreError>>()?;
+        check_finite(&by_member)?;
         let scored = prompts.iter().zip(responses).zip(self.combined(&by_member)).zip(ref_log_probs);
         Ok(scored
             .map(|(((prompt, response), (score, member_scores)), ref_log_probs)| Rollout {
@@ -161,6 +161,15 @@ impl FrozenModels<'_> {
         };
         (0..by_member.first().map_or(0, Vec::len)).map(of_response).collect()
     }
+}
+
+/// Every score of every member is a number.
+fn check_finite(by_member: &[Vec<f32>]) -> Result<(), ScoreError> {
+    let Some(i) = by_member.iter().position(|scores| scores.iter().any(|score| !score.is_finite())) else {
+        return Ok(());
+    };
+    let n = by_member.len();
+    Err(if n == 1 { ScoreError::NotFinite } else { ScoreError::MemberNotFinite { number: i + 1, n } })
 }
 
 #[cfg(test)]
@@ -282,6 +291,13 @@ mod tests {
         let frozen = frozen(&tokenizer, f64::NAN, None);
         let sampling = Sampling::new(1.0, 4, Streams::new(1), &tokenizer, 0);
         let responses = sampling.answer(&frozen.reference, &prompts(), 0).unwrap();
-        assert!(matches!(frozen.rollouts(&prompts(), responses, 1.0), Err(ScoreError::NotFinite)));
+        assert!(matches!(frozen.rollouts(&prompts(), responses.clone(), 1.0), Err(ScoreError::NotFinite)));
+        // Of several, the one whose score it is.
+        let sound = frozen.reward_model.clone().with_score_bias(0.0);
+        let further = vec![frozen.reward_model.clone()];
+        let two = FrozenModels { reward_model: sound, further, ..frozen };
+        let error = two.rollouts(&prompts(), responses, 1.0).unwrap_err();
+        assert!(matches!(error, ScoreError::MemberNotFinite { number: 2, n: 2 }));
+        assert!(error.to_string().contains("reward model 2 of 2"), "{error}");
     }
 }

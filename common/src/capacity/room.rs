@@ -177,6 +177,7 @@ pub fn check(
         available: pool.available,
         settings,
         would_fit,
+        or_with: None,
         at: (ranks.shares.len() > 1).then(|| Box::new(Place { ranks: pool.ranks.clone(), host: pool.host.clone() })),
     })
 }
@@ -194,6 +195,8 @@ pub struct TooLarge {
     settings: Settings,
     /// Settings with which it would fit.
     would_fit: Vec<Settings>,
+    /// A setting of the stage's own with which it would fit too, and what it costs.
+    or_with: Option<String>,
     /// Where there are several ranks.
     at: Option<Box<Place>>,
 }
@@ -208,6 +211,12 @@ struct Place {
 }
 
 impl TooLarge {
+    /// The same error, whose hint also names `setting`, with which the run would fit.
+    #[must_use]
+    pub fn or_with(self, setting: Option<String>) -> Self {
+        Self { or_with: setting, ..self }
+    }
+
     /// The sentence's beginning.
     fn who(&self) -> String {
         let Some(place) = &self.at else { return "this run needs".to_owned() };
@@ -241,7 +250,7 @@ impl TooLarge {
                 .then(|| "`train.checkpoint_activations=true`".to_owned());
             shards.into_iter().chain(micro).chain(checkpoints).collect::<Vec<_>>().join(" and ")
         };
-        let fitting: Vec<String> = self.would_fit.iter().map(named).collect();
+        let fitting: Vec<String> = self.would_fit.iter().map(named).chain(self.or_with.clone()).collect();
         let instead = if !fitting.is_empty() {
             format!("it would fit with {}", fitting.join(", or with "))
         } else if self.at.is_some() {

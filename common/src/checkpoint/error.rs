@@ -12,7 +12,7 @@ use crate::tokenizer::TokenizerError;
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// No such directory.
-    #[error("no checkpoint at `{}`: there is no such directory", dir.display())]
+    #[error("no checkpoint at `{}`: there is no such directory\nhint: pass the directory that a training command wrote: its `--out`", dir.display())]
     NoDirectory {
         /// The directory.
         dir: PathBuf,

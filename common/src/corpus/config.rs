@@ -79,8 +79,9 @@ impl TextConfig {
         vec![("data.train", &mut self.train), ("data.val", &mut self.val)]
     }
 
-    /// How the documents of the files are read.
-    pub fn read_options(&self) -> ReadOptions {
-        ReadOptions { on_bad_record: self.on_bad_record, max_record_bytes: self.max_record_bytes, configured: true }
+    /// How the documents of the files are read; `section` is where this stands in the configuration.
+    pub fn read_options(&self, section: &'static str) -> ReadOptions {
+        let Self { on_bad_record, max_record_bytes, .. } = *self;
+        ReadOptions { on_bad_record, max_record_bytes, section: Some(section) }
     }
 }

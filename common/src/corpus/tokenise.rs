@@ -31,6 +31,8 @@ pub struct Tokenising<'a> {
     interrupt: Interrupt,
     /// Whether no progress is shown.
     quiet: bool,
+    /// The section of the configuration that names the text.
+    section: &'static str,
 }
 
 /// The ranks that see one cache folder, from the point of view of one of them.
@@ -46,7 +48,13 @@ struct Peers {
 impl<'a> Tokenising<'a> {
     /// Into the usual cache by `group`.
     pub fn new(group: &'a Group, interrupt: Interrupt, quiet: bool) -> Self {
-        Self { cache: Cache::usual(), group, interrupt, quiet }
+        Self { cache: Cache::usual(), group, interrupt, quiet, section: "data" }
+    }
+
+    /// Of the text that another section than `data` of the configuration names, for what errors say.
+    #[must_use]
+    pub fn of_section(self, section: &'static str) -> Self {
+        Self { section, ..self }
     }
 
     /// By this process alone, which nobody stops but by killing it.
@@ -61,8 +69,10 @@ impl<'a> Tokenising<'a> {
     /// was asked to stop; parts that were finished are kept.
     pub fn parts(&self, files: &[PathBuf], data: &TextConfig, tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<Part>>> {
         let sha256 = tokenizer.sha256();
-        let sources: Vec<ShardSource<'_>> =
-            files.iter().map(|file| source_of(file, data, tokenizer, &sha256)).collect::<Result<_, _>>()?;
+        let sources: Vec<ShardSource<'_>> = files
+            .iter()
+            .map(|file| source_of(file, data, self.section, tokenizer, &sha256))
+            .collect::<Result<_, _>>()?;
         let peers = self.peers()?;
         // One of them looks, and the others take its word: a network file system may go on denying a file for a while that
         // was looked for before it was there.
@@ -159,6 +169,7 @@ impl<'a> Tokenising<'a> {
 fn source_of<'a>(
     file: &'a Path,
     data: &'a TextConfig,
+    section: &'static str,
     tokenizer: &Tokenizer,
     tokenizer_sha256: &'a str,
 ) -> Result<ShardSource<'a>, DataError> {
@@ -167,7 +178,7 @@ fn source_of<'a>(
         stamp: Stamp::of(file)?,
         sha256: file_sha256(file)?,
         separator: &data.separator,
-        options: data.read_options(),
+        options: data.read_options(section),
         begin: if data.document_bos { tokenizer.bos() } else { None },
         tokenizer_sha256,
         vocab_size: tokenizer.vocab_size(),
@@ -350,7 +361,8 @@ mod tests {
         let cache = Cache::new(dir.path().join("cache")).with_part_bytes(PART_BYTES);
         cache.prepare().unwrap();
         let tokenizer = byte_tokenizer();
-        let sources: Vec<_> = data.train.iter().map(|file| source_of(file, &data, &tokenizer, "t").unwrap()).collect();
+        let sources: Vec<_> =
+            data.train.iter().map(|file| source_of(file, &data, "data", &tokenizer, "t").unwrap()).collect();
         let mut n_made = Vec::new();
         for index in 0..2 {
             let mut work = Work::new(&cache, Peers { index, size: 2, first: 0 }, sources.iter().collect());

@@ -165,7 +165,11 @@ impl<L> DataConfig<L> {
 
     /// How the records of the files are read.
     pub fn read_options(&self) -> ReadOptions {
-        ReadOptions { on_bad_record: self.on_bad_record, max_record_bytes: self.max_record_bytes, configured: true }
+        ReadOptions {
+            on_bad_record: self.on_bad_record,
+            max_record_bytes: self.max_record_bytes,
+            section: Some("data"),
+        }
     }
 }
 

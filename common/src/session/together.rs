@@ -87,11 +87,12 @@ fn in_group(group: &Group, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow:
 }
 
 impl Amount {
-    /// Checks that each of so many ranks has a micro-batch to compute in each step.
+    /// Checks that each of so many ranks has a micro-batch to compute in each step. A key that an error names begins with
+    /// `prefix`: a recipe has one of that name for every stage.
     ///
     /// # Errors
     /// If there are fewer micro-batches.
-    pub fn check_ranks(&self, ranks: usize) -> anyhow::Result<()> {
+    pub fn check_ranks(&self, ranks: usize, prefix: &str) -> anyhow::Result<()> {
         let (micro, batch_size) = (self.micro(), self.batch_size);
         let n = batch_size / micro;
         let hint = if batch_size < ranks {
@@ -99,7 +100,7 @@ impl Amount {
         } else {
             let most = (1..=batch_size / ranks).rev().find(|&most| batch_size.is_multiple_of(most)).unwrap_or(1);
             format!(
-                "set `train.micro_batch_size` to {most} or less; the sums do not depend on the number of processes, but on this"
+                "set `{prefix}train.micro_batch_size` to {most} or less; the sums do not depend on the number of processes, but on this"
             )
         };
         ensure!(
@@ -169,14 +170,14 @@ mod tests {
     #[test]
     fn more_processes_than_micro_batches_are_refused_with_a_size_that_fits() {
         let amount = Amount { epochs: None, steps: Some(1), batch_size: 8, micro_batch_size: Some(4) };
-        let says = amount.check_ranks(3).expect_err("two micro-batches for three").to_string();
+        let says = amount.check_ranks(3, "").expect_err("two micro-batches for three").to_string();
         assert!(says.contains("too little for 3 processes") && says.contains("to 2 or less"), "{says}");
-        assert!(amount.check_ranks(2).is_ok());
+        assert!(amount.check_ranks(2, "").is_ok());
         let amount = Amount { batch_size: 32, micro_batch_size: None, ..amount };
-        let says = amount.check_ranks(3).expect_err("one micro-batch for three").to_string();
+        let says = amount.check_ranks(3, "").expect_err("one micro-batch for three").to_string();
         assert!(says.contains("to 8 or less"), "10 does not divide the batch: {says}");
         let amount = Amount { batch_size: 8, ..amount };
-        let says = amount.check_ranks(9).expect_err("two micro-batches for nine").to_string();
+        let says = amount.check_ranks(9, "").expect_err("two micro-batches for nine").to_string();
         assert!(says.ends_with("hint: start 8 at most, or choose a larger batch, which is another training"), "{says}");
     }
 

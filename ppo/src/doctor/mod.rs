@@ -276,7 +276,7 @@ impl Examination<'_> {
         let temperature = self.config.ppo.temperature();
         let rollouts = match frozen.rollouts(&chosen, responses, temperature) {
             Ok(rollouts) => rollouts,
-            Err(error @ ScoreError::NotFinite) => {
+            Err(error @ (ScoreError::NotFinite | ScoreError::MemberNotFinite { .. })) => {
                 self.failed(&about::SCORE_SCALE, error);
                 return Ok(Vec::new());
             }

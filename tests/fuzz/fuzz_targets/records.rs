@@ -89,7 +89,7 @@ fuzz_target!(|data: &[u8]| {
     let options = ReadOptions {
         on_bad_record: if choices[1] % 2 == 0 { OnBadRecord::Fail } else { OnBadRecord::Skip },
         max_record_bytes: RecordLimit::new(LIMITS[choice(2, LIMITS.len())]).expect("not 0"),
-        configured: choices[1] % 4 < 2,
+        section: (choices[1] % 4 < 2).then_some("data"),
     };
     let separator = Separator::from(SEPARATORS[choice(1, 20) / 4].to_owned());
     let path = file(&format!("data{ending}"));

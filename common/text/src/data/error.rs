@@ -66,12 +66,12 @@ pub enum DataError {
         /// The fault.
         reason: String,
         /// The remedy.
-        hint: &'static str,
+        hint: String,
     },
     /// A file unpacks to far more than its own size.
     #[error(
         "`{path}` unpacks to more than {factor} times its size, as a file made to fill the memory does\n\
-         hint: if you trust it, unpack it or raise `data.max_record_bytes`",
+         hint: if you trust it, unpack it or raise `{section}.max_record_bytes`",
         path = path.display()
     )]
     Expands {
@@ -79,9 +79,11 @@ pub enum DataError {
         path: PathBuf,
         /// The ratio that is allowed.
         factor: u64,
+        /// The section of the configuration that says so.
+        section: &'static str,
     },
     /// The file has no record.
-    #[error("`{path}` is empty", path = .0.display())]
+    #[error("`{path}` is empty\nhint: fill it, or leave it out", path = .0.display())]
     Empty(PathBuf),
     /// Every record of the file is malformed.
     #[error("all {n_skipped} records of `{path}` are bad; the first: {reason}", path = path.display())]

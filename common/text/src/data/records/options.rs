@@ -49,8 +49,8 @@ pub struct ReadOptions {
     pub on_bad_record: OnBadRecord,
     /// The longest record that is read.
     pub max_record_bytes: RecordLimit,
-    /// Whether the keys `data.on_bad_record` and `data.max_record_bytes` decide the two: hints name them only then.
-    pub configured: bool,
+    /// The section of a configuration whose keys decide the two, as `data`: hints name them only then.
+    pub section: Option<&'static str>,
 }
 
 impl From<OnBadRecord> for ReadOptions {

@@ -67,7 +67,7 @@ impl Source {
             },
             max_piece: usize::try_from(options.max_record_bytes.bytes()).unwrap_or(usize::MAX - 1),
             n_read,
-            expansion: Expansion::new(path, len, options.max_record_bytes),
+            expansion: Expansion::new(path, len, options),
             line: 1,
         })
     }

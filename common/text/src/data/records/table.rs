@@ -63,7 +63,7 @@ impl TextColumn {
             row: 0,
             max_bytes: options.max_record_bytes.bytes(),
             tally: Tally::new(path, "row", options),
-            expansion: Expansion::new(path, file_len, options.max_record_bytes),
+            expansion: Expansion::new(path, file_len, options),
         })
     }
 

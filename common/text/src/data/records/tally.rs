@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{OnBadRecord, ReadOptions, RecordLimit};
+use super::{OnBadRecord, ReadOptions};
 use crate::data::DataError;
 
 /// How many times the file's own size its content may have: no honest text or table is packed so well.
@@ -32,6 +32,11 @@ impl Tally {
         Self { path: path.to_owned(), unit, options, summary: Summary::default(), first: None }
     }
 
+    /// The section of the configuration that says how the file is read.
+    pub(super) fn section(&self) -> &'static str {
+        self.options.section.unwrap_or("data")
+    }
+
     /// Counts a well-formed record.
     pub(super) fn good(&mut self) {
         self.summary.n_records += 1;
@@ -39,27 +44,32 @@ impl Tally {
 
     /// Counts a malformed record, or fails if such records are not to be skipped.
     pub(super) fn bad(&mut self, number: usize, reason: String) -> Result<(), DataError> {
-        let remedy = if self.options.configured {
-            "fix the record, or skip such records with `data.on_bad_record = \"skip\"`"
-        } else {
-            "fix the record"
-        };
-        self.refuse(number, reason, remedy)
+        self.refuse(number, reason, |section| match section {
+            Some(section) => format!("fix the record, or skip such records with `{section}.on_bad_record = \"skip\"`"),
+            None => "fix the record".to_owned(),
+        })
     }
 
     /// Counts a record above the limit, or fails.
     pub(super) fn too_long(&mut self, number: usize) -> Result<(), DataError> {
         let reason = format!("it is longer than the limit of {} bytes", self.options.max_record_bytes.bytes());
-        let remedy = if self.options.configured {
-            "raise `data.max_record_bytes`, or skip such records with `data.on_bad_record = \"skip\"`"
-        } else {
-            "split the record"
-        };
-        self.refuse(number, reason, remedy)
+        self.refuse(number, reason, |section| match section {
+            Some(section) => format!(
+                "raise `{section}.max_record_bytes`, or skip such records with `{section}.on_bad_record = \"skip\"`"
+            ),
+            None => "split the record".to_owned(),
+        })
     }
 
-    fn refuse(&mut self, number: usize, reason: String, hint: &'static str) -> Result<(), DataError> {
+    /// `hint` is told the section of the configuration that says what becomes of such records.
+    fn refuse(
+        &mut self,
+        number: usize,
+        reason: String,
+        hint: impl FnOnce(Option<&'static str>) -> String,
+    ) -> Result<(), DataError> {
         if self.options.on_bad_record == OnBadRecord::Fail {
+            let hint = hint(self.options.section);
             return Err(DataError::BadRecord { path: self.path.clone(), unit: self.unit, number, reason, hint });
         }
         self.summary.n_skipped += 1;
@@ -89,15 +99,17 @@ pub(super) struct Expansion {
     path: PathBuf,
     allowed: u64,
     total: u64,
+    section: &'static str,
 }
 
 impl Expansion {
     /// For a file of `file_len` bytes, which may also hold one record of the longest length.
-    pub(super) fn new(path: &Path, file_len: u64, limit: RecordLimit) -> Self {
+    pub(super) fn new(path: &Path, file_len: u64, options: ReadOptions) -> Self {
         Self {
             path: path.to_owned(),
-            allowed: file_len.saturating_mul(MAX_EXPANSION).saturating_add(limit.bytes()),
+            allowed: file_len.saturating_mul(MAX_EXPANSION).saturating_add(options.max_record_bytes.bytes()),
             total: 0,
+            section: options.section.unwrap_or("data"),
         }
     }
 
@@ -105,7 +117,7 @@ impl Expansion {
     pub(super) fn add(&mut self, n: u64) -> Result<(), DataError> {
         self.total = self.total.saturating_add(n);
         if self.total > self.allowed {
-            return Err(DataError::Expands { path: self.path.clone(), factor: MAX_EXPANSION });
+            return Err(DataError::Expands { path: self.path.clone(), factor: MAX_EXPANSION, section: self.section });
         }
         Ok(())
     }

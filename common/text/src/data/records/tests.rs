@@ -385,8 +385,9 @@ fn hints_name_only_keys_that_the_reader_has() {
     let path = scratch.file("a.jsonl", "{}");
     let by_flag = read_prompts(&path, FAIL).unwrap_err().to_string();
     assert!(by_flag.ends_with("\nhint: fix the record"), "{by_flag}");
-    let configured = read_prompts(&path, ReadOptions { configured: true, ..FAIL.into() }).unwrap_err().to_string();
-    assert!(configured.ends_with("fix the record, or skip such records with `data.on_bad_record = \"skip\"`"));
+    let configured =
+        read_prompts(&path, ReadOptions { section: Some("ptx.data"), ..FAIL.into() }).unwrap_err().to_string();
+    assert!(configured.ends_with("fix the record, or skip such records with `ptx.data.on_bad_record = \"skip\"`"));
 }
 
 #[test]

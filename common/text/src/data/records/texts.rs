@@ -195,9 +195,10 @@ impl Plain {
     fn unused_separator(&self) -> Option<String> {
         match &self.separator {
             Separator::Text(mark) if self.n_marks == 0 => Some(format!(
-                "the separator {mark:?} does not occur in `{}`: the file is one document\nhint: `data.separator` is \
+                "the separator {mark:?} does not occur in `{}`: the file is one document\nhint: `{}.separator` is \
                  \"blank-line\", \"line\", \"none\" or a text that stands between documents",
-                self.path.display()
+                self.path.display(),
+                self.tally.section()
             )),
             _ => None,
         }

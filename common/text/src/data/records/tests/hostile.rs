@@ -20,7 +20,7 @@ const READERS: [(&str, Reader); 5] = [
 ];
 
 fn limited(bytes: u64) -> ReadOptions {
-    ReadOptions { max_record_bytes: RecordLimit::new(bytes).unwrap(), configured: true, ..FAIL.into() }
+    ReadOptions { max_record_bytes: RecordLimit::new(bytes).unwrap(), section: Some("data"), ..FAIL.into() }
 }
 
 #[test]
