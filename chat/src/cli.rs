@@ -271,6 +271,12 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
 }
 
+/// Parses a seed. A negative one stands for the number with the same bits, here as in requests to `chat serve`.
+fn seed(text: &str) -> Result<u64, String> {
+    let found = text.parse::<u64>().or_else(|_| text.parse::<i64>().map(i64::cast_unsigned));
+    found.map_err(|_| format!("expected a whole number of 64 bits, from {} to {}", i64::MIN, u64::MAX))
+}
+
 /// A choice of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
@@ -315,8 +321,8 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "L", allow_negative_numbers = true)]
     pub length_penalty: Option<f64>,
 
-    /// Random seed: the same seed gives the same answers
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    /// Random seed, any whole number of 64 bits: the same seed gives the same answers
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = seed)]
     pub seed: u64,
 
     /// Text at which the answer ends, itself left out (repeatable)
@@ -431,6 +437,18 @@ mod tests {
         assert_eq!(parse("runs/a=b/sft"), Ok(("sft".to_owned(), PathBuf::from("runs/a=b/sft"))));
         for wrong in ["=runs/sft", "two words=runs/sft", "a\nb=runs/sft", ""] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_seed_is_any_whole_number_of_64_bits() {
+        for (text, expected) in
+            [("7", 7), ("-1", u64::MAX), ("-9223372036854775808", 1 << 63), ("18446744073709551615", u64::MAX)]
+        {
+            assert_eq!(sampling(&["--seed", text]).seed, expected);
+        }
+        for wrong in ["1.5", "18446744073709551616", "-9223372036854775809", "x", ""] {
+            assert!(seed(wrong).is_err_and(|error| error.starts_with("expected a whole number of 64 bits")), "{wrong}");
         }
     }
 

@@ -26,7 +26,10 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
     let (flag, n) = args.best_of.map_or(("--num-samples", args.num_samples), |n| ("--best-of", n));
     if n > 1 && !args.sampling.is_random() {
-        let message = format!("`{flag} {n}` needs sampling: beams and temperature 0 have one answer");
+        let message = format!(
+            "`{flag} {n}` needs sampling: beams and temperature 0 have one answer\n\
+             hint: leave out `--beams` and set `--temperature` above 0, or leave out `{flag}`"
+        );
         return Err(UsageError(message).into());
     }
     let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
@@ -34,9 +37,7 @@ fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
         let message = format!("`--ensemble {ensemble}` needs several reward models: repeat `--reward-model`");
         return Err(UsageError(message).into());
     }
-    let judge = (!args.reward_model.is_empty())
-        .then(|| Judge::load(&args.reward_model, args.ensemble.unwrap_or_default(), &model, &args.runtime))
-        .transpose();
+    let judge = (!args.reward_model.is_empty()).then(|| Judge::load(args, &model)).transpose();
     let judge = judge.context("failed to load the reward model")?;
     let prompt = read_prompt(&args.prompt)?;
     let ids = if args.raw { encode_raw(&model, &prompt)? } else { encode_chat(&model, args, prompt)? };

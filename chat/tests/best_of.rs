@@ -98,12 +98,16 @@ fn what_cannot_choose_is_refused() {
         (&["--best-of", "0", "--reward-model", "rm"], 2, "0 is not in 1..=100000"),
         (&["--best-of", "4", "--reward-model", "rm", "--raw"], 2, "cannot be used with"),
         (&["--best-of", "4", "--reward-model", "rm", "--num-samples", "2"], 2, "cannot be used with"),
-        (&["--best-of", "4", "--reward-model", "rm", "--temperature", "0"], 2, "`--best-of 4` needs sampling"),
+        (
+            &["--best-of", "4", "--reward-model", "rm", "--temperature", "0"],
+            2,
+            "hint: leave out `--beams` and set `--temperature` above 0",
+        ),
         (&["--best-of", "4", "--reward-model", "rm", "--ensemble", "worst"], 2, "needs several reward models"),
         (&["--best-of", "4", "--reward-model", "rm", "--ensemble", "best"], 2, "`mean-less-variance`"),
         (&["--best-of", "4", "--ensemble", "worst"], 2, "--reward-model <DIR>"),
         (&["--best-of", "4", "--reward-model", "lm"], 1, "was written by stage `sft`, expected `reward-model`"),
-        (&["--best-of", "4", "--reward-model", "other"], 1, "has another tokenizer than `lm`"),
+        (&["--best-of", "4", "--reward-model", "other"], 1, "`other` and `lm` have different tokenizers"),
     ] {
         let (found, stdout, stderr) = generate(dir.path(), flags);
         assert!(found == code && stdout.is_empty() && stderr.contains(says), "{flags:?}: {found}: {stderr}");

@@ -52,6 +52,14 @@ fn a_seed_gives_the_tokens_that_chat_generate_gives() {
     let raw = server.post("/v1/completions", &json!({ "model": "lm", "prompt": "Once", "seed": 3, "max_tokens": 20 }));
     let expected = generate(&["--checkpoint", "lm", "--raw", "--prompt", "Once", "--seed", "3", "--max-tokens", "20"]);
     assert_eq!(raw.json()["choices"][0]["text"], expected[0]["text"]);
+    // A negative one too.
+    let asked = server.chat("hi", &json!({ "seed": -7, "max_tokens": 30 })).json();
+    let printed = generate(&["--checkpoint", "lm", "--prompt", "hi", "--seed", "-7", "--max-tokens", "30"]);
+    assert_eq!(asked["choices"][0]["message"]["content"], printed[0]["text"]);
+    assert_ne!(
+        printed[0]["text"],
+        generate(&["--checkpoint", "lm", "--prompt", "hi", "--seed", "7", "--max-tokens", "30"])[0]["text"]
+    );
     assert_ne!(server.chat("hi", &json!({ "seed": 8, "max_tokens": 30 })).json()["choices"], reply["choices"]);
 }
 
