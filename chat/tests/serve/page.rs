@@ -8,7 +8,10 @@ use crate::server::Server;
 use crate::webdriver::Browser;
 
 /// `WebDriver`'s name of the key.
-const ESCAPE: &str = "\u{e00c}";
+pub(crate) const ESCAPE: &str = "\u{e00c}";
+
+/// The other key, which typing holds down until it comes again.
+const SHIFT: &str = "\u{e008}";
 
 fn server(more: &[&str]) -> Server {
     let models = ["--checkpoint", "lm", "--checkpoint", "other=long-winded", "--checkpoint", "long=long-winded"];
@@ -78,12 +81,27 @@ fn a_conversation_streams_stops_is_tried_again_and_is_edited() {
     );
     assert!(browser.text(".assistant .note").contains("Cut off"));
 
-    // The same seed: the same answer.
-    let before = browser.text("#messages");
+    // Tried again, it is the answer of the seed that is set now.
+    let said = |seed: u32, messages: &Value| {
+        let more = json!({ "messages": messages, "seed": seed, "max_tokens": 20, "temperature": 0.8, "top_p": 0.95 });
+        server.chat("", &more).json()["choices"][0]["message"]["content"].clone()
+    };
+    let user = |content: &str| json!({ "role": "user", "content": content });
+    browser.script("document.querySelector('#seed').value = 2");
     browser.click(".assistant button");
     browser.wait_for("document.querySelector('.assistant button')?.disabled === false");
-    assert_eq!(browser.text("#messages"), before);
+    let answers = || -> Vec<Value> {
+        let texts = "return [...document.querySelectorAll('.assistant .text')].map((text) => text.textContent)";
+        serde_json::from_value(browser.script(texts)).unwrap()
+    };
+    assert_eq!(answers(), [said(2, &json!([user("<b>hi</b> & you")]))]);
+    assert_ne!(answers()[0], expected["choices"][0]["message"]["content"], "another answer");
 
+    browser.click(".user button");
+    browser.script("document.querySelector('.user textarea').value = ''");
+    browser.keys(".user textarea", "not this");
+    browser.click(".user form .quiet");
+    assert_eq!(browser.text(".user .text"), "<b>hi</b> & you", "an edit that is given up changes nothing");
     browser.click(".user button");
     browser.script("document.querySelector('.user textarea').value = ''");
     browser.keys(".user textarea", "who");
@@ -94,13 +112,28 @@ fn a_conversation_streams_stops_is_tried_again_and_is_edited() {
         ("who".to_owned(), json!(2))
     );
 
+    // What was said before is part of the question.
+    let earlier = json!({ "role": "assistant", "content": answers()[0] });
+    browser.keys("#message", &format!("two{SHIFT}\n{SHIFT}lines\n"));
+    browser.wait_for("document.querySelectorAll('.assistant').length === 2");
+    browser.wait_for("document.querySelector('#messages > li:last-child button')?.disabled === false");
+    assert_eq!(answers()[1], said(2, &json!([user("who"), earlier, user("two\nlines")])));
+
     browser
         .script("document.querySelector('#model').value = 'long'; document.querySelector('#max-tokens').value = 60000");
-    browser.keys("#message", "more\n");
-    browser.wait_for("document.querySelector('#messages > li:last-child .text').textContent.length > 40");
-    browser.press(ESCAPE);
-    browser.wait_for("document.querySelector('#messages > li:last-child .note')?.textContent === 'Stopped.'");
-    server.wait_for("kindling_answers_running{model=\"long\"}", 0.0);
+    for (message, by_key) in [("more", true), ("again", false)] {
+        browser.keys("#message", &format!("{message}\n"));
+        browser.wait_for("document.querySelector('#messages > li:last-child .text').textContent.length > 40");
+        if by_key {
+            browser.press(ESCAPE);
+        } else {
+            browser.click("#stop");
+        }
+        browser.wait_for("document.querySelector('#messages > li:last-child .note')?.textContent === 'Stopped.'");
+        server.wait_for("kindling_answers_running{model=\"long\"}", 0.0);
+        let kept = "return document.querySelector('#messages > li:last-child .text').textContent.length > 40";
+        assert_eq!(browser.script(kept), true, "what had come stays");
+    }
     browser.screenshot("chat-light-wide");
     browser.resize(400, 800);
     browser.screenshot("chat-light-narrow");
@@ -109,7 +142,37 @@ fn a_conversation_streams_stops_is_tried_again_and_is_edited() {
         true,
         "it scrolls sideways"
     );
+    let wide =
+        "return document.querySelector('#message').offsetWidth > 0.9 * document.querySelector('#say').offsetWidth";
+    assert_eq!(browser.script(wide), true, "the message has the whole width of a narrow window");
+    browser.click("#clear");
+    assert_eq!(browser.script("return document.querySelectorAll('#messages > li').length"), 0);
+    // A word that is longer than a line is broken.
+    browser.script("document.querySelector('#model').value = 'lm'; document.querySelector('#max-tokens').value = 2");
+    browser.keys("#message", &format!("{}\n", "m".repeat(60)));
+    browser.wait_for("document.querySelector('.assistant button')?.disabled === false");
+    assert_eq!(browser.script("return document.documentElement.scrollWidth <= innerWidth"), true);
     assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn an_answer_that_breaks_off_says_so_and_keeps_what_had_come() {
+    let Some(browser) = Browser::start(false) else { return };
+    let server = server(&[]);
+    opened(&browser, &server);
+    browser
+        .script("document.querySelector('#model').value = 'long'; document.querySelector('#max-tokens').value = 60000");
+    browser.keys("#message", "hi\n");
+    browser.wait_for("document.querySelector('.assistant .text').textContent.length > 40");
+    drop(server);
+    browser.wait_for("document.querySelector('.assistant .note')?.textContent === 'Broken off.'");
+    assert_eq!(browser.text("#problem"), "The answer ended early: the server has stopped.");
+    assert!(browser.text(".assistant .text").len() > 40);
+    // A message that nobody answers goes back to where it was written.
+    browser.keys("#message", "are you there?\n");
+    browser.wait_for("document.querySelector('#message').value === 'are you there?'");
+    assert_eq!(browser.text("#problem"), "The server cannot be reached.");
+    assert_eq!(browser.script("return document.querySelectorAll('#messages > li').length"), 2);
 }
 
 #[test]
@@ -128,12 +191,22 @@ fn the_system_text_and_the_settings_are_sent() {
         browser.script("return document.querySelector('.assistant .text').textContent"),
         expected["choices"][0]["message"]["content"]
     );
-    let dark = browser.script("return document.documentElement.dataset.theme");
+    let theme = || browser.script("return document.documentElement.dataset.theme");
+    // As light as the ground is, and the text on it.
+    let lightness = || -> Vec<f64> {
+        let of = "return ['backgroundColor', 'color'].map((name) => \
+             getComputedStyle(document.body)[name].match(/\\d+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0))";
+        serde_json::from_value(browser.script(of)).unwrap()
+    };
+    assert_eq!(theme(), "dark", "as the system has it");
+    assert!(lightness()[0] < 150.0 && lightness()[1] > 600.0, "{:?}", lightness());
     browser.click("#theme");
-    assert_ne!(browser.script("return document.documentElement.dataset.theme"), dark);
-    browser.script("localStorage.theme = 'dark'");
+    assert_eq!(theme(), "light");
+    assert!(lightness()[0] > 600.0 && lightness()[1] < 150.0, "{:?}", lightness());
     opened(&browser, &server);
-    assert_eq!(browser.script("return document.documentElement.dataset.theme"), "dark");
+    assert_eq!(theme(), "light", "a choice is remembered");
+    browser.click("#theme");
+    assert_eq!(theme(), "dark");
     browser.keys("#message", "Tell me a story about a fox.\n");
     browser.wait_for("document.querySelector('.assistant button')?.disabled === false");
     browser.screenshot("chat-dark-wide");
@@ -206,10 +279,17 @@ fn judgements_are_kept_unnamed_until_then_and_can_be_taken_back() {
         (Some(names[1]), Some(names[0]))
     );
     assert!(notes[0].as_str().unwrap().contains("score"), "{notes}");
+    let best = "return [...document.querySelectorAll('#answers li')].map((item) => item.classList.contains('best'))";
+    assert_eq!(browser.script(best), json!([false, true]));
     browser.screenshot("compare-light-wide");
     browser.press("u");
     browser.wait_for("!document.querySelector('#verdicts').hidden");
     assert!(records(&file).is_empty());
+    browser.click("#verdicts button:nth-child(2)");
+    browser.wait_for("document.querySelector('#verdict').textContent.startsWith('B judged best')");
+    assert_eq!(records(&file)[0]["chosen"], json!(answers[1]));
+    browser.click("#undo");
+    browser.wait_for("!document.querySelector('#verdicts').hidden");
     browser.click("#verdicts button:nth-last-child(2)");
     browser.wait_for("document.querySelector('#verdict').textContent.startsWith('Judged alike')");
     assert_eq!(records(&file)[0]["tied"], json!(answers));
@@ -243,6 +323,8 @@ fn a_run_is_shown_as_it_goes_on() {
     let run = dir.path().join("tiny/ppo");
     std::fs::create_dir_all(&run).unwrap();
     let metrics = run.join("metrics.jsonl");
+    // Another one, which changed last.
+    let another = dir.path().join("other");
     let row = |step: u32| {
         let value = f64::from(step);
         let row = json!({
@@ -255,9 +337,23 @@ fn a_run_is_shown_as_it_goes_on() {
     let hostile = "<img src=x onerror=\"document.title='taken'\"> & more";
     let sample = json!({ "step": 50, "prompt": "Tell me.", "response": hostile, "score": 0.5 });
     std::fs::write(run.join("samples.jsonl"), format!("{sample}\n")).unwrap();
+    std::fs::create_dir(&another).unwrap();
+    std::fs::write(
+        another.join("metrics.jsonl"),
+        json!({ "step": 7, "seconds": 1, "tokens": 9, "train/loss": 2.5 }).to_string() + "\n",
+    )
+    .unwrap();
     let server = server(&["--runs", dir.path().to_str().unwrap()]);
     opened(&browser, &server);
     browser.click("#tab-training");
+    browser.wait_for("document.querySelectorAll('#run option').length === 2");
+    for name in ["other", "tiny/ppo"] {
+        browser.script(&format!(
+            "const run = document.querySelector('#run'); run.value = '{name}'; run.dispatchEvent(new Event('change'))"
+        ));
+        let step = if name == "other" { 7 } else { 50 };
+        browser.wait_for(&format!("document.querySelector('#progress').textContent.startsWith('Step {step},')"));
+    }
     browser.wait_for("document.querySelector('#progress').textContent === 'Step 50, 100 s, 5000 tokens'");
     let titles =
         browser.script("return [...document.querySelectorAll('#curves figcaption')].map((title) => title.textContent)");

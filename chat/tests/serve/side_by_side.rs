@@ -4,9 +4,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::page::{opened, records};
+use crate::page::{ESCAPE, opened, records};
 use crate::server::Server;
 use crate::webdriver::Browser;
+
+/// `WebDriver`'s name of the key.
+const RIGHT: &str = "\u{e014}";
 
 fn server(labels: &Path) -> Server {
     let models = ["base=lm", "sft=long-winded", "ppo=lm", "dpo=long-winded"];
@@ -124,6 +127,47 @@ fn judgements_are_taken_back_step_by_step_and_what_was_on_the_screen_comes_again
         browser.script("document.querySelector('#verdict').textContent = ''");
     }
     assert_eq!(browser.script("return document.querySelector('#undo').hidden"), true);
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn a_question_has_the_system_text_can_be_broken_off_and_the_name_is_remembered() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("labels.jsonl");
+    let models = ["--checkpoint", "a=long-winded", "--checkpoint", "b=long-winded", "--labels", file.to_str().unwrap()];
+    let server = Server::start(&[&models[..], &["--max-tokens", "60000", "--max-context", "65536"]].concat());
+    opened(&browser, &server);
+    browser.keys("#tab-chat", RIGHT);
+    assert_eq!(browser.script("return document.activeElement.id"), "tab-compare");
+    assert_eq!(browser.script("return document.querySelector('#compare').hidden"), false);
+    browser.keys("#annotator", "mia\t");
+    browser.script("document.querySelector('#max-tokens').value = 60000; document.querySelector('#seed').value = ''");
+    for by_key in [true, false] {
+        browser.script("document.querySelector('#question').value = ''");
+        browser.keys("#question", "hi\n");
+        // Both are shown as they come.
+        let come = "[...document.querySelectorAll('#answers .text')].every((text) => text.textContent.length > 40)";
+        browser.wait_for(&format!("document.querySelectorAll('#answers .text').length === 2 && {come}"));
+        if by_key {
+            browser.press(ESCAPE);
+        } else {
+            browser.click("#ask-stop");
+        }
+        browser.wait_for("document.querySelector('#ask-stop').hidden && !document.querySelector('#answers li')");
+        server.wait_for("kindling_answers_running{model=\"a\"}", 0.0);
+    }
+    browser.script("document.querySelector('#max-tokens').value = 20");
+    browser.click("#settings summary");
+    browser.keys("#system", "be kind");
+    browser.script("document.querySelector('#question').value = ''");
+    browser.keys("#question", "hi\n");
+    browser.wait_for("!document.querySelector('#verdicts').hidden");
+    judge(&browser, "a", "A judged best.");
+    let asked = json!([{ "role": "system", "content": "be kind" }, { "role": "user", "content": "hi" }]);
+    assert_eq!((&records(&file)[0]["prompt"], &records(&file)[0]["annotator"]), (&asked, &json!("mia")));
+    opened(&browser, &server);
+    assert_eq!(browser.script("return document.querySelector('#annotator').value"), "mia");
     assert!(browser.log().is_empty(), "{:?}", browser.log());
 }
 

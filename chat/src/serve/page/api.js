@@ -1,5 +1,7 @@
 // Requests to the server that this page came from.
 
+const ENDED_EARLY = "The answer ended early: the server has stopped.";
+
 let key = sessionStorage.getItem("key");
 
 export class NeedsKey extends Error {}
@@ -36,8 +38,10 @@ export async function answer(model, messages, settings, onText, signal) {
   let rest = "";
   let finish = null;
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) throw new Error("The answer ended early: the server has stopped.");
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error(ENDED_EARLY);
+    });
+    if (done) throw new Error(ENDED_EARLY);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
