@@ -63,6 +63,20 @@ fn a_judgement_is_a_record_for_each_two_answers_that_it_is_about() {
 }
 
 #[test]
+fn a_judgement_that_was_answered_outlives_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("labels.jsonl");
+    for n in 1..=5 {
+        let server = server(Some(&path));
+        assert_eq!(judge(&server, &json!({ "annotator": format!("person {n}") })).status, 200);
+        // With SIGKILL: nothing is written that was not before.
+        drop(server);
+        let said = records(&path);
+        assert_eq!((said.len(), &said[n - 1]["annotator"]), (n, &json!(format!("person {n}"))));
+    }
+}
+
+#[test]
 fn what_could_not_be_read_back_is_not_kept() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("labels.jsonl");

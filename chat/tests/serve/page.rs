@@ -65,7 +65,7 @@ fn the_page_may_run_and_ask_nothing_but_its_own() {
 }
 
 #[test]
-fn a_conversation_streams_stops_is_tried_again_and_is_edited() {
+fn a_conversation_goes_on_is_tried_again_and_is_edited() {
     let Some(browser) = Browser::start(false) else { return };
     let server = server(&[]);
     opened(&browser, &server);
@@ -118,7 +118,14 @@ fn a_conversation_streams_stops_is_tried_again_and_is_edited() {
     browser.wait_for("document.querySelectorAll('.assistant').length === 2");
     browser.wait_for("document.querySelector('#messages > li:last-child button')?.disabled === false");
     assert_eq!(answers()[1], said(2, &json!([user("who"), earlier, user("two\nlines")])));
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
 
+#[test]
+fn an_answer_is_stopped_by_key_and_by_button_and_a_narrow_window_holds_it() {
+    let Some(browser) = Browser::start(false) else { return };
+    let server = server(&[]);
+    opened(&browser, &server);
     browser
         .script("document.querySelector('#model').value = 'long'; document.querySelector('#max-tokens').value = 60000");
     for (message, by_key) in [("more", true), ("again", false)] {
@@ -230,6 +237,15 @@ pub(crate) fn records(path: &Path) -> Vec<Value> {
     std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// Asks, and waits until both have answered.
+fn ask_two(browser: &Browser, question: &str) {
+    browser.script("document.querySelector('#question').value = ''");
+    browser.keys("#question", &format!("{question}\n"));
+    browser.wait_for(
+        "!document.querySelector('#verdicts').hidden && document.querySelectorAll('#answers .text').length === 2",
+    );
+}
+
 #[test]
 fn judgements_are_kept_unnamed_until_then_and_can_be_taken_back() {
     let Some(browser) = Browser::start(false) else { return };
@@ -243,19 +259,12 @@ fn judgements_are_kept_unnamed_until_then_and_can_be_taken_back() {
         "document.querySelectorAll('#rivals input')[2].checked = false; document.querySelector('#seed').value = ''",
     );
     browser.keys("#annotator", "mia");
-    let ask = |question: &str| {
-        browser.script("document.querySelector('#question').value = ''");
-        browser.keys("#question", &format!("{question}\n"));
-        browser.wait_for(
-            "!document.querySelector('#verdicts').hidden && document.querySelectorAll('#answers .text').length === 2",
-        );
-    };
     let shown = || -> Vec<String> {
         let texts =
             browser.script("return [...document.querySelectorAll('#answers .text')].map((text) => text.textContent)");
         serde_json::from_value(texts).unwrap()
     };
-    ask("hi");
+    ask_two(&browser, "hi");
     let answers = shown();
     assert!(
         !browser.text("#answers").contains("lm") || answers.iter().any(|answer| answer.contains("lm")),
@@ -293,12 +302,12 @@ fn judgements_are_kept_unnamed_until_then_and_can_be_taken_back() {
     browser.click("#verdicts button:nth-last-child(2)");
     browser.wait_for("document.querySelector('#verdict').textContent.startsWith('Judged alike')");
     assert_eq!(records(&file)[0]["tied"], json!(answers));
-    ask("who");
+    ask_two(&browser, "who");
     browser.press("x");
     browser.wait_for("document.querySelector('#verdict').textContent.startsWith('Judged bad')");
     // The same seed: none can be better.
     browser.script("document.querySelector('#seed').value = '1'");
-    ask("why");
+    ask_two(&browser, "why");
     assert_eq!(browser.text("#verdicts"), "Tie (T)\nBoth bad (X)");
     browser.press("a");
     // Whatever happens to the program, what was judged is there.

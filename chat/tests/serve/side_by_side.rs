@@ -1,5 +1,6 @@
 //! The page's comparison of four models, in Chromium: how it looks, what a screen reader is told, and going back.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -40,6 +41,13 @@ fn shown(browser: &Browser) -> Vec<String> {
     serde_json::from_value(texts).unwrap()
 }
 
+/// The models in the order of their answers, which stands there once they are judged.
+fn order(browser: &Browser) -> String {
+    let names =
+        "return [...document.querySelectorAll('#answers .note')].map((note) => note.textContent.split(',')[0]).join()";
+    browser.script(names).as_str().unwrap().to_owned()
+}
+
 /// Presses the key of a judgement and waits until the page says it was kept.
 fn judge(browser: &Browser, key: &str, said: &str) {
     browser.press(key);
@@ -63,6 +71,9 @@ fn four_answers_stand_side_by_side_where_there_is_room_and_below_each_other_wher
         browser.script(&format!(
             "if (document.documentElement.dataset.theme !== '{theme}') document.querySelector('#theme').click()"
         ));
+        let is_dark =
+            "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((x) => Number(x) < 100)";
+        assert_eq!(browser.script(is_dark), theme == "dark", "whatever the system has");
         browser.resize(1280, 900);
         assert_eq!((columns(), fits()), (json!(4), json!(true)));
         browser.screenshot(&format!("four-{theme}-wide"));
@@ -88,11 +99,12 @@ fn judgements_are_taken_back_step_by_step_and_what_was_on_the_screen_comes_again
         prompts.dedup();
         prompts
     };
-    let mut answers = Vec::new();
+    let (mut answers, mut orders) = (Vec::new(), BTreeSet::new());
     for question in ["one", "two", "three"] {
         ask(&browser, question);
         answers.push(shown(&browser));
         judge(&browser, "a", "A judged best.");
+        orders.insert(order(&browser));
     }
     assert_eq!((records(&file).len(), prompts()), (9, vec!["one".into(), "two".into(), "three".into()]));
     ask(&browser, "four");
@@ -118,6 +130,8 @@ fn judgements_are_taken_back_step_by_step_and_what_was_on_the_screen_comes_again
     assert_eq!((browser.text("#asked"), shown(&browser)), ("four".to_owned(), last));
     judge(&browser, "x", "Judged bad. N: the next message.");
     assert_eq!(prompts(), ["one", "two", "three", "four"]);
+    orders.insert(order(&browser));
+    assert!(orders.len() > 1, "each of four questions has its own order, by chance: {orders:?}");
     assert_eq!(browser.script("return document.querySelector('#next').hidden"), true);
     for left in [3, 2, 1, 0] {
         browser.press("u");
