@@ -101,6 +101,8 @@ fn errors_say_what_was_found_and_what_to_do() {
         (&["bench", "train", "--backend", "fleks"], 1),
         (&["bench", "train", "--steps", "0"], 2),
         (&["bench", "train", "--n-heads", "3"], 2),
+        (&["bench", "train", "--trunk", "bf16"], 2),
+        (&["bench", "train", "--instructions", "sse"], 2),
         (&["bench", "generate", "--prefill", "200"], 2),
         (&["bench", "generate", "--gen", "1"], 2),
         (&["bench", "ppo", "--kernels", "quick"], 2),
@@ -222,6 +224,29 @@ fn a_measurement_of_training_is_one_line() {
         assert!((line["loss_first"].as_f64().unwrap() - 61f64.ln()).abs() < 0.05, "{line}");
         // 2·(12·16² + 13·16) + 2·16 + 61·16 + 24·16 parameters.
         assert_eq!(line["params"], 2 * (12 * 256 + 208) + 32 + 85 * 16);
+    }
+}
+
+#[test]
+fn adapters_are_measured_beside_a_trunk_in_either_type() {
+    let loss = |trunk: &str| {
+        let line =
+            measured(&["train", "--work", "lora", "--trunk", trunk, "--steps", "2"], &["ms_per_step", "trained"]);
+        assert_eq!((&line["work"], &line["trunk"]), (&"lora".into(), &trunk.into()));
+        line["loss_first"].as_f64().unwrap()
+    };
+    let (f32, bf16) = (loss("f32"), loss("bf16"));
+    assert!((f32 - bf16).abs() < 0.01, "{f32} and {bf16}");
+}
+
+#[test]
+fn a_measurement_with_fewer_instructions_says_so_and_computes_the_same() {
+    let line = |flags: &[&str]| measured(&[&["train", "--steps", "2"], flags].concat(), &["ms_per_step"]);
+    let (most, least) = (line(&[]), line(&["--instructions", "baseline"]));
+    assert_eq!(least["instructions"], "baseline");
+    assert_eq!(most["loss_last"], least["loss_last"]);
+    if cfg!(target_arch = "x86_64") {
+        assert_ne!(most["instructions"], "baseline");
     }
 }
 

@@ -21,6 +21,7 @@ mod block;
 mod checkpoint;
 pub mod fault;
 mod gated;
+mod instructions;
 mod kept;
 mod low_rank;
 mod plain;
@@ -53,6 +54,7 @@ pub use checkpoint::{Leaves, checkpointed};
 pub use gated::{
     GatedWeights, add_rms_norm, gate, gated_mlp_add_rms_norm, project_add_rms_norm, rms_norm, rms_norm_keeping,
 };
+pub use instructions::Instructions;
 pub use low_rank::{Adapted, LowRank, adapted_linear};
 pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 

@@ -10,6 +10,7 @@ use clap::Args;
 use common::cli::{RuntimeArgs, at_least_1};
 use common::exit::UsageError;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
+use common::kernels::Instructions;
 use common::model::{Gpt, GptConfig};
 use common::rng::Streams;
 use common::runtime::Runtime;
@@ -57,6 +58,10 @@ pub struct GenerateBenchArgs {
     /// Random seed of the weights, prompts and samples
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+
+    /// Vector instructions that our own kernels use at most, to measure as if the processor had no others [default: all it has]
+    #[arg(long, value_enum, value_name = "SET")]
+    pub instructions: Option<Instructions>,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

@@ -20,9 +20,11 @@ pub use train::TrainBenchArgs;
 use clap::Subcommand;
 use common::cli::print_json;
 use common::exit::UsageError;
-use common::kernels::{Precision, TrunkPrecision, memory};
+use common::kernels::{Instructions, Precision, TrunkPrecision, memory};
 use common::runtime::{n_threads, on_pool};
 use serde_json::{Map, Value, json};
+
+use train::Work;
 
 /// The measurement.
 #[derive(Debug, Subcommand)]
@@ -42,18 +44,31 @@ pub enum BenchCommand {
 /// # Errors
 /// For a backend that cannot be opened, numbers that do not fit together, and a computation that fails.
 pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
-    let (name, flags) = match command {
-        BenchCommand::Train(args) => ("train", &args.runtime),
-        BenchCommand::Generate(args) => ("generate", &args.runtime),
-        BenchCommand::Ppo(args) => ("ppo", &args.runtime),
-        BenchCommand::Gemm(args) => ("gemm", &args.runtime),
+    let (name, flags, instructions) = match command {
+        BenchCommand::Train(args) => ("train", &args.runtime, args.instructions),
+        BenchCommand::Generate(args) => ("generate", &args.runtime, args.instructions),
+        BenchCommand::Ppo(args) => ("ppo", &args.runtime, args.instructions),
+        BenchCommand::Gemm(args) => ("gemm", &args.runtime, None),
     };
     flags.start()?;
     if flags.precision != Precision::F32 {
         return Err(UsageError("a bench computes in f32: leave out `--precision`".to_owned()).into());
     }
-    if flags.trunk != TrunkPrecision::F32 && !matches!(command, BenchCommand::Generate(_)) {
-        return Err(UsageError("`--trunk` is for `generate`, which trains nothing: leave it out".to_owned()).into());
+    if flags.trunk != TrunkPrecision::F32 && !holds_frozen_weights(command) {
+        return Err(UsageError(
+            "`--trunk` is for weights that are not trained, and here all are\nhint: leave it out, or measure `generate` or \
+             `train --work lora`"
+                .to_owned(),
+        )
+        .into());
+    }
+    if let Some(set) = instructions.filter(|set| !set.limit()) {
+        return Err(UsageError(format!(
+            "this processor has no {}\nhint: leave out `--instructions`; the most it has is {}",
+            set.name(),
+            Instructions::in_use().name()
+        ))
+        .into());
     }
     let runtime = flags.open()?;
     let measured = on_pool(|| match command {
@@ -66,12 +81,22 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
     line.insert("bench".into(), json!(name));
     line.insert("backend".into(), json!(flags.backend));
     line.insert("kernels".into(), json!(runtime.kernels));
+    line.insert("instructions".into(), json!(Instructions::in_use().name()));
     line.insert("threads".into(), json!(n_threads()));
     line.insert("dtype".into(), json!("f32"));
     line.insert("trunk".into(), json!(flags.trunk.name()));
     line.extend(measured);
     line.insert("peak_rss_mib".into(), rounded(memory::usage().peak_bytes as f64 / f64::from(1 << 20), 1));
     print_json(&line)
+}
+
+/// Whether weights are read that nothing trains, so that their type can be chosen.
+fn holds_frozen_weights(command: &BenchCommand) -> bool {
+    match command {
+        BenchCommand::Generate(_) => true,
+        BenchCommand::Train(args) => args.work == Work::Lora,
+        BenchCommand::Ppo(_) | BenchCommand::Gemm(_) => false,
+    }
 }
 
 /// `value` to so many decimals.

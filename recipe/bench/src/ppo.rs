@@ -7,6 +7,7 @@ use burn::module::Module;
 use clap::Args;
 use common::cli::{RuntimeArgs, at_least_1};
 use common::exit::UsageError;
+use common::kernels::Instructions;
 use common::model::{Gpt, GptConfig, ScalarGpt};
 use common::optim::{OptimizerConfig, Schedule};
 use common::rng::Streams;
@@ -58,6 +59,10 @@ pub struct PpoBenchArgs {
     /// Random seed of the weights, prompts and samples
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+
+    /// Vector instructions that our own kernels use at most, to measure as if the processor had no others [default: all it has]
+    #[arg(long, value_enum, value_name = "SET")]
+    pub instructions: Option<Instructions>,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

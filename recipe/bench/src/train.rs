@@ -7,7 +7,7 @@ use burn::module::Module;
 use clap::{Args, ValueEnum};
 use common::cli::{RuntimeArgs, at_least_1};
 use common::hf;
-use common::kernels::memory;
+use common::kernels::{Instructions, memory};
 use common::model::params::Output;
 use common::model::{GptConfig, LoraConfig, Positions};
 use common::optim::OptimizerConfig;
@@ -33,7 +33,7 @@ pub enum Work {
 /// Flags of `recipe bench train`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  recipe bench train --size a --steps 20\n  \
-    recipe bench train --size s --work lora --steps 3\n  \
+    recipe bench train --size s --work lora --trunk bf16 --steps 3\n  \
     recipe bench train --size c --steps 5 --kernels plain --threads 1")]
 pub struct TrainBenchArgs {
     /// The model
@@ -59,6 +59,10 @@ pub struct TrainBenchArgs {
     /// Random seed of the weights and tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+
+    /// Vector instructions that our own kernels use at most, to measure as if the processor had no others [default: all it has]
+    #[arg(long, value_enum, value_name = "SET")]
+    pub instructions: Option<Instructions>,
 
     /// Device, precision, threads and verbosity
     #[command(flatten)]

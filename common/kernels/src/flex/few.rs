@@ -6,9 +6,10 @@
 use super::gemm::{Mat, MatMut, SharedMut};
 use super::simd::{add_assign, add_up, fma, simd};
 use super::stored::{Stored, widened};
+use super::strips::{self, prefetch};
 use super::tile::{LANES, Start, multiply_panel, pack_columns, widest};
 use super::workers::for_each;
-use super::{strips, unset, with_scratch};
+use super::{unset, with_scratch};
 
 /// Most rows that are worth this; more are a matrix product.
 pub const ROWS: usize = 64;
@@ -34,7 +35,7 @@ const TOGETHER: usize = 8;
 /// Fewest results of a row that a matrix is cut into.
 const PIECE: usize = 256;
 
-/// Columns of the widest strip: pieces of results are cut at its multiples.
+/// Columns of the widest strip.
 const COLUMNS: usize = 4 * LANES;
 
 /// Rows of a matrix in bf16 that are widened at a time, to be read from the second cache.
@@ -50,10 +51,12 @@ pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_
         return out;
     }
     let n_tasks = (d_out / (WORK / (n * d_in).max(1)).max(PIECE)).max(1);
+    // Whole strips, and whole cache lines of a matrix in either type.
+    let unit = strips::columns(n) * (COLUMNS / strips::columns(n)).max(1);
     let n_columns = match n_tasks {
         1 => d_out.max(1),
         // As many for each thread.
-        _ => d_out.div_ceil(n_tasks.next_multiple_of(rayon::current_num_threads())).next_multiple_of(COLUMNS),
+        _ => d_out.div_ceil(n_tasks.next_multiple_of(rayon::current_num_threads())).next_multiple_of(unit),
     };
     let shared = SharedMut::new(&mut out);
     for_each(d_out.div_ceil(n_columns), |i| {
@@ -172,6 +175,10 @@ simd! {
         let n_rows = weight.len() / d_out;
         for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
             let x = &x[first..first + n_rows];
+            if size_of::<T>() < size_of::<f32>() {
+                add_products_row_by_row(out, x, weight);
+                continue;
+            }
             let (groups, rest) = x.as_chunks::<TOGETHER>();
             for (x, rows) in groups.iter().zip(weight.chunks_exact(TOGETHER * d_out)) {
                 let rows: [&[T]; TOGETHER] = std::array::from_fn(|i| &rows[i * d_out..][..d_out]);
@@ -191,24 +198,69 @@ simd! {
 
     /// `out_i = x · row_i` of `matrix`.
     fn dots<T: Stored>(out: &mut [f32], x: &[f32], matrix: &[T]) {
-        const N: usize = 16;
+        /// Rows at a time, so that one sum need not wait for the last.
+        const TOGETHER: usize = 4;
         let d = x.len();
-        let (x_chunks, x_rest) = x.as_chunks::<N>();
-        for (out, row) in out.iter_mut().zip(matrix.chunks_exact(d)) {
-            let mut totals = [0.0f32; N];
-            let (chunks, rest) = row.as_chunks::<N>();
-            for (x, row) in x_chunks.iter().zip(chunks) {
-                for lane in 0..N {
-                    totals[lane] = fma(x[lane], row[lane].widen(), totals[lane]);
-                }
+        let (outs, rest) = out.as_chunks_mut::<TOGETHER>();
+        let (rows, rest_of_rows) = matrix.split_at(outs.len() * TOGETHER * d);
+        for (out, rows) in outs.iter_mut().zip(rows.chunks_exact(TOGETHER * d)) {
+            *out = dots_of(x, std::array::from_fn(|i| &rows[i * d..][..d]));
+        }
+        for (out, row) in rest.iter_mut().zip(rest_of_rows.chunks_exact(d)) {
+            [*out] = dots_of(x, [row]);
+        }
+    }
+}
+
+/// `x · row_i`.
+#[inline(always)]
+fn dots_of<T: Stored, const ROWS: usize>(x: &[f32], rows: [&[T]; ROWS]) -> [f32; ROWS] {
+    const N: usize = 16;
+    let mut totals = [[0.0f32; N]; ROWS];
+    let (x_chunks, x_rest) = x.as_chunks::<N>();
+    let chunks: [&[[T; N]]; ROWS] = std::array::from_fn(|i| &rows[i].as_chunks::<N>().0[..x_chunks.len()]);
+    for (c, x) in x_chunks.iter().enumerate() {
+        for i in 0..ROWS {
+            for lane in 0..N {
+                totals[i][lane] = fma(x[lane], chunks[i][c][lane].widen(), totals[i][lane]);
             }
-            // The compiler may see no further: it would choose the registers of the loop above for the sum below, in halves
-            // and quarters, which took 70 % more instructions.
-            let mut totals = std::hint::black_box(totals);
-            for (total, (x, row)) in totals.iter_mut().zip(x_rest.iter().zip(rest)) {
-                *total = fma(*x, row.widen(), *total);
+        }
+    }
+    // The compiler may see no further: it would choose the registers of the loop above for the sum below, in halves and
+    // quarters, which took 70 % more instructions.
+    let mut totals = std::hint::black_box(totals);
+    let mut dots = [0.0; ROWS];
+    for i in 0..ROWS {
+        for (total, (x, row)) in totals[i].iter_mut().zip(x_rest.iter().zip(&rows[i][x_chunks.len() * N..])) {
+            *total = fma(*x, row.widen(), *total);
+        }
+        dots[i] = add_up(totals[i]);
+    }
+    dots
+}
+
+/// Adds to `out` the products of `x` with the rows of `weight`, which are read one after the other, while later ones are asked
+/// for.
+///
+/// Rows of 16-bit numbers are half as long: of eight at a time memory delivered two thirds as much.
+#[inline(always)]
+fn add_products_row_by_row<T: Stored>(out: &mut [f32], x: &[f32], weight: &[T]) {
+    /// How many rows later.
+    const AHEAD: usize = 8;
+    /// Numbers of a cache line.
+    const LINE: usize = 32;
+    let d_out = out.len();
+    for (x, row) in x.iter().zip(weight.chunks_exact(d_out)) {
+        let (outs, rest) = out.as_chunks_mut::<LINE>();
+        let (lines, rest_of_row) = row.as_chunks::<LINE>();
+        for (out, line) in outs.iter_mut().zip(lines) {
+            prefetch(line.as_ptr().wrapping_add(AHEAD * d_out));
+            for lane in 0..LINE {
+                out[lane] = fma(*x, line[lane].widen(), out[lane]);
             }
-            *out = add_up(totals);
+        }
+        for (out, w) in rest.iter_mut().zip(rest_of_row) {
+            *out = fma(*x, w.widen(), *out);
         }
     }
 }
@@ -228,7 +280,7 @@ mod tests {
     const REORDERED: f64 = 1e-4;
 
     /// Rows, length of a row, results of a row.
-    const SIZES: [(usize, usize, usize); 15] = [
+    const SIZES: [(usize, usize, usize); 19] = [
         (1, 1, 1),
         (1, 7, 5),
         (3, 33, 130),
@@ -242,6 +294,11 @@ mod tests {
         // Beyond the second cache.
         (5, 301, 520),
         (8, 500, 515),
+        // In one tile each, with and without a narrow strip, and alone.
+        (7, 131, 550),
+        (8, 65, 96),
+        (8, 200, 47),
+        (7, 64, 700),
         (16, 260, 1000),
         (17, 300, 520),
         (40, 257, 701),

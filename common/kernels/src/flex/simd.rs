@@ -20,10 +20,17 @@ pub enum Level {
     V4 = 3,
 }
 
-/// The instructions of this processor.
+/// The level in use; 0 before the processor was asked.
+static LEVEL: AtomicU8 = AtomicU8::new(0);
+
+/// Uses no more than `level` from now on, and no more than the processor has.
+pub fn limit(level: Level) {
+    LEVEL.store((level as u8).min(detect() as u8), Ordering::Relaxed);
+}
+
+/// The instructions in use: those of this processor, unless they were limited.
 #[inline]
 pub fn level() -> Level {
-    static LEVEL: AtomicU8 = AtomicU8::new(0);
     match LEVEL.load(Ordering::Relaxed) {
         0 => {
             let level = limited(detect());

@@ -14,6 +14,9 @@ use super::tile::{LANES, Panel, RightRows, add_products, pack_rows, unrolled, wi
 /// enough that a strip's panel stays near.
 const DEPTH: usize = 128;
 
+/// As many, where one tile has all rows of the output: without a panel fewer are enough, and what is asked for is nearer.
+const DEPTH_OF_ONE_TILE: usize = 64;
+
 /// Numbers of a panel.
 pub const PANEL: usize = DEPTH * 4 * LANES + TILE;
 
@@ -22,6 +25,15 @@ const TILE: usize = 24 * LANES;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
+
+/// Columns of a strip for so many rows of the output: as many as leave registers for all rows in one tile, if there are enough
+/// registers for that.
+pub fn columns(n: usize) -> usize {
+    match n {
+        7..=8 if widest() == 4 * LANES => 3 * LANES,
+        _ => widest(),
+    }
+}
 
 simd! {
     /// `out = x W + b`, for columns of a matrix `weight` whose rows lie `stride` apart.
@@ -45,14 +57,16 @@ simd! {
         assert!(d_in == 0 || (d_in - 1) * stride + n_columns <= weight.len(), "a matrix that does not fit");
         assert!(panel.len() >= PANEL, "a panel that is too small");
         let (panel, buffer) = panel.split_at_mut(DEPTH * 4 * LANES);
-        for first in (0..d_in.max(1)).step_by(DEPTH) {
-            let depth = DEPTH.min(d_in - first);
+        let columns = columns(n);
+        let most = if columns < widest() { DEPTH_OF_ONE_TILE } else { DEPTH };
+        for first in (0..d_in.max(1)).step_by(most) {
+            let depth = most.min(d_in - first);
             // The next depth has as many rows or fewer; at the last there is nothing more to ask for.
-            let next = if first + DEPTH < d_in { first + DEPTH } else { first };
-            let mut ahead = Ahead::new(&weight[next * stride..], n_columns, stride);
+            let next = if first + most < d_in { first + most } else { first };
+            let mut ahead = Ahead::new(&weight[next * stride..], n_columns, columns, stride);
             let x = x.part(0..n, first..first + depth);
-            for column in (0..n_columns).step_by(widest()) {
-                let n_columns = widest().min(n_columns - column);
+            for column in (0..n_columns).step_by(columns) {
+                let n_columns = columns.min(n_columns - column);
                 let mut first_row = [0.0; 4 * LANES];
                 if let Some(bias) = bias {
                     first_row[..n_columns].copy_from_slice(&bias[column..][..n_columns]);
@@ -62,6 +76,10 @@ simd! {
                 let out = out.block(0..n, column..column + n_columns);
                 let ahead = &mut ahead;
                 let strip = Strip { out, start, x, weight, stride, ahead, panel: &mut *panel, buffer: &mut *buffer };
+                if n_columns == columns && columns < widest() {
+                    strip.multiply_at_once();
+                    continue;
+                }
                 match n_columns.div_ceil(LANES) {
                     4 => strip.multiply::<4>(),
                     3 => strip.multiply::<3>(),
@@ -90,6 +108,20 @@ struct Strip<'a, T> {
 }
 
 impl<T: Stored> Strip<'_, T> {
+    /// All of seven or eight rows of a strip that is three registers wide.
+    #[inline(always)]
+    fn multiply_at_once(mut self) {
+        let (n, ..) = self.out.shape();
+        // SAFETY: the strip has these rows, and its columns fill the registers.
+        unsafe {
+            match n {
+                7 => self.tile::<3, 7, true, false>(0),
+                8 => self.tile::<3, 8, true, false>(0),
+                other => panic!("{other} rows at once"),
+            }
+        }
+    }
+
     /// All rows of a strip that is `WIDTH` registers wide.
     #[inline(always)]
     fn multiply<const WIDTH: usize>(mut self) {
@@ -103,36 +135,39 @@ impl<T: Stored> Strip<'_, T> {
                 let panel = &mut self.panel[..depth * WIDTH * LANES];
                 pack_rows(panel, WIDTH * LANES, n_columns, self.weight, self.stride);
             } else if n >= 6 {
-                self.tile::<WIDTH, 6, true>(row);
+                self.tile::<WIDTH, 6, true, true>(row);
                 row += 6;
             } else {
-                self.tile::<WIDTH, 4, true>(row);
+                self.tile::<WIDTH, 4, true, true>(row);
                 row += 4;
             }
             while row + 6 <= n {
-                self.tile::<WIDTH, 6, false>(row);
+                self.tile::<WIDTH, 6, false, false>(row);
                 row += 6;
             }
             if row + 4 <= n {
-                self.tile::<WIDTH, 4, false>(row);
+                self.tile::<WIDTH, 4, false, false>(row);
                 row += 4;
             }
             if row + 2 <= n {
-                self.tile::<WIDTH, 2, false>(row);
+                self.tile::<WIDTH, 2, false, false>(row);
                 row += 2;
             }
             if row < n {
-                self.tile::<WIDTH, 1, false>(row);
+                self.tile::<WIDTH, 1, false, false>(row);
             }
         }
     }
 
-    /// The rows `row..row + ROWS`. `FIRST` reads the matrix and fills the panel, the others read the panel.
+    /// The rows `row..row + ROWS`. `FIRST` reads the matrix, and fills the panel if others `FOLLOW`, which read the panel.
     ///
     /// # Safety
     /// The strip has these rows. If `FIRST`, its columns fill the registers, else the panel is filled.
     #[inline(always)]
-    unsafe fn tile<const WIDTH: usize, const ROWS: usize, const FIRST: bool>(&mut self, row: usize) {
+    unsafe fn tile<const WIDTH: usize, const ROWS: usize, const FIRST: bool, const FOLLOW: bool>(
+        &mut self,
+        row: usize,
+    ) {
         let (_, n_columns, row_stride) = self.out.shape();
         let mut totals = [[[0.0f32; LANES]; WIDTH]; ROWS];
         // SAFETY: the output has these rows and columns, which are this strip's alone, and a narrow one is buffered; the rows of
@@ -154,7 +189,8 @@ impl<T: Stored> Strip<'_, T> {
             let (_, depth) = self.x.dims();
             let panel = self.panel.as_mut_ptr();
             if FIRST {
-                let right = Lying { next: self.weight.as_ptr(), stride: self.stride, ahead: *self.ahead, panel };
+                let right =
+                    Lying::<T, FOLLOW> { next: self.weight.as_ptr(), stride: self.stride, ahead: *self.ahead, panel };
                 *self.ahead = add_products(&mut totals, depth, self.x, row, right).ahead;
             } else {
                 add_products(&mut totals, depth, self.x, row, Panel { next: panel });
@@ -172,15 +208,15 @@ impl<T: Stored> Strip<'_, T> {
     }
 }
 
-/// The rows of a matrix as they lie, copied into a panel on the way.
-struct Lying<T> {
+/// The rows of a matrix as they lie, copied into a panel on the way if `COPY`.
+struct Lying<T, const COPY: bool> {
     next: *const T,
     stride: usize,
     ahead: Ahead<T>,
     panel: *mut f32,
 }
 
-impl<T: Stored, const WIDTH: usize> RightRows<WIDTH> for Lying<T> {
+impl<T: Stored, const WIDTH: usize, const COPY: bool> RightRows<WIDTH> for Lying<T, COPY> {
     #[inline(always)]
     unsafe fn next(&mut self) -> [[f32; LANES]; WIDTH] {
         let mut row = [[0.0f32; LANES]; WIDTH];
@@ -192,11 +228,13 @@ impl<T: Stored, const WIDTH: usize> RightRows<WIDTH> for Lying<T> {
                     row[j][lane] = from[j][lane].widen();
                 }
             }
-            *self.panel.cast::<[[f32; LANES]; WIDTH]>() = row;
+            if COPY {
+                *self.panel.cast::<[[f32; LANES]; WIDTH]>() = row;
+                self.panel = self.panel.wrapping_add(WIDTH * LANES);
+            }
         }
         self.ahead.ask::<WIDTH>();
         self.next = self.next.wrapping_add(self.stride);
-        self.panel = self.panel.wrapping_add(WIDTH * LANES);
         row
     }
 }
@@ -215,10 +253,10 @@ struct Ahead<T> {
 }
 
 impl<T> Ahead<T> {
-    /// Rows of `n_columns`, `stride` apart.
+    /// Rows of `n_columns` in strips of `width`, `stride` apart.
     #[inline(always)]
-    fn new(rows: &[T], n_columns: usize, stride: usize) -> Self {
-        let (n_strips, width) = (n_columns.div_ceil(widest()), widest());
+    fn new(rows: &[T], n_columns: usize, width: usize, stride: usize) -> Self {
+        let n_strips = n_columns.div_ceil(width);
         Self { next: rows.as_ptr(), strip: 0, n_strips, width, jump: stride.wrapping_sub(n_strips * width) }
     }
 
@@ -239,7 +277,7 @@ impl<T> Ahead<T> {
 
 /// Asks for the cache line at `address`, which need not exist.
 #[inline(always)]
-fn prefetch<T>(address: *const T) {
+pub fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which reads nothing.
     unsafe {
