@@ -398,8 +398,9 @@ fn the_maths_of_a_stage_know_only_common_and_each_other() {
 
 /// Documentation for people: path from the workspace's root, and text.
 fn pages() -> Vec<(PathBuf, String)> {
-    let folders = ["", "docs", "configs/shakespeare-char", "configs/stories", "configs/tiny"];
-    let entries = folders.iter().flat_map(|folder| std::fs::read_dir(root().join(folder)).unwrap());
+    let configs = std::fs::read_dir(root().join("configs")).unwrap().map(|entry| entry.unwrap().path());
+    let folders = [root(), root().join("docs")].into_iter().chain(configs);
+    let entries = folders.flat_map(|folder| std::fs::read_dir(folder).unwrap());
     let paths = entries.map(|entry| entry.unwrap().path());
     paths
         .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
