@@ -171,15 +171,23 @@ fn an_answer_that_breaks_off_says_so_and_keeps_what_had_come() {
         .script("document.querySelector('#model').value = 'long'; document.querySelector('#max-tokens').value = 60000");
     browser.keys("#message", "hi\n");
     browser.wait_for("document.querySelector('.assistant .text').textContent.length > 40");
+    browser.resize(400, 300);
     drop(server);
     browser.wait_for("document.querySelector('.assistant .note')?.textContent === 'Broken off.'");
     assert_eq!(browser.text("#problem"), "The answer ended early: the server has stopped.");
+    let is_seen = "scrollTo(0, document.body.scrollHeight); \
+                   const { top, bottom } = document.querySelector('#problem').getBoundingClientRect(); \
+                   return [scrollY > 150, top >= 0 && bottom <= innerHeight]";
+    assert_eq!(browser.script(is_seen), json!([true, true]), "however far the conversation goes");
     assert!(browser.text(".assistant .text").len() > 40);
     // A message that nobody answers goes back to where it was written.
     browser.keys("#message", "are you there?\n");
     browser.wait_for("document.querySelector('#message').value === 'are you there?'");
     assert_eq!(browser.text("#problem"), "The server cannot be reached.");
     assert_eq!(browser.script("return document.querySelectorAll('#messages > li').length"), 2);
+    let is_gone = "document.querySelector('#temperature').dispatchEvent(new Event('input', { bubbles: true })); \
+                   return document.querySelector('#problem').hidden";
+    assert_eq!(browser.script(is_gone), true, "who changes a setting does something about it");
 }
 
 #[test]

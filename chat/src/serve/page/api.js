@@ -19,7 +19,7 @@ async function send(path, method, body, signal) {
   const response = await asked.catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
   });
-  if (response.status === 401) throw new NeedsKey("This server asks for a key.");
+  if (response.status === 401) throw new NeedsKey(key ? "The server does not take this key." : "This server asks for a key.");
   if (!response.ok) {
     const said = await response.json().catch(() => null);
     throw new Error(said?.error?.message ?? `The server answered ${response.status}.`);

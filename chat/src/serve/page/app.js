@@ -44,16 +44,22 @@ async function start() {
 }
 
 for (const name of TABS) {
-  find(`tab-${name}`).addEventListener("click", () => open(name));
+  find(`tab-${name}`).addEventListener("click", () => {
+    complain(null);
+    open(name);
+  });
   find(`tab-${name}`).addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     const shown = TABS.filter((tab) => !find(`tab-${tab}`).hidden);
     const step = event.key === "ArrowLeft" ? shown.length - 1 : 1;
     const next = shown[(shown.indexOf(name) + step) % shown.length];
+    complain(null);
     open(next);
     find(`tab-${next}`).focus();
   });
 }
+// What was wrong with them may be right now.
+find("settings").addEventListener("input", () => complain(null));
 find("theme").addEventListener("click", () => {
   const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
   localStorage.setItem("theme", theme);

@@ -186,8 +186,12 @@ impl LabelFile {
     /// A last line without a line break, as a program leaves it that is killed while it writes, is cut off.
     ///
     /// # Errors
-    /// If the file cannot be read or written, another program has it open to write, or a record is malformed.
+    /// If the file cannot be read or written or is none, another program has it open to write, or a record is malformed.
     pub fn open(path: &Path) -> Result<(Self, Vec<Label>), DataError> {
+        // A device may have no end.
+        if path.metadata().is_ok_and(|is| !is.is_file()) {
+            return Err(DataError::NotAFile(path.to_owned()));
+        }
         let write = |source| DataError::from(FileError::write(path)(source));
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(write)?;
         match file.try_lock() {
@@ -251,6 +255,14 @@ mod tests {
             seconds: Some(2.5),
             models: Some(["sft".to_owned(), "ppo".to_owned()]),
             repeat: false,
+        }
+    }
+
+    #[test]
+    fn a_device_and_a_folder_keep_no_decisions() {
+        for path in ["/dev/full", "/dev/zero", "/tmp"] {
+            let opened = LabelFile::open(Path::new(path)).map(drop);
+            assert!(!Path::new(path).exists() || matches!(opened, Err(DataError::NotAFile(_))), "{path}: {opened:?}");
         }
     }
 
