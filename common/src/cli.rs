@@ -13,6 +13,7 @@ use crate::backend::{self, BackendError};
 use crate::checkpoint::Opening;
 use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::exit::UsageError;
+use crate::group::Group;
 use crate::kernels::{Kernels, Precision, TrunkPrecision, memory};
 use crate::logging;
 use crate::model::LoraConfig;
@@ -199,7 +200,7 @@ impl RuntimeArgs {
     ///
     /// # Errors
     /// As there.
-    pub fn start(&self) -> Result<(), ThreadsError> {
+    pub fn start(&self) -> anyhow::Result<()> {
         self.process.start()
     }
 }
@@ -210,12 +211,14 @@ impl ProcessArgs {
         self.quiet || logging::is_diverted()
     }
 
-    /// Starts logging and sets the number of threads and the policy for freed memory: the first thing a command does.
+    /// Starts logging and sets the number of threads and the policy for freed memory: the first thing a command does that is
+    /// one process.
     ///
     /// # Errors
-    /// If the thread pool runs already with another number of threads.
-    pub fn start(&self) -> Result<(), ThreadsError> {
-        self.start_on(true)
+    /// If the thread pool runs already with another number of threads, or several processes were started.
+    pub fn start(&self) -> anyhow::Result<()> {
+        Group::check_alone()?;
+        Ok(self.start_on(true)?)
     }
 
     /// [`start`](Self::start) on a rank of a group, of which the first alone logs.

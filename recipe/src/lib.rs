@@ -51,6 +51,7 @@ use std::io::Write as _;
 use anyhow::{Context, Result, bail, ensure};
 use common::cli::print_json;
 use common::files::is_filled;
+use common::group::Group;
 use common::session;
 
 use toy::WorldConfig;
@@ -78,11 +79,13 @@ pub fn execute(cli: Cli) -> Result<()> {
             })
         }
         Command::Report(args) => {
+            Group::check_alone()?;
             common::logging::init(0, false);
             report::run(&args)
         }
         Command::Duel(args) => args.runtime.run(|| duel::duel(&args)),
         Command::New(args) => {
+            Group::check_alone()?;
             common::logging::init(0, false);
             write!(std::io::stdout(), "{}", new::new(&args)?).context("failed to write the result")
         }
@@ -96,6 +99,7 @@ pub fn execute(cli: Cli) -> Result<()> {
             compare::probe(&args)
         }
         Command::World(args) => {
+            Group::check_alone()?;
             common::logging::init(args.verbose, args.quiet);
             generate_world(&args)
         }

@@ -76,6 +76,7 @@ pub(crate) fn carry_out(
     check_stages(args, &recipe)?;
     let earlier = earlier_record(args, &recipe)?;
     let setup = Setup::open(recipe, &args.runtime)?;
+    training::agree(args, &setup, group)?;
     let mut run = Run::start(args, setup, earlier, group, interrupt)?;
     let progress = run.steps()?;
     if progress == Progress::Finished {

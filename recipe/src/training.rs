@@ -7,9 +7,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use common::cli::StageArgs;
+use common::config::Configuration;
 use common::group::Group;
 use common::interrupt::Interrupt;
-use common::session::Outcome;
+use common::session::{Outcome, settings};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::RunArgs;
@@ -49,6 +50,37 @@ pub(crate) fn check_ranks(setup: &Setup, due: &[Step], n_ranks: usize) -> Result
     Ok(())
 }
 
+/// Checks that all ranks were started with the same recipe, before the first hour is spent. Files are compared by the stages that
+/// read them; where they lie may differ.
+///
+/// # Errors
+/// Naming what differs.
+pub(crate) fn agree(args: &RunArgs, setup: &Setup, group: &Group) -> Result<()> {
+    if group.is_alone() {
+        return Ok(());
+    }
+    let mut recipe = setup.recipe.config.clone();
+    recipe.paths_mut().into_iter().for_each(PathBuf::clear);
+    let stages: Vec<String> = args.stages.iter().map(ToString::to_string).collect();
+    let out = std::path::absolute(&args.out).context("the working directory is unknown")?;
+    let mut facts =
+        vec![("`--stages`".to_owned(), stages.join(",")), ("`--out`".to_owned(), out.display().to_string())];
+    facts.extend(settings("recipe.", &recipe)?);
+    let StageConfigs { pretrain, sft, reward_model, ppo, rloo, dpo } = &setup.configs;
+    facts.extend(settings_of("pretrain.", pretrain.as_ref())?);
+    facts.extend(settings_of("sft.", sft.as_ref())?);
+    facts.extend(settings_of("reward-model.", reward_model.as_ref())?);
+    facts.extend(settings_of("ppo.", ppo.as_ref())?);
+    facts.extend(settings_of("rloo.", rloo.as_ref())?);
+    facts.extend(settings_of("dpo.", dpo.as_ref())?);
+    Ok(group.check_same(&facts)?)
+}
+
+/// The [`settings`] of a stage, if the recipe has it.
+fn settings_of<C: Configuration>(prefix: &str, config: Option<&C>) -> Result<Vec<(String, String)>> {
+    config.map_or_else(|| Ok(Vec::new()), |config| settings(prefix, config))
+}
+
 /// Tells the other ranks which stage comes next.
 pub(crate) fn announce(group: &Group, step: Step, goes_on: bool) -> Result<()> {
     group.gather(Some(Next::Train { step, goes_on }))?;
@@ -66,6 +98,7 @@ pub(crate) fn end(group: &Group, interrupt: Interrupt) -> Result<()> {
 pub(crate) fn follow(args: &RunArgs, group: &Group, interrupt: Interrupt) -> Result<Outcome> {
     let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
     let setup = Setup::open(recipe, &args.runtime)?;
+    agree(args, &setup, group)?;
     let trainer = Trainer { args, setup: &setup, group, interrupt };
     let mut outcome = Outcome::Finished;
     loop {

@@ -28,9 +28,15 @@ const SHARED: [&str; 10] = [
 
 /// Runs the recipe of `lab` with two processes.
 fn run_by_two(lab: &Lab, args: &[&str]) -> Output {
-    let alone = lab.command(args);
+    run_by(lab, args, args)
+}
+
+/// Runs it with a command line for each of two processes.
+fn run_by(lab: &Lab, first: &[&str], second: &[&str]) -> Output {
+    let [first, second] = [first, second].map(|args| lab.command(args));
     let mut command = mpirun();
-    command.args(["-n", "2"]).arg(alone.get_program()).args(alone.get_args());
+    command.args(["-n", "1"]).arg(first.get_program()).args(first.get_args());
+    command.args([":", "-n", "1"]).arg(second.get_program()).args(second.get_args());
     command.current_dir(lab.dir.path()).env("KINDLING_CACHE", lab.path("cache"));
     command.env_remove("KINDLING_DATA").env_remove("RUST_LOG");
     command.output().unwrap()
@@ -71,4 +77,23 @@ fn a_stage_with_too_few_micro_batches_is_found_before_the_first_step() {
         "{stderr}"
     );
     assert!(!lab.out("data").exists());
+}
+
+#[test]
+fn ranks_with_other_settings_are_found_before_the_first_step() {
+    if !has_mpirun() {
+        return;
+    }
+    let lab = Lab::new();
+    for (other, says) in [
+        (["--set", "sft.optimizer.lr=0.5"], "rank 1 differs from rank 0: `sft.optimizer.lr` is 0.5, and "),
+        (["--seed", "77"], "rank 1 differs from rank 0: `recipe.seed` is 77, and "),
+        (["--stages", "pretrain"], "rank 1 differs from rank 0: `--stages` is pretrain, and "),
+    ] {
+        let Output { status, stderr, .. } = run_by(&lab, &SHARED, &[&SHARED[..], &other].concat());
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(says), "`{says}`:\n{stderr}");
+        assert!(!lab.out("data").exists());
+    }
 }

@@ -1,6 +1,7 @@
 //! The programs themselves under `mpirun`.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::testing::has_mpirun;
 use pipeline_tests::{DPO, Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage, binary};
@@ -166,4 +167,59 @@ fn processes_with_other_settings_or_data_are_refused_and_the_difference_named() 
         assert!(refused.stderr.contains(says), "`{says}`:\n{}", refused.stderr);
         assert_eq!(lab.saved_step("out"), None);
     }
+    let on_other = [&more[..], &["--backend", "ndarray"]].concat();
+    let refused = lab.finish(mpirun(&lab, &[process(PRETRAIN, "out", &more), process(PRETRAIN, "out", &on_other)]));
+    let says = "rank 1 differs from rank 0: `--backend` is ndarray, and flex on rank 0";
+    assert!(refused.stderr.contains(says), "{}", refused.stderr);
+    assert_eq!(lab.saved_step("out"), None);
+}
+
+#[test]
+fn ranks_that_resume_from_different_checkpoints_are_refused_before_a_step() {
+    if !has_mpirun() {
+        return;
+    }
+    let lab = Lab::before(PRETRAIN);
+    for (out, steps) in [("early", "train.steps=2"), ("late", "train.steps=4")] {
+        lab.ok("pretrain", &PRETRAIN.train(out, &set(&[&SHARED[..], &[steps]].concat())));
+    }
+    let more = [&set(&[&SHARED[..], &["train.steps=8"]].concat())[..], &["--resume"]].concat();
+    let refused = lab.finish(mpirun(&lab, &[process(PRETRAIN, "early", &more), process(PRETRAIN, "late", &more)]));
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    let says = "rank 1 differs from rank 0: the step of the checkpoint in `--out` is 4, and 2 on rank 0";
+    assert!(refused.stderr.contains(says), "{}", refused.stderr);
+    assert_eq!((lab.saved_step("early"), lab.saved_step("late")), (Some(2), Some(4)));
+}
+
+#[test]
+fn a_command_that_is_one_process_says_so_once() {
+    if !has_mpirun() {
+        return;
+    }
+    let lab = Lab::before(PRETRAIN);
+    let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    for line in ["pretrain tokenizer --config configs/pretrain.toml --out tokens", "recipe world --out world"] {
+        let mut line = words(line);
+        line[0] = binary(&line[0]).display().to_string();
+        let refused = lab.finish(mpirun(&lab, &[line.clone(), line]));
+        assert_ne!(refused.status.code(), Some(0), "{}", refused.stderr);
+        assert_eq!(refused.stderr.matches("this command is one process").count(), 1, "{}", refused.stderr);
+    }
+    assert!(!lab.path("tokens").exists() && !lab.path("world").exists());
+}
+
+#[test]
+fn a_process_that_never_starts_mpi_is_not_waited_for_in_vain() {
+    if !has_mpirun() {
+        return;
+    }
+    let lab = Lab::before(PRETRAIN);
+    let own = process(PRETRAIN, "out", &set(&SHARED));
+    let patient = ["env", "KINDLING_MPI_START_TIMEOUT=2"].map(str::to_owned);
+    let start = Instant::now();
+    let other = ["sleep", "100"].map(str::to_owned).to_vec();
+    let ended = lab.finish(mpirun(&lab, &[[&patient[..], &own].concat(), other]));
+    assert!(ended.stderr.contains("error: not every process had started MPI after 2 seconds"), "{}", ended.stderr);
+    assert_ne!(ended.status.code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
 }

@@ -38,8 +38,21 @@ const RESULTS: &str = "results";
 /// Set by launchers in each process that they start: Open MPI, MPICH and Intel MPI, Slurm with `PMIx`.
 const LAUNCHED: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK"];
 
+/// Between the first rank that says what all know, which ends them, and the others.
+const FIRST_SPEAKS: Duration = Duration::from_secs(3);
+
 /// The number of a rank among those of its machine, as launchers give it.
 const LOCAL_RANK: [&str; 4] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID"];
+
+/// The first of the variables that is set.
+fn launched(names: [&str; 2]) -> Option<String> {
+    names.iter().find_map(|name| std::env::var(name).ok())
+}
+
+/// Whether the launcher says that there are other processes.
+fn is_one_of_several() -> bool {
+    launched(["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]).is_some_and(|size| size != "1")
+}
 
 /// Carries messages between two ranks, in order. `what` they are is for the message about a rank that does not answer.
 trait Transport: Send + Sync {
@@ -182,11 +195,23 @@ pub enum GroupError {
          --release --features mpi`, or start it without `mpirun`"
     )]
     NotBuilt,
+    /// Several processes were started of a command that is one.
+    #[error("this command is one process, and was started as one of several\nhint: start it without `mpirun`")]
+    OneProcess,
     /// The MPI library gave no environment.
     #[error("MPI could not be started: {reason}")]
     NotStarted {
         /// In words.
         reason: &'static str,
+    },
+    /// MPI waits for a process that does not come.
+    #[error(
+        "not every process had started MPI after {seconds} seconds\nhint: look after the other processes; on machines that need \
+         longer, set KINDLING_MPI_START_TIMEOUT to more seconds"
+    )]
+    NotAllStarted {
+        /// How long they were waited for.
+        seconds: u64,
     },
     /// Another rank has ended.
     #[error("rank {rank} has ended")]
@@ -214,6 +239,22 @@ pub enum GroupError {
     Message {
         /// What is wrong with it.
         reason: String,
+    },
+    /// Ranks that computed the same have other weights.
+    #[error(
+        "rank {rank} differs from rank 0: the checksum of the weights after step {step} is {there}, and {at_first} on rank 0\nhint: all \
+         processors have to be of one kind (AVX2 or AVX-512); if they are, look for faulty memory; `--resume` goes on from the last \
+         checkpoint"
+    )]
+    Diverged {
+        /// The first rank that differs.
+        rank: usize,
+        /// After which step.
+        step: u64,
+        /// The checksum there.
+        there: String,
+        /// That of rank 0.
+        at_first: String,
     },
     /// Ranks disagree about something that must be the same.
     #[error("rank {rank} differs from rank 0: {name} is {there}, and {at_first} on rank 0")]
@@ -249,11 +290,25 @@ impl Group {
         #[cfg(not(feature = "mpi"))]
         let _ = say;
         #[cfg(not(feature = "mpi"))]
-        if std::env::var("OMPI_COMM_WORLD_SIZE").or_else(|_| std::env::var("PMI_SIZE")).is_ok_and(|size| size != "1") {
+        if is_one_of_several() {
             return Err(GroupError::NotBuilt);
         }
         #[cfg(not(feature = "mpi"))]
         Ok(Self::alone())
+    }
+
+    /// Checks that a launcher did not start several processes, of which each would do the same.
+    ///
+    /// # Errors
+    /// If it did; the first rank says so, and ends the others meanwhile.
+    pub fn check_alone() -> Result<(), GroupError> {
+        if !is_one_of_several() {
+            return Ok(());
+        }
+        if launched(["OMPI_COMM_WORLD_RANK", "PMI_RANK"]).is_some_and(|rank| rank != "0") {
+            std::thread::sleep(FIRST_SPEAKS);
+        }
+        Err(GroupError::OneProcess)
     }
 
     fn over(transport: impl Transport + 'static) -> Self {

@@ -14,7 +14,7 @@ use mpi::topology::Communicator as _;
 use mpi::traits::Equivalence as _;
 
 use super::beats::{Beats, EVERY, PATIENCE};
-use super::{Group, GroupError, Transport};
+use super::{FIRST_SPEAKS, Group, GroupError, Transport};
 
 /// How long a rank asks again and again whether a message has come, before it lets others compute between two looks.
 const BUSY: Duration = Duration::from_micros(200);
@@ -31,8 +31,10 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long a rank that gives up waits for its own exchange to let go of the library.
 const LET_GO: Duration = Duration::from_secs(2);
 
-/// Between the rank that says first that rank 0 is silent, and the others.
-const FIRST_SPEAKS: Duration = Duration::from_secs(3);
+/// How long MPI may take to start: it waits for every process, and for ever for one that ended or was stopped before. Set
+/// with the variable below, in seconds.
+const START: Duration = Duration::from_secs(25);
+const START_VARIABLE: &str = "KINDLING_MPI_START_TIMEOUT";
 
 /// The kinds of messages: what is exchanged, and signs of life.
 const DATA: i32 = 0;
@@ -66,8 +68,12 @@ struct Mpi {
 
 /// Starts MPI; `say` tells the user of a rank that does not answer.
 pub(super) fn join(say: fn(GroupError) -> u8) -> Result<Group, GroupError> {
+    let has_started = Arc::new(AtomicBool::new(false));
+    end_unless(has_started.clone(), say);
     // Not the thread that starts it, but one thread at a time uses it.
-    let Some((universe, threading)) = mpi::initialize_with_threading(Threading::Serialized) else {
+    let started = mpi::initialize_with_threading(Threading::Serialized);
+    has_started.store(true, Ordering::SeqCst);
+    let Some((universe, threading)) = started else {
         return Err(GroupError::NotStarted { reason: "it is running already" });
     };
     if threading < Threading::Serialized {
@@ -88,6 +94,23 @@ pub(super) fn join(say: fn(GroupError) -> u8) -> Result<Group, GroupError> {
     let watch = (size > 1).then(|| thread.spawn(move || watched.watch(say))).transpose();
     let watch = watch.map_err(|_| GroupError::NotStarted { reason: "there is no thread for signs of life" })?;
     Ok(Group::over(Mpi { world, watch }))
+}
+
+/// Ends this process, and with it all, unless MPI has started in time.
+fn end_unless(has_started: Arc<AtomicBool>, say: fn(GroupError) -> u8) {
+    let seconds = std::env::var(START_VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
+    let patience = seconds.map_or(START, Duration::from_secs);
+    // Without the thread it is as it is without this.
+    let _ = std::thread::Builder::new().name("start".to_owned()).spawn(move || {
+        let began = Instant::now();
+        while began.elapsed() < patience {
+            std::thread::sleep(LOOK);
+            if has_started.load(Ordering::SeqCst) {
+                return;
+            }
+        }
+        std::process::exit(i32::from(say(GroupError::NotAllStarted { seconds: patience.as_secs() })));
+    });
 }
 
 fn pause(start: Instant) {

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 pub use config::{Amount, DataConfig, ModelOverrides, RunConfig, load_config};
 pub use contents::{Contents, Exported};
 pub use resume::{Restored, gpt_and_optimizer};
-pub use together::run;
+pub use together::{run, settings};
 
 use crate::checkpoint::{self, Checkpoint, Manifest, Parent, Snapshot, Stage, State};
 use crate::cli::StageArgs;
@@ -232,6 +232,7 @@ impl Session {
         let restored = if args.resume { Some(resume::restore(args, plan, &data)?) } else { None };
         let resumed = restored.is_some();
         let (progress, restored) = if let Some((progress, restored)) = restored {
+            together::check_resumed(group, progress.step, restored.checkpoint.manifest())?;
             if plan.run.keep_best && progress.best.is_some() {
                 best_weights = Some(restored.checkpoint.named().clone());
             }

@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 
 use super::resume::flat;
 use super::{Amount, Outcome, Plan};
+use crate::checkpoint::Manifest;
 use crate::cli::{RuntimeArgs, StageArgs};
 use crate::config::{Configuration, to_table};
 use crate::exit::say_error;
@@ -99,8 +100,9 @@ impl Amount {
             format!("start {batch_size} at most, or choose a larger batch, which is another training")
         } else {
             let most = (1..=batch_size / ranks).rev().find(|&most| batch_size.is_multiple_of(most)).unwrap_or(1);
+            let most = if most > 1 { format!("{most} or less") } else { most.to_string() };
             format!(
-                "set `{prefix}train.micro_batch_size` to {most} or less; the sums do not depend on the number of processes, but on this"
+                "set `{prefix}train.micro_batch_size` to {most}; the sums do not depend on the number of processes, but on this"
             )
         };
         ensure!(
@@ -119,14 +121,15 @@ pub(super) fn facts<C: Configuration>(
 ) -> anyhow::Result<Vec<(String, String)>> {
     let mut facts = vec![
         ("the program's version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+        ("the stage".to_owned(), plan.stage.to_string()),
         ("`--resume`".to_owned(), args.resume.to_string()),
-        ("`--kernels`".to_owned(), format!("{:?}", plan.runtime.kernels)),
+        ("`--backend`".to_owned(), plan.runtime.label.split(':').next().unwrap_or_default().to_owned()),
+        ("`--kernels`".to_owned(), format!("{:?}", plan.runtime.kernels).to_lowercase()),
         ("`--precision`".to_owned(), plan.runtime.precision.name().to_owned()),
         ("the number of steps".to_owned(), plan.total_steps.to_string()),
         ("the tokenizer (SHA-256)".to_owned(), plan.tokenizer.sha256()),
     ];
-    let settings = flat(&to_table(plan.config)?).into_iter().filter(|(key, _)| !PLACES.contains(&key.as_str()));
-    facts.extend(settings.map(|(key, value)| (format!("`{key}`"), value.to_string())));
+    facts.extend(settings("", plan.config)?);
     for (key, files) in &plan.data {
         for (i, file) in files.iter().enumerate() {
             let hash = data.get(&file.display().to_string()).cloned().unwrap_or_default();
@@ -139,6 +142,27 @@ pub(super) fn facts<C: Configuration>(
     Ok(facts)
 }
 
+/// The settings of a configuration that decide a result, by their keys behind `prefix`.
+///
+/// # Errors
+/// If it cannot be written as TOML.
+pub fn settings<C: Configuration>(prefix: &str, config: &C) -> anyhow::Result<Vec<(String, String)>> {
+    let all = flat(&to_table(config)?).into_iter().filter(|(key, _)| !PLACES.contains(&key.as_str()));
+    Ok(all.map(|(key, value)| (format!("`{prefix}{key}`"), value.to_string())).collect())
+}
+
+/// Checks that every rank resumes from the same checkpoint.
+///
+/// # Errors
+/// Naming the first rank that does not.
+pub(super) fn check_resumed(group: &Group, step: u64, manifest: Option<&Manifest>) -> Result<(), GroupError> {
+    let weights = manifest.map_or_else(String::new, |manifest| manifest.weights_sha256.clone());
+    group.check_same(&[
+        ("the step of the checkpoint in `--out`".to_owned(), step.to_string()),
+        ("the weights of the checkpoint in `--out` (SHA-256)".to_owned(), weights),
+    ])
+}
+
 /// Checks that every rank has the same weights, to the bit.
 ///
 /// # Errors
@@ -147,10 +171,11 @@ pub(super) fn check_weights(group: &Group, step: u64, weights: &NamedTensors) ->
     if group.is_alone() {
         return Ok(());
     }
-    group.check_same(&[(
-        format!("the checksum of the weights after step {step}"),
-        format!("{:016x}", checksum(weights)),
-    )])
+    let own = ("the weights".to_owned(), format!("{:016x}", checksum(weights)));
+    group.check_same(&[own]).map_err(|error| match error {
+        GroupError::Differ { rank, there, at_first, .. } => GroupError::Diverged { rank, step, there, at_first },
+        other => other,
+    })
 }
 
 /// FNV-1a over the bits of all numbers, a number at a time.
