@@ -6,6 +6,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use common::testing::{exit_code_in, outliving};
 use common::view::View;
 use pipeline_tests::{Lab, SFT, binary};
 use rexpect::process::WaitStatus;
@@ -121,6 +122,30 @@ fn a_second_ctrl_c_gives_the_terminal_back_and_stops_at_once() {
     assert!(rest.contains("press Ctrl-C again") && rest.contains("stopped without saving"), "{rest}");
     assert_eq!(exit_code(&session), 130);
     assert_eq!(lab.saved_step("out"), None);
+}
+
+const CLOSED: &str = "a_terminal_that_is_closed_while_a_run_is_seen";
+
+#[test]
+#[ignore = "the program of the next test"]
+fn a_terminal_that_is_closed_while_a_run_is_seen() {
+    let args = SFT.train("out", &[&["--tui"], &ENDLESS[..]].concat());
+    let mut session = spawn_command(outliving(&binary(SFT.program), &args), Some(TIMEOUT)).unwrap();
+    session.exp_string("gradient").unwrap();
+    // The other end of the terminal goes with this process; dropping the session would kill the run first.
+    std::process::exit(0);
+}
+
+#[test]
+fn a_closed_terminal_saves_and_ends_with_129() {
+    let lab = Lab::before(SFT);
+    let terminal = lab.within(Command::new(std::env::current_exe().unwrap()), &["--exact", CLOSED, "--ignored"]);
+    let output = lab.finish(terminal);
+    assert!(output.status.success(), "{}", output.stderr);
+    assert_eq!(exit_code_in(lab.dir(), Duration::from_secs(5)), Some(129));
+    assert!(lab.saved_step("out").is_some());
+    // Another may write there now.
+    lab.ok(SFT.program, &SFT.train("out", &["--overwrite", "-q"]));
 }
 
 const PANIC: &str = "a_program_that_panics_while_its_view_is_open";

@@ -1,6 +1,6 @@
 //! The end of a program: the error on stderr and the exit code.
 //!
-//! 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM with the work saved. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
+//! 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 stopped by a closed terminal (SIGHUP), Ctrl-C or SIGTERM with the work saved. *Wrong usage* is what the command line alone gets wrong (clap, or [`UsageError`]); a
 //! directory that is not empty or holds nothing to resume is the state of the disk, so that is 1.
 
 use std::process::ExitCode;

@@ -13,6 +13,9 @@ const SAME_REQUEST: Duration = Duration::from_secs(1);
 /// Ctrl-C, the same number on every system.
 const SIGINT: i32 = 2;
 
+/// A closed terminal, the same number on every system that has it.
+const SIGHUP: i32 = 1;
+
 /// The number of the signal that asked to stop; 0 until one does.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static NEVER: AtomicI32 = AtomicI32::new(0);
@@ -76,6 +79,11 @@ impl Interrupt {
     /// Notes a Ctrl-C that a program reads as a key, as one that came as a signal.
     pub fn request(&self) {
         self.signal.store(SIGINT, Ordering::SeqCst);
+    }
+
+    /// Notes a terminal that was closed, as the signal that says so: it may be ignored, or come later.
+    pub fn hang_up(&self) {
+        self.signal.store(SIGHUP, Ordering::SeqCst);
     }
 
     /// Whether to finish the step, save and return.
@@ -189,7 +197,7 @@ impl Requests {
 /// Handles the signals on a thread of its own.
 #[cfg(unix)]
 fn watch() -> std::io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGTERM};
+    use signal_hook::consts::SIGTERM;
 
     let mut wanted = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {

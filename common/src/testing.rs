@@ -2,6 +2,8 @@
 
 use std::path::Path;
 use std::process::Command;
+#[cfg(unix)]
+use std::time::{Duration, Instant};
 
 pub use base::testing::{assert_close, assert_snapshot, python_with, run, shared};
 use burn::tensor::Device;
@@ -10,6 +12,37 @@ use crate::checkpoint::{self, Manifest, Snapshot, Stage, Weights};
 use crate::model::{Gpt, GptConfig, ScalarGpt};
 use crate::rng::Streams;
 use crate::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
+
+/// A command that runs another in its terminal and tells [`exit_code_in`] how that ended, also once the terminal is closed.
+#[cfg(unix)]
+pub fn outliving(program: &Path, args: &[impl AsRef<str>]) -> Command {
+    // A terminal of tests has no size of its own. The outer shell leads the session: the system tells it alone that the
+    // terminal is closed, and everyone else as it dies of that.
+    const SCRIPT: &str =
+        r#"stty rows 40 columns 130; echo $$ > group; sh -c 'trap : HUP; "$@"; echo $? > new; mv new code' sh "$@"; :"#;
+    let mut command = Command::new("sh");
+    command.args(["-c", SCRIPT, "sh"]).arg(program).args(args.iter().map(AsRef::as_ref)).env("TERM", "xterm");
+    command
+}
+
+/// The exit code of what [`outliving`] ran in `dir`. A program that does not end in time is killed: there is none.
+///
+/// # Panics
+/// If nothing was run there.
+#[cfg(unix)]
+pub fn exit_code_in(dir: &Path, in_time: Duration) -> Option<i32> {
+    let began = Instant::now();
+    while began.elapsed() < in_time {
+        if let Ok(code) = std::fs::read_to_string(dir.join("code")) {
+            return code.trim().parse().ok();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let group = std::fs::read_to_string(dir.join("group")).expect("the program was started");
+    // It may have ended just now.
+    let _ = Command::new("kill").args(["-9", "--", &format!("-{}", group.trim())]).status();
+    None
+}
 
 /// Whether programs can be started together; says why not.
 pub fn has_mpirun() -> bool {

@@ -83,6 +83,7 @@ fn people_need_a_terminal_and_labels_a_question() {
 mod terminal {
     use std::process::Command;
 
+    use common::testing::{exit_code_in, outliving};
     use rexpect::process::WaitStatus;
     use rexpect::session::{PtySession, spawn_command};
 
@@ -186,6 +187,34 @@ mod terminal {
         session.exp_string("the same command goes on").unwrap();
         session.exp_eof().unwrap();
         assert_eq!(exit_code(&session), 130);
+    }
+
+    const CLOSED: &str = "terminal::a_terminal_that_is_closed_after_one_decision";
+
+    #[test]
+    #[ignore = "the program of the next test"]
+    fn a_terminal_that_is_closed_after_one_decision() {
+        let args = ["label", "--pairs", "pairs.jsonl", "--out", "labels.jsonl"];
+        let mut session = spawn_command(outliving(Path::new(PROGRAM), &args), Some(TIMEOUT)).unwrap();
+        session.exp_string("0 of 40 decided").unwrap();
+        press(&mut session, "a", Path::new("."), 1);
+        // The other end of the terminal goes with this process; dropping the session would kill the program first.
+        std::process::exit(0);
+    }
+
+    #[test]
+    fn a_closed_terminal_ends_it_with_129_and_loses_no_label() {
+        let dir = workplace();
+        let mut terminal = Command::new(std::env::current_exe().unwrap());
+        terminal.args(["--exact", CLOSED, "--ignored"]).current_dir(dir.path()).env_remove("RUST_LOG");
+        let output = terminal.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(exit_code_in(dir.path(), std::time::Duration::from_secs(5)), Some(129));
+        assert_eq!(records(&dir.path().join("labels.jsonl")).len(), 1);
+        // Another may write to the file now: it comes as far as the questions.
+        let args = ["label", "--pairs", "pairs.jsonl", "--out", "labels.jsonl", "--by", "gold"];
+        let (_, _, stderr) = run(PROGRAM, &args, dir.path());
+        assert!(stderr.contains("the gold score is not defined"), "{stderr}");
     }
 }
 

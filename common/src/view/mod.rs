@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use indicatif::ProgressDrawTarget;
 use ratatui::Terminal;
-use ratatui::backend::CrosstermBackend;
+use ratatui::backend::{Backend, CrosstermBackend};
 use ratatui::crossterm::cursor::Show;
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::event::{self, KeyCode, KeyEvent, KeyModifiers};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode};
 
@@ -50,6 +50,13 @@ static LINES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
 /// Whether somebody sits at a terminal, with nothing in between.
 pub fn is_at_terminal() -> bool {
     stdin().is_terminal() && stdout().is_terminal()
+}
+
+/// Lets go of a terminal. Where it has gone, ratatui would say on it that the cursor stays hidden, and panic.
+pub fn let_go<B: Backend>(mut terminal: Terminal<B>) {
+    if terminal.show_cursor().is_err() {
+        std::mem::forget(terminal);
+    }
 }
 
 /// The view while it is open; dropping it gives the terminal back.
@@ -138,19 +145,31 @@ fn keep(line: &str) {
     lines.drain(..too_many);
 }
 
-/// Draws and reads keys until the view is left. A terminal that fails is left: the run matters more.
+/// Draws and reads keys until the view is left. A terminal that fails, as one that was closed does, is left: the run
+/// matters more.
 fn serve(mut terminal: Terminal<CrosstermBackend<io::Stdout>>) {
     let mut page = Page::default();
     while IS_OPEN.load(Ordering::SeqCst) {
-        if draw(&mut terminal, &mut page).is_err() {
-            return leave();
-        }
-        match event::poll(TICK).and_then(|is_ready| if is_ready { event::read().map(Some) } else { Ok(None) }) {
-            Ok(Some(Event::Key(key))) if key.kind == KeyEventKind::Press => press(key, &mut page),
-            Ok(_) => {}
-            Err(_) => return leave(),
+        let read = draw(&mut terminal, &mut page).and_then(|()| read(TICK));
+        match read {
+            Ok(Some(key)) => press(key, &mut page),
+            Ok(None) => {}
+            Err(_) => leave(),
         }
     }
+    let_go(terminal);
+}
+
+/// The key that is pressed within `wait`, if one is.
+///
+/// # Errors
+/// If the terminal fails.
+pub fn read(wait: Duration) -> io::Result<Option<KeyEvent>> {
+    if !event::poll(wait)? {
+        return Ok(None);
+    }
+    let key = event::read()?.as_key_press_event();
+    Ok(key)
 }
 
 fn draw(terminal: &mut Terminal<CrosstermBackend<io::Stdout>>, page: &mut Page) -> io::Result<()> {

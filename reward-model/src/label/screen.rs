@@ -6,12 +6,13 @@ use anyhow::Context;
 use common::conversation::{Message, Role};
 use common::data::records::Verdict;
 use common::interrupt::Interrupt;
-use ratatui::Frame;
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use common::view;
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Style, Stylize};
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Block, Paragraph, Wrap};
+use ratatui::{DefaultTerminal, Frame};
 
 use super::desk::{Desk, Progress};
 use super::questions::Question;
@@ -46,7 +47,7 @@ struct Scroll {
     answers: u16,
 }
 
-/// Asks until there is nothing left, or the person leaves.
+/// Asks until there is nothing left, or the person leaves. A terminal that is closed is a request to stop.
 ///
 /// # Errors
 /// If the terminal cannot be used, a question not be sampled, or a decision not be written; the terminal is then as before.
@@ -56,11 +57,14 @@ pub(super) fn run(desk: &mut Desk, interrupt: Interrupt) -> anyhow::Result<()> {
     let mut serve = || -> anyhow::Result<()> {
         while !interrupt.requested() {
             desk.refill()?;
-            terminal.draw(|frame| draw(frame, desk, &mut scroll)).context("failed to draw")?;
-            if !event::poll(TICK).context("failed to read the terminal")? {
-                continue;
-            }
-            let Event::Key(key) = event::read().context("failed to read the terminal")? else { continue };
+            let pressed = match show(&mut terminal, desk, &mut scroll) {
+                Err(_) if !view::is_at_terminal() => {
+                    interrupt.hang_up();
+                    break;
+                }
+                pressed => pressed?,
+            };
+            let Some(key) = pressed else { continue };
             match action(key) {
                 None => {}
                 Some(Action::Leave) => break,
@@ -80,15 +84,20 @@ pub(super) fn run(desk: &mut Desk, interrupt: Interrupt) -> anyhow::Result<()> {
         Ok(())
     };
     let served = serve();
-    ratatui::restore();
+    // Nothing is left to try if the terminal has gone; `restore` would say so on it, and panic.
+    let _ = ratatui::try_restore();
+    view::let_go(terminal);
     served
+}
+
+/// Draws, and waits a moment for a key.
+fn show(terminal: &mut DefaultTerminal, desk: &Desk, scroll: &mut Scroll) -> anyhow::Result<Option<KeyEvent>> {
+    terminal.draw(|frame| draw(frame, desk, scroll)).context("failed to draw")?;
+    view::read(TICK).context("failed to read the terminal")
 }
 
 /// The meaning of a key.
 fn action(key: KeyEvent) -> Option<Action> {
-    if key.kind != KeyEventKind::Press {
-        return None;
-    }
     if key.modifiers.contains(KeyModifiers::CONTROL) {
         return (key.code == KeyCode::Char('c')).then_some(Action::Interrupt);
     }
