@@ -40,7 +40,7 @@ const EDGES: [(&str, &[&str]); 16] = [
     ("backend", &["config", "group", "kernels"]),
     ("capacity", &["model", "kernels", "group", "reduce", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
-    ("cli", &["backend", "checkpoint", "config", "exit", "kernels", "logging", "model", "out_dir", "runtime"]),
+    ("cli", &["backend", "checkpoint", "config", "exit", "group", "kernels", "logging", "model", "out_dir", "runtime"]),
     ("config", &["files"]),
     ("corpus", &["config", "data", "group", "interrupt", "logging", "loss", "model", "rng", "tokenizer"]),
     ("exit", &["interrupt", "logging"]),

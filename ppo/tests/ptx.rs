@@ -185,7 +185,8 @@ fn memory_counts_the_windows() {
     assert_eq!(code, 1, "{stderr}");
     assert!(stderr.contains("this run needs about") && stderr.contains("GiB of memory"), "{stderr}");
     // The hint names as many as do fit.
-    let (_, rest) = stderr.split_once("hint: it would fit with `ptx.batch_size=").unwrap();
+    let hint = "`ptx.batch_size=";
+    let (_, rest) = stderr.split_once(hint).unwrap_or_else(|| panic!("{stderr}"));
     let fitting: usize = rest.split('`').next().unwrap().parse().unwrap();
     assert!((1..1_000_000).contains(&fitting) && rest.contains("which is another training"), "{stderr}");
     let fewer = format!("ptx.batch_size={}", fitting / 2);
