@@ -32,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const LET_GO: Duration = Duration::from_secs(2);
 
 /// How long MPI may take to start: it waits for every process, and for ever for one that ended or was stopped before. Set
-/// with the variable below, in seconds.
+/// with the variable below, in seconds; 0 is for ever.
 const START: Duration = Duration::from_secs(25);
 const START_VARIABLE: &str = "KINDLING_MPI_START_TIMEOUT";
 
@@ -100,6 +100,9 @@ pub(super) fn join(say: fn(GroupError) -> u8) -> Result<Group, GroupError> {
 fn end_unless(has_started: Arc<AtomicBool>, say: fn(GroupError) -> u8) {
     let seconds = std::env::var(START_VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
     let patience = seconds.map_or(START, Duration::from_secs);
+    if patience.is_zero() {
+        return;
+    }
     // Without the thread it is as it is without this.
     let _ = std::thread::Builder::new().name("start".to_owned()).spawn(move || {
         let began = Instant::now();

@@ -290,9 +290,12 @@ mod tests {
 
     #[test]
     fn a_sum_has_the_same_bits_for_any_number_of_ranks() {
-        let len = BUCKET + 3;
-        for n_items in [5, 8] {
+        // Fewer buckets than ranks, and more, several of them in a piece.
+        for (n_items, len) in [(5, BUCKET + 3), (8, 5 * BUCKET + 3)] {
             let alone = sum_over(1, n_items, len).remove(0);
+            let mut in_turn = item(0, len);
+            (1..n_items).for_each(|i| add(&mut in_turn, &item(i, len)));
+            assert_eq!(alone, in_turn);
             let mut reversed = item(n_items - 1, len);
             (0..n_items - 1).rev().for_each(|i| add(&mut reversed, &item(i, len)));
             assert_ne!(alone, reversed, "the order is to matter");
