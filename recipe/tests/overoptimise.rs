@@ -102,6 +102,13 @@ fn every_method_has_its_curve_and_nothing_is_done_twice() {
     assert_eq!(sizes, [&Value::Null, &Value::Null, &Value::Null, &"4k".into(), &"17k".into()]);
     let page = fs::read_to_string(lab.out("overoptimise.html")).unwrap();
     assert_eq!(page.matches("<svg").count(), 2 + 2 + 3 * 2 + 1);
+    let figures = lab.out("overoptimise/figures");
+    assert_eq!(fs::read_dir(&figures).unwrap().count(), 2 + 2 + 3 * 2 + 1);
+    let gold = fs::read_to_string(figures.join("methods-gold.svg")).unwrap();
+    assert!(
+        gold.contains(">best-of-n</text>") && gold.contains(">RLOO, KL coefficient 0</text>") && !gold.contains("var("),
+        "{gold}"
+    );
     assert!(!page.contains("<script") && !page.contains("NaN") && !page.contains("inf"), "{page}");
 
     let before = snapshot(&lab.out("overoptimise"));

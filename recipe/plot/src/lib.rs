@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+mod file;
+
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 

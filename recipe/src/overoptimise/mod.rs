@@ -45,6 +45,7 @@ use curves::{Curve, Point, SeedCurve};
 use design::{Design, Judge, Policy, Sizes};
 use fit::Form;
 use lab::{Lab, PoolAnswer, Stopped};
+use page::Rendered;
 use results::{JudgeResult, Method, NamedCurve, Results};
 use units::Units;
 
@@ -167,7 +168,13 @@ fn measure(
     };
     results.find(&design);
     write_whole(&setup.out.join("overoptimise.json"), serde_json::to_string_pretty(&results)?)?;
-    write_whole(&setup.out.join("overoptimise.html"), page::render(&results, &design)?)?;
+    let Rendered { html, figures } = page::render(&results, &design)?;
+    write_whole(&setup.out.join("overoptimise.html"), html)?;
+    let dir = dir.join("figures");
+    std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;
+    for (name, svg) in figures {
+        write_whole(&dir.join(name), svg)?;
+    }
     Ok(Some(results))
 }
 

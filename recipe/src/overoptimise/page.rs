@@ -27,6 +27,8 @@ struct Page<'a> {
 /// Figures about one question.
 #[derive(Serialize)]
 struct Section {
+    /// How the names of its figures' files begin.
+    name: &'static str,
     title: &'static str,
     lede: &'static str,
     figures: Vec<Figure>,
@@ -35,6 +37,8 @@ struct Section {
 #[derive(Serialize)]
 struct Figure {
     svg: String,
+    /// The same as a file.
+    file: String,
     title: String,
     keys: Vec<Key>,
 }
@@ -74,11 +78,19 @@ impl Value {
     }
 }
 
-/// The whole page as HTML.
+/// What stands in the output directory.
+pub(crate) struct Rendered {
+    /// The whole page as HTML.
+    pub html: String,
+    /// Each figure with its file name.
+    pub figures: Vec<(String, String)>,
+}
+
+/// The page, and its figures as files.
 ///
 /// # Errors
 /// If a plot cannot be drawn.
-pub(crate) fn render(results: &Results, design: &Design) -> Result<String> {
+pub(crate) fn render(results: &Results, design: &Design) -> Result<Rendered> {
     let page = Page {
         title: if results.title.is_empty() { &results.recipe } else { &results.title },
         version: &results.version,
@@ -88,7 +100,17 @@ pub(crate) fn render(results: &Results, design: &Design) -> Result<String> {
         judges: results.judges.iter().map(|judge| [judge.judge.title(), accuracies(&judge.accuracy)]).collect(),
         fits: results.curves.iter().map(row).collect(),
     };
-    fill(include_str!("page.html"), &page)
+    let html = fill(include_str!("page.html"), &page)?;
+    let named = |section: Section| {
+        section.figures.into_iter().map(move |figure| (file_name(section.name, &figure.title), figure.file))
+    };
+    Ok(Rendered { html, figures: page.sections.into_iter().flat_map(named).collect() })
+}
+
+/// `penalty-ppo-gold.svg` for the figure "PPO, gold." of a section.
+fn file_name(section: &str, title: &str) -> String {
+    let words = title.to_lowercase().replace(['.', ','], "").replace(' ', "-");
+    format!("{section}-{words}.svg")
 }
 
 fn facts(results: &Results) -> Vec<String> {
@@ -117,6 +139,7 @@ fn sections(results: &Results, design: &Design) -> Result<Vec<Section>> {
     let penalties = named(of_kind(|method| matches!(method, Method::Ppo(_))));
     let ensembles = named([vec![Method::BestOfN], Ensemble::ALL.map(Method::Ensemble).to_vec()].concat());
     let mut sections = vec![Section {
+        name: "methods",
         title: "Four ways to optimise",
         lede: "The same reward model, and for DPO its pairs: how much gold each method gains on its way from the initial policy, and what \
                the reward model says of it.",
@@ -124,15 +147,21 @@ fn sections(results: &Results, design: &Design) -> Result<Vec<Section>> {
     }];
     if penalties.len() > 1 {
         sections.push(Section {
+            name: "penalty",
             title: "The KL penalty",
             lede: "A higher coefficient stops a policy earlier on its way; whether it also takes a better way is seen where the curves part.",
             figures: figures(&[("PPO, gold.", &penalties, Value::Gold), ("PPO, proxy.", &penalties, Value::Proxy)])?,
         });
     }
-    for (axis, title, lede) in [
-        (Axis::Pairs, "More pairs", "Reward models that learnt from fewer preference pairs."),
-        (Axis::Size, "Larger reward models", "Reward models of other sizes, on the same pairs."),
-        (Axis::WrongLabels, "Wrong labels", "Reward models whose pairs are labelled wrongly more or less often."),
+    for (axis, name, title, lede) in [
+        (Axis::Pairs, "pairs", "More pairs", "Reward models that learnt from fewer preference pairs."),
+        (Axis::Size, "size", "Larger reward models", "Reward models of other sizes, on the same pairs."),
+        (
+            Axis::WrongLabels,
+            "wrong-labels",
+            "Wrong labels",
+            "Reward models whose pairs are labelled wrongly more or less often.",
+        ),
     ] {
         let of = |method: Method| -> Vec<(String, &Curve)> {
             let judges = design.along(axis).into_iter();
@@ -144,10 +173,11 @@ fn sections(results: &Results, design: &Design) -> Result<Vec<Section>> {
         }
         let of_ppo = ppo.map(of).filter(|curves| curves.len() > 1).unwrap_or_default();
         let drawn = figures(&[("Best-of-n, gold.", &best, Value::Gold), ("PPO, gold.", &of_ppo, Value::Gold)])?;
-        sections.push(Section { title, lede, figures: drawn });
+        sections.push(Section { name, title, lede, figures: drawn });
     }
     if ensembles.len() > 1 {
         sections.push(Section {
+            name: "ensembles",
             title: "Ensembles",
             lede: "Best-of-n by the reward models of all seeds together: by their mean, by the lowest of them, and by the mean less half \
                    the variance.",
@@ -178,10 +208,10 @@ fn figures(wanted: &[(&str, &Labelled<'_>, Value)]) -> Result<Vec<Figure>> {
         }
         let plot =
             Plot { x_label: "√KL, in √nats", y_label: value.name(), curves: &drawn, width: 460, height: 300 };
-        if let Some(svg) = plot.to_svg()? {
+        if let Some((svg, file)) = plot.to_svg()?.zip(plot.to_file()?) {
             let keys =
                 curves.iter().zip(HUES).map(|((label, _), hue)| Key { label: label.clone(), class: hue.class() });
-            figures.push(Figure { svg, title: (*title).to_owned(), keys: keys.collect() });
+            figures.push(Figure { svg, file, title: (*title).to_owned(), keys: keys.collect() });
         }
     }
     Ok(figures)

@@ -23,9 +23,9 @@ pub(crate) fn draw(run: &Path, out: &Path) -> Result<String> {
     let mut printed = String::new();
     for (name, [x_label, y_label], curves) in equations()?.into_iter().chain(training(run)?) {
         let plot = Plot { x_label, y_label, curves: &curves, width: SIZE.0, height: SIZE.1 };
-        let svg = plot.to_svg()?.with_context(|| format!("`{name}` has no points"))?;
+        let svg = plot.to_file()?.with_context(|| format!("`{name}` has no points"))?;
         let path = out.join(name);
-        files::write_whole(&path, alone(&svg))?;
+        files::write_whole(&path, svg)?;
         printed += &format!("{}\n", path.display());
     }
     Ok(printed)
@@ -73,16 +73,4 @@ fn training(run: &Path) -> Result<Vec<Figure>> {
 
 fn curve(points: Vec<(f64, f64)>, hue: Hue) -> Curve {
     Curve { label: String::new(), points, hue, weight: Weight::Strong }
-}
-
-/// A plot for a page as a file of its own: sizes and colours stand in it.
-fn alone(svg: &str) -> String {
-    let size = format!("<svg width=\"{}\" height=\"{}\" style=\"background:#fff\" ", SIZE.0, SIZE.1);
-    let mut text = svg.replacen("<svg ", &size, 1);
-    while let Some(start) = text.find("var(") {
-        let Some(length) = text[start..].find(')') else { break };
-        let colour = text[start..start + length].rsplit(' ').next().unwrap_or_default().to_owned();
-        text.replace_range(start..=start + length, &colour);
-    }
-    text
 }
