@@ -32,6 +32,7 @@ use common::data::records::LabelFile;
 use common::exit::UsageError;
 use common::hash::sha256_of;
 use common::interrupt::{Interrupt, Stopping};
+use common::kernels::memory::give_back_freed;
 use common::runtime::on_pool;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -47,6 +48,10 @@ use questions::Questions;
 use record::Metrics;
 use score::Scorer;
 use state::{App, RequestLimits, Shared};
+
+/// How often freed memory is given back to the system. A step takes most of what the one before has freed, so that giving it
+/// back often would cost time; what is never given back stays resident, the memory in which the models were read too.
+const MEMORY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often a request to stop is looked for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -67,6 +72,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let origins = origins(&args.allow_origin)?;
     check_names(&args.checkpoint)?;
     args.runtime.start()?;
+    give_back_freed(MEMORY_INTERVAL);
     let first = "no more requests are taken, those that run are finished";
     let interrupt = Interrupt::install_with(Stopping { first, second: "stopped" })?;
     let key = args.api_key_file.as_deref().map(read_key).transpose()?;
