@@ -26,6 +26,7 @@ mod kept;
 mod low_rank;
 mod plain;
 mod precision;
+mod step;
 pub mod tap;
 mod vocabulary;
 
@@ -56,6 +57,7 @@ pub use gated::{
 };
 pub use instructions::Instructions;
 pub use low_rank::{Adapted, LowRank, adapted_linear};
+pub use step::{KeysValues, StepBlock, StepLinear, StepNorm, StepWeights, Stepper};
 pub use vocabulary::{cross_entropy, logits, token_log_probs, token_log_probs_and_entropy};
 
 use tap::{Call, Operation};

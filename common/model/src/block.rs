@@ -8,7 +8,10 @@ use super::adapter::{Adapter, Adapters};
 use super::cache::Kept;
 use super::{Activation, GptConfig, NormKind};
 use base::rng::Rng;
-use kernels::{self, Adapted, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision};
+use kernels::{
+    self, Adapted, Affine, Angles, GatedWeights, Heads, Kernels, NormWeights, Precision, StepBlock, StepLinear,
+    StepNorm,
+};
 
 /// Attention and feed-forward layer with their norms; the order of the four is [`NormPlacement`](super::NormPlacement)'s.
 #[derive(Module, Debug)]
@@ -191,6 +194,21 @@ impl Block {
         next.add(attended + pass.drop(of_mlp), x, pass)
     }
 
+    /// The layers as the kernels' [`Stepper`](kernels::Stepper) reads them.
+    pub(super) fn step_weights(&self) -> StepBlock {
+        let Attention { qkv, q_norm, k_norm, proj, .. } = &self.attention;
+        StepBlock {
+            norm_1: self.norm_1.step_weights(),
+            qkv: qkv.step_weights(),
+            qk_norms: q_norm.as_ref().zip(k_norm.as_ref()).map(|(q, k)| [q.step_weights(), k.step_weights()]),
+            proj: proj.step_weights(),
+            norm_2: self.norm_2.step_weights(),
+            gate: self.mlp.gate.as_ref().map(Linear::step_weights),
+            up: self.mlp.up.step_weights(),
+            down: self.mlp.down.step_weights(),
+        }
+    }
+
     /// The first norm, which with pre-norm the block before or the embedding applies.
     pub(super) const fn first_norm(&self) -> &Norm {
         &self.norm_1
@@ -318,6 +336,10 @@ impl Linear {
         Adapted { weight: precision.narrow(self.weight.val()), low_rank }
     }
 
+    fn step_weights(&self) -> StepLinear {
+        StepLinear { layer: self.adapted(Precision::F32), bias: self.bias.as_ref().map(Param::val) }
+    }
+
     /// In the precision of the pass, `x` and what is returned.
     fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
         let Pass { kernels, precision, .. } = *pass;
@@ -351,6 +373,10 @@ impl Norm {
     fn weights(&self, pass: &Pass<'_>) -> NormWeights {
         let beta = self.beta.as_ref().expect("blocks in one piece have offsets").val();
         NormWeights { gamma: self.gamma.val(), beta, eps: pass.eps }
+    }
+
+    pub(super) fn step_weights(&self) -> StepNorm {
+        StepNorm { gamma: self.gamma.val(), beta: self.beta.as_ref().map(Param::val) }
     }
 
     /// The norm of each vector along the last axis.

@@ -12,7 +12,7 @@ use super::positions::sinusoid_table;
 use super::recompute::recomputed;
 use super::{Cache, GptConfig, HostTensor, Layout, NamedError, NamedTensors, NormPlacement, Positions};
 use base::rng::{Rng, Streams};
-use kernels::{self, Angles, Kernels, Precision};
+use kernels::{self, Angles, Heads, Kernels, Precision, StepWeights};
 
 /// A decoder-only transformer with either preset's architecture or any mixture of their switches.
 ///
@@ -385,6 +385,22 @@ impl Gpt {
     pub fn with_trained(self, named: NamedTensors) -> Result<Self, NamedError> {
         let wanted: fn(&str) -> bool = if self.adapters.is_some() { trains_beside_trunk } else { |_| true };
         super::named::load_where(self, named, wanted)
+    }
+
+    /// The weights as the kernels' [`Stepper`](kernels::Stepper) reads them.
+    pub(super) fn step_weights(&self) -> StepWeights {
+        let positions = self.position_embedding.as_ref().map(Param::val).or_else(|| self.sinusoids.clone());
+        StepWeights {
+            tokens: self.token_embedding.val(),
+            positions,
+            blocks: self.blocks.iter().map(Block::step_weights).collect(),
+            final_norm: self.final_norm.as_ref().map(Norm::step_weights),
+            head: self.head_weight(),
+            heads: Heads { queries: self.config.n_heads, keys: self.config.n_kv_heads() },
+            activation: self.config.activation,
+            eps: self.config.layer_norm_eps,
+            is_parallel: self.config.parallel && self.final_norm.is_some(),
+        }
     }
 
     /// Token embedding plus position; `positions` is `None` where token `t` stands at `start + t`.

@@ -28,12 +28,19 @@ pub fn forward(x: &FlexTensor, bias: &FlexTensor, activation: Activation) -> Fle
     let (x, bias) = (contiguous(x), contiguous(bias));
     let (x, bias) = (floats(&x), floats(&bias));
     let mut out = unset(x.len());
-    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| match activation {
+    out.par_chunks_mut(d * ROWS)
+        .zip(x.par_chunks(d * ROWS))
+        .for_each(|(out, x)| bias_activation_rows(out, x, bias, activation));
+    tensor(out, shape)
+}
+
+/// `act(x + b)`, row by row.
+pub fn bias_activation_rows(out: &mut [f32], x: &[f32], bias: &[f32], activation: Activation) {
+    match activation {
         Activation::Relu => relu_rows(out, x, bias),
         Activation::GeluTanh => gelu_rows(out, x, bias),
         Activation::Gelu | Activation::Silu => unreachable!("it has no fused body"),
-    });
-    tensor(out, shape)
+    }
 }
 
 /// `silu(gate) · up`.
@@ -42,13 +49,18 @@ pub fn gate(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
     let (gate, up) = (floats(&gate), floats(&up));
     let mut out = unset(gate.len());
-    let shared = SharedMut::new(&mut out);
+    gate_into(&mut out, gate, up);
+    tensor(out, shape)
+}
+
+/// `out = silu(gate) · up`.
+pub fn gate_into(out: &mut [f32], gate: &[f32], up: &[f32]) {
+    let shared = SharedMut::new(out);
     for_each(gate.len().div_ceil(GATED), |i| {
         let (first, n) = (i * GATED, GATED.min(gate.len() - i * GATED));
         // SAFETY: tasks have different numbers.
         silu_gate(unsafe { shared.slice(first, n) }, &gate[first..first + n], &up[first..first + n]);
     });
-    tensor(out, shape)
 }
 
 /// Gradients of `gate` and `up`.

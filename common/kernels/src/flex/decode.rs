@@ -10,6 +10,7 @@ use super::gemm::{Mat, SharedMut};
 use super::simd::{add_up, exp, fma, simd};
 use super::workers::for_each;
 use super::{contiguous, exclusive, floats, tensor, unset, with_scratch};
+use crate::Heads;
 
 /// Multiplications below which a task is not worth handing to another thread.
 const TASK: usize = 1 << 14;
@@ -25,14 +26,31 @@ pub fn attention_cached(
     cached: &[usize],
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let [batch, new, width] = qkv.layout().shape().dims();
-    let [_, n_kv_heads, d_head, capacity] = keys.layout().shape().dims();
-    let n_heads = width / d_head - 2 * n_kv_heads;
-    let (group, d_out) = (n_heads / n_kv_heads, n_heads * d_head);
+    let [_, n_kv_heads, d_head, _] = keys.layout().shape().dims();
+    let heads = Heads { queries: width / d_head - 2 * n_kv_heads, keys: n_kv_heads };
+    let d_out = heads.queries * d_head;
     let qkv = contiguous(qkv);
-    let qkv = floats(&qkv);
     let [mut keys, mut values] = [keys, values].map(exclusive);
     let mut out = unset(batch * new * d_out);
-    let shared = [&mut out[..], keys.storage_mut::<f32>(), values.storage_mut::<f32>()].map(SharedMut::new);
+    let cache = [keys.storage_mut(), values.storage_mut()];
+    attend_to_rows(&mut out, floats(&qkv), cache, (heads, d_head), cached);
+    (tensor(out, [batch, new, d_out]), keys, values)
+}
+
+/// [`attention_cached`] over plain slices: of the projection, and of the keys and values of as many rows as `cached` has.
+pub fn attend_to_rows(
+    out: &mut [f32],
+    qkv: &[f32],
+    [keys, values]: [&mut [f32]; 2],
+    (heads, d_head): (Heads, usize),
+    cached: &[usize],
+) {
+    let Heads { queries: n_heads, keys: n_kv_heads } = heads;
+    let (batch, group, d_out) = (cached.len(), heads.group(), n_heads * d_head);
+    let width = d_out + 2 * n_kv_heads * d_head;
+    let new = qkv.len() / (batch * width).max(1);
+    let capacity = keys.len() / (batch * n_kv_heads * d_head).max(1);
+    let shared = [out, keys, values].map(SharedMut::new);
     let longest = cached.iter().max().copied().unwrap_or(0) + new;
     let work = (2 * new * longest * d_head * group).max(1);
     let n_each = (TASK / work).max(1);
@@ -88,7 +106,6 @@ pub fn attention_cached(
             });
         }
     });
-    (tensor(out, [batch, new, d_out]), keys, values)
 }
 
 /// Copies keys and values of `new` positions into one head's cache, from position `cached` on.

@@ -43,12 +43,18 @@ const WIDENED: usize = 64;
 
 /// `x W + b` with `x: [n, d_in]` and `weight: [d_in, d_out]`.
 pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_out: usize) -> Vec<f32> {
+    let n = x.len() * d_out / weight.len().max(1);
+    let mut out = unset(n * d_out);
+    times_matrix_into(&mut out, x, weight, bias, d_out);
+    out
+}
+
+/// [`times_matrix`] into an `out` that is there already.
+pub fn times_matrix_into<T: Stored>(out: &mut [f32], x: &[f32], weight: &[T], bias: Option<&[f32]>, d_out: usize) {
     let d_in = weight.len() / d_out.max(1);
     let n = x.len() / d_in.max(1);
-    let mut out = unset(n * d_out);
     if n <= STREAMED {
-        stream_matrix(&mut out, x, weight, bias, d_in);
-        return out;
+        return stream_matrix(out, x, weight, bias, d_in);
     }
     let n_tasks = (d_out / (WORK / (n * d_in).max(1)).max(PIECE)).max(1);
     // Whole strips, and whole cache lines of a matrix in either type.
@@ -58,7 +64,7 @@ pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_
         // As many for each thread.
         _ => d_out.div_ceil(n_tasks.next_multiple_of(rayon::current_num_threads())).next_multiple_of(unit),
     };
-    let shared = SharedMut::new(&mut out);
+    let shared = SharedMut::new(out);
     for_each(d_out.div_ceil(n_columns), |i| {
         let first = i * n_columns;
         let n_columns = n_columns.min(d_out - first);
@@ -69,7 +75,6 @@ pub fn times_matrix<T: Stored>(x: &[f32], weight: &[T], bias: Option<&[f32]>, d_
             strips::multiply(out, bias, Mat::rows(x, n, d_in, d_in), &weight[first..], d_out, panel);
         });
     });
-    out
 }
 
 /// `x · matrixᵀ` with `x: [n, d]` and `matrix: [n_out, d]`; returns `[n, n_out]`.

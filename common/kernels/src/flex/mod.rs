@@ -16,6 +16,7 @@ pub mod log_probs;
 pub mod norm;
 pub mod rotary;
 pub mod simd;
+pub mod step;
 mod stored;
 mod strips;
 pub mod thin;
@@ -215,9 +216,13 @@ fn floats(tensor: &FlexTensor) -> &[f32] {
 
 /// The tensor, with numbers that lie in order and that nobody else holds, so that they can be overwritten.
 fn exclusive(tensor: FlexTensor) -> FlexTensor {
-    // A view of a larger tensor is copied out of it; what others hold is copied by the first who writes.
-    let exact = tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements();
-    if exact { tensor } else { tensor.to_contiguous() }
+    // What others hold is copied by the first who writes.
+    if is_whole(&tensor) { tensor } else { tensor.to_contiguous() }
+}
+
+/// Whether the tensor's numbers lie in order and are all of its storage: a view of a larger tensor is copied out of it.
+fn is_whole(tensor: &FlexTensor) -> bool {
+    tensor.is_contiguous() && tensor.bytes().len() == 4 * tensor.layout().num_elements()
 }
 
 /// The numbers of an integer tensor.

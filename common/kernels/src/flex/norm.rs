@@ -76,7 +76,7 @@ simd! {
     }
 
     /// `outs`: the normalised rows and the sums; `terms`: what is added.
-    fn add_and_normalize_rows(
+    pub fn add_and_normalize_rows(
         outs: (&mut [f32], &mut [f32]),
         statistics: &mut [f32],
         terms: (&[f32], &[f32]),

@@ -48,7 +48,8 @@ pub fn rotate(qkv: FlexTensor, heads: Heads, cos: &FlexTensor, sin: &FlexTensor,
 }
 
 simd! {
-    fn turn_heads(heads: &mut [f32], d_head: usize, cos: &[f32], sin: &[f32], sign: f32) {
+    /// Turns each head's channels by the angles of one position.
+    pub fn turn_heads(heads: &mut [f32], d_head: usize, cos: &[f32], sin: &[f32], sign: f32) {
         let half = cos.len();
         for head in heads.chunks_exact_mut(d_head) {
             let (first, second) = head[..2 * half].split_at_mut(half);

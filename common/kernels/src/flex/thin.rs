@@ -176,12 +176,22 @@ pub fn forward(x: &FlexTensor, layer: &Adapted, bias: Option<&FlexTensor>) -> (F
 
 /// [`forward`] for so few rows that no matrix is rearranged.
 fn of_few_rows(x: &[f32], layer: &Adapted, bias: Option<&[f32]>, d_out: usize) -> [Vec<f32>; 2] {
+    let (d_in, _) = matrix_dims(&layer.weight);
+    let n = x.len() / d_in.max(1);
+    let (mut out, mut hidden) = (unset(n * d_out), unset(n * layer.n_hidden()));
+    few_rows_into(&mut out, &mut hidden, x, layer, bias);
+    [out, hidden]
+}
+
+/// [`forward`] for at most [`few::ROWS`] rows, into `out` and, where something stands beside the weight, `hidden`.
+pub fn few_rows_into(out: &mut [f32], hidden: &mut [f32], x: &[f32], layer: &Adapted, bias: Option<&[f32]>) {
+    let (_, d_out) = matrix_dims(&layer.weight);
     let weight = contiguous(&layer.weight);
-    let mut out = with_numbers!(weight of weight => few::times_matrix(x, weight, bias, d_out));
-    let Some(thin) = &layer.thin else { return [out, Vec::new()] };
+    with_numbers!(weight of weight => few::times_matrix_into(out, x, weight, bias, d_out));
+    let Some(thin) = &layer.thin else { return };
     let ((_, n_hidden), (_, width)) = (matrix_dims(&thin.a), matrix_dims(&thin.b));
     let (a, b) = (contiguous(&thin.a), contiguous(&thin.b));
-    let hidden = few::times_matrix(x, floats(&a), None, n_hidden);
+    few::times_matrix_into(hidden, x, floats(&a), None, n_hidden);
     for (out, hidden) in out.chunks_exact_mut(d_out).zip(hidden.chunks_exact(n_hidden)) {
         for [of_hidden, of_weight, of_b] in thin.columns() {
             let out = &mut out[of_weight];
@@ -190,7 +200,6 @@ fn of_few_rows(x: &[f32], layer: &Adapted, bias: Option<&[f32]>, d_out: usize) -
             }
         }
     }
-    [out, hidden]
 }
 
 simd! {

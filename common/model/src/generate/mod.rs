@@ -8,6 +8,7 @@
 //! of a prompt do not depend on the batch it is in, on the batch size or on the backend's own random numbers.
 
 mod beam;
+mod decoder;
 mod engine;
 mod sampling;
 mod scheduler;

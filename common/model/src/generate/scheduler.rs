@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData};
 
+use super::decoder::Decoder;
 use super::{GenerateError, NonFiniteLogit, Sampler, SamplingConfig, check_prompt, invalid, logits_of};
 use crate::{Cache, Gpt};
 use base::rng::Rng;
@@ -96,6 +97,8 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Scheduler<'m> {
     model: &'m Gpt,
+    /// Where steps are one call of the kernels.
+    decoder: Option<Decoder>,
     limits: Limits,
     queue: VecDeque<Request>,
     cache: Cache,
@@ -132,7 +135,8 @@ impl<'m> Scheduler<'m> {
         }
         // In pieces it grows with what is in use.
         let cache = Cache::new(model, 0, if limits.prompt_piece.is_some() { 0 } else { limits.capacity });
-        Ok(Self { model, limits, queue: VecDeque::new(), cache, rows: Vec::new(), reading: VecDeque::new() })
+        let decoder = model.decoder();
+        Ok(Self { model, decoder, limits, queue: VecDeque::new(), cache, rows: Vec::new(), reading: VecDeque::new() })
     }
 
     /// Queues a request.
@@ -208,14 +212,20 @@ impl<'m> Scheduler<'m> {
 
     /// Gives every running request its next token.
     fn decode(&mut self) -> Result<Vec<Result<SampledToken, Failed>>, GenerateError> {
-        let ids: Vec<i32> = self.rows.iter().map(|row| row.as_ref().map_or(0, |row| row.last as i32)).collect();
-        let input = Tensor::<2, Int>::from_data(TensorData::new(ids, [self.rows.len(), 1]), &self.model.device());
-        let hidden = self.model.decode(input, &mut self.cache); // [n_rows, 1, d_model]
+        let ids: Vec<u32> = self.rows.iter().map(|row| row.as_ref().map_or(0, |row| row.last)).collect();
+        let logits = match &mut self.decoder {
+            Some(decoder) if ids.len() <= Decoder::MAX_ROWS => decoder.logits(&ids, &mut self.cache),
+            _ => {
+                let shape = [ids.len(), 1];
+                let ids = TensorData::new(ids.into_iter().map(|id| id as i32).collect(), shape);
+                let ids = Tensor::<2, Int>::from_data(ids, &self.model.device());
+                logits_of(self.model, self.model.decode(ids, &mut self.cache))?
+            }
+        };
         for (row, _) in self.rows.iter().enumerate().filter(|(_, row)| row.is_none()) {
             self.cache.truncate(row, 0);
         }
         let all: Vec<usize> = (0..self.rows.len()).collect();
-        let logits = logits_of(self.model, hidden)?;
         Ok(self.choose(&all, logits))
     }
 
