@@ -98,7 +98,7 @@ impl Stepper {
     pub fn new(kernels: Kernels, weights: StepWeights) -> Option<Self> {
         #[cfg(feature = "flex")]
         if kernels == Kernels::Fused {
-            return Some(Self { model: flex::step::Model::new(weights)? });
+            return Some(Self { model: flex::step::Model::new(weights).ok()? });
         }
         None
     }

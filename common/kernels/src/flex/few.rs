@@ -27,13 +27,16 @@ const PIECES: usize = 8;
 const RUNS: usize = 64;
 
 /// Multiplications that are worth handing to another thread.
-const WORK: usize = 1 << 18;
+const WORK: usize = 1 << 17;
 
 /// Rows of the matrix whose products are added to a result while it is in a register.
 const TOGETHER: usize = 8;
 
-/// Fewest results of a row that a matrix is cut into.
+/// Fewest results of a row that a matrix is cut into which is read from memory, the faster the longer its pieces of rows.
 const PIECE: usize = 256;
+
+/// Numbers of a matrix that is likely to lie in the second cache or the third.
+const NEAR: usize = 1 << 18;
 
 /// Columns of the widest strip.
 const COLUMNS: usize = 4 * LANES;
@@ -56,9 +59,10 @@ pub fn times_matrix_into<T: Stored>(out: &mut [f32], x: &[f32], weight: &[T], bi
     if n <= STREAMED {
         return stream_matrix(out, x, weight, bias, d_in);
     }
-    let n_tasks = (d_out / (WORK / (n * d_in).max(1)).max(PIECE)).max(1);
     // Whole strips, and whole cache lines of a matrix in either type.
     let unit = strips::columns(n) * (COLUMNS / strips::columns(n)).max(1);
+    let narrowest = if weight.len() <= NEAR { unit } else { PIECE };
+    let n_tasks = (d_out / (WORK / (n * d_in).max(1)).max(narrowest)).max(1);
     let n_columns = match n_tasks {
         1 => d_out.max(1),
         // As many for each thread.

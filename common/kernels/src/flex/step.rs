@@ -17,6 +17,10 @@ use crate::low_rank::{self, LowRank};
 use crate::step::{StepBlock, StepLinear, StepNorm, StepWeights};
 use crate::{Activation, Heads};
 
+/// Something about a model has no body here.
+#[derive(Debug, Clone, Copy)]
+pub struct NoBody;
+
 /// A model's weights and the buffers of a step.
 #[derive(Debug)]
 pub struct Model {
@@ -77,23 +81,24 @@ struct Buffers {
 }
 
 impl Model {
-    /// `None` where a weight has no fused body or an operation has none for it.
-    pub fn new(weights: StepWeights) -> Option<Self> {
+    /// # Errors
+    /// Where an operation has no fused body, or none for its weights.
+    pub fn new(weights: StepWeights) -> Result<Self, NoBody> {
         let StepWeights { tokens, positions, blocks, final_norm, head, heads, activation, eps, is_parallel } = weights;
-        let blocks: Vec<Block> = blocks.into_iter().map(Block::new).collect::<Option<_>>()?;
+        let blocks: Vec<Block> = blocks.into_iter().map(Block::new).collect::<Result<_, _>>()?;
         let has_body = |block: &Block| match &block.gate {
             Some(_) => activation == Activation::Silu,
             // Else the bias would be added, or something beside the weight, before the activation is asked for.
             None => activation.is_fused() && block.up.bias.is_some() && block.up.layer.thin.is_none(),
         };
         if !blocks.iter().all(has_body) {
-            return None;
+            return Err(NoBody);
         }
-        Some(Self {
+        Ok(Self {
             tokens: matrix(tokens)?,
-            positions: some(positions, |table| matrix(table).filter(|table| table.dtype() == DType::F32))?,
+            positions: positions.map(numbers).transpose()?,
             blocks,
-            final_norm: some(final_norm, Norm::new)?,
+            final_norm: final_norm.map(Norm::new).transpose()?,
             head: matrix(head)?,
             heads,
             activation,
@@ -243,24 +248,25 @@ impl Model {
 }
 
 impl Linear {
-    fn new(StepLinear { layer: low_rank::Adapted { weight, low_rank }, bias }: StepLinear) -> Option<Self> {
-        let thin = some(low_rank, |LowRank { a, b, parts, scale }| {
-            Some(Thin { a: f32_matrix(a)?, b: f32_matrix(b)?, parts, scale: scale as f32 })
-        })?;
-        Some(Self { layer: Adapted { weight: matrix(weight)?, thin }, bias: some(bias, vector)? })
+    fn new(StepLinear { layer: low_rank::Adapted { weight, low_rank }, bias }: StepLinear) -> Result<Self, NoBody> {
+        let thin = low_rank.map(|LowRank { a, b, parts, scale }| {
+            Ok(Thin { a: numbers(a)?, b: numbers(b)?, parts, scale: scale as f32 })
+        });
+        let layer = Adapted { weight: matrix(weight)?, thin: thin.transpose()? };
+        Ok(Self { layer, bias: bias.map(numbers).transpose()? })
     }
 
     /// `out = x W + b`, and what stands beside the weight.
     fn times(&self, out: &mut Vec<f32>, x: &[f32], hidden: &mut Vec<f32>) {
         let bias = self.bias.as_ref().map(contiguous);
-        self.into(out, x, bias.as_deref().map(floats), hidden);
+        self.product(out, x, bias.as_deref().map(floats), hidden);
     }
 
     fn times_without_bias(&self, out: &mut Vec<f32>, x: &[f32], hidden: &mut Vec<f32>) {
-        self.into(out, x, None, hidden);
+        self.product(out, x, None, hidden);
     }
 
-    fn into(&self, out: &mut Vec<f32>, x: &[f32], bias: Option<&[f32]>, hidden: &mut Vec<f32>) {
+    fn product(&self, out: &mut Vec<f32>, x: &[f32], bias: Option<&[f32]>, hidden: &mut Vec<f32>) {
         let (d_in, d_out) = matrix_dims(&self.layer.weight);
         let n = x.len() / d_in;
         let hidden = sized(hidden, n * self.layer.n_hidden());
@@ -269,8 +275,8 @@ impl Linear {
 }
 
 impl Norm {
-    fn new(StepNorm { gamma, beta }: StepNorm) -> Option<Self> {
-        Some(Self { gamma: vector(gamma)?, beta: some(beta, vector)? })
+    fn new(StepNorm { gamma, beta }: StepNorm) -> Result<Self, NoBody> {
+        Ok(Self { gamma: numbers(gamma)?, beta: beta.map(numbers).transpose()? })
     }
 
     /// `normed = norm(x)`.
@@ -286,45 +292,40 @@ impl Norm {
 }
 
 impl Block {
-    fn new(block: StepBlock) -> Option<Self> {
+    fn new(block: StepBlock) -> Result<Self, NoBody> {
         let StepBlock { norm_1, qkv, qk_norms, proj, norm_2, gate, up, down } = block;
-        let qk_norms = some(qk_norms, |[q_norm, k_norm]| Some([Norm::new(q_norm)?, Norm::new(k_norm)?]))?;
-        Some(Self {
+        let qk_norms = qk_norms.map(|[q_norm, k_norm]| Ok([Norm::new(q_norm)?, Norm::new(k_norm)?]));
+        Ok(Self {
             norm_1: Norm::new(norm_1)?,
             qkv: Linear::new(qkv)?,
-            qk_norms,
+            qk_norms: qk_norms.transpose()?,
             proj: Linear::new(proj)?,
             norm_2: Norm::new(norm_2)?,
-            gate: some(gate, Linear::new)?,
+            gate: gate.map(Linear::new).transpose()?,
             up: Linear::new(up)?,
             down: Linear::new(down)?,
         })
     }
 }
 
-/// `Some(None)` for what is not there, `None` for what cannot be had.
-fn some<T, U>(value: Option<T>, new: impl FnOnce(T) -> Option<U>) -> Option<Option<U>> {
-    value.map_or(Some(None), |value| new(value).map(Some))
+/// A matrix as it is stored.
+fn matrix(x: Tensor<2>) -> Result<FlexTensor, NoBody> {
+    let x = primitive(x)?;
+    if matches!(x.dtype(), DType::F32 | DType::BF16) { Ok(x) } else { Err(NoBody) }
 }
 
-/// A matrix as it is stored, if it is on the flex backend, without autodiff, and its numbers lie in order.
-fn matrix(x: Tensor<2>) -> Option<FlexTensor> {
-    primitive(x).filter(|x| matches!(x.dtype(), DType::F32 | DType::BF16))
+/// A tensor in f32.
+fn numbers<const D: usize>(x: Tensor<D>) -> Result<FlexTensor, NoBody> {
+    let x = primitive(x)?;
+    if x.dtype() == DType::F32 { Ok(x) } else { Err(NoBody) }
 }
 
-fn f32_matrix(x: Tensor<2>) -> Option<FlexTensor> {
-    primitive(x).filter(|x| x.dtype() == DType::F32)
-}
-
-fn vector(x: Tensor<1>) -> Option<FlexTensor> {
-    primitive(x).filter(|x| x.dtype() == DType::F32)
-}
-
-fn primitive<const D: usize>(x: Tensor<D>) -> Option<FlexTensor> {
+/// The tensor, if it is on the flex backend, without autodiff, and its numbers lie in order.
+fn primitive<const D: usize>(x: Tensor<D>) -> Result<FlexTensor, NoBody> {
     if !matches!(x.device().as_dispatch(), DispatchDevice::Flex(_)) {
-        return None;
+        return Err(NoBody);
     }
-    x.try_into_primitive::<Flex>().ok().filter(FlexTensor::is_contiguous)
+    x.try_into_primitive::<Flex>().ok().filter(FlexTensor::is_contiguous).ok_or(NoBody)
 }
 
 /// The first `n` numbers of a buffer, which grows to hold them and is cut to them.

@@ -157,7 +157,7 @@ impl Workers {
         if self.n_asleep.load(Ordering::SeqCst) > 0 {
             self.wake();
         }
-        while self.take_piece() {}
+        while self.take_pieces() {}
         // `task` is borrowed: nothing returns, and nothing unwinds, before the last piece is done.
         let mut looks = 0;
         while self.n_done.load(Ordering::Acquire) < n {
@@ -170,7 +170,7 @@ impl Workers {
     fn work(&self) {
         let mut looks = 0;
         while !self.over.load(Ordering::Acquire) {
-            if self.take_piece() {
+            if self.take_pieces() {
                 looks = 0;
             } else if looks < LOOKS {
                 wait_a_little(&mut looks);
@@ -181,25 +181,30 @@ impl Workers {
         }
     }
 
-    /// Does one piece, if there is one.
-    fn take_piece(&self) -> bool {
+    /// Does its share of the pieces that are left, if there are any.
+    ///
+    /// The word from which they are taken travels between the threads each time, which can take as long as a small piece: a
+    /// thread takes several at a time, and fewer the fewer are left, so that all end together.
+    fn take_pieces(&self) -> bool {
         let open = self.open.load(Ordering::Acquire);
-        if open & PIECES == 0 {
+        let n_left = open & PIECES;
+        if n_left == 0 {
             return false;
         }
+        let n_taken = n_left.div_ceil(self.count as u64 + 1);
         // A failure means that somebody was faster: look again.
-        if self.open.compare_exchange(open, open - 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            // SAFETY: this piece is taken and not done, so the owner waits in `run`: the job is the one posted with it,
+        if self.open.compare_exchange(open, open - n_taken, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            // SAFETY: these pieces are taken and not done, so the owner waits in `run`: the job is the one posted with them,
             // and what it borrows lives.
-            let done = unsafe {
-                let job = *self.job.get();
-                let piece = job.n - (open & PIECES) as usize;
-                catch_unwind(AssertUnwindSafe(|| (job.call)(job.task, piece)))
-            };
-            if done.is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
+            let job = unsafe { *self.job.get() };
+            let first = job.n - n_left as usize;
+            for piece in first..first + n_taken as usize {
+                // SAFETY: as above.
+                if catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.task, piece) })).is_err() {
+                    self.panicked.store(true, Ordering::Relaxed);
+                }
             }
-            self.n_done.fetch_add(1, Ordering::Release);
+            self.n_done.fetch_add(n_taken as usize, Ordering::Release);
         }
         true
     }
