@@ -8,8 +8,10 @@ use crate::{Hue, Plot, THEME, Weight};
 
 /// Height of a line of the legend, in CSS pixels.
 const LINE: u32 = 20;
-/// Labels of the legend side by side.
-const COLUMNS: usize = 2;
+/// Where the legend begins, under the vertical axis, in CSS pixels.
+const LEFT: u32 = 62;
+/// About the width of a letter, in CSS pixels: nobody measures text here.
+const LETTER: u32 = 8;
 
 impl Plot<'_> {
     /// Draws the plot as the text of an SVG file: size, background and colours stand in it, and below it a legend where curves
@@ -26,11 +28,13 @@ impl Plot<'_> {
         if keys.is_empty() {
             return Ok(Some(with_colours(&drawn)));
         }
-        let height = self.height + LINE * keys.len().div_ceil(COLUMNS) as u32 + LINE / 2;
+        let longest = keys.iter().map(|(label, _)| label.chars().count() as u32).max().unwrap_or_default();
+        let columns = if 30 + longest * LETTER <= (width - LEFT) / 2 { 2 } else { 1 };
+        let height = self.height + LINE * keys.len().div_ceil(columns) as u32 + LINE / 2;
         let mut text = opening(height) + "xmlns=\"http://www.w3.org/2000/svg\">\n" + &drawn + "\n";
         for (i, (label, hue)) in keys.into_iter().enumerate() {
-            let x = 62 + (i % COLUMNS) as u32 * (width - 62) / COLUMNS as u32;
-            let y = self.height + LINE / 2 + (i / COLUMNS) as u32 * LINE;
+            let x = LEFT + (i % columns) as u32 * (width - LEFT) / columns as u32;
+            let y = self.height + LINE / 2 + (i / columns) as u32 * LINE;
             let colour =
                 THEME.iter().find(|(_, variable)| variable.contains(hue.class())).map_or("", |(_, with)| *with);
             let label = label.replace('&', "&amp;").replace('<', "&lt;");
@@ -92,6 +96,10 @@ mod tests {
         assert!(svg.starts_with("<svg width=\"320\" height=\"250\"") && !svg.contains("var("), "{svg}");
         assert_eq!(svg.matches(">a &lt; b</text>").count(), 1, "{svg}");
         assert!(svg.contains("stroke=\"#1f8585\" stroke-width=\"3\""), "{svg}");
+
+        let svg =
+            plot_of(&[curve("a label that is too long for half", Hue::Ember, Weight::Strong), labelled[3].clone()]);
+        assert_eq!(svg.matches("<text x=\"92\"").count(), 2, "one below the other: {svg}");
 
         let svg = plot_of(&[curve("", Hue::Ember, Weight::Strong)]);
         assert!(svg.starts_with("<svg width=\"320\" height=\"200\"") && svg.matches("<svg").count() == 1, "{svg}");

@@ -120,7 +120,7 @@ impl Results {
 
     /// Judges the expectations.
     pub(crate) fn find(&mut self, design: &Design) {
-        let n_seeds = self.curves.iter().map(|named| named.curve.seeds.len()).min().unwrap_or_default();
+        let n_seeds = self.seeds.len();
         let mut findings = Vec::new();
         let bon = self.curve(Method::BestOfN, &design.centre);
         let ppo = self.first_ppo(design).and_then(|method| self.curve(method, &design.centre));
