@@ -142,7 +142,8 @@ fn a_closed_terminal_saves_and_ends_with_129() {
     let terminal = lab.within(Command::new(std::env::current_exe().unwrap()), &["--exact", CLOSED, "--ignored"]);
     let output = lab.finish(terminal);
     assert!(output.status.success(), "{}", output.stderr);
-    assert_eq!(exit_code_in(lab.dir(), Duration::from_secs(5)), Some(129));
+    // Not within a moment on a machine that is busy: a run that spins ends never.
+    assert_eq!(exit_code_in(lab.dir(), Duration::from_secs(60)), Some(129));
     assert!(lab.saved_step("out").is_some());
     // Another may write there now.
     lab.ok(SFT.program, &SFT.train("out", &["--overwrite", "-q"]));

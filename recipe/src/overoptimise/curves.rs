@@ -95,9 +95,14 @@ impl Curve {
         self.mean.iter().map(|point| point.kl).fold(0.0, f64::max)
     }
 
-    /// Where the fitted curve turns over, if that lies within what was measured.
+    /// Whether every seed has gained gold where their mean is highest.
+    pub(crate) fn gains(&self) -> bool {
+        self.best().gold[1] > 0.0
+    }
+
+    /// Where the fitted curve turns over, if that lies within what was measured. One that gains nothing has nothing to lose.
     pub(crate) fn turn(&self) -> Option<f64> {
-        self.fit.and_then(|fit| fit.turn_kl).filter(|kl| *kl <= self.reach())
+        self.fit.and_then(|fit| fit.turn_kl).filter(|kl| self.gains() && *kl <= self.reach())
     }
 
     /// The highest gain in gold score.
@@ -219,6 +224,12 @@ mod tests {
         assert_eq!((curve.reach(), curve.last().gold[0]), (9.0, 0.2));
         assert!(curve.turn().is_some_and(|kl| kl > 1.0 && kl < 9.0), "{curve:?}");
         assert!(Curve::new(Form::Rl, vec![SeedCurve { seed: 1, points: Vec::new() }], true).is_none());
+
+        let falling = Curve::new(Form::BestOfN, vec![seed(1, [0.0, -0.1, -0.3, -0.6])], false).unwrap();
+        assert!(!falling.gains() && falling.turn().is_none(), "{falling:?}");
+        let short =
+            SeedCurve { seed: 1, points: vec![point(0.0, 0.0, 0.0), point(1.0, 1.0, 0.3), point(2.0, 4.0, 0.1)] };
+        assert!(Curve::new(Form::Rl, vec![short], false).unwrap().fit.is_none(), "two parameters by three points");
     }
 
     #[test]

@@ -69,9 +69,15 @@ impl Form {
     }
 }
 
+/// Fewest points of a seed that are fitted: two more than the form has parameters.
+const MIN_POINTS: usize = 4;
+
 impl Fit {
     /// Least squares of the points `(d, R)` of each seed; `None` where a seed has fewer than three beyond 0, or all at one distance.
     pub(crate) fn of_seeds(form: Form, seeds: &[Vec<(f64, f64)>]) -> Option<Self> {
+        if seeds.iter().any(|points| points.len() < MIN_POINTS) {
+            return None;
+        }
         let fits = seeds.iter().map(|points| least_squares(form, points)).collect::<Option<Vec<_>>>()?;
         let over_seeds = |value: fn(&Solution) -> (f64, f64)| -> Option<Estimate> {
             if let [one] = fits.as_slice() {

@@ -244,6 +244,8 @@ fn row(named: &NamedCurve) -> FitRow {
         |of: Option<Estimate>| of.map_or(String::new(), |of| signed(of.value) + &format!(" ± {:.3}", of.error));
     let at = |point: MeanPoint| format!("{} at {:.1}", signed(point.gold[0]), point.kl);
     let turn = match (curve.turn(), curve.fit.and_then(|fit| fit.turn_kl)) {
+        _ if curve.fit.is_none() => "–".to_owned(),
+        _ if !curve.gains() => "gains nothing".to_owned(),
         (Some(kl), _) => format!("{kl:.1}"),
         (None, Some(kl)) if kl < 1000.0 => format!("beyond {:.1}; by the fit {kl:.0}", curve.reach()),
         (None, _) => format!("beyond {:.1}", curve.reach()),

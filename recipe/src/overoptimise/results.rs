@@ -173,6 +173,9 @@ struct Turn {
 
 impl Turn {
     fn of(curve: &Curve) -> Self {
+        if curve.fit.is_none() || !curve.gains() {
+            return Self { at: None, range: [None; 2], reach: 0.0 }; // says nothing about where it turns
+        }
         Self { at: curve.turn(), range: curve.fit.map_or([None; 2], |fit| fit.turn_range), reach: curve.reach() }
     }
 
@@ -212,6 +215,8 @@ fn verdict(turns: &[Turn], n_seeds: usize) -> &'static str {
 pub(crate) fn describe(curve: &Curve) -> String {
     let best = curve.best();
     let turn = match curve.turn() {
+        _ if !curve.gains() => return format!("gains nothing within {:.1} nats", curve.reach()),
+        None if curve.fit.is_none() => format!("is known at {} places", curve.mean.len()),
         Some(kl) => format!("turns over at {kl:.1} nats"),
         None => format!("does not turn over within {:.1} nats", curve.reach()),
     };
