@@ -92,6 +92,18 @@ fn a_check_that_cannot_be_made_warns_and_says_why() {
 }
 
 #[test]
+fn a_file_of_pairs_that_was_named_is_looked_at_or_refused() {
+    let dir = workplace();
+    std::fs::write(dir.path().join("empty.jsonl"), "").unwrap();
+    std::fs::write(dir.path().join("broken.jsonl"), "{\"prompt\": 1}\n").unwrap();
+    for (flag, file) in [("--pairs", "nope.jsonl"), ("--train-pairs", "empty.jsonl"), ("--pairs", "broken.jsonl")] {
+        let (code, stdout, stderr) = run(PROGRAM, &[&DOCTOR[..], &["--threads", "1", flag, file]].concat(), dir.path());
+        assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+        assert!(stderr.contains("error: ") && stderr.contains(file), "{stderr}");
+    }
+}
+
+#[test]
 fn without_prompts_nothing_that_reads_them_passes() {
     let dir = workplace();
     std::fs::remove_file(dir.path().join("prompts.jsonl")).unwrap();

@@ -118,7 +118,7 @@ impl Examination<'_> {
         self.checks.push(tokens::round_trip(&tokenizer, &texts));
         self.checks.push(tokens::template(&tokenizer, &read.messages));
         self.checks.push(tokens::pad_is_not_end(&tokenizer, &reward_model));
-        let sources = Sources::find(&reward_model, self.args.train_pairs.as_deref(), self.args.pairs.as_deref());
+        let sources = Sources::find(&reward_model, self.args.train_pairs.as_deref(), self.args.pairs.as_deref())?;
         self.checks.extend(preferences::data_checks(&sources));
         if let Some(prompts) = &read.prompts
             && !self.fits_memory(prompts)

@@ -50,7 +50,14 @@ struct Trained {
 impl Sources {
     /// Reads the pairs of the flags, and for those that are not given the files that the reward model's own
     /// configuration names, unless they have changed since.
-    pub(super) fn find(reward_model: &Checkpoint, training: Option<&Path>, held_out: Option<&Path>) -> Self {
+    ///
+    /// # Errors
+    /// If a file of the flags cannot be read or has no pair: whoever names a file wants it looked at.
+    pub(super) fn find(
+        reward_model: &Checkpoint,
+        training: Option<&Path>,
+        held_out: Option<&Path>,
+    ) -> anyhow::Result<Self> {
         let trained = (|| -> anyhow::Result<Trained> {
             let path = reward_model.dir().join(CONFIG_FILE);
             let text =
@@ -58,15 +65,16 @@ impl Sources {
             toml::from_str(&text).with_context(|| format!("`{}` names no data", path.display()))
         })();
         let trained = trained.map_err(chain);
-        let find = |flag: Option<&Path>, files: fn(&DataConfig<PairTooLong>) -> &[PathBuf]| match (flag, &trained) {
-            (Some(file), _) => read(&[file.to_owned()], ReadOptions::default()),
-            (None, Ok(trained)) => {
-                unchanged(reward_model, files(&trained.data))?;
-                read(files(&trained.data), trained.data.read_options())
-            }
-            (None, Err(reason)) => Err(reason.clone()),
+        let of_config = |files: fn(&DataConfig<PairTooLong>) -> &[PathBuf]| -> Source {
+            let trained = trained.as_ref().map_err(Clone::clone)?;
+            unchanged(reward_model, files(&trained.data))?;
+            read(files(&trained.data), trained.data.read_options()).map_err(chain)
         };
-        Self { training: find(training, |data| &data.train), held_out: find(held_out, |data| &data.val) }
+        let find = |flag: Option<&Path>, files| match flag {
+            Some(file) => read(&[file.to_owned()], ReadOptions::default()).map(Ok),
+            None => Ok(of_config(files)),
+        };
+        Ok(Self { training: find(training, |data| &data.train)?, held_out: find(held_out, |data| &data.val)? })
     }
 }
 
@@ -82,12 +90,14 @@ fn unchanged(reward_model: &Checkpoint, files: &[PathBuf]) -> Result<(), String>
     Ok(())
 }
 
-fn read(files: &[PathBuf], options: ReadOptions) -> Source {
+fn read(files: &[PathBuf], options: ReadOptions) -> anyhow::Result<Vec<Pair>> {
     let mut all = Vec::new();
     for file in files {
-        all.extend(read_pairs(file, options).map_err(chain)?);
+        all.extend(read_pairs(file, options)?);
     }
-    if all.is_empty() { Err("there is no pair".to_owned()) } else { Ok(all) }
+    let names: Vec<String> = files.iter().map(|file| format!("`{}`", file.display())).collect();
+    anyhow::ensure!(!all.is_empty(), "there is no pair in {}", names.join(", "));
+    Ok(all)
 }
 
 /// Held-out pairs with their scores.

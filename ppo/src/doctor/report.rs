@@ -103,9 +103,16 @@ impl Check {
 
     /// A check that cannot be made, and why.
     pub(crate) fn skipped(about: &About, why: impl fmt::Display) -> Self {
-        Self::stated(about, Verdict::Warn, format!("not checked: {why}"))
+        Self::stated(about, Verdict::Warn, format!("{NOT_CHECKED}{why}"))
+    }
+
+    fn is_skipped(&self) -> bool {
+        self.reason.starts_with(NOT_CHECKED)
     }
 }
+
+/// How the reason of a check begins that could not be made.
+const NOT_CHECKED: &str = "not checked: ";
 
 /// The results of all checks.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -157,7 +164,8 @@ impl Report {
                 number(check.limit),
                 check.reason
             );
-            if check.verdict != Verdict::Pass {
+            // A fault that was not looked for is not described: it would hide the one that was found.
+            if check.verdict != Verdict::Pass && !check.is_skipped() {
                 let _ = write!(text, ". {} {}", check.meaning, check.hint);
             }
             text.push('\n');
@@ -202,6 +210,16 @@ mod tests {
         assert_eq!(report(&[Verdict::Pass, Verdict::Warn]).verdict, Verdict::Warn);
         assert_eq!(report(&[Verdict::Fail, Verdict::Pass]).verdict, Verdict::Fail);
         assert_eq!(report(&[]).verdict, Verdict::Pass);
+    }
+
+    #[test]
+    fn what_was_not_checked_is_one_short_line() {
+        let report = Report::complete(vec![Check::stated(&about::POLICY_LOADS, Verdict::Fail, "no such file")]);
+        let text = report.text();
+        let unchecked: Vec<&str> = text.lines().filter(|line| line.contains("not checked")).collect();
+        assert_eq!(unchecked.len(), ALL.len() - 1, "{text}");
+        assert!(unchecked.iter().all(|line| line.ends_with("not checked: `policy-loads` failed before")), "{text}");
+        assert!(text.contains(about::POLICY_LOADS.hint), "{text}");
     }
 
     #[test]
