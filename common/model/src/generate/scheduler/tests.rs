@@ -7,9 +7,11 @@ use burn::tensor::Device;
 use proptest::prelude::*;
 
 use super::{Finish, Limits, Request, SampledToken, Scheduler};
+use crate::adapter::LoraConfig;
 use crate::generate::tests::random_model;
 use crate::generate::{GenerateOptions, SamplingConfig, generate};
-use crate::{CHUNK, Gpt, GptConfig, Positions};
+use crate::params::Output;
+use crate::{ALL_LINEAR, Activation, CHUNK, Gpt, GptConfig, NormPlacement, Positions, hf};
 use base::rng::Streams;
 use kernels::Kernels;
 
@@ -171,6 +173,93 @@ fn what_is_not_finite_reaches_no_later_request() {
         failed.extend(scheduler.step_each().unwrap().into_iter().filter_map(|token| token.err().map(|(id, _)| id)));
     }
     assert_eq!(failed, [100, 112, 124, 136, 148], "requests with token 9");
+}
+
+/// An architecture of every family, small.
+fn families() -> Vec<(&'static str, GptConfig)> {
+    let [gpt2, llama, neox] = [GptConfig::gpt2(61), GptConfig::llama(61), GptConfig::gpt_neox(61)];
+    let neox = GptConfig { head_dim: Some(16), ..neox };
+    let post = GptConfig { norm: NormPlacement::Post, ..gpt2.clone() };
+    let tanh = GptConfig { activation: Activation::GeluTanh, ..neox.clone() };
+    let untied = GptConfig { tie_embeddings: false, n_kv_heads: None, ..llama.clone() };
+    let families = [
+        ("gpt2", gpt2),
+        ("openai-gpt", post.clone()),
+        ("post-norm, gated", GptConfig { gated: true, activation: Activation::Silu, ..post }),
+        ("transformer", GptConfig::transformer(61)),
+        ("llama", llama.clone()),
+        ("untied, a key for each query", untied),
+        ("qwen2", GptConfig { qkv_bias: true, ..llama.clone() }),
+        ("qwen3", GptConfig { qk_norm: true, head_dim: Some(20), ..llama.clone() }),
+        ("biases beside gates", GptConfig { mlp_bias: true, proj_bias: true, ..llama.clone() }),
+        ("parallel, gated", GptConfig { parallel: true, ..llama }),
+        ("gpt-neox", tanh),
+        ("gpt-neox, exact", neox),
+    ];
+    let small = |config| GptConfig { d_model: 48, n_layers: 3, n_heads: 4, d_ff: 72, max_seq_len: 64, ..config };
+    families.map(|(name, config)| (name, small(config))).to_vec()
+}
+
+/// All tokens, with the logits' bits in the log-probabilities of the whole vocabulary, and how many steps had free rows.
+fn sampled(mut scheduler: Scheduler<'_>, n: usize) -> (Vec<SampledToken>, usize) {
+    for id in 0..n {
+        let request = request(id, 1 + id * 5 % 13, 3 + id * 7 % 20);
+        scheduler.submit(Request { n_likeliest: 61, ..request }).unwrap();
+    }
+    let (mut tokens, mut n_ragged) = (Vec::new(), 0);
+    while !scheduler.is_idle() {
+        tokens.extend(scheduler.step().unwrap());
+        n_ragged += usize::from((1..scheduler.rows.len()).contains(&scheduler.n_running()));
+    }
+    (tokens, n_ragged)
+}
+
+fn assert_a_decoder_changes_nothing(model: &Gpt, what: &str) {
+    for (max_rows, batch_invariant, piece) in
+        [(1, false, None), (3, false, None), (8, false, None), (8, true, Some(16))]
+    {
+        let limits =
+            Limits { max_rows, capacity: 48, batch_invariant, prompt_piece: piece.and_then(NonZeroUsize::new) };
+        let with = Scheduler::new(model, limits).unwrap();
+        assert!(with.decoder.is_some(), "{what}: no decoder");
+        let mut without = Scheduler::new(model, limits).unwrap();
+        without.decoder = None;
+        let ((with, n_ragged), (without, _)) = (sampled(with, 11), sampled(without, 11));
+        assert!(max_rows == 1 || n_ragged > 0, "{what}: no row retired beside others");
+        assert_eq!(with.len(), without.len(), "{what}, {limits:?}");
+        let first = with.iter().zip(&without).position(|(with, without)| with != without);
+        assert_eq!(first, None, "{what}, {limits:?}: token so many differs");
+    }
+}
+
+#[test]
+fn a_decoder_changes_no_token_and_no_bit() {
+    for (name, config) in families().iter().filter(|(_, config)| config.activation != Activation::Gelu) {
+        let model = random_model(config, &Device::flex());
+        assert_a_decoder_changes_nothing(&model, name);
+        assert_a_decoder_changes_nothing(&model.narrowed(), &format!("{name}, narrow"));
+    }
+}
+
+#[test]
+fn a_decoder_changes_nothing_beside_adapters() {
+    let lora = LoraConfig { rank: 3, targets: vec![ALL_LINEAR.into()], ..LoraConfig::default() };
+    for (name, config) in families() {
+        let Ok(adapters) = hf::adapters_of(&config, &lora) else { continue };
+        let mut named = adapters.initial(&config, Output::Logits, &Streams::new(1));
+        named
+            .values_mut()
+            .flat_map(|tensor| &mut tensor.data)
+            .enumerate()
+            .for_each(|(i, x)| *x += (i % 5) as f32 * 0.1);
+        let device = Device::flex();
+        let model = random_model(&config, &device).with_adapters(&adapters, named, &device).expect("fits");
+        if config.gated {
+            assert_a_decoder_changes_nothing(&model, name);
+        } else {
+            assert!(model.decoder().is_none(), "{name}: an adapter before an activation has no body");
+        }
+    }
 }
 
 proptest! {
