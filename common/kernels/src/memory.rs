@@ -22,6 +22,9 @@ pub fn keep_freed() {
 
 /// Tells the allocator to give freed memory back to the system, about once in every `interval` all that is free by then.
 ///
+/// It looks whether the time has come when a thread has freed a whole page of its own, and then at the memory of all of
+/// them: a program that does nothing gives nothing back.
+///
 /// For a server, which asks for blocks of ever other sizes: each leaves a gap in another place, and with [`keep_freed`]
 /// every page that was ever in use stays resident. The resident memory then wanders upwards, a huge page at a time, although
 /// the allocated memory does not grow.
