@@ -112,6 +112,11 @@ fn errors_are_as_documented() {
         ("a server of a model without a name", vec!["serve", "--checkpoint", "two words=lm"], 2),
         ("a server with no slot", vec!["serve", "--checkpoint", "lm", "--slots", "0"], 2),
         ("a server for every page", vec!["serve", "--checkpoint", "lm", "--allow-origin", "*"], 2),
+        (
+            "a server whose judgements go to what is judged",
+            vec!["serve", "--checkpoint", "lm", "--labels", "lm/config.json", "--questions", "./lm/config.json"],
+            2,
+        ),
         ("a server with a key from nowhere", vec!["serve", "--checkpoint", "lm", "--api-key-file", "nowhere"], 1),
         ("a server of a reward model", vec!["serve", "--checkpoint", "reward-model", "--port", "0"], 1),
         (

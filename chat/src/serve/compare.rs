@@ -17,7 +17,7 @@ use super::engine::one_line;
 use super::error::ApiError;
 use super::params::Params;
 use super::shapes::Json;
-use super::state::{App, on_disk};
+use super::state::{App, causes, on_disk};
 
 /// Most answers that are compared.
 const MAX_ANSWERS: usize = 4;
@@ -27,6 +27,9 @@ const MAX_UNDO: usize = 1000;
 
 /// Most characters of an annotator's name.
 const MAX_NAME: usize = 64;
+
+/// Most seconds that a judgement may have taken: a year, as when a page is left open.
+const MAX_SECONDS: f64 = 365.0 * 86_400.0;
 
 /// The file that judgements go to.
 #[derive(Debug)]
@@ -182,19 +185,12 @@ pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<
     if !annotator.as_ref().is_none_or(is_name) {
         return Err(ApiError::unprocessable("annotator", format!("expected a name of up to {MAX_NAME} characters")));
     }
-    if seconds.is_some_and(|seconds| seconds < 0.0) {
-        return Err(ApiError::unprocessable("seconds", "expected a number that is not negative"));
+    if seconds.is_some_and(|seconds| !(0.0..=MAX_SECONDS).contains(&seconds)) {
+        let message = format!("invalid `seconds`: expected a number from 0 to {MAX_SECONDS}");
+        return Err(ApiError::unprocessable("seconds", message));
     }
     let records = records(&prompt, &answers, judgement, annotator.as_deref(), seconds)?;
-    let labels = app.labels.clone();
-    let kept = match labels {
-        None => None,
-        Some(labels) => {
-            let _turn = labels.turn.lock().await;
-            let labels = Arc::clone(&labels);
-            Some(on_disk(move || labels.keep(&records)).await?)
-        }
-    };
+    let kept = write(&app, move |labels| labels.keep(&records)).await?;
     Ok(Json(json!({ "kept": kept, "scores": scores(&app, &prompt, &answers).await })))
 }
 
@@ -202,21 +198,26 @@ pub(super) async fn judge(State(app): State<App>, mut params: Params) -> Result<
 pub(super) async fn undo(State(app): State<App>, mut params: Params) -> Result<Json, ApiError> {
     let id = params.take::<u64>("id", "the number of a judgement")?.unwrap_or(0);
     params.finish()?;
-    let undone = match app.labels.clone() {
-        None => false,
-        Some(labels) => {
-            let _turn = labels.turn.lock().await;
-            let labels = Arc::clone(&labels);
-            on_disk(move || labels.undo(id)).await?
-        }
-    };
-    if undone {
+    if write(&app, move |labels| labels.undo(id)).await? == Some(true) {
         return Ok(Json(json!({ "undone": id })));
     }
     Err(ApiError::of_status(
         StatusCode::CONFLICT,
         "another judgement came after this one: it can no longer be taken back",
     ))
+}
+
+/// Waits until `work` has changed the file of judgements, if there is one. Whoever runs the server can mend a disk that
+/// is full, and the person at the page cannot: the log has the reason too.
+async fn write<T: Send + 'static>(
+    app: &App,
+    work: impl FnOnce(&Labels) -> Result<T, DataError> + Send + 'static,
+) -> Result<Option<T>, ApiError> {
+    let Some(labels) = &app.labels else { return Ok(None) };
+    let _turn = labels.turn.lock().await;
+    let labels = Arc::clone(labels);
+    let told = |error: &DataError| tracing::error!("the judgements cannot be changed: {}", causes(error));
+    on_disk(move || work(&labels).inspect_err(told)).await.map(Some)
 }
 
 fn check(app: &App, prompt: &[Message], answers: &[Shown]) -> Result<(), ApiError> {

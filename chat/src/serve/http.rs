@@ -63,7 +63,10 @@ pub(super) fn router(app: App, origins: Vec<HeaderValue>) -> Router {
 /// requests come with that name.
 async fn admit(State(app): State<App>, request: Request, next: Next) -> Response {
     const NO_SNIFF: (HeaderName, HeaderValue) = (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    let mut response = if app.checks_host && !names_this_machine(request.headers()) {
+    let mut response = if request.headers().get_all(header::HOST).iter().nth(1).is_some() {
+        // What stands before this server may have looked at the other one.
+        ApiError::invalid("the header `Host` comes more than once").into_response()
+    } else if app.checks_host && !names_this_machine(request.headers()) {
         let message = "the header `Host` names another machine than this one, and the server is for this one alone; set \
                        `--host` and `--api-key-file` to let others use it";
         ApiError::of_status(StatusCode::MISDIRECTED_REQUEST, message).into_response()

@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
@@ -71,6 +72,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let origins = origins(&args.allow_origin)?;
     check_names(&args.checkpoint)?;
+    check_files(args)?;
     args.runtime.start()?;
     give_back_freed(MEMORY_INTERVAL);
     let first = "no more requests are taken, those that run are finished";
@@ -87,7 +89,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let app = Arc::new(Shared {
         checks_host: is_loopback && key.is_none(),
         key: key.map(|key| sha256_of(key.as_bytes())),
-        ..load(args)?
+        ..until_asked_to_stop(interrupt, || load(args))?
     });
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING).build()?;
@@ -163,6 +165,24 @@ async fn asked_to_stop(interrupt: Interrupt) {
     }
 }
 
+/// Does `work`, before there are requests to finish: a signal ends the program meanwhile.
+fn until_asked_to_stop<T>(interrupt: Interrupt, work: impl FnOnce() -> T) -> T {
+    let (done, is_done) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_done.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+                if interrupt.requested() {
+                    std::process::exit(i32::from(interrupt.stopped().exit_code()));
+                }
+            }
+        });
+        let result = work();
+        // The thread hears of it at once.
+        drop(done);
+        result
+    })
+}
+
 /// Loads the models and starts their threads.
 fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
     let runtime = args.runtime.open()?;
@@ -224,6 +244,20 @@ fn check_names(checkpoints: &[NamedCheckpoint]) -> Result<(), UsageError> {
         }
     }
     Ok(())
+}
+
+/// Refuses to append judgements to the file of what is to be judged.
+fn check_files(args: &ServeArgs) -> Result<(), UsageError> {
+    let (Some(labels), Some(questions)) = (&args.labels, &args.questions) else { return Ok(()) };
+    let is_same = labels.canonicalize().is_ok_and(|labels| questions.canonicalize().is_ok_and(|other| other == labels));
+    if !is_same {
+        return Ok(());
+    }
+    let shown = labels.display();
+    Err(UsageError(format!(
+        "`--labels` and `--questions` are the same file `{shown}`\nhint: name a file of its own for the judgements; it need \
+         not be there yet"
+    )))
 }
 
 /// The origins of pages that may use the server, as browsers name them.

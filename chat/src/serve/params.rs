@@ -1,6 +1,10 @@
 //! The parameters of a request, each taken once: one that is left over cannot be honoured and is an error.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
@@ -9,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
+use super::record::Record;
 use super::state::App;
 
 /// Most answers to one prompt.
@@ -32,26 +37,62 @@ impl FromRequest<App> for Params {
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         // Pages of other sites can send no JSON without asking first.
         let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        if content_type.is_none_or(|value| value.split(';').next() != Some("application/json")) {
+        if !content_type.is_some_and(is_json) {
             let message = "expected the header `Content-Type: application/json`";
             return Err(ApiError::of_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
-        let bytes = match tokio::time::timeout(app.limits.timeout, Bytes::from_request(request, app)).await {
+        let record = request.extensions().get::<Arc<Record>>().cloned();
+        let bytes = match tokio::time::timeout(app.limits.body_time(), Bytes::from_request(request, app)).await {
             Ok(Ok(bytes)) => bytes,
-            Ok(Err(rejection)) => match rejection.into_response().status() {
-                StatusCode::PAYLOAD_TOO_LARGE => {
-                    let message = format!("the body exceeds the {} bytes that the server takes", app.limits.max_body);
-                    return Err(ApiError::of_status(StatusCode::PAYLOAD_TOO_LARGE, message));
+            Ok(Err(rejection)) => {
+                if let Some(record) = record.filter(|_| is_hang_up(&rejection)) {
+                    record.leave();
                 }
-                _ => return Err(ApiError::invalid("the body ended early")),
-            },
-            Err(_) => return Err(ApiError::of_status(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive")),
+                return Err(match rejection.into_response().status() {
+                    status @ StatusCode::PAYLOAD_TOO_LARGE => {
+                        let most = app.limits.max_body;
+                        ApiError::of_status(status, format!("the body exceeds the {most} bytes that the server takes"))
+                    }
+                    _ => ApiError::invalid("the body ended early, or is not framed as its head says"),
+                });
+            }
+            Err(_) => {
+                let most = app.limits.body_time().as_secs();
+                let message = format!("the body took more than {most} s to arrive");
+                return Err(ApiError::of_status(StatusCode::REQUEST_TIMEOUT, message));
+            }
         };
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => Ok(Self { fields }),
             Ok(_) => Err(ApiError::invalid("the body is no JSON object")),
-            Err(error) => Err(ApiError::invalid(format!("the body is no JSON: {error}"))),
+            Err(error) => Err(ApiError::invalid(unread(&error))),
         }
+    }
+}
+
+/// Whether a header `Content-Type` says JSON, whatever parameters follow. The case of its letters does not count.
+fn is_json(content_type: &str) -> bool {
+    let media_type = content_type.split(';').next().unwrap_or_default();
+    media_type.trim().eq_ignore_ascii_case("application/json")
+}
+
+/// Whether a body could not be read because its client is gone.
+fn is_hang_up(rejection: &BytesRejection) -> bool {
+    use std::io::{Error, ErrorKind};
+
+    let causes = std::iter::successors(Some(rejection as &dyn std::error::Error), |error| error.source());
+    causes.filter_map(|error| error.downcast_ref::<Error>()).any(|error| {
+        matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted)
+    })
+}
+
+/// Why a body is not read.
+fn unread(error: &serde_json::Error) -> String {
+    // The one error of the parser that is about well-formed JSON. It has no kind of its own.
+    let error = error.to_string();
+    match error.strip_prefix("number out of range") {
+        Some(place) => format!("a number in the body is too large{place}"),
+        None => format!("the body is no JSON: {error}"),
     }
 }
 
@@ -92,12 +133,22 @@ impl Params {
         }
     }
 
+    /// Takes the client's notes on a request, which change nothing.
+    ///
+    /// # Errors
+    /// If one is not of OpenAI's type.
+    fn notes(&mut self) -> Result<(), ApiError> {
+        self.take::<String>("user", "a text")?;
+        self.take::<String>("safety_identifier", "a text")?;
+        self.take::<HashMap<String, String>>("metadata", "an object whose values are texts")?;
+        Ok(())
+    }
+
     /// Refuses what is left.
     ///
     /// # Errors
-    /// Names the first parameter that is neither `null`, nor asks for what happens anyway, nor is a note of the client's.
+    /// Names the first parameter that is neither `null` nor asks for what happens anyway.
     pub(super) fn finish(self) -> Result<(), ApiError> {
-        let notes = ["user", "metadata", "safety_identifier"];
         let defaults = [
             ("best_of", json!(1)),
             ("echo", json!(false)),
@@ -108,13 +159,13 @@ impl Params {
             ("tools", json!([])),
         ];
         let is_honoured = |name: &str, value: &Value| {
-            value.is_null() || notes.contains(&name) || defaults.iter().any(|(key, same)| *key == name && same == value)
+            value.is_null() || defaults.iter().any(|(key, same)| *key == name && same == value)
         };
         match self.fields.iter().find(|(name, value)| !is_honoured(name, value)) {
             None => Ok(()),
             Some((name, _)) => {
                 let only = defaults.iter().find(|(key, _)| key == name);
-                let only = only.map_or(String::new(), |(_, value)| format!(" but as `{value}`, which changes nothing"));
+                let only = only.map_or(String::new(), |(_, value)| format!("; only its default `{value}` is accepted"));
                 let name: String = name.chars().take(64).collect();
                 let message = format!("the parameter `{name}` is not supported{only}");
                 Err(ApiError::invalid(message).about(&name).coded("unsupported_parameter"))
@@ -156,7 +207,7 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// Takes what both interfaces know, and what `shape` knows of log-probabilities and lengths.
+    /// Takes what both interfaces know, notes included, and what `shape` knows of log-probabilities and lengths.
     ///
     /// # Errors
     /// If a parameter is of the wrong type or outside its range.
@@ -165,7 +216,15 @@ impl Generation {
         let max_tokens = length("max_tokens")?;
         let (asked, default, log_probs) = match shape {
             Shape::Chat => {
-                let asked = length("max_completion_tokens")?.or(max_tokens);
+                let asked = length("max_completion_tokens")?;
+                if let (Some((name, new)), Some((_, old))) = (asked, max_tokens)
+                    && new != old
+                {
+                    let message =
+                        format!("`max_tokens` is {old}, but `{name}`, its new name, is {new}: send only one of them");
+                    return Err(ApiError::invalid(message).about(name));
+                }
+                let asked = asked.or(max_tokens);
                 (asked, most_tokens, chat_log_probs(params)?)
             }
             Shape::Text => (max_tokens, DEFAULT_MAX_TOKENS.min(most_tokens), params.count("logprobs", 0, 5)?),
@@ -180,6 +239,7 @@ impl Generation {
             ..SamplingConfig::default()
         };
         let stream = params.take("stream", "`true` or `false`")?.unwrap_or(false);
+        params.notes()?;
         Ok(Self {
             shape,
             sampling,

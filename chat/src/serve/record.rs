@@ -108,6 +108,8 @@ pub(super) struct Record {
 #[derive(Debug, Default)]
 struct Known {
     status: Option<u16>,
+    /// Whether the client left before it had said everything.
+    has_left: bool,
     model: Option<String>,
     n_prompt: usize,
     n_completion: usize,
@@ -123,6 +125,11 @@ struct Known {
 impl Record {
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client is gone: whatever it is answered, nobody reads it.
+    pub(super) fn leave(&self) {
+        self.known().has_left = true;
     }
 
     /// A model begins to answer.
@@ -172,7 +179,7 @@ impl Drop for Record {
     fn drop(&mut self) {
         let elapsed = self.began.elapsed();
         let known = self.known.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let status = known.status.unwrap_or(CLIENT_LEFT);
+        let status = known.status.filter(|_| !known.has_left).unwrap_or(CLIENT_LEFT);
         let metrics = &self.app.metrics;
         metrics.requests.with_label_values(&[&*self.route, &status.to_string()]).inc();
         metrics.request_seconds.with_label_values(&[&self.route]).observe(elapsed.as_secs_f64());
@@ -191,7 +198,7 @@ impl Drop for Record {
         line += &format!(" total={:.3}s", elapsed.as_secs_f64());
         if known.has_failed {
             line += " failed";
-        } else if known.model.is_some() && !known.is_finished && (status == 200 || status == CLIENT_LEFT) {
+        } else if status == CLIENT_LEFT || (known.model.is_some() && !known.is_finished && status == 200) {
             line += " client_left";
         }
         if self.app.log_text && known.model.is_some() {

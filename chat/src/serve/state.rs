@@ -1,6 +1,7 @@
 //! What every request can see.
 
-use std::fmt::Display;
+use std::error::Error;
+use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,6 +81,15 @@ impl Shared {
     }
 }
 
+impl RequestLimits {
+    /// Longest time from the end of a request's head to that of its body. However long an answer may take, one that is sent
+    /// byte by byte must not keep its connection for as long.
+    pub(super) fn body_time(self) -> Duration {
+        const MOST: Duration = Duration::from_mins(1);
+        self.timeout.min(MOST)
+    }
+}
+
 /// Waits for the disk on a thread of its own.
 ///
 /// # Errors
@@ -87,9 +97,35 @@ impl Shared {
 pub(super) async fn on_disk<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ApiError>
 where
     T: Send + 'static,
-    E: Display + Send + 'static,
+    E: Error + Send + 'static,
 {
     let failed = |reason: String| ApiError::server(StatusCode::INTERNAL_SERVER_ERROR, reason);
     let done = tokio::task::spawn_blocking(work).await.map_err(|error| failed(one_line(&error)))?;
-    done.map_err(|error| failed(one_line(&error)))
+    done.map_err(|error| failed(causes(&error)))
+}
+
+/// An error and what it comes from, such as a full disk. Some say that themselves.
+pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = one_line(&error);
+    for cause in iter::successors(error.source(), |&cause| cause.source()) {
+        let cause = one_line(&cause);
+        if !text.ends_with(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_has_a_minute_however_long_an_answer_may_take() {
+        let body_time = |timeout| {
+            let timeout = Duration::from_secs(timeout);
+            RequestLimits { max_tokens: 1, max_body: 1, timeout }.body_time().as_secs()
+        };
+        assert_eq!([1, 59, 300, 86_400].map(body_time), [1, 59, 60, 60]);
+    }
 }

@@ -76,6 +76,30 @@ fn a_judgement_that_was_answered_outlives_a_kill() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_told_to_the_client_and_in_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("labels.jsonl");
+    let models = ["--checkpoint", "lm", "--checkpoint", "a=lm", "--checkpoint", "b=lm"];
+    let server = Server::start_on_full_disk(&[&models[..], &["--labels", path.to_str().unwrap()]].concat());
+    let mut n_kept = 0;
+    let refused = loop {
+        let reply = judge(&server, &json!({}));
+        if reply.status != 200 {
+            break reply;
+        }
+        n_kept += 1;
+        assert!(n_kept < 100, "the disk is not full");
+    };
+    let error = refused.json()["error"].clone();
+    assert_eq!((refused.status, &error["type"]), (500, &json!("server_error")), "{}", refused.text);
+    let cause = error["message"].as_str().unwrap();
+    assert!(cause.contains("labels.jsonl") && cause.contains("File too large"), "{cause}");
+    server.log_with(&format!("the judgements cannot be changed: {cause}"));
+    assert_eq!(records(&path).len(), n_kept, "no half record is left");
+}
+
 #[test]
 fn what_could_not_be_read_back_is_not_kept() {
     let dir = tempfile::tempdir().unwrap();
@@ -102,6 +126,7 @@ fn what_could_not_be_read_back_is_not_kept() {
         (json!({ "annotator": "\u{1b}[2J" }), 422, "annotator"),
         (json!({ "annotator": "x".repeat(65) }), 422, "annotator"),
         (json!({ "seconds": -1 }), 422, "seconds"),
+        (json!({ "seconds": 1e308 }), 422, "seconds"),
         (json!({ "seconds": "long" }), 400, "seconds"),
         (json!({ "shout": true }), 400, "shout"),
     ] {

@@ -2,11 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::server::{PATIENCE, Server, chat_body, read_until};
+use crate::support::checkpoints;
 
 const RUNNING: &str = "kindling_answers_running{model=\"lm\"}";
 
@@ -125,12 +127,82 @@ fn an_answer_that_takes_too_long_is_broken_off() {
 #[test]
 fn a_body_that_takes_too_long_is_not_waited_for() {
     let server = one_slot(&["--timeout", "1"]);
+    let mut client = half_said(&server);
+    let reply = read_until(&mut client, "more than 1 s");
+    assert!(reply.starts_with("HTTP/1.1 408 "), "{reply}");
+    // Byte by byte it has no longer.
+    let mut client = half_said(&server);
+    client.set_nonblocking(true).unwrap();
+    let (began, mut reply) = (Instant::now(), [0; 12]);
+    while client.peek(&mut reply).is_err() {
+        assert!(began.elapsed() < PATIENCE, "the body is waited for");
+        client.write_all(b" ").unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(&reply, b"HTTP/1.1 408");
+}
+
+/// A client that has sent the head of a request, and so much of its body.
+fn half_said(server: &Server) -> TcpStream {
     let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
-    write!(client, "{head}Content-Length: 100\r\n\r\n{{\"prompt\":").unwrap();
-    let reply = read_until(&mut client, "too long");
-    assert!(reply.starts_with("HTTP/1.1 408 "), "{reply}");
+    write!(client, "{head}Content-Length: 10000\r\n\r\n{{\"prompt\":").unwrap();
+    client
+}
+
+#[test]
+fn a_client_that_leaves_in_the_midst_of_its_body_is_no_bad_request() {
+    let server = one_slot(&[]);
+    drop(half_said(&server));
+    let log = server.log_with("POST /v1/completions ");
+    let line = log.lines().find(|line| line.contains("POST")).unwrap();
+    assert!(line.contains("POST /v1/completions 499 ") && line.ends_with(" client_left"), "{line}");
+    // One that stays to read has made a mistake.
+    let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+    write!(client, "{head}Transfer-Encoding: chunked\r\n\r\nno length\r\n").unwrap();
+    assert!(read_until(&mut client, "the body").starts_with("HTTP/1.1 400 "));
+    server.log_with("POST /v1/completions 400 ");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_while_the_models_are_loaded_ends_the_program_at_once() {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    let dir = tempfile::tempdir().unwrap();
+    for file in checkpoints().join("lm").read_dir().unwrap().map(|file| file.unwrap().path()) {
+        std::fs::copy(&file, dir.path().join(file.file_name().unwrap())).unwrap();
+    }
+    // A disk that never comes to the end of this file.
+    let slow = dir.path().join("manifest.json");
+    std::fs::remove_file(&slow).unwrap();
+    assert!(Command::new("mkfifo").arg(&slow).status().unwrap().success());
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_chat"))
+            .args(["serve", "--port", "0", "--checkpoint"])
+            .arg(dir.path())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Waits until somebody reads it.
+        let writing = std::fs::File::options().write(true).open(&slow).unwrap();
+        kill_process(Pid::from_raw(child.id() as i32).unwrap(), signal).unwrap();
+        let began = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if began.elapsed() > PATIENCE {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(status.code(), Some(code));
+        drop(writing);
+    }
 }
 
 #[cfg(unix)]

@@ -1,9 +1,12 @@
 //! What is refused, in OpenAI's form.
 
+use std::io::Write;
+use std::net::TcpStream;
+
 use common::hash::sha256_of;
 use serde_json::{Value, json};
 
-use crate::server::{Server, chat_body};
+use crate::server::{PATIENCE, Server, chat_body, read_until};
 
 /// What a conversation may not have, and the parameter that is named for it.
 fn of_conversations() -> Vec<(Value, u16, &'static str)> {
@@ -25,6 +28,11 @@ fn of_conversations() -> Vec<(Value, u16, &'static str)> {
         (json!({ "max_tokens": 65 }), 422, "max_tokens"),
         (json!({ "max_completion_tokens": 65 }), 422, "max_completion_tokens"),
         (json!({ "max_tokens": -1 }), 400, "max_tokens"),
+        (json!({ "max_tokens": 3, "max_completion_tokens": 4 }), 400, "max_completion_tokens"),
+        (json!({ "user": 3 }), 400, "user"),
+        (json!({ "safety_identifier": ["u"] }), 400, "safety_identifier"),
+        (json!({ "metadata": "u" }), 400, "metadata"),
+        (json!({ "metadata": { "a": 1 } }), 400, "metadata"),
         (json!({ "n": 0 }), 422, "n"),
         (json!({ "n": 100 }), 422, "n"),
         (json!({ "stop": "" }), 422, "stop"),
@@ -83,6 +91,7 @@ fn a_parameter_that_cannot_be_honoured_is_an_error() {
         (json!({ "prompt": "x", "logprobs": true }), 400, "logprobs"),
         (json!({ "prompt": "x", "max_completion_tokens": 6 }), 400, "max_completion_tokens"),
         (json!({ "prompt": "x", "n": 200 }), 422, "n"),
+        (json!({ "prompt": "x", "user": {} }), 400, "user"),
     ];
     for (body, status, param) in text {
         let reply = server.post("/v1/completions", &body);
@@ -96,8 +105,15 @@ fn a_parameter_that_cannot_be_honoured_is_an_error() {
     let harmless = json!({
         "user": "u", "metadata": { "a": "b" }, "store": false, "logit_bias": {}, "tools": [], "stop": null,
         "response_format": { "type": "text" }, "tool_choice": null, "max_tokens": 1, "seed": -1, "model": null,
+        "max_completion_tokens": 1, "safety_identifier": "s",
     });
     assert_eq!(server.chat("hi", &harmless).status, 200);
+    let said = |more| server.chat("hi", &more).json()["error"]["message"].clone();
+    assert_eq!(said(json!({ "top_k": 5 })), "the parameter `top_k` is not supported");
+    assert_eq!(
+        said(json!({ "tools": [{}] })),
+        "the parameter `tools` is not supported; only its default `[]` is accepted"
+    );
 }
 
 #[test]
@@ -126,7 +142,11 @@ fn a_body_that_is_no_request_is_an_error() {
         ("[]", "application/json", 400),
         ("\"\\ud800\"", "application/json", 400),
         (deep.as_str(), "application/json; charset=utf-8", 400),
+        ("{\"messages\": [], \"temperature\": 1e999}", "application/json", 400),
+        ("{}", "APPLICATION/JSON", 400), // which lacks messages
+        ("{}", "Application/Json ; charset=utf-8", 400),
         ("{}", "text/plain", 415),
+        ("{}", "application/jsonl", 415),
     ] {
         let reply = server.send("/v1/chat/completions", body.as_bytes(), &[("content-type", content_type)]);
         assert_eq!(
@@ -136,6 +156,10 @@ fn a_body_that_is_no_request_is_an_error() {
         );
     }
     assert_eq!(server.send("/v1/chat/completions", &[0xff; 9], &[("content-type", "application/json")]).status, 400);
+    let send = |body: &str| server.send("/v1/completions", body.as_bytes(), &[("content-type", "application/json")]);
+    let said = |body: &str| send(body).json()["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(said("{\"seed\": -1e999}"), "a number in the body is too large at line 1 column 15");
+    assert!(said("{\"seed\": 1e}").starts_with("the body is no JSON: "));
     let large = server.chat(&"x".repeat(5000), &json!({}));
     assert_eq!((large.status, large.json()["error"]["type"].as_str()), (413, Some("invalid_request_error")));
     for (path, status) in
@@ -206,6 +230,14 @@ fn pages_of_other_sites_are_let_in_only_when_asked_to() {
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, None));
     assert_eq!(server.get("/v1/models", &[("host", "evil.example")]).status, 421);
     assert_eq!(server.get("/v1/models", &[("host", "localhost:99")]).status, 200);
+    // What stands before the server may have looked at the other one.
+    for hosts in [["localhost", "evil.example"], ["localhost", "localhost"]] {
+        let mut client = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(client, "GET /health HTTP/1.1\r\nHost: {}\r\nHost: {}\r\n\r\n", hosts[0], hosts[1]).unwrap();
+        let reply = read_until(&mut client, "more than once");
+        assert!(reply.starts_with("HTTP/1.1 400 ") && reply.contains("invalid_request_error"), "{reply}");
+    }
 
     let server = Server::start(&["--checkpoint", "lm", "--allow-origin", "https://chat.example"]);
     let allowed = |origin: &str| {

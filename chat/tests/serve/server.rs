@@ -51,7 +51,21 @@ impl Reply {
 impl Server {
     /// Starts `chat serve` with `args` in the directory of the checkpoints, and waits until it listens.
     pub(crate) fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_chat"))
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_chat")), args)
+    }
+
+    /// The same on a disk that has no room for files of more than a KiB: a limit on their size, with the signal that comes
+    /// with it ignored, is what a program sees of a full disk.
+    #[cfg(unix)]
+    pub(crate) fn start_on_full_disk(args: &[&str]) -> Self {
+        let mut shell = Command::new("bash");
+        let script = "trap '' XFSZ; ulimit -f 1; exec \"$0\" \"$@\"";
+        shell.args(["-c", script]).arg(env!("CARGO_BIN_EXE_chat"));
+        Self::start_by(shell, args)
+    }
+
+    fn start_by(mut command: Command, args: &[&str]) -> Self {
+        let mut child = command
             .args(["serve", "--port", "0", "--threads", "2"])
             .args(args)
             .current_dir(checkpoints())
