@@ -31,6 +31,8 @@ pub(crate) struct Loaded {
     pub tokenizer: Tokenizer,
     /// The tokens that end an answer.
     pub stop: Vec<u32>,
+    /// Whether it was only pretrained, on text in which nobody answers, and has no chat template from elsewhere.
+    pub is_base: bool,
 }
 
 impl Loaded {
@@ -44,7 +46,8 @@ impl Loaded {
         let gpt = runtime.gpt(&checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.
         let stop = tokenizer.end_ids().into_iter().chain(tokenizer.bos()).collect();
-        Ok(Self { description: describe(&checkpoint, &gpt), gpt, tokenizer, stop })
+        let is_base = checkpoint.stage() == Some(Stage::Pretrain) && !tokenizer.writes_by_template();
+        Ok(Self { description: describe(&checkpoint, &gpt), gpt, tokenizer, stop, is_base })
     }
 }
 
@@ -93,7 +96,7 @@ impl ChatModel {
     pub fn load(dir: &Path, sampling: &SamplingArgs, runtime: &RuntimeArgs) -> anyhow::Result<Self> {
         sampling.strategy(vec![])?; // before anything is read
         let (backend, opening) = (&runtime.backend, runtime.opening());
-        let Loaded { description, gpt, tokenizer, stop } = Loaded::open(dir, &runtime.open()?, opening)?;
+        let Loaded { description, gpt, tokenizer, stop, .. } = Loaded::open(dir, &runtime.open()?, opening)?;
         tracing::debug!("loaded `{}` on {}", dir.display(), backend);
         Ok(Self {
             description,

@@ -52,6 +52,8 @@ pub(super) struct Engine {
     pub context: usize,
     /// Size of the model's vocabulary.
     pub vocab_size: usize,
+    /// Whether the model has learnt plain text alone.
+    pub is_base: bool,
     jobs: mpsc::Sender<Job>,
     /// A permit for each answer that runs or waits.
     room: Arc<Semaphore>,
@@ -120,7 +122,7 @@ impl Engine {
     /// # Errors
     /// If the system refuses the thread.
     pub(super) fn start(name: &str, loaded: Loaded, bounds: Bounds) -> anyhow::Result<Self> {
-        let Loaded { gpt, tokenizer, stop, .. } = loaded;
+        let Loaded { gpt, tokenizer, stop, is_base, .. } = loaded;
         let context = bounds.context.min(gpt.config().max_seq_len);
         let limits = Limits {
             max_rows: bounds.slots,
@@ -140,7 +142,7 @@ impl Engine {
         let thread = thread.context("failed to start the thread of a model")?;
         let n_places = bounds.slots + bounds.queue;
         let room = Arc::new(Semaphore::new(n_places));
-        Ok(Self { tokenizer, stop, context, vocab_size, jobs, room, n_places, running, stops, thread })
+        Ok(Self { tokenizer, stop, context, vocab_size, is_base, jobs, room, n_places, running, stops, thread })
     }
 
     /// Room for `n` answers, until the permit is dropped.

@@ -48,5 +48,8 @@ pub(super) fn routes() -> Router<App> {
 /// `GET /about`: what this server was started with, as far as the page differs by it.
 async fn about(State(app): State<App>) -> Json {
     let n_questions = app.questions.as_ref().map_or(0, Questions::n);
-    Json(json!({ "labels": app.labels.is_some(), "training": app.runs.is_some(), "questions": n_questions }))
+    let base: Vec<&str> =
+        app.engines.iter().filter(|(_, engine)| engine.is_base).map(|(name, _)| name.as_str()).collect();
+    let (labels, training) = (app.labels.is_some(), app.runs.is_some());
+    Json(json!({ "base": base, "labels": labels, "training": training, "questions": n_questions }))
 }

@@ -206,7 +206,10 @@ fn a_file_has_one_server() {
 fn judgements_without_a_file_are_not_kept() {
     let server = server(None);
     assert_eq!(judge(&server, &json!({})).json(), json!({ "kept": null, "scores": null }));
-    assert_eq!(server.get("/about", &[]).json(), json!({ "labels": false, "training": false, "questions": 0 }));
+    assert_eq!(
+        server.get("/about", &[]).json(),
+        json!({ "base": [], "labels": false, "training": false, "questions": 0 })
+    );
     assert_eq!(server.post("/compare/question", &json!({})).status, 404);
     assert_eq!(server.get("/training/runs", &[]).status, 404);
 }

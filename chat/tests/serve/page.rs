@@ -214,17 +214,56 @@ fn the_system_text_and_the_settings_are_sent() {
         serde_json::from_value(browser.script(of)).unwrap()
     };
     assert_eq!(theme(), "dark", "as the system has it");
+    browser.prefer("light");
+    browser.wait_for("document.documentElement.dataset.theme === 'light'");
+    browser.prefer("dark");
+    browser.wait_for("document.documentElement.dataset.theme === 'dark'");
     assert!(lightness()[0] < 150.0 && lightness()[1] > 600.0, "{:?}", lightness());
     browser.click("#theme");
     assert_eq!(theme(), "light");
     assert!(lightness()[0] > 600.0 && lightness()[1] < 150.0, "{:?}", lightness());
     opened(&browser, &server);
     assert_eq!(theme(), "light", "a choice is remembered");
+    browser.prefer("light");
+    browser.prefer("dark");
+    assert_eq!(browser.script("return matchMedia('(prefers-color-scheme: dark)').matches"), true);
+    assert_eq!(theme(), "light", "whatever the system has later");
     browser.click("#theme");
     assert_eq!(theme(), "dark");
     browser.keys("#message", "Tell me a story about a fox.\n");
     browser.wait_for("document.querySelector('.assistant button')?.disabled === false");
     browser.screenshot("chat-dark-wide");
+}
+
+#[test]
+fn a_model_that_goes_on_writing_is_said_to() {
+    let Some(browser) = Browser::start(false) else { return };
+    let server = Server::start(&["--checkpoint", "lm", "--checkpoint", "base"]);
+    opened(&browser, &server);
+    let choose = |model: &str| {
+        browser.script(&format!(
+            "const model = document.querySelector('#model'); model.value = '{model}'; \
+             model.dispatchEvent(new Event('change'))"
+        ));
+    };
+    let said = "base has learnt plain text alone, not conversations: it goes on writing instead of answering.";
+    for (model, expected) in [("lm", ""), ("base", said), ("lm", "")] {
+        choose(model);
+        let shown = browser
+            .script("const { hidden, innerText } = document.querySelector('#base'); return hidden ? '' : innerText");
+        assert_eq!(shown, expected, "{model}");
+    }
+}
+
+#[test]
+fn a_single_model_cannot_be_compared_and_the_page_says_why() {
+    let Some(browser) = Browser::start(false) else { return };
+    let server = Server::start(&["--checkpoint", "lm"]);
+    opened(&browser, &server);
+    browser.click("#tab-compare");
+    assert!(browser.text("#lacks").starts_with("There is one model only: start the server with several --checkpoint"));
+    let shown = browser.script("return ['#ask', '#rivals'].filter((id) => document.querySelector(id).offsetParent)");
+    assert_eq!(shown, json!([]), "what cannot be used");
 }
 
 #[test]
@@ -369,9 +408,9 @@ fn a_run_is_shown_as_it_goes_on() {
             "const run = document.querySelector('#run'); run.value = '{name}'; run.dispatchEvent(new Event('change'))"
         ));
         let step = if name == "other" { 7 } else { 50 };
-        browser.wait_for(&format!("document.querySelector('#progress').textContent.startsWith('Step {step},')"));
+        browser.wait_for(&format!("document.querySelector('#progress').textContent.startsWith('Step {step} ')"));
     }
-    browser.wait_for("document.querySelector('#progress').textContent === 'Step 50, 100 s, 5000 tokens'");
+    browser.wait_for("document.querySelector('#progress').textContent === 'Step 50 · 100 s · 5,000 tokens'");
     let titles =
         browser.script("return [...document.querySelectorAll('#curves figcaption')].map((title) => title.textContent)");
     assert_eq!(titles, json!(["Reward", "Gold score", "KL from the reference (nats)"]));
@@ -386,10 +425,10 @@ fn a_run_is_shown_as_it_goes_on() {
         std::fs::OpenOptions::new().append(true).open(&metrics).unwrap().write_all(text.as_bytes()).unwrap();
     };
     append(&row(51));
-    browser.wait_for("document.querySelector('#progress').textContent === 'Step 51, 102 s, 5100 tokens'");
+    browser.wait_for("document.querySelector('#progress').textContent === 'Step 51 · 102 s · 5,100 tokens'");
     // Resumed from an earlier step, and begun anew.
     append(&row(40));
-    browser.wait_for("document.querySelector('#progress').textContent.startsWith('Step 40,')");
+    browser.wait_for("document.querySelector('#progress').textContent.startsWith('Step 40 ')");
     let last = "document.querySelectorAll('#curves svg')[2].getAttribute('aria-label')";
     browser.wait_for(&format!("{last}.startsWith('objective/kl: 1 at step 1, 40 at step 40')"));
     std::fs::write(&metrics, row(3)).unwrap();

@@ -169,6 +169,7 @@ fn a_question_has_the_system_text_can_be_broken_off_and_the_name_is_remembered()
             browser.click("#ask-stop");
         }
         browser.wait_for("document.querySelector('#ask-stop').hidden && !document.querySelector('#answers li')");
+        assert_eq!(browser.script("return document.querySelector('#question').value"), "hi", "to be asked again");
         server.wait_for("kindling_answers_running{model=\"a\"}", 0.0);
     }
     browser.script("document.querySelector('#max-tokens').value = 20");
@@ -177,6 +178,7 @@ fn a_question_has_the_system_text_can_be_broken_off_and_the_name_is_remembered()
     browser.script("document.querySelector('#question').value = ''");
     browser.keys("#question", "hi\n");
     browser.wait_for("!document.querySelector('#verdicts').hidden");
+    assert_eq!(browser.script("return document.querySelector('#question').value"), "", "it stands above its answers");
     judge(&browser, "a", "A judged best.");
     let asked = json!([{ "role": "system", "content": "be kind" }, { "role": "user", "content": "hi" }]);
     assert_eq!((&records(&file)[0]["prompt"], &records(&file)[0]["annotator"]), (&asked, &json!("mia")));
@@ -303,6 +305,8 @@ fn a_screen_reader_is_told_what_each_part_is_and_what_happens() {
     browser.keys("#question", "hi\n");
     browser.wait_for("!document.querySelector('#problem').hidden");
     says(&browser, &["alert  [live assertive]"]);
+    browser.click("#rivals input");
+    assert_eq!(browser.script("return document.querySelector('#problem').hidden"), true, "it may be right now");
 
     // Nothing that can be used is without a name.
     for tab in ["chat", "compare"] {

@@ -127,6 +127,15 @@ impl Browser {
         self.call("/actions", &json!({ "actions": [{ "type": "key", "id": "keyboard", "actions": actions }] }));
     }
 
+    /// Has the system prefer the theme `light` or `dark` from now on.
+    ///
+    /// # Source
+    /// Chrome's `DevTools` protocol, `Emulation.setEmulatedMedia`.
+    pub(crate) fn prefer(&self, theme: &str) {
+        let params = json!({ "features": [{ "name": "prefers-color-scheme", "value": theme }] });
+        self.call("/goog/cdp/execute", &json!({ "cmd": "Emulation.setEmulatedMedia", "params": params }));
+    }
+
     /// Sets the size of the window, in CSS pixels.
     pub(crate) fn resize(&self, width: u32, height: u32) {
         self.call("/window/rect", &json!({ "width": width, "height": height }));

@@ -26,6 +26,7 @@ pub(crate) fn checkpoints() -> &'static Path {
         let config = gpt.config().clone();
         let lm = |named| Weights::Lm { named, config: config.clone() };
         save_checkpoint(&dir.join("lm"), Stage::Sft, lm(gpt.to_named()), Some(&tokenizer));
+        save_checkpoint(&dir.join("base"), Stage::Pretrain, lm(gpt.to_named()), Some(&tokenizer));
         save_checkpoint(&dir.join("no-tokenizer"), Stage::Pretrain, lm(gpt.to_named()), None);
         let mut named = gpt.to_named();
         named.get_mut("head").unwrap().data.fill(f32::MAX);

@@ -32,7 +32,7 @@ async function start() {
     find("login").hidden = true;
     find("views").hidden = false;
     complain(null);
-    startChat(models);
+    startChat(models, about);
     startCompare(models, about);
     find("tab-training").hidden = !about.training;
     if (about.training) startTraining();
@@ -78,6 +78,9 @@ document.addEventListener("keydown", (event) => {
   const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey;
   if (!find("compare").hidden && !isTyping(event.target) && isPlain && compareKey(event.key)) event.preventDefault();
 });
-const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
-setTheme(localStorage.getItem("theme") ?? (isDark ? "dark" : "light"));
+// The system's theme, which may change while the page is open, until a person has chosen one.
+const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
+const showTheme = () => setTheme(localStorage.getItem("theme") ?? (systemIsDark.matches ? "dark" : "light"));
+systemIsDark.addEventListener("change", showTheme);
+showTheme();
 start();

@@ -113,8 +113,17 @@ export function stopChat() {
   running?.abort();
 }
 
-export function startChat(models) {
+// Says of a model that was only pretrained why it does not answer.
+function showBase(base) {
+  const model = find("model").value;
+  find("base").textContent = `${model} has learnt plain text alone, not conversations: it goes on writing instead of answering.`;
+  find("base").hidden = !base.includes(model);
+}
+
+export function startChat(models, about) {
   find("model").replaceChildren(...models.map((model) => make("option", { textContent: model, value: model })));
+  find("model").addEventListener("change", () => showBase(about.base));
+  showBase(about.base);
   sendOnEnter(find("message"));
   find("say").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -2,7 +2,7 @@
 // answers that somebody wants to be judged.
 
 import { answer, postJson } from "./api.js";
-import { announce, complain, find, isTyping, make, sendOnEnter, settings, withSystem, writer } from "./dom.js";
+import { announce, complain, find, grouped, isTyping, make, sendOnEnter, settings, withSystem, writer } from "./dom.js";
 
 const LETTERS = ["A", "B", "C", "D"];
 
@@ -72,6 +72,7 @@ async function ask(content) {
     return;
   }
   waiting = [];
+  find("question").value = "";
   find("verdict").textContent = "";
   const messages = withSystem([{ role: "user", content }]);
   round = { messages, answers: shuffled(models).map((model) => ({ model, text: "" })), since: null, isJudged: false };
@@ -100,6 +101,8 @@ async function ask(content) {
     round = null;
     find("answers").replaceChildren();
     find("asked-before").hidden = true;
+    // A message without answers goes back to where it was written.
+    find("question").value ||= content;
     if (error.name !== "AbortError") complain(error);
   }
   running = null;
@@ -167,7 +170,7 @@ function next() {
   if (running || isSaving) return;
   if (round?.isJudged && waiting.length > 0) judgeAgain(waiting.pop(), "");
   else if (round?.number !== undefined) askPair();
-  else find("question").select();
+  else find("question").focus();
 }
 
 // Asks the server for the next pair of its file; one that is not judged is skipped.
@@ -184,7 +187,7 @@ async function askPair() {
   } finally {
     isSaving = false;
   }
-  find("pairs-judged").textContent = `${reply.judged} of ${reply.n} judged.`;
+  find("pairs-judged").textContent = `${grouped(reply.judged)} of ${grouped(reply.n)} judged.`;
   waiting = [];
   if (!reply.question) {
     find("verdict").textContent = "All pairs are judged.";
@@ -219,6 +222,9 @@ export function startCompare(models, about) {
   const box = (model, i) =>
     make("label", {}, make("input", { type: "checkbox", value: model, checked: i < 4 }), ` ${model}`);
   find("rivals").append(...models.map(box));
+  // How many there are may be right now.
+  find("rivals").addEventListener("change", () => complain(null));
+  find("rivals").hidden = find("ask").hidden = models.length < 2;
   const lacks = [];
   if (models.length < 2 && about.questions === 0) lacks.push("There is one model only: start the server with several --checkpoint to compare them.");
   if (!about.labels) lacks.push("Judgements are not kept: start the server with --labels FILE to keep them.");
@@ -235,7 +241,7 @@ export function startCompare(models, about) {
   find("undo").addEventListener("click", undo);
   find("next").addEventListener("click", next);
   find("pairs").hidden = about.questions === 0;
-  find("pairs-judged").textContent = `${about.questions} pairs wait for you.`;
+  find("pairs-judged").textContent = `${grouped(about.questions)} pairs wait for you.`;
   find("ask-pair").addEventListener("click", askPair);
   showButtons();
 }

@@ -41,6 +41,9 @@ export function writer(element, around = (append) => append()) {
 // Whether somebody is writing or choosing, so that the focus stays.
 export const isTyping = (element) => element?.matches("textarea, select, input:not([type=checkbox])") ?? false;
 
+// A count with its digits in groups.
+export const grouped = (count) => count.toLocaleString("en");
+
 const number = (id) => (find(id).value === "" ? undefined : Number(find(id).value));
 
 export function settings() {

@@ -2,7 +2,7 @@
 
 import { getJson, postJson } from "./api.js";
 import { figure, short } from "./curves.js";
-import { complain, find, make } from "./dom.js";
+import { complain, find, grouped, make } from "./dom.js";
 
 // Between two looks at a run, in milliseconds.
 const EVERY = 2000;
@@ -54,7 +54,7 @@ function showCurves() {
   find("more-curves").hidden = !others.length;
   find("other-curves").replaceChildren(...others.map((series) => figure(series.name, [series])));
   const { step, seconds, tokens } = run.last;
-  find("progress").textContent = `Step ${step}, ${Math.round(seconds)} s, ${tokens} tokens`;
+  find("progress").textContent = `Step ${grouped(step)} · ${grouped(Math.round(seconds))} s · ${grouped(tokens)} tokens`;
 }
 
 function shownSample(sample) {
