@@ -6,6 +6,7 @@
 
 mod screen;
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, stderr, stdin, stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,6 +47,18 @@ static TERMINAL: Mutex<()> = Mutex::new(());
 
 /// What was logged since the view was opened.
 static LINES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+
+/// The text as a terminal may be given it: with U+FFFD for every control character but line breaks and tabs, which could
+/// move the cursor or change the window's title, and for those that turn the direction of writing, by which a text can
+/// look like another one or change what stands beside it.
+///
+/// # Source
+/// Unicode Standard Annex #9, section 2: the explicit directional embeddings, overrides and isolates.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    let turns = |c| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let hidden = |c: char| turns(c) || (c.is_control() && c != '\n' && c != '\t');
+    if text.contains(hidden) { Cow::Owned(text.replace(hidden, "\u{fffd}")) } else { Cow::Borrowed(text) }
+}
 
 /// Whether somebody sits at a terminal, with nothing in between.
 pub fn is_at_terminal() -> bool {
@@ -201,5 +214,19 @@ fn press(key: KeyEvent, page: &mut Page) {
         KeyCode::Up => page.sample = page.sample.saturating_sub(1),
         KeyCode::Down => page.sample += 1,
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_that_steer_a_terminal_are_not_shown() {
+        assert_eq!(visible("a\n\tb é שלום"), "a\n\tb é שלום");
+        assert_eq!(visible("\x1b[2J\rx\u{9b}"), "\u{fffd}[2J\u{fffd}x\u{fffd}");
+        for turn in ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}') {
+            assert_eq!(visible(&format!("a{turn}b")), "a\u{fffd}b", "{turn:?}");
+        }
     }
 }

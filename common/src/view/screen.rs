@@ -9,6 +9,7 @@ use ratatui::symbols::Marker;
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, LineGauge, Paragraph, Wrap};
 
+use super::visible;
 use crate::kernels::memory::Usage;
 use crate::logging::Work;
 use crate::metrics::live::Live;
@@ -164,10 +165,12 @@ fn bounds(values: impl Iterator<Item = f64>) -> [f64; 2] {
 
 fn draw_samples(frame: &mut Frame, area: Rect, live: &Live, page: &mut Page) {
     let mut text = Text::default();
-    for sample in &live.samples {
-        text.extend(Text::raw(sample.prompt.as_str()).dim());
-        text.extend(Text::raw(sample.text.as_str()));
-        text.push_line("");
+    for (i, sample) in live.samples.iter().enumerate() {
+        if i > 0 {
+            text.push_line("");
+        }
+        text.extend(Text::raw(visible(&sample.prompt)).dim());
+        text.extend(Text::raw(visible(&sample.text)));
     }
     let step = live.samples.last().map_or(0, |sample| sample.step);
     let text = Paragraph::new(text).wrap(Wrap { trim: false });
@@ -186,8 +189,8 @@ fn draw_log(frame: &mut Frame, area: Rect, lines: &VecDeque<String>) {
     let latest = lines.iter().skip(lines.len().saturating_sub(usize::from(area.height)));
     let most = 2 * usize::from(area.width.saturating_sub(2)).saturating_sub(1);
     let latest = latest.map(|line| match line.char_indices().nth(most) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None => line.clone(),
+        Some((end, _)) => format!("{}…", visible(&line[..end])),
+        None => visible(line).into_owned(),
     });
     let text = Paragraph::new(latest.map(Line::from).collect::<Vec<_>>()).wrap(Wrap { trim: false });
     let hidden =
@@ -220,7 +223,11 @@ mod tests {
                 ("train/grad_norm".to_owned(), falling),
             ]
             .into(),
-            samples: vec![Sample { step: 400, prompt: "Who is there?".to_owned(), text: "An owl.\x1b[2J".to_owned() }],
+            samples: vec![Sample {
+                step: 400,
+                prompt: "Who is there?".to_owned(),
+                text: "An owl.\x1b[2J\u{202e}".to_owned(),
+            }],
             ..Live::default()
         }
     }
@@ -233,7 +240,8 @@ mod tests {
         let shown = Shown { live, lines: &lines, work: Some(&work), memory };
         terminal.draw(|frame| draw(frame, &shown, &mut Page::default())).expect("drawn");
         let buffer = terminal.backend().buffer();
-        assert!(!buffer.content().iter().flat_map(|cell| cell.symbol().chars()).any(char::is_control));
+        let steers = |c: char| c.is_control() || c == '\u{202e}';
+        assert!(!buffer.content().iter().flat_map(|cell| cell.symbol().chars()).any(steers));
         let line = |y| (0..width).map(|x| buffer[(x, y)].symbol().to_owned()).collect::<String>();
         (0..height).map(line).collect()
     }
@@ -251,13 +259,30 @@ mod tests {
             "norm of the gradient",
             "sampled at step 400",
             "Who is there?",
-            "An owl.",
+            "An owl.\u{fffd}[2J\u{fffd}",
             "checkpoint saved",
             "q leave the view, the run goes on",
         ] {
             assert!(screen.contains(part), "{part} is missing:\n{screen}");
         }
         assert!(screen.chars().any(|c| ('\u{2801}'..='\u{28ff}').contains(&c)), "no line is drawn:\n{screen}");
+    }
+
+    #[test]
+    fn samples_that_are_seen_whole_have_no_more() {
+        // Eleven lines in all.
+        let sample = |i| Sample { step: 1, prompt: format!("p{i}"), text: "a\nb".to_owned() };
+        let live = Live { samples: (0..3).map(sample).collect(), ..Live::default() };
+        let shown = |height, scrolled| {
+            let mut terminal = Terminal::new(TestBackend::new(40, height)).expect("a screen");
+            let mut page = Page { sample: scrolled, ..Page::default() };
+            terminal.draw(|frame| draw_samples(frame, frame.area(), &live, &mut page)).expect("drawn");
+            let buffer = terminal.backend().buffer();
+            buffer.content().iter().map(ratatui::buffer::Cell::symbol).collect::<String>()
+        };
+        for (height, scrolled, has_more) in [(13, 0, false), (12, 0, true), (12, 1, false), (12, 9, false)] {
+            assert_eq!(shown(height, scrolled).contains("↓ more"), has_more, "{scrolled} of {height}");
+        }
     }
 
     #[test]

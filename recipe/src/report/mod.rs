@@ -87,6 +87,15 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     writeln!(std::io::stdout(), "report: {}", out.display()).context("failed to write the result")
 }
 
+/// The directories in `dir` that hold a run, quoted and in the order of their names.
+fn runs_in(dir: &Path) -> Vec<String> {
+    let entries = dir.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_run = |path: &PathBuf| [METRICS_FILE, "recipe.json"].iter().any(|file| path.join(file).is_file());
+    let mut found: Vec<String> = entries.filter(is_run).map(|path| format!("`{}`", path.display())).collect();
+    found.sort();
+    found
+}
+
 impl Source {
     /// What there is to report of the run of a recipe or of a stage in `dir`.
     fn open(dir: &Path) -> Result<Self> {
@@ -96,9 +105,14 @@ impl Source {
     /// A single stage in a directory of its own.
     fn of_stage(dir: &Path) -> Result<Self> {
         if !dir.join(METRICS_FILE).is_file() {
+            let inside = runs_in(dir);
+            let hint = if inside.is_empty() {
+                "pass the `--out` of a training command or of `recipe run`".to_owned()
+            } else {
+                format!("pass one or more of the runs in it: {}", inside.join(", "))
+            };
             bail!(
-                "`{}` holds no run: there is neither a stage's `{METRICS_FILE}` nor a `recipe.json`\nhint: pass the `--out` of a \
-                 training command or of `recipe run`",
+                "`{}` holds no run: there is neither a stage's `{METRICS_FILE}` nor a `recipe.json`\nhint: {hint}",
                 dir.display()
             );
         }

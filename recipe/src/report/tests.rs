@@ -258,7 +258,14 @@ fn a_stage_alone_has_a_report() {
     let foreign = report_on(&[&dir], &dir.join("config.toml")).unwrap_err().to_string();
     assert!(foreign.starts_with("refusing to overwrite"), "{foreign}");
     let nothing = report_on(&[&out.path().join("data")], &file).unwrap_err().to_string();
-    assert!(nothing.contains("holds no run"), "{nothing}");
+    assert!(nothing.contains("holds no run") && nothing.ends_with("of `recipe run`"), "{nothing}");
+    // A folder of stages that were run one by one is not a run of a recipe.
+    fs::remove_file(out.path().join("recipe.json")).unwrap();
+    let folder = report_on(&[out.path()], &file).unwrap_err().to_string();
+    let stages =
+        ["ppo", "pretrain", "reward-model", "sft"].map(|name| format!("`{}`", out.path().join(name).display()));
+    let hint = format!("\nhint: pass one or more of the runs in it: {}", stages.join(", "));
+    assert!(folder.contains("holds no run") && folder.ends_with(&hint), "{folder}");
 }
 
 #[test]

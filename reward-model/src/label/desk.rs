@@ -192,11 +192,14 @@ impl Desk {
 
     /// How far the person is.
     pub(super) fn progress(&self) -> Progress {
-        let n = self.questions.n.saturating_sub(self.n_skipped);
+        let n_now = self.n_decided();
+        let bounded = |n: usize| self.session.limit.map_or(n, |limit| limit.min(n));
         Progress {
             n_before: self.session.n_before,
-            n_now: self.n_decided(),
-            n_all: self.session.n_before + self.session.limit.map_or(n, |limit| limit.min(n)),
+            n_now,
+            n_all: self.session.n_before + bounded(self.questions.n),
+            n_skipped: self.n_skipped,
+            n_left: bounded(self.questions.n.saturating_sub(self.n_skipped)).saturating_sub(n_now),
             time: self.began.elapsed(),
         }
     }
@@ -215,11 +218,14 @@ impl Desk {
     }
 }
 
-/// Decisions in earlier sessions and in this one, how many there can be, and the time of this session.
+/// Decisions in earlier sessions and in this one, how many there are to make, and the time of this session.
 pub(super) struct Progress {
     pub(super) n_before: usize,
     pub(super) n_now: usize,
     pub(super) n_all: usize,
+    pub(super) n_skipped: usize,
+    /// Those that this session can still come to.
+    pub(super) n_left: usize,
     pub(super) time: Duration,
 }
 

@@ -6,7 +6,7 @@ use anyhow::Context;
 use common::conversation::{Message, Role};
 use common::data::records::Verdict;
 use common::interrupt::Interrupt;
-use common::view;
+use common::view::{self, visible};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Style, Stylize};
@@ -145,8 +145,9 @@ fn draw_question(frame: &mut Frame, area: Rect, question: &Question, scroll: &mu
     let prompt_lines = prompt.line_count(inner_width) as u16;
     let prompt_height = prompt_lines.min(PROMPT_LINES).min(area.height / 3).max(1) + 2;
     let [above, below] = Layout::vertical([Constraint::Length(prompt_height), Constraint::Min(3)]).areas(area);
-    scroll.prompt = scroll.prompt.min(prompt_lines.saturating_sub(prompt_height - 2));
-    frame.render_widget(prompt.block(Block::bordered().title(" prompt ")).scroll((scroll.prompt, 0)), above);
+    let hidden = prompt_lines.saturating_sub(prompt_height - 2);
+    scroll.prompt = scroll.prompt.min(hidden);
+    frame.render_widget(prompt.block(pane(" prompt ", scroll.prompt < hidden)).scroll((scroll.prompt, 0)), above);
 
     let halves = [Constraint::Fill(1), Constraint::Fill(1)];
     let [left, right] = if area.width < NARROW {
@@ -154,25 +155,31 @@ fn draw_question(frame: &mut Frame, area: Rect, question: &Question, scroll: &mu
     } else {
         Layout::horizontal(halves).areas(below)
     };
-    let texts = question.answers.each_ref().map(|answer| Paragraph::new(answer.as_str()).wrap(Wrap { trim: false }));
-    let hidden = texts.iter().zip([left, right]).map(|(text, area)| {
-        (text.line_count(area.width.saturating_sub(2)) as u16).saturating_sub(area.height.saturating_sub(2))
+    let panes = [(left, " A "), (right, " B ")];
+    let texts = question.answers.each_ref().map(|answer| Paragraph::new(visible(answer)).wrap(Wrap { trim: false }));
+    let panes = panes.into_iter().zip(texts).map(|((area, name), text)| {
+        let lines = text.line_count(area.width.saturating_sub(2)) as u16;
+        (area, name, text, lines.saturating_sub(area.height.saturating_sub(2)))
     });
-    let most = hidden.max().unwrap_or(0);
-    scroll.answers = scroll.answers.min(most);
-    for ((text, area), name) in texts.into_iter().zip([left, right]).zip([" A ", " B "]) {
-        let mut block = Block::bordered().title(name);
-        if scroll.answers < most {
-            block = block.title_bottom(Line::from(" ↓ more ").right_aligned());
-        }
-        frame.render_widget(text.block(block).scroll((scroll.answers, 0)), area);
+    let panes: Vec<_> = panes.collect();
+    scroll.answers = scroll.answers.min(panes.iter().map(|(.., hidden)| *hidden).max().unwrap_or(0));
+    for (area, name, text, hidden) in panes {
+        // The shorter answer stays at its end while the other one goes on.
+        let scrolled = scroll.answers.min(hidden);
+        frame.render_widget(text.block(pane(name, scrolled < hidden)).scroll((scrolled, 0)), area);
     }
+}
+
+/// The frame of a text, which says whether there is more of it below.
+fn pane(name: &str, has_more: bool) -> Block<'_> {
+    let block = Block::bordered().title(name);
+    if has_more { block.title_bottom(Line::from(" ↓ more ").right_aligned()) } else { block }
 }
 
 /// The turns of a prompt; a single message stands without its role.
 fn turns(prompt: &[Message]) -> Text<'_> {
     if let [only] = prompt {
-        return Text::raw(only.content.as_str());
+        return Text::raw(visible(&only.content));
     }
     let mut text = Text::default();
     for message in prompt {
@@ -182,24 +189,37 @@ fn turns(prompt: &[Message]) -> Text<'_> {
             Role::Assistant => "assistant",
         };
         text.push_line(Line::styled(format!("{role}:"), Style::new().bold()));
-        text.extend(Text::raw(message.content.as_str()));
+        text.extend(Text::raw(visible(&message.content)));
     }
     text
 }
 
 /// How far the person is and how fast, or what there is to say about the last key.
 fn pace(desk: &Desk) -> String {
-    let Progress { n_before, n_now, n_all, time } = desk.progress();
+    let Progress { n_before, n_now, n_all, n_skipped, n_left, time } = desk.progress();
     let mut text = format!(" {} of {n_all} decided", n_before + n_now);
+    if n_skipped > 0 {
+        text.push_str(&format!(", {n_skipped} skipped"));
+    }
     if !desk.note().is_empty() {
         text.push_str(&format!("   {}", desk.note()));
     } else if n_now > 0 {
         let each = time.as_secs_f64() / n_now as f64;
-        let minutes = each * n_all.saturating_sub(n_before + n_now) as f64 / 60.0;
-        let left = if minutes < 90.0 { format!("{minutes:.0} min") } else { format!("{:.1} h", minutes / 60.0) };
-        text.push_str(&format!("   {each:.1} s each   about {left} left"));
+        text.push_str(&format!("   {each:.1} s each"));
+        if n_left > 0 {
+            text.push_str(&format!("   {} left", time_left(each * n_left as f64)));
+        }
     }
     text
+}
+
+/// So many seconds, roughly.
+fn time_left(seconds: f64) -> String {
+    match seconds / 60.0 {
+        minutes if minutes < 1.0 => "less than a minute".to_owned(),
+        minutes if minutes < 90.0 => format!("about {minutes:.0} min"),
+        minutes => format!("about {:.1} h", minutes / 60.0),
+    }
 }
 
 #[cfg(test)]
@@ -243,13 +263,64 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(80, 16)).expect("a screen");
         let question = Question {
             number: 0,
-            prompt: vec![Message::new(Role::User, "p\x1b[2J")],
-            answers: ["\x1b]0;title\x07a".to_owned(), "b\u{9b}\r".to_owned()],
+            prompt: vec![Message::new(Role::User, "p\x1b[2J\u{2066}")],
+            answers: ["\x1b]0;title\x07a".to_owned(), "b\u{9b}\r\u{202e}".to_owned()],
         };
         let mut scroll = Scroll::default();
         terminal.draw(|frame| draw_question(frame, frame.area(), &question, &mut scroll)).expect("drawn");
         let symbols = terminal.backend().buffer().content().iter().map(ratatui::buffer::Cell::symbol);
-        assert!(!symbols.flat_map(str::chars).any(char::is_control));
+        let shown: String = symbols.collect();
+        for text in ["p\u{fffd}[2J\u{fffd}", "\u{fffd}]0;title\u{fffd}a", "b\u{fffd}\u{fffd}\u{fffd}"] {
+            assert!(shown.contains(text), "{text}: {shown}");
+        }
+        assert!(!shown.contains(|c: char| c.is_control() || matches!(c, '\u{202e}' | '\u{2066}')), "{shown:?}");
+    }
+
+    #[test]
+    fn each_text_says_whether_there_is_more_of_it() {
+        let lines = |n: usize| (0..n).map(|i| format!("line {i}.")).collect::<Vec<_>>().join("\n");
+        let question =
+            Question { number: 0, prompt: vec![Message::new(Role::User, lines(9))], answers: [lines(30), lines(12)] };
+        let shown = |prompt, answers| {
+            let mut terminal = Terminal::new(TestBackend::new(100, 20)).expect("a screen");
+            let mut scroll = Scroll { prompt, answers };
+            terminal.draw(|frame| draw_question(frame, frame.area(), &question, &mut scroll)).expect("drawn");
+            let buffer = terminal.backend().buffer().clone();
+            let line = |y, columns: std::ops::Range<u16>| {
+                columns.map(|x| buffer[(x, y)].symbol().to_owned()).collect::<String>()
+            };
+            let more = |y, columns| line(y, columns).contains("↓ more");
+            (more(7, 0..100), more(19, 0..50), more(19, 50..100), line(18, 50..100))
+        };
+        // Six lines of the prompt have room, and ten of each answer.
+        let (prompt, left, right, _) = shown(0, 0);
+        assert_eq!([prompt, left, right], [true, true, true]);
+        let (prompt, left, right, last) = shown(3, 2);
+        assert_eq!([prompt, left, right], [false, true, false]);
+        assert!(last.contains("line 11."), "{last}");
+        let (_, left, right, last) = shown(3, 99);
+        assert!(!left && !right && last.contains("line 11."), "the shorter one stays in sight: {last}");
+    }
+
+    #[test]
+    fn a_skipped_question_is_told_and_still_counts() {
+        let (mut desk, _dir) = desk(3, None);
+        desk.wait().expect("a question");
+        desk.skip();
+        assert_eq!(pace(&desk), " 2 of 5 decided, 1 skipped"); // two in an earlier session
+        desk.wait().expect("a question");
+        desk.decide(Verdict::First, None).expect("written");
+        let text = pace(&desk);
+        assert!(
+            text.starts_with(" 3 of 5 decided, 1 skipped   ") && text.ends_with(" s each   less than a minute left"),
+            "{text}"
+        );
+        desk.wait().expect("a question");
+        desk.decide(Verdict::First, None).expect("written");
+        let text = pace(&desk);
+        assert!(text.starts_with(" 4 of 5 decided, 1 skipped   ") && text.ends_with(" s each"), "{text}");
+        let left = [0.0, 59.0, 61.0, 5400.0].map(time_left);
+        assert_eq!(left, ["less than a minute", "less than a minute", "about 1 min", "about 1.5 h"]);
     }
 
     #[test]
