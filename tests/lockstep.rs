@@ -1,5 +1,5 @@
 //! Three iterations in lock-step with the PPO of other programs: `fixtures/lockstep` with TRL's `PPOTrainer`, written by
-//! `oracles/lockstep.py`, and `fixtures/lockstep-openrlhf` with OpenRLHF's trainer, by `oracles/lockstep_openrlhf.py`.
+//! `oracles/lockstep.py`, and `fixtures/lockstep-openrlhf` with `OpenRLHF`'s trainer, by `oracles/lockstep_openrlhf.py`.
 //!
 //! Models, prompts and sampled tokens are theirs; log-probabilities, values, scores, rewards, advantages, losses and steps are
 //! ours, through the functions that `ppo train` calls.
