@@ -4,16 +4,19 @@
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
 
 mod lab;
+#[path = "../../tests/support/screen.rs"]
+mod screen;
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lab::{Lab, n_skipped};
 use rexpect::process::WaitStatus;
 use rexpect::session::{PtySession, spawn_command};
+use screen::Screen;
 
-/// Longer than anything here takes on a busy machine, in milliseconds.
-const TIMEOUT: u64 = 120_000;
+/// Longer than anything here takes on a busy machine.
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// What a program writes when it takes the whole terminal and when it gives it back.
 const TAKEN: &str = "\x1b[?1049h";
@@ -26,7 +29,7 @@ fn run(lab: &Lab, more: &[&str]) -> PtySession {
     let words: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
     let mut command = Command::new("sh");
     // A terminal of tests has no size of its own.
-    command.args(["-c", &format!("stty rows 40 columns 130; exec {}", words.join(" "))]);
+    command.args(["-c", &format!("{}; exec {}", Screen::STTY, words.join(" "))]);
     command.current_dir(recipe.get_current_dir().unwrap()).env("TERM", "xterm");
     for (name, value) in recipe.get_envs() {
         match value {
@@ -34,75 +37,7 @@ fn run(lab: &Lab, more: &[&str]) -> PtySession {
             None => command.env_remove(name),
         };
     }
-    spawn_command(command, Some(TIMEOUT)).unwrap()
-}
-
-/// What stands on the terminal, from what was written to it: only what changes is written, so that a text comes in parts.
-struct Screen {
-    lines: Vec<Vec<char>>,
-    at: (usize, usize),
-}
-
-impl Screen {
-    fn new() -> Self {
-        Self { lines: vec![vec![' '; 130]; 40], at: (0, 0) }
-    }
-
-    /// Follows what `session` writes until the first line has `wanted`.
-    #[track_caller]
-    fn wait_for(&mut self, session: &mut PtySession, wanted: &str) {
-        let began = Instant::now();
-        while !self.first_line().contains(wanted) {
-            assert!(began.elapsed().as_millis() < u128::from(TIMEOUT), "no `{wanted}`: {}", self.first_line());
-            match session.try_read() {
-                Some(c) => self.take(c, session),
-                None => std::thread::sleep(Duration::from_millis(20)),
-            }
-        }
-    }
-
-    fn first_line(&self) -> String {
-        self.lines[0].iter().collect()
-    }
-
-    fn take(&mut self, c: char, session: &mut PtySession) {
-        let mut next = || {
-            loop {
-                match session.try_read() {
-                    Some(c) => return c,
-                    None => std::thread::sleep(Duration::from_millis(1)),
-                }
-            }
-        };
-        let (row, column) = self.at;
-        match c {
-            '\x1b' => {
-                if next() != '[' {
-                    return;
-                }
-                let mut numbers = String::new();
-                let end = loop {
-                    match next() {
-                        c @ ('0'..='?') => numbers.push(c),
-                        c => break c,
-                    }
-                };
-                if end == 'H' {
-                    let mut numbers = numbers.split(';').map(|n| n.parse::<usize>().unwrap_or(1) - 1);
-                    self.at = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-                }
-            }
-            // The reader takes every byte for a character: all but the first of a longer one are passed over.
-            '\u{80}'..='\u{bf}' => {}
-            c if c < ' ' => {}
-            c => {
-                if let Some(cell) = self.lines.get_mut(row).and_then(|line| line.get_mut(column)) {
-                    *cell = c;
-                }
-                self.at.1 += 1;
-            }
-        }
-    }
+    spawn_command(command, Some(TIMEOUT.as_millis() as u64)).unwrap()
 }
 
 fn exit_code(session: &PtySession) -> i32 {
@@ -120,8 +55,8 @@ fn one_view_shows_stage_after_stage_and_changes_none_of_their_results() {
     let mut session = run(&lab, &longer);
     session.exp_string(TAKEN).unwrap();
     let mut screen = Screen::new();
-    screen.wait_for(&mut session, "out/pretrain   step ");
-    screen.wait_for(&mut session, "out/sft   step ");
+    screen.wait_for(&mut session, TIMEOUT, &["out/pretrain   step "]);
+    screen.wait_for(&mut session, TIMEOUT, &["out/sft   step "]);
     let during = session.exp_string(GIVEN_BACK).unwrap();
     let after = session.exp_eof().unwrap();
     assert_eq!(exit_code(&session), 0, "{after}");
@@ -144,7 +79,7 @@ fn ctrl_c_gives_the_terminal_back_and_the_same_command_goes_on() {
     let long = ["--set", "sft.train.steps=100000"];
     let mut session = run(&lab, &long);
     session.exp_string(TAKEN).unwrap();
-    Screen::new().wait_for(&mut session, "out/sft   step ");
+    Screen::new().wait_for(&mut session, TIMEOUT, &["out/sft   step "]);
     session.send_control('c').unwrap();
     session.exp_string(GIVEN_BACK).unwrap();
     let after = session.exp_eof().unwrap();
@@ -153,7 +88,7 @@ fn ctrl_c_gives_the_terminal_back_and_the_same_command_goes_on() {
 
     let mut session = run(&lab, &long);
     session.exp_string(TAKEN).unwrap();
-    Screen::new().wait_for(&mut session, "out/sft   step ");
+    Screen::new().wait_for(&mut session, TIMEOUT, &["out/sft   step "]);
     session.send("q").unwrap();
     session.flush().unwrap();
     session.exp_string(GIVEN_BACK).unwrap();
