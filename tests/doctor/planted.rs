@@ -71,7 +71,14 @@ pub fn files(setup: &Setup) -> Vec<InFiles> {
             Blame::Sft,
         ),
         ("an SFT model that never ends", vec!["--policy", "sft.endless"], "answers-end", Blame::Sft),
-        ("a policy that always answers alike", vec!["--set", "ppo.temperature=0.001"], "headroom", Blame::Sft),
+        ("a policy that always answers alike", vec!["--set", "ppo.temperature=0.001"], "answers-differ", Blame::Ppo),
+        (
+            "an SFT model that was ruined",
+            [&["--policy", "sft.ruined"], &PAIRS[..]].concat(),
+            "held-out-loss",
+            Blame::Sft,
+        ),
+        ("held-out pairs that repeat", vec!["--pairs", "pairs.val.repeated.jsonl"], "pairs-duplicates", Blame::Data),
         ("a damaged policy", vec!["--policy", "sft.damaged"], "policy-loads", Blame::Sft),
         ("prompts that are too long", vec!["--data", "prompts.long.jsonl"], "prompts-fit", Blame::Data),
         ("held-out pairs from the training pairs", vec!["--pairs", "pairs.train.jsonl"], "pairs-leak", Blame::Data),
@@ -170,6 +177,12 @@ fn plant_policies(setup: &Setup) {
     setup.write("sft.endless.jsonl", (0..64).map(|i| json!({ "prompt": "astu?", "completion": answer(i) })));
     setup.train_sft("sft.endless", "sft.endless.jsonl");
 
+    // Sure of one letter where several are as likely; its answers end as before.
+    let sft = Checkpoint::open(&setup.path("sft")).unwrap();
+    let (mut named, config) = (sft.named().clone(), sft.model_config().clone());
+    named.get_mut("final_norm.gamma").unwrap().data.iter_mut().for_each(|weight| *weight *= 30.0);
+    save_weights(&setup.path("sft.ruined"), Stage::Sft, &tokenizer(setup), Weights::Lm { named, config });
+
     copy(&setup.path("sft"), &setup.path("sft.damaged"));
     let path = setup.path("sft.damaged/model.safetensors");
     let bytes = std::fs::read(&path).unwrap();
@@ -180,6 +193,8 @@ fn plant_data(setup: &Setup) {
     setup.write("prompts.long.jsonl", (0..8).map(|i| json!({ "prompt": "s".repeat(30 + i) })));
     let pairs = setup.records("pairs.train.jsonl");
     setup.write("pairs.repeated.jsonl", (0..3).flat_map(|_| pairs.clone()));
+    let held_out = setup.records("pairs.val.jsonl");
+    setup.write("pairs.val.repeated.jsonl", (0..3).flat_map(|_| held_out.clone()));
     let both = |pair: &Value| {
         let reversed = json!({ "prompt": pair["prompt"], "chosen": pair["rejected"], "rejected": pair["chosen"] });
         [pair.clone(), reversed]

@@ -101,7 +101,7 @@ checks! {
         "Mend the chat template: what it adds to open an answer must be what stands before the answer in a whole conversation.",
         "transformers, \"Chat templates\", on `add_generation_prompt`: https://huggingface.co/docs/transformers/chat_templating";
     PAD_IS_NOT_END = "pad-is-not-end", Tokenizer,
-        "none: the padding id ends no answer, in tokenizer and config.json of the reward model",
+        "none: the padding id ends no answer, in the tokenizers and in config.json of the reward model; in config.json of the policy it warns",
         "Classes that look for the first padding token to find an answer's end read the score before the answer ends.",
         "Give the tokenizer a padding token of its own and train the reward model again with it.",
         "TRL issues 2758 and 5303; Huang et al., arXiv:2403.17031, on a padding token other than the end";
@@ -120,11 +120,21 @@ checks! {
         "The models of the run cannot be made from the two checkpoints.",
         "Read the reason: it names the checkpoint and the setting that do not fit.",
         "Huang et al., arXiv:2403.17031: the value model begins as the reward model";
+    HELD_OUT_LOSS = "held-out-loss", Sft,
+        "nats a token by which the policy predicts preferred held-out answers better than token frequencies of the other answers do: it passes where the 95 % interval lies above 0, fails where it lies below",
+        "The policy does not know the answers that people prefer: it was not trained on answers like these, or its training went wrong.",
+        "Look at the held-out loss of `sft train`, train again with a lower `optimizer.lr`, or on answers like those of the pairs.",
+        "Shannon, \"Prediction and Entropy of Printed English\", 1951: the entropy of single symbols bounds that of text from above; frequencies smoothed after Witten and Bell, IEEE Transactions on Information Theory 37 (4), 1991";
     ANSWERS_END = "answers-end", Sft,
         "share of sampled answers that end: at least 0.8 passes; it fails where the 95 % interval lies below 0.5",
         "Answers that are cut off count `ppo.missing_eos_score`, whatever they say, so the reward model is hardly heard.",
         "Train SFT longer on answers with their end, or allow longer answers (`ppo.response_length`).",
         "Huang et al., arXiv:2403.17031, on the EOS trick: an answer without end scores −1; the limits are ours";
+    ANSWERS_DIFFER = "answers-differ", Ppo,
+        "different answers among 16 to one prompt, on average: at least 4 pass, fewer than 2 fail",
+        "The policy says the same again and again, so there is nothing to explore: `ppo.temperature` is too low, or SFT learned its answers by heart.",
+        "Set `ppo.temperature` to 1 or a little below; if it is, train SFT for fewer epochs.",
+        "Huang et al., arXiv:2403.17031: answers are sampled at temperature 0.7; the limits are ours";
     KL_ZERO = "kl-of-itself", Ppo,
         "mean k1 per token between the policy and its own reference, in nats: `ppo.ratio_tolerance`",
         "The policy diverges from itself: its reference is another model, or the two log-probabilities differ in temperature, positions or padding.",
@@ -146,7 +156,7 @@ checks! {
         "Train the reward model again, from which the value model begins, or set `ppo.value_init` to \"zero-head\".",
         "Huang et al., arXiv:2403.17031: the value model begins as the reward model, head included";
     SCORE_SCALE = "score-scale", RewardModel,
-        "deviation of the scores of the policy's own answers: 0.5 to 2, and their mean within ±0.5, or it warns; deviation 0.1 to 10 and mean within ±5, or it fails",
+        "deviation of the scores of the policy's own answers: 0.5 to 2, and their mean within ±0.5, or it warns; deviation 0.1 to 10 and mean within ±5, or it fails (the number shown is the one that is out of bounds)",
         "`ppo.kl_coef`, `ppo.missing_eos_score` and the value clip are in units of a score with mean 0 and deviation 1.",
         "Let `reward-model train` finish with `normalisation.samples` above 0, from this SFT model.",
         "Ziegler et al., arXiv:1909.08593, section 2: mean 0 and variance 1 on samples of the initial policy; the limits are ours";
@@ -211,8 +221,8 @@ checks! {
         "Split by prompt before anything else, and train the reward model again.",
         "Lee et al., arXiv:2107.06499: over 4 % of common validation sets overlap with training; the limits are ours";
     DUPLICATES = "pairs-duplicates", Data,
-        "share of training pairs that repeat an earlier one: above 0.05 it warns, above 0.5 it fails",
-        "Repeated pairs count several times and are learned by heart.",
+        "share of training pairs that repeat an earlier one, or of held-out pairs, whichever is higher: above 0.05 it warns, above 0.5 it fails",
+        "Repeated pairs count several times: they are learned by heart, and held-out ones make an accuracy look surer than it is.",
         "Leave out repeated pairs.",
         "Lee et al., arXiv:2107.06499; the limits are ours";
     TIES = "pairs-ties", Data,

@@ -20,13 +20,15 @@ use burn::module::Module;
 use common::capacity::{self, Lengths};
 use common::checkpoint::{self, Checkpoint, CheckpointError, Preview, Stage};
 use common::cli::print_json;
+use common::conversation;
 use common::data::order::Order;
 use common::group::Group;
 use common::model::LoraConfig;
 use common::rng::Streams;
 use common::runtime::Runtime;
 use common::score::{
-    EncodedPrompt, FrozenModels, Prompts, Rollout, ScoreError, log_probs, log_probs_and_entropy, of_response_tokens,
+    EncodedPrompt, FrozenModels, Prompts, Response, Rollout, ScoreError, log_probs, log_probs_and_entropy,
+    of_response_tokens,
 };
 use common::tokenizer::Tokenizer;
 
@@ -117,7 +119,7 @@ impl Examination<'_> {
         let texts: Vec<String> = read.messages.iter().flatten().map(|message| message.content.clone()).collect();
         self.checks.push(tokens::round_trip(&tokenizer, &texts));
         self.checks.push(tokens::template(&tokenizer, &read.messages));
-        self.checks.push(tokens::pad_is_not_end(&tokenizer, &reward_model));
+        self.checks.push(tokens::pad_is_not_end(&self.args.policy, &tokenizer, &reward_model));
         let sources = Sources::find(&reward_model, self.args.train_pairs.as_deref(), self.args.pairs.as_deref())?;
         self.checks.extend(preferences::data_checks(&sources));
         if let Some(prompts) = &read.prompts
@@ -128,6 +130,9 @@ impl Examination<'_> {
         let Some(models) = self.load(&mut policy, &mut reward_model) else { return Ok(()) };
         let (learner, frozen) = models.split(self.config, None);
         let answered = self.preferences(&frozen, &tokenizer, sources);
+        if let Some(answered) = &answered {
+            self.answers_known(&learner, &tokenizer, answered)?;
+        }
         let sampled = match &read.prompts {
             Some(prompts) => self.samples(&frozen, &learner, &tokenizer, prompts)?,
             None => Vec::new(),
@@ -295,6 +300,8 @@ impl Examination<'_> {
         let repeated: Vec<EncodedPrompt> =
             chosen.iter().take(N_HEADROOM_PROMPTS).flat_map(|prompt| vec![prompt.clone(); BEST_OF]).collect();
         let responses = sampling.answer(&policy, &repeated, N_PROMPTS as u64)?;
+        let answers: Vec<&[Response]> = responses.chunks(BEST_OF).collect();
+        self.checks.push(policy::answers_differ(&answers, temperature));
         let rows: Vec<Vec<u32>> = repeated
             .iter()
             .zip(&responses)
@@ -306,6 +313,26 @@ impl Examination<'_> {
             best_of.chunks(BEST_OF).map(|scores| scores.iter().map(|&score| f64::from(score)).collect()).collect();
         self.checks.push(scores::headroom(&by_prompt));
         Ok(rollouts)
+    }
+
+    /// How well the policy predicts preferred answers that it was not trained on.
+    fn answers_known(&mut self, learner: &Learner, tokenizer: &Tokenizer, answered: &[Answered]) -> anyhow::Result<()> {
+        let policy = learner.policy.valid();
+        let config = policy.config();
+        let encoded: Vec<(&[u32], Vec<u32>)> = answered
+            .iter()
+            .filter_map(|answered| {
+                let response = conversation::encode_response(tokenizer, &answered.answer).ok()?;
+                (answered.prompt.len() + response.len() <= config.max_seq_len).then_some((&*answered.prompt, response))
+            })
+            .take(N_PROMPTS)
+            .collect();
+        let ids: Vec<(&[u32], &[u32])> = encoded.iter().map(|(prompt, response)| (*prompt, &**response)).collect();
+        let log_probs =
+            of_response_tokens(&ids, self.config.micro_batch_size(), |batch| log_probs(&policy, batch, 1.0))?;
+        let answers: Vec<Vec<u32>> = encoded.into_iter().map(|(_, response)| response).collect();
+        self.checks.push(policy::answers_known(&answers, &log_probs, config.vocab_size));
+        Ok(())
     }
 
     /// Log-probabilities of sampled tokens by the reference, without the cache, and as training takes them.

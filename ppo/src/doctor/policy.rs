@@ -1,5 +1,7 @@
 //! What the policy samples: whether its answers end, and whether its log-probabilities are those it samples by.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use common::score::{Response, Rollout};
 use common::stats::Interval;
 
@@ -25,6 +27,70 @@ pub(crate) fn answers_end<'a>(responses: impl IntoIterator<Item = &'a Response>)
         Verdict::Warn
     };
     Check::measured(about, verdict, rate.mean, ENDS, format!("of {} answers, {} ended", rate.n, interval(rate)))
+}
+
+/// Different answers of those to one prompt: at least the first, or it warns; at least the second, or it fails.
+const DIFFERENT: [f64; 2] = [4.0, 2.0];
+
+/// Whether the answers to one prompt differ; `by_prompt` are those to each, sampled at `temperature`.
+pub(crate) fn answers_differ(by_prompt: &[&[Response]], temperature: f64) -> Check {
+    let about = &about::ANSWERS_DIFFER;
+    let distinct = |answers: &&[Response]| {
+        let different: BTreeSet<&[u32]> = answers.iter().map(|answer| &*answer.ids).collect();
+        different.len() as f64
+    };
+    let counts: Vec<f64> = by_prompt.iter().map(distinct).collect();
+    let Some(mean) = Interval::of(&counts) else { return Check::skipped(about, "no answer was sampled") };
+    let verdict = match mean.mean {
+        n if n >= DIFFERENT[0] => Verdict::Pass,
+        n if n >= DIFFERENT[1] => Verdict::Warn,
+        _ => Verdict::Fail,
+    };
+    let n = by_prompt[0].len();
+    let reason = format!("of {n} answers to a prompt, {:.1} differ at temperature {temperature}", mean.mean);
+    Check::measured(about, verdict, mean.mean, DIFFERENT[0], reason)
+}
+
+/// Whether the policy predicts answers better than frequencies of tokens do; `log_probs` are of the tokens of `answers`.
+///
+/// Of each answer `Σ (ln p_policy − ln p_frequency) / n`, with the frequencies in all the other answers and a share for tokens
+/// that are not among them: `p(w) = (c(w) + T/V) / (N + T)` for `T` different tokens among `N`, of `V` there are.
+///
+/// # Source
+/// Witten and Bell, IEEE Transactions on Information Theory 37 (4), 1991, method C.
+pub(crate) fn answers_known(answers: &[Vec<u32>], log_probs: &[Vec<f32>], vocab_size: usize) -> Check {
+    let about = &about::HELD_OUT_LOSS;
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for &id in answers.iter().flatten() {
+        *counts.entry(id).or_default() += 1;
+    }
+    let n_all: usize = counts.values().sum();
+    // Nats a token of one answer, by both.
+    let losses = |answer: &Vec<u32>, log_probs: &Vec<f32>| {
+        let mut own: BTreeMap<u32, usize> = BTreeMap::new();
+        answer.iter().for_each(|&id| *own.entry(id).or_default() += 1);
+        let n_different = counts.iter().filter(|(id, n)| own.get(id).is_none_or(|own| own < n)).count() as f64;
+        let n_others = (n_all - answer.len()) as f64;
+        let frequency =
+            |id: &u32| ((counts[id] - own[id]) as f64 + n_different / vocab_size as f64) / (n_others + n_different);
+        let n = answer.len() as f64;
+        let by_policy = -log_probs.iter().map(|&log_prob| f64::from(log_prob)).sum::<f64>() / n;
+        [by_policy, -answer.iter().map(|id| frequency(id).ln()).sum::<f64>() / n]
+    };
+    let losses: Vec<[f64; 2]> =
+        answers.iter().zip(log_probs).map(|(answer, log_probs)| losses(answer, log_probs)).collect();
+    let gains: Vec<f64> = losses.iter().map(|[policy, frequencies]| frequencies - policy).collect();
+    let (true, Some(gain)) = (answers.len() > 1, Interval::of(&gains)) else {
+        return Check::skipped(about, "there are no two held-out answers");
+    };
+    let mean = |i: usize| losses.iter().map(|losses| losses[i]).sum::<f64>() / losses.len() as f64;
+    let reason = format!(
+        "{} preferred answers have {:.3} nats a token, by token frequencies {:.3}",
+        answers.len(),
+        mean(0),
+        mean(1)
+    );
+    Check::above(about, gain, 0.0, reason)
 }
 
 /// Whether the policy diverges from its own reference: k1 of the sampled tokens, mean per token.
@@ -79,4 +145,32 @@ pub fn values_finite(values: &[Vec<f32>]) -> Check {
     let verdict = if n_finite == n { Verdict::Pass } else { Verdict::Fail };
     let reason = format!("{n_finite} of {n} values are finite");
     Check::measured(&about::VALUES_FINITE, verdict, n_finite as f64 / n.max(1) as f64, 1.0, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_known_where_they_are_likelier_than_by_frequencies() {
+        // Of four tokens one is as frequent as the other; ids 2 and 3 are never seen.
+        let answers = vec![vec![0, 1]; 9];
+        let check = |log_prob: f32| answers_known(&answers, &vec![vec![log_prob; 2]; 9], 4);
+        // c = 8, T = 2, N = 16, V = 4: (8 + 2/4) / 18.
+        let frequency = (8.5_f64 / 18.0).ln();
+        let gain = check(-0.5).value.unwrap_or(f64::NAN);
+        assert!((gain - (-0.5 - frequency)).abs() < 1e-12, "{gain}");
+        assert_eq!(check(-0.5).verdict, Verdict::Pass);
+        assert_eq!(check(-1.0).verdict, Verdict::Fail);
+        assert_eq!(answers_known(&answers[..1], &[vec![-9.0; 2]], 4).value, None, "one says nothing of others");
+    }
+
+    #[test]
+    fn a_token_of_one_answer_alone_is_not_impossible() {
+        let answers = vec![vec![0], vec![0], vec![3]];
+        let gain = answers_known(&answers, &[vec![0.0], vec![0.0], vec![0.0]], 4).value.unwrap_or(f64::NAN);
+        // For each of the first two c = 1, T = 2, N = 2, for the last c = 0, T = 1, N = 2, of V = 4.
+        let expected = -(2.0 * (1.5_f64 / 4.0).ln() + (0.25_f64 / 3.0).ln()) / 3.0;
+        assert!((gain - expected).abs() < 1e-12, "{gain} {expected}");
+    }
 }

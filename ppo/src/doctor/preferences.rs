@@ -157,6 +157,12 @@ impl Scored {
             }
             check => check,
         };
+        if accuracy.value.zip(accuracy.limit).is_some_and(|(value, limit)| value < limit)
+            && accuracy.verdict == Verdict::Fail
+        {
+            let why = "the scores order the pairs against their labels";
+            return [accuracy].into_iter().chain(skipped(why).into_iter().skip(1)).collect();
+        }
         vec![
             accuracy,
             self.beats_longer_wins(&wins),
@@ -281,7 +287,9 @@ pub(super) fn data_checks(sources: &Sources) -> Vec<Check> {
         (Err(why), _) | (_, Err(why)) => Check::skipped(&about::LEAKS, why),
     }];
     match &sources.training {
-        Ok(training) => checks.extend(repeats::training(training)),
+        Ok(training) => {
+            checks.extend(repeats::training(training, sources.held_out.as_deref().unwrap_or_default()));
+        }
         Err(why) => checks
             .extend([&about::DUPLICATES, &about::TIES, &about::CONTRADICTIONS].map(|about| Check::skipped(about, why))),
     }

@@ -38,8 +38,9 @@ pub(super) fn leaks(training: &[Pair], held_out: &[Pair]) -> Check {
     Check::share(&about::LEAKS, n_known as f64 / n.max(1) as f64, [0.0, 0.05], reason)
 }
 
-/// Training pairs that repeat an earlier one, whose answers are equal, and whose reverse is among them.
-pub(super) fn training(pairs: &[Pair]) -> [Check; 3] {
+/// Training pairs that repeat an earlier one, or held-out pairs that do; training pairs whose answers are equal, and whose
+/// reverse is among them.
+pub(super) fn training(pairs: &[Pair], held_out: &[Pair]) -> [Check; 3] {
     let n = pairs.len();
     let share = |count: usize| count as f64 / n.max(1) as f64;
     let mut counts: HashMap<Key, usize> = HashMap::new();
@@ -47,15 +48,19 @@ pub(super) fn training(pairs: &[Pair]) -> [Check; 3] {
         *counts.entry(key(pair)).or_default() += 1;
     }
     let n_repeated = n - counts.len();
+    let n_held_out = held_out.len();
+    let n_held_out_repeated = n_held_out - held_out.iter().map(key).collect::<HashSet<Key>>().len();
     let n_contradicted = pairs.iter().filter(|pair| counts.contains_key(&reversed(key(pair)))).count();
     let is_tie = |pair: &&Pair| pair.margin == Some(0.0) || words(&pair.chosen).eq(words(&pair.rejected));
     let n_ties = pairs.iter().filter(is_tie).count();
     [
         Check::share(
             &about::DUPLICATES,
-            share(n_repeated),
+            share(n_repeated).max(n_held_out_repeated as f64 / n_held_out.max(1) as f64),
             [0.05, 0.5],
-            format!("{n_repeated} of {n} training pairs repeat an earlier one"),
+            format!(
+                "{n_repeated} of {n} training pairs repeat an earlier one, of {n_held_out} held-out pairs {n_held_out_repeated}"
+            ),
         ),
         Check::share(
             &about::TIES,
@@ -105,7 +110,8 @@ mod tests {
             pair("q", "The end.", "the end"),
             Pair { margin: Some(0.0), ..pair("q", "a", "b") },
         ];
-        let values = training(&pairs).map(|check| check.value.expect("a share"));
+        let values = training(&pairs, &pairs[2..]).map(|check| check.value.expect("a share"));
         assert_eq!(values, [0.2, 0.4, 0.6]);
+        assert_eq!(training(&pairs[2..], &pairs[..2])[0].value, Some(0.5), "held-out pairs count too");
     }
 }

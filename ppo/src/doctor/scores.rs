@@ -38,7 +38,14 @@ pub(crate) fn scale(scores: &[f64]) -> Check {
         (false, false) => Verdict::Fail,
     };
     let reason = format!("{} sampled answers score {mean:.3} ± {deviation:.3}, expected 0 ± 1", scores.len());
-    Check::measured(&about::SCORE_SCALE, verdict, deviation, 1.0, reason)
+    // The number that is out of bounds, with the bound; where none is, the deviation.
+    let bounds = usize::from(verdict == Verdict::Fail);
+    let [low, high] = DEVIATIONS[bounds];
+    let (value, limit) = match verdict {
+        Verdict::Warn | Verdict::Fail if (low..=high).contains(&deviation) => (mean, MEANS[bounds].copysign(mean)),
+        _ => (deviation, if deviation < low { low } else { high }),
+    };
+    Check::measured(&about::SCORE_SCALE, verdict, value, limit, reason)
 }
 
 /// Whether ending pays better than being cut off.
@@ -192,6 +199,12 @@ mod tests {
         assert_eq!(scale(&[0.0, 2.0]).verdict, Verdict::Warn);
         assert_eq!(scale(&[-20.0, 20.0]).verdict, Verdict::Fail);
         assert_eq!(scale(&[0.0, 0.0]).verdict, Verdict::Fail);
+        let shown = |scores: &[f64]| scale(scores).value.zip(scale(scores).limit);
+        assert_eq!(shown(&[-1.0, 1.0]), Some((1.0, 2.0)));
+        assert_eq!(shown(&[-3.0, 3.0]), Some((3.0, 2.0)));
+        assert_eq!(shown(&[-0.3, 0.3]), Some((0.3, 0.5)));
+        assert_eq!(shown(&[-3.0, -1.0]), Some((-2.0, -0.5)));
+        assert_eq!(shown(&[6.0, 8.0]), Some((7.0, 5.0)));
     }
 
     #[test]

@@ -96,7 +96,7 @@ fn template_fault(tokenizer: &Tokenizer, messages: &[Message]) -> Option<String>
 }
 
 /// Whether the padding id ends no answer.
-pub(super) fn pad_is_not_end(policy: &Tokenizer, reward_model: &Checkpoint) -> Check {
+pub(super) fn pad_is_not_end(policy_dir: &Path, policy: &Tokenizer, reward_model: &Checkpoint) -> Check {
     let about = &about::PAD_IS_NOT_END;
     let ends = policy.end_ids();
     if policy.pad().is_none_or(|pad| ends.contains(&pad)) {
@@ -105,13 +105,15 @@ pub(super) fn pad_is_not_end(policy: &Tokenizer, reward_model: &Checkpoint) -> C
     if reward_model.tokenizer().is_some_and(|tokenizer| tokenizer.pad().is_none()) {
         return Check::stated(about, Verdict::Fail, "the reward model's tokenizer pads with a token that ends answers");
     }
-    match pad_of_config(reward_model.dir()) {
-        Some(pad) if ends.iter().any(|&end| u64::from(end) == pad) => Check::stated(
-            about,
-            Verdict::Fail,
-            format!("`pad_token_id` {pad} in the reward model's config.json ends answers"),
-        ),
-        _ => Check::stated(about, Verdict::Pass, "answers end with another token than rows are padded with"),
+    let ends_answers = |dir| pad_of_config(dir).filter(|&pad| ends.iter().any(|&end| u64::from(end) == pad));
+    let stated = |whose: &str, verdict, pad: u64| {
+        Check::stated(about, verdict, format!("`pad_token_id` {pad} in the {whose}'s config.json ends answers"))
+    };
+    match (ends_answers(reward_model.dir()), ends_answers(policy_dir)) {
+        (Some(pad), _) => stated("reward model", Verdict::Fail, pad),
+        // No score is read from it, and here the tokenizer's padding counts.
+        (None, Some(pad)) => stated("policy", Verdict::Warn, pad),
+        (None, None) => Check::stated(about, Verdict::Pass, "answers end with another token than rows are padded with"),
     }
 }
 
