@@ -90,7 +90,7 @@ mod tests {
         let missing = std::fs::read("/does/not/exist").expect_err("missing");
         let reason = missing.to_string();
         let error = crate::checkpoint::CheckpointError::Write { path: "o".into(), source: missing };
-        let expected = format!("error: failed to write `o`, so the last checkpoint is kept: {reason}");
+        let expected = format!("error: failed to write `o`; any checkpoint saved before is kept: {reason}");
         assert_eq!(error_text(&error.into()), expected);
     }
 

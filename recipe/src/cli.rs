@@ -254,7 +254,7 @@ pub struct DuelArgs {
     pub gold: bool,
 
     /// Sampling temperature; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value = "1", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value = "1", value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: f64,
 
     /// Maximum tokens per answer
@@ -366,6 +366,11 @@ pub struct WorldArgs {
 }
 
 /// Parses a number of stories that a world can have.
+fn temperature(text: &str) -> Result<f64, String> {
+    let temperature = text.parse().ok().filter(|temperature: &f64| temperature.is_finite() && *temperature >= 0.0);
+    temperature.ok_or_else(|| "expected a number from 0 up".to_owned())
+}
+
 fn stories(text: &str) -> Result<usize, String> {
     let range = 1..=toy::MOST_STORIES;
     text.parse()

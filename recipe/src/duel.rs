@@ -49,9 +49,10 @@ pub fn duel(args: &DuelArgs) -> Result<()> {
     let wins = Interval::of_rate(&of(|&(a, b)| win(a, b))).context(no_prompt)?;
     let [a, b, gain] = [of(|&(a, _)| a), of(|&(_, b)| b), of(|&(a, b)| a - b)].map(|values| Interval::of(&values));
     let (a, b, gain) = (a.context(no_prompt)?, b.context(no_prompt)?, gain.context(no_prompt)?);
-    let both = |interval: Interval| [interval.low, interval.high];
+    // One prompt says nothing of others; a rate's interval knows that by itself.
+    let both = |interval: Interval| (interval.n > 1).then_some([interval.low, interval.high]);
     print_json(&json!({
-        "win_rate": wins.mean, "win_rate_interval": both(wins),
+        "win_rate": wins.mean, "win_rate_interval": [wins.low, wins.high],
         "wins": pairs.iter().filter(|(a, b)| a > b).count(),
         "ties": pairs.iter().filter(|(a, b)| a == b).count(),
         "score_a": a.mean, "score_a_interval": both(a),

@@ -64,6 +64,8 @@ fn a_model_is_as_good_as_itself() {
     let result = duel(dir.path(), ["a", "a"], &["--reward-model", "rm", "--n-prompts", "5"]);
     assert_eq!((&result["ties"], &result["prompts"]), (&json!(5), &json!(5)), "{result}");
     assert_eq!((number(&result, "win_rate"), number(&result, "difference")), (0.5, 0.0), "{result}");
+    let one = duel(dir.path(), ["a", "b"], &["--reward-model", "rm", "--n-prompts", "1"]);
+    assert_eq!(one["difference_interval"], Value::Null, "one answer says nothing of others: {one}");
 }
 
 #[test]
@@ -73,6 +75,11 @@ fn a_duel_without_a_judge_or_with_two_is_wrong_usage() {
     for judge in [&[][..], &["--gold", "--reward-model", "rm"]] {
         let (code, stdout, stderr) = run(PROGRAM, &[&base, judge].concat(), dir.path());
         assert!(code == 2 && stdout.is_empty(), "{stderr}");
+    }
+    for bad in ["nan", "-1", "inf"] {
+        let args = [&base[..], &["--gold", "--temperature", bad]].concat();
+        let (code, _, stderr) = run(PROGRAM, &args, dir.path());
+        assert!(code == 2 && stderr.contains("expected a number from 0 up"), "{bad}: {stderr}");
     }
     let (code, _, stderr) = run(PROGRAM, &["duel", "a", "rm", "--prompts", "prompts.jsonl", "--gold"], dir.path());
     assert!(code == 1 && stderr.contains("error: failed to load B: checkpoint `rm` was written by stage"), "{stderr}");

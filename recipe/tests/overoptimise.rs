@@ -52,7 +52,7 @@ fn run(lab: &Lab, args: &[&str]) -> (String, String) {
 #[track_caller]
 fn fail(lab: &Lab, args: &[&str]) -> String {
     let output = overoptimise(lab, args);
-    assert!(matches!(output.status.code(), Some(1 | 2)));
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{args:?}");
     String::from_utf8(output.stderr).unwrap()
 }
 
@@ -123,6 +123,7 @@ fn every_method_has_its_curve_and_nothing_is_done_twice() {
     let error = fail(&lab, &["--set", "recipe.overoptimise.policy_steps=5"]);
     assert!(error.contains("`ppo.train.steps` changed from 4 to 5") && error.contains("`--overwrite`"), "{error}");
     let (_, stderr) = run(&lab, &["--set", "recipe.overoptimise.policy_steps=5", "--overwrite"]);
+    assert!(!stderr.contains("were collected"), "{stderr}");
     assert_eq!(n_done(&stderr), 2 * (2 + 1 + 4), "{stderr}");
 }
 
@@ -157,5 +158,21 @@ fn what_the_laboratory_needs_is_said_first() {
     assert!(error.contains("an invalid size, `n_heads=3`"), "{error}");
     let error = fail(&lab, &["--set", "recipe.overoptimise.seeds=[]"]);
     assert!(error.contains("`seeds` names none"), "{error}");
+    for (setting, key) in [
+        ("dpo.dpo.label_smoothing=2", "label_smoothing"),
+        ("recipe.overoptimise.betas=[-1]", "beta"),
+        ("recipe.overoptimise.kl_coefs=[-1]", "kl_coef"),
+        ("ppo.ppo.lambda=2", "ppo.lambda"),
+        ("reward-model.train.batch_size=0", "train.batch_size"),
+    ] {
+        let error = fail(&lab, &["--set", setting]);
+        assert!(error.contains(key), "{setting}: {error}");
+    }
+    let error = fail(&lab, &["--set", "recipe.overoptimise.sizes=[\" \"]"]);
+    assert!(error.contains("`sizes` has an empty one"), "{error}");
     assert!(!lab.out("tokenizer").exists(), "nothing was begun");
+    // The world is what may write the prompts, and nothing follows it where it does not.
+    let error = fail(&lab, &["--set", "recipe.overoptimise.prompts=none.jsonl"]);
+    assert!(error.contains("none.jsonl"), "{error}");
+    assert!(!lab.out("tokenizer").exists(), "{error}");
 }

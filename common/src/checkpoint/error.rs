@@ -215,7 +215,7 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// Not to be saved.
-    #[error("not saved: tensor `{name}` of `{}` holds {value}; the last checkpoint is kept", file.display())]
+    #[error("not saved: tensor `{name}` of `{}` holds {value}; any checkpoint saved before is kept", file.display())]
     NotFinite {
         /// The file it was to go to.
         file: PathBuf,
@@ -228,7 +228,7 @@ pub enum CheckpointError {
     #[error(transparent)]
     File(#[from] FileError),
     /// Not writable.
-    #[error("failed to write `{}`, so the last checkpoint is kept: {source}", path.display())]
+    #[error("failed to write `{}`; any checkpoint saved before is kept: {source}", path.display())]
     Write {
         /// The file.
         path: PathBuf,

@@ -151,7 +151,7 @@ fn a_save_that_fails_anywhere_leaves_the_last_checkpoint() {
             break;
         }
         let message = result.expect_err("failed").to_string();
-        assert!(message.contains("the last checkpoint is kept"), "{message}");
+        assert!(message.contains("any checkpoint saved before is kept"), "{message}");
         assert_eq!(step_of(&out), 1, "after failing at point {fails_at}");
         assert_eq!(names_in(dir.path()), ["ppo"]);
         fails_at += 1;
@@ -235,14 +235,14 @@ fn a_number_that_is_not_finite_is_never_saved() {
     named.get_mut("blocks.0.mlp.up.weight").expect("there").data[5] = f32::NAN;
     assert_eq!(
         save(&out, &broken).expect_err("NaN").to_string(),
-        "not saved: tensor `transformer.h.0.mlp.c_fc.weight` of `model.safetensors` holds NaN; the last checkpoint is kept"
+        "not saved: tensor `transformer.h.0.mlp.c_fc.weight` of `model.safetensors` holds NaN; any checkpoint saved before is kept"
     );
     let mut broken = snapshot(2, &tokenizer);
     let tensors = &mut broken.state.as_mut().expect("given").tensors;
     tensors.get_mut("adam_m").expect("there").get_mut("token_embedding").expect("there").data[0] = f32::NEG_INFINITY;
     assert_eq!(
         save(&out, &broken).expect_err("infinity").to_string(),
-        "not saved: tensor `token_embedding` of `adam_m.safetensors` holds -inf; the last checkpoint is kept"
+        "not saved: tensor `token_embedding` of `adam_m.safetensors` holds -inf; any checkpoint saved before is kept"
     );
     let mut broken = snapshot(2, &tokenizer);
     let Some(Weights::Scalar { score_bias, .. }) = &mut broken.value else { panic!("a score") };

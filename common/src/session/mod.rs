@@ -397,7 +397,7 @@ impl Session {
         let norm = self.grad_norm.as_ref().map_or(0.0, GradNorm::value);
         ensure!(
             norm.is_finite(),
-            "the gradient became {norm} at step {}; the last checkpoint is kept\nhint: lower `optimizer.lr`, lengthen \
+            "the gradient became {norm} at step {}; any checkpoint saved before is kept\nhint: lower `optimizer.lr`, lengthen \
              `optimizer.warmup_steps` or lower `optimizer.grad_clip`, and start again",
             self.progress.step
         );
@@ -419,7 +419,7 @@ impl Session {
         let (step, tokens) = (self.progress.step, self.progress.tokens);
         if let Some((name, value)) = values.iter().find(|(name, value)| name.ends_with("loss") && !value.is_finite()) {
             bail!(
-                "`{name}` became {value} at step {step}; the last checkpoint is kept\nhint: lower `optimizer.lr` or \
+                "`{name}` became {value} at step {step}; any checkpoint saved before is kept\nhint: lower `optimizer.lr` or \
                  lengthen `optimizer.warmup_steps`"
             );
         }

@@ -89,6 +89,10 @@ impl OveroptimiseConfig {
         seeds.sort_unstable();
         seeds.dedup();
         ensure!(seeds.len() == self.seeds.len(), "`seeds` names one twice");
+        ensure!(
+            self.sizes.iter().all(|size| !size.trim().is_empty()),
+            "`sizes` has an empty one\nhint: name keys of `[model]`, as in \"d_model=48 n_layers=2\""
+        );
         ensure!(!self.prompts.as_os_str().is_empty(), "`prompts` names no file");
         Ok(())
     }
@@ -133,6 +137,7 @@ mod tests {
             (OveroptimiseConfig { seeds: vec![3, 1, 3], ..config() }, "twice"),
             (OveroptimiseConfig { rloo_samples: 1, ..config() }, "`rloo_samples`"),
             (OveroptimiseConfig { kl_coefs: vec![], ..config() }, "`kl_coefs`"),
+            (OveroptimiseConfig { sizes: vec![String::new()], ..config() }, "`sizes`"),
         ] {
             let error = bad.validate().unwrap_err().to_string();
             assert!(error.contains(key), "{error}");

@@ -226,6 +226,23 @@ impl Lab<'_> {
         read_json(&path).map(Stopped::Continue)
     }
 
+    /// The stage that trains a policy, and the keys that make it this one.
+    pub(crate) fn policy_overrides(config: &OveroptimiseConfig, policy: Policy) -> (Step, Vec<String>) {
+        let against_scores = |kl_coef: f64| {
+            let steps = config.policy_steps;
+            vec![format!("train.steps={steps}"), "run.log_every=1".to_owned(), format!("ppo.kl_coef={kl_coef}")]
+        };
+        match policy {
+            Policy::Ppo(kl_coef) => (Step::Ppo, against_scores(kl_coef)),
+            Policy::Rloo(kl_coef) => {
+                let estimator = "ppo.estimator=\"rloo\"".to_owned();
+                let samples = format!("ppo.samples_per_prompt={}", config.rloo_samples);
+                (Step::Ppo, [against_scores(kl_coef), vec![estimator, samples]].concat())
+            }
+            Policy::Dpo(beta) => (Step::Dpo, vec![format!("dpo.beta={beta}")]),
+        }
+    }
+
     /// Trains a policy and measures it; `gold` is the initial policy's mean on the held-out prompts. None of RLOO's and PPO's gold
     /// scores is centred yet.
     pub(crate) fn policy(
@@ -239,30 +256,15 @@ impl Lab<'_> {
         let name = format!("{}/{}-{seed}", policy.name(), judge.name());
         let reward_model = self.units.path(&reward_model_name(judge, seed));
         let sft = self.setup.dir(Step::Sft);
-        let steps = format!("train.steps={}", self.config.policy_steps);
-        let log_all = "run.log_every=1".to_owned();
         let mut overrides = vec![format!("seed={seed}")];
-        let (step, inits) = match policy {
-            Policy::Ppo(kl_coef) => {
-                overrides.extend([steps, log_all, format!("ppo.kl_coef={kl_coef}")]);
-                (Step::Ppo, vec![sft, reward_model.clone()])
-            }
-            Policy::Rloo(kl_coef) => {
-                let samples = self.config.rloo_samples;
-                overrides.extend([
-                    steps,
-                    log_all,
-                    format!("ppo.kl_coef={kl_coef}"),
-                    "ppo.estimator=\"rloo\"".to_owned(),
-                    format!("ppo.samples_per_prompt={samples}"),
-                ]);
-                (Step::Ppo, vec![sft, reward_model.clone()])
-            }
-            Policy::Dpo(beta) => {
-                let labels = self.labels(judge, seed, pairs, "train")?;
-                overrides.extend([format!("dpo.beta={beta}"), path_override("data.train", &labels)?]);
-                (Step::Dpo, vec![sft])
-            }
+        let (step, keys) = Self::policy_overrides(self.config, policy);
+        overrides.extend(keys);
+        let inits = if step == Step::Dpo {
+            let labels = self.labels(judge, seed, pairs, "train")?;
+            overrides.push(path_override("data.train", &labels)?);
+            vec![sft]
+        } else {
+            vec![sft, reward_model.clone()]
         };
         if self.train(&name, step, overrides, &inits)? == Outcome::Interrupted {
             return Ok(Stopped::Break(()));

@@ -21,6 +21,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 
 use anyhow::{Context, Result, bail, ensure};
+use common::config::Configuration;
 use common::data::records::{OnBadRecord, Pair, Prompt, read_pairs};
 use common::files::write_whole;
 use common::group::Group;
@@ -30,7 +31,11 @@ use common::out_dir::OutLock;
 use common::score::Ensemble;
 use common::session::Outcome;
 use common::stats::Interval;
+use dpo::DpoConfig;
+use ppo::PpoConfig;
 use pretrain::PretrainConfig;
+use reward_model::RewardModelConfig;
+use sft::SftConfig;
 
 use crate::cli::{ChangeArgs, OveroptimiseArgs, RunArgs};
 use crate::collect::PairFiles;
@@ -57,28 +62,38 @@ const DIR: &str = "overoptimise";
 /// # Errors
 /// If the recipe lacks what the laboratory needs, a step or a training fails, or finished work would be lost.
 pub(crate) fn overoptimise(args: &OveroptimiseArgs, interrupt: Interrupt) -> Result<Outcome> {
-    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &args.changes.all()?, args.seed)?;
+    let overrides = args.changes.all()?;
+    let recipe = Recipe::open(&args.recipe, &args.out, args.data.as_deref(), &overrides, args.seed)?;
     let config = checked(&recipe)?;
     let config = if args.quick { config.quick() } else { config };
     let sizes = sizes_of(&recipe, &config)?;
+    check_stages(&recipe, &config)?;
     let _lock = OutLock::take_inside(&args.out)?;
-    let steps = recipe.config.steps().into_iter().filter(|step| *step <= Step::Collect).collect();
-    let run_args = RunArgs {
+    let steps: Vec<Step> = recipe.config.steps().into_iter().filter(|step| *step <= Step::Collect).collect();
+    let run_args = |stages| RunArgs {
         recipe: args.recipe.clone(),
         out: args.out.clone(),
         data: args.data.clone(),
         seed: args.seed,
-        stages: steps,
-        changes: ChangeArgs { init: None, overrides: args.changes.all()? },
+        stages,
+        changes: ChangeArgs { init: None, overrides: overrides.clone() },
         overwrite: args.overwrite,
         tui: false,
         print_config: false,
         runtime: args.runtime.clone(),
     };
-    if run::carry_out(&run_args, recipe.clone(), &Group::alone(), interrupt)?.1 != Progress::Finished {
+    let carry_out = |steps| -> Result<Progress> {
+        Ok(run::carry_out(&run_args(steps), recipe.clone(), &Group::alone(), interrupt)?.1)
+    };
+    // The prompts are read before hours of work, though only the world may have to write them.
+    if !config.prompts.exists() && steps.contains(&Step::World) && carry_out(vec![Step::World])? != Progress::Finished {
         return Ok(Outcome::Interrupted);
     }
-    let setup = Setup::open(recipe, &args.runtime)?;
+    let setup = Setup::open(recipe.clone(), &args.runtime)?;
+    Lab::prompts(&config, setup.gold.as_ref().context("the recipe has no `[gold]`")?)?;
+    if carry_out(steps)? != Progress::Finished {
+        return Ok(Outcome::Interrupted);
+    }
     let Some(results) = measure(args, &config, &sizes, &setup, interrupt)? else {
         tracing::info!("stopped");
         return Ok(Outcome::Interrupted);
@@ -101,6 +116,36 @@ fn checked(recipe: &Recipe) -> Result<OveroptimiseConfig> {
         "`[overoptimise]` needs `[gold]`, and `[collect]` with the simulated labeller: it labels pairs by the gold score"
     );
     Ok(config.clone())
+}
+
+/// Checks the configuration of every stage as each training will take it, before the first of them.
+fn check_stages(recipe: &Recipe, config: &OveroptimiseConfig) -> Result<()> {
+    fn check<T: Configuration + Default>(
+        recipe: &Recipe,
+        step: Step,
+        keys: &[String],
+        validate: impl FnOnce(&T) -> Result<()>,
+    ) -> Result<()> {
+        let overrides = [recipe.run_overrides(step)?, keys.to_vec()].concat();
+        let config: T = recipe.load(step, &overrides)?;
+        validate(&config).with_context(|| {
+            let keys = if keys.is_empty() { String::new() } else { format!(" with {}", keys.join(", ")) };
+            format!("invalid config `{}`{keys}", recipe.stage_config(step).display())
+        })
+    }
+    check(recipe, Step::RewardModel, &[], RewardModelConfig::validate)?;
+    if !config.sizes.is_empty() {
+        check(recipe, Step::Sft, &[], SftConfig::validate)?;
+    }
+    let design = Design::new(config, &Sizes::default(), usize::MAX, false);
+    for (_, policy) in design.policies() {
+        let (step, keys) = Lab::policy_overrides(config, policy);
+        match step {
+            Step::Dpo => check(recipe, step, &keys, DpoConfig::validate)?,
+            _ => check(recipe, step, &keys, PpoConfig::validate)?,
+        }
+    }
+    Ok(())
 }
 
 /// The sizes of further reward models, in order.
@@ -144,6 +189,14 @@ fn measure(
     let collect = setup.recipe.config.collect.as_ref().context("the recipe has no `[collect]`")?;
     let pairs = read_pairs(&PairFiles::in_out(&setup.out).train, OnBadRecord::Fail)?;
     let prompts = Lab::prompts(config, gold)?;
+    let too_many: Vec<String> = config.pairs.iter().filter(|&&n| n >= pairs.len()).map(usize::to_string).collect();
+    if !too_many.is_empty() {
+        tracing::warn!(
+            "only {} pairs were collected, so there is no further reward model of {}",
+            pairs.len(),
+            too_many.join(" or ")
+        );
+    }
     let design = Design::new(config, sizes, pairs.len(), args.quick);
     let dir = setup.out.join(DIR);
     std::fs::create_dir_all(&dir).with_context(|| format!("failed to make `{}`", dir.display()))?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::curves::{Curve, MeanPoint};
 use super::design::{Axis, Design, Judge};
 use super::fit::Estimate;
-use super::results::{Finding, Method, NamedCurve, Results};
+use super::results::{Finding, Method, NamedCurve, Results, nats};
 use crate::report::{duration, fill};
 
 const HUES: [Hue; 4] = [Hue::Ember, Hue::Slate, Hue::Moss, Hue::Plum];
@@ -242,13 +242,13 @@ fn row(named: &NamedCurve) -> FitRow {
     let NamedCurve { method, judge, curve } = named;
     let estimate =
         |of: Option<Estimate>| of.map_or(String::new(), |of| signed(of.value) + &format!(" ± {:.3}", of.error));
-    let at = |point: MeanPoint| format!("{} at {:.1}", signed(point.gold[0]), point.kl);
+    let at = |point: MeanPoint| format!("{} at {}", signed(point.gold[0]), nats(point.kl));
     let turn = match (curve.turn(), curve.fit.and_then(|fit| fit.turn_kl)) {
         _ if curve.fit.is_none() => "–".to_owned(),
         _ if !curve.gains() => "gains nothing".to_owned(),
         (Some(kl), _) => format!("{kl:.1}"),
-        (None, Some(kl)) if kl < 1000.0 => format!("beyond {:.1}; by the fit {kl:.0}", curve.reach()),
-        (None, _) => format!("beyond {:.1}", curve.reach()),
+        (None, Some(kl)) if kl < 1000.0 => format!("> {:.1}, fit {kl:.0}", curve.reach()),
+        (None, _) => format!("> {:.1}", curve.reach()),
     };
     FitRow {
         method: method.title(),

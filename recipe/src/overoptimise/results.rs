@@ -215,12 +215,17 @@ fn verdict(turns: &[Turn], n_seeds: usize) -> &'static str {
 pub(crate) fn describe(curve: &Curve) -> String {
     let best = curve.best();
     let turn = match curve.turn() {
-        _ if !curve.gains() => return format!("gains nothing within {:.1} nats", curve.reach()),
+        _ if !curve.gains() => return format!("gains nothing within {} nats", nats(curve.reach())),
         None if curve.fit.is_none() => format!("is known at {} places", curve.mean.len()),
-        Some(kl) => format!("turns over at {kl:.1} nats"),
-        None => format!("does not turn over within {:.1} nats", curve.reach()),
+        Some(kl) => format!("turns over at {} nats", nats(kl)),
+        None => format!("does not turn over within {} nats", nats(curve.reach())),
     };
-    format!("{turn}, gains {:+.3} at best, at {:.1} nats", best.gold[0], best.kl)
+    format!("{turn}, gains {:+.3} at best, at {} nats", best.gold[0], nats(best.kl))
+}
+
+/// A divergence with as many digits as say something.
+pub(super) fn nats(kl: f64) -> String {
+    if kl.abs() < 0.1 { format!("{kl:.3}") } else { format!("{kl:.1}") }
 }
 
 #[cfg(test)]
