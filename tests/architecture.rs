@@ -43,7 +43,7 @@ const EDGES: [(&str, &[&str]); 16] = [
     ("cli", &["backend", "checkpoint", "config", "exit", "group", "kernels", "logging", "model", "out_dir", "runtime"]),
     ("config", &["files"]),
     ("corpus", &["config", "data", "group", "interrupt", "logging", "loss", "model", "rng", "tokenizer"]),
-    ("exit", &["interrupt", "logging"]),
+    ("exit", &["interrupt", "logging", "view"]),
     ("interrupt", &["group"]),
     ("lib", &[]),
     ("logging", &[]),

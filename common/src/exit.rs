@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use crate::interrupt::Stopped;
 use crate::logging::say;
+use crate::view::visible;
 
 /// Wrong usage that clap cannot see, such as flags that depend on another's value: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +33,8 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
 /// Prints what went wrong and gives the number of the exit code.
 pub(crate) fn say_error(error: &anyhow::Error) -> u8 {
     // Nothing is left to try if stderr itself is gone.
-    say(&error_text(error));
+    // What data and names hold must not steer the terminal.
+    say(&visible(&error_text(error)));
     if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 }
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use common::checkpoint::{self, Checkpoint};
-use common::data::records::{Label, OnBadRecord, Verdict, read_labels};
+use common::data::records::{Appended, LABELS_ENDING, Label, OnBadRecord, Verdict, read_appended, read_labels};
 use common::files::{read_if_there, write_whole};
 use common::logging::counted;
 use reward_model::agreement::{self, Agreement};
@@ -178,10 +178,11 @@ fn labels_about(asked: &[Label], dir: &Path) -> Result<Said> {
     let (mut repeats, mut n_foreign) = (Vec::new(), 0);
     for path in label_files(dir)? {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if path.metadata().is_ok_and(|file| file.len() == 0) {
-            continue;
+        let Appended { labels, is_torn, .. } = read_appended(&path)?;
+        if is_torn {
+            tracing::warn!("`{}` ends in the middle of a record, which is left out", path.display());
         }
-        for mut label in read_labels(&path, OnBadRecord::Fail)? {
+        for mut label in labels {
             let Some(&number) = number.get(&Label::question(&label.prompt, &label.answers)) else {
                 n_foreign += 1;
                 continue;
@@ -207,12 +208,21 @@ fn label_files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Ok(Vec::new());
     }
     let entries = dir.read_dir().with_context(|| format!("failed to read `{}`", dir.display()))?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|ending| ending == "jsonl"))
-        .collect();
+    let all = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let (mut files, others): (Vec<PathBuf>, Vec<PathBuf>) =
+        all.partition(|path| path.extension().is_some_and(|ending| ending == LABELS_ENDING));
+    for other in others {
+        tracing::warn!("`{}` left out: its name does not end in `.{LABELS_ENDING}`", other.display());
+    }
     files.sort();
     Ok(files)
+}
+
+/// A path as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let path = path.display().to_string();
+    // Only a NUL cannot be quoted, and no path has one.
+    shlex::try_quote(&path).map_or_else(|_| path.clone(), |quoted| quoted.into_owned())
 }
 
 /// Tells on stdout how to label, and that the same command goes on.
@@ -227,10 +237,10 @@ fn say_how(collector: &Collector<'_>, questions: &Path, n: usize, n_wanted: usiz
          Or on a page, under Compare:\n  \
          chat serve --checkpoint {sft} --questions {questions} --labels {of_page}\n\
          Then run this command again: it goes on.",
-        questions = questions.display(),
-        of_terminal = labels.join("NAME.jsonl").display(),
-        of_page = labels.join("page.jsonl").display(),
-        sft = collector.setup.dir(Step::Sft).display(),
+        questions = quoted(questions),
+        of_terminal = quoted(&labels.join("NAME.jsonl")),
+        of_page = quoted(&labels.join("page.jsonl")),
+        sft = quoted(&collector.setup.dir(Step::Sft)),
     )
     .context("failed to write the result")
 }

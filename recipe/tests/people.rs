@@ -52,10 +52,15 @@ fn a_recipe_waits_for_people_and_goes_on_with_their_labels() {
     assert!(fs::read(lab.out("data/pairs.questions.jsonl")).unwrap() == asked, "the questions stay the same");
 
     label(&lab, "tom", "10", "1");
-    fs::write(lab.out("labels/stray.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"b\"}\n").unwrap();
+    // Of a person whose program was killed while it wrote.
+    fs::write(lab.out("labels/stray.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"b\"}\n{\"pro")
+        .unwrap();
+    fs::write(lab.out("labels/kim.txt"), "").unwrap();
     let (stdout, stderr) = run(&lab, &[]);
     assert!(stdout.contains("report: "), "{stdout}");
     assert!(stderr.contains("warning: 1 label in `out/labels` left out"), "{stderr}");
+    assert!(stderr.contains("warning: `out/labels/stray.jsonl` ends in the middle of a record"), "{stderr}");
+    assert!(stderr.contains("warning: `out/labels/kim.txt` left out"), "{stderr}");
     let labels = &lab.json("report.json")["labels"];
     assert_eq!(
         (&labels["decisions"], &labels["people"]["mia"], &labels["people"]["tom"]),
@@ -131,4 +136,15 @@ fn more_labels_than_pairs_cannot_be_waited_for() {
     let lab = Lab::new();
     let error = lab.fail(&["--set", "recipe.collect.labels=people", "--set", "recipe.collect.n_labels=9999"]);
     assert!(error.contains("`collect.n_labels` is 9999, but there are"), "{error}");
+}
+
+#[test]
+fn a_report_is_written_to_a_file_and_to_nothing_else() {
+    let lab = Lab::new();
+    lab.run(&["--stages", "world,tokenizer,pretrain"]);
+    for place in ["/dev/full", "/dev/zero"] {
+        let output = lab.program(&["report", "out/pretrain", "--out", place]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && stderr.contains("is not a file"), "{place}: {stderr}");
+    }
 }

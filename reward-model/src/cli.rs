@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 pub use common::cli::InitArgs as TrainArgs;
 use common::cli::{RuntimeArgs, at_least_1};
@@ -73,7 +74,7 @@ pub struct LabelArgs {
     pub out: PathBuf,
 
     /// Name in the records; your user name, or gold, if not given
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     pub annotator: Option<String>,
 
     /// Who decides

@@ -60,6 +60,11 @@ pub fn visible(text: &str) -> Cow<'_, str> {
     if text.contains(hidden) { Cow::Owned(text.replace(hidden, "\u{fffd}")) } else { Cow::Borrowed(text) }
 }
 
+/// [`visible`], for a screen that gives a tab no width: it is four spaces.
+pub fn drawn(text: &str) -> String {
+    visible(text).replace('\t', "    ")
+}
+
 /// Whether somebody sits at a terminal, with nothing in between.
 pub fn is_at_terminal() -> bool {
     stdin().is_terminal() && stdout().is_terminal()
@@ -224,6 +229,7 @@ mod tests {
     #[test]
     fn characters_that_steer_a_terminal_are_not_shown() {
         assert_eq!(visible("a\n\tb é שלום"), "a\n\tb é שלום");
+        assert_eq!(drawn("if x:\n\treturn\t1"), "if x:\n    return    1");
         assert_eq!(visible("\x1b[2J\rx\u{9b}"), "\u{fffd}[2J\u{fffd}x\u{fffd}");
         for turn in ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}') {
             assert_eq!(visible(&format!("a{turn}b")), "a\u{fffd}b", "{turn:?}");

@@ -9,7 +9,7 @@ use ratatui::symbols::Marker;
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, LineGauge, Paragraph, Wrap};
 
-use super::visible;
+use super::drawn;
 use crate::kernels::memory::Usage;
 use crate::logging::Work;
 use crate::metrics::live::Live;
@@ -169,8 +169,8 @@ fn draw_samples(frame: &mut Frame, area: Rect, live: &Live, page: &mut Page) {
         if i > 0 {
             text.push_line("");
         }
-        text.extend(Text::raw(visible(&sample.prompt)).dim());
-        text.extend(Text::raw(visible(&sample.text)));
+        text.extend(Text::raw(drawn(&sample.prompt)).dim());
+        text.extend(Text::raw(drawn(&sample.text)));
     }
     let step = live.samples.last().map_or(0, |sample| sample.step);
     let text = Paragraph::new(text).wrap(Wrap { trim: false });
@@ -189,8 +189,8 @@ fn draw_log(frame: &mut Frame, area: Rect, lines: &VecDeque<String>) {
     let latest = lines.iter().skip(lines.len().saturating_sub(usize::from(area.height)));
     let most = 2 * usize::from(area.width.saturating_sub(2)).saturating_sub(1);
     let latest = latest.map(|line| match line.char_indices().nth(most) {
-        Some((end, _)) => format!("{}…", visible(&line[..end])),
-        None => visible(line).into_owned(),
+        Some((end, _)) => format!("{}…", drawn(&line[..end])),
+        None => drawn(line),
     });
     let text = Paragraph::new(latest.map(Line::from).collect::<Vec<_>>()).wrap(Wrap { trim: false });
     let hidden =

@@ -76,6 +76,10 @@ pub fn write(out: &Path) -> Result<()> {
 /// If a directory holds no run, a file of it cannot be read, or the report not be written.
 pub fn run(args: &ReportArgs) -> Result<()> {
     let out = &args.out;
+    // A device may have no end.
+    if out.metadata().is_ok_and(|is| !is.is_file()) {
+        bail!("`{}` is not a file\nhint: name a file such as `report.html`", out.display());
+    }
     if read_if_there(out)?.is_some_and(|text| !text.contains(MADE_BY_US)) {
         bail!("refusing to overwrite `{}`: it is not a report\nhint: pass another `--out`", out.display());
     }

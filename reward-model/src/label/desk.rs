@@ -78,6 +78,11 @@ impl Desk {
         self.is_over
     }
 
+    /// Whether it is over because as much was decided as was asked for.
+    pub(super) fn is_at_limit(&self) -> bool {
+        self.is_over && self.session.limit.is_some_and(|limit| self.n_decided() >= limit)
+    }
+
     /// Puts the next question on the desk where there is none; one that is being sampled may not be there yet.
     pub(super) fn refill(&mut self) -> anyhow::Result<()> {
         if self.shown.is_some() || self.is_over {
@@ -318,7 +323,7 @@ pub(super) mod tests {
         desk.decide(Verdict::First, None).expect("written");
         assert!(!desk.wait().expect("the end"));
         let Progress { n_before, n_now, n_all, .. } = desk.progress();
-        assert_eq!((n_before, n_now, n_all), (2, 1, 3));
+        assert_eq!((n_before, n_now, n_all, desk.is_at_limit()), (2, 1, 3, true));
     }
 
     #[test]

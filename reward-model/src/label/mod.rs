@@ -7,7 +7,7 @@ mod screen;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use common::data::records::{Label, LabelFile, Verdict};
-use common::interrupt::Interrupt;
+use common::interrupt::{Interrupt, Stopping};
 use common::rng::Streams;
 use common::view::is_at_terminal;
 
@@ -32,7 +32,8 @@ pub enum By {
 /// If the policy, the questions or the file of labels cannot be used, or there is no terminal for a person to decide at.
 pub(crate) fn run(args: &LabelArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
-    let interrupt = Interrupt::install()?;
+    let interrupt =
+        Interrupt::install_with(Stopping { first: "stopping; every decision is kept", second: "stopped at once" })?;
     if args.by == By::Person && !is_at_terminal() {
         bail!(
             "there is no terminal to decide at\nhint: run the command in a terminal, without pipes; `--by gold` decides without \

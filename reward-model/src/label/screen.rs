@@ -6,7 +6,7 @@ use anyhow::Context;
 use common::conversation::{Message, Role};
 use common::data::records::Verdict;
 use common::interrupt::Interrupt;
-use common::view::{self, visible};
+use common::view::{self, drawn};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Style, Stylize};
@@ -131,7 +131,9 @@ fn draw(frame: &mut Frame, desk: &Desk, scroll: &mut Scroll) {
         draw_question(frame, body, question, scroll);
         return;
     }
-    let text = if desk.is_over() {
+    let text = if desk.is_at_limit() {
+        "That was the last one of `--limit`. u takes the last decision back, q leaves."
+    } else if desk.is_over() {
         "Nothing is left to decide. u takes the last decision back, q leaves."
     } else {
         "The policy is writing two answers …"
@@ -156,7 +158,7 @@ fn draw_question(frame: &mut Frame, area: Rect, question: &Question, scroll: &mu
         Layout::horizontal(halves).areas(below)
     };
     let panes = [(left, " A "), (right, " B ")];
-    let texts = question.answers.each_ref().map(|answer| Paragraph::new(visible(answer)).wrap(Wrap { trim: false }));
+    let texts = question.answers.each_ref().map(|answer| Paragraph::new(drawn(answer)).wrap(Wrap { trim: false }));
     let panes = panes.into_iter().zip(texts).map(|((area, name), text)| {
         let lines = text.line_count(area.width.saturating_sub(2)) as u16;
         (area, name, text, lines.saturating_sub(area.height.saturating_sub(2)))
@@ -179,7 +181,7 @@ fn pane(name: &str, has_more: bool) -> Block<'_> {
 /// The turns of a prompt; a single message stands without its role.
 fn turns(prompt: &[Message]) -> Text<'_> {
     if let [only] = prompt {
-        return Text::raw(visible(&only.content));
+        return Text::raw(drawn(&only.content));
     }
     let mut text = Text::default();
     for message in prompt {
@@ -189,7 +191,7 @@ fn turns(prompt: &[Message]) -> Text<'_> {
             Role::Assistant => "assistant",
         };
         text.push_line(Line::styled(format!("{role}:"), Style::new().bold()));
-        text.extend(Text::raw(visible(&message.content)));
+        text.extend(Text::raw(drawn(&message.content)));
     }
     text
 }

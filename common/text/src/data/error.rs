@@ -16,6 +16,9 @@ pub enum DataError {
     /// A folder, a device or a pipe stands where a file is expected.
     #[error("`{path}` is not a file\nhint: name a file in it, or where several may stand a pattern such as `{path}/*.jsonl`", path = .0.display())]
     NotAFile(PathBuf),
+    /// A file of decisions could not be read again.
+    #[error("`{path}` does not end in `.jsonl`\nhint: decisions are a line of JSON each: name a file such as `labels.jsonl`", path = .0.display())]
+    LabelsName(PathBuf),
     /// Another program appends to a file of decisions.
     #[error("another program writes to `{path}`\nhint: end it, or name another file", path = .0.display())]
     LabelsInUse(PathBuf),

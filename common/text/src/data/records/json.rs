@@ -210,7 +210,7 @@ impl Scanner {
 }
 
 /// The object that `text` is, or what is wrong with it; `None` for white space.
-fn object(text: &[u8]) -> Option<Result<Record, String>> {
+pub(super) fn object(text: &[u8]) -> Option<Result<Record, String>> {
     let Ok(text) = std::str::from_utf8(text) else {
         return Some(Err(NOT_UTF8.to_owned()));
     };

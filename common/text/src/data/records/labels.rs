@@ -6,13 +6,17 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use base::files::FileError;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::json::{self, Record};
 use super::pairs::{check_prompt, origin_of, said_in};
-use super::{ReadOptions, kind, prompt_of};
+use super::{OnBadRecord, ReadOptions, kind, prompt_of};
 use crate::conversation::{Message, Role};
 use crate::data::DataError;
+
+/// The ending of files of decisions.
+pub const ENDING: &str = "jsonl";
 
 /// The key of two answers of which neither is preferred.
 pub(super) const TIED: &str = "tied";
@@ -120,6 +124,57 @@ pub fn read_labels(path: &Path, options: impl Into<ReadOptions>) -> Result<Vec<L
     Ok(json::read(path, options.into(), labels_of)?.into_iter().flatten().collect())
 }
 
+/// What a file says to which decisions are appended.
+#[derive(Debug)]
+pub struct Appended {
+    /// The decisions of its whole records.
+    pub labels: Vec<Label>,
+    /// Where they end, in bytes.
+    pub end: u64,
+    /// Whether the beginning of another record follows, which a program leaves that is killed while it writes.
+    pub is_torn: bool,
+}
+
+/// Reads decisions as [`read_labels`], from a file that a program may have been writing when it was killed.
+///
+/// # Errors
+/// If the file cannot be read, or anything but its last line is malformed, or that line is not the beginning of a record.
+pub fn read_appended(path: &Path) -> Result<Appended, DataError> {
+    let text = std::fs::read(path).map_err(FileError::read(path))?;
+    if text.trim_ascii().is_empty() {
+        return Ok(Appended { labels: Vec::new(), end: text.len() as u64, is_torn: false });
+    }
+    match read_labels(path, OnBadRecord::Fail) {
+        Ok(labels) => Ok(Appended { labels, end: text.len() as u64, is_torn: false }),
+        Err(error) => {
+            let (whole, last) = text.split_at(text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1));
+            match records_of(whole).filter(|_| is_beginning(last)) {
+                Some(labels) => Ok(Appended { labels, end: whole.len() as u64, is_torn: true }),
+                None => Err(error),
+            }
+        }
+    }
+}
+
+/// Whether a record begins in `line` and does not end in it.
+fn is_beginning(line: &[u8]) -> bool {
+    line.starts_with(b"{") && serde_json::from_slice::<IgnoredAny>(line).is_err_and(|error| error.is_eof())
+}
+
+/// The decisions in whole lines; `None` if one of them is malformed.
+fn records_of(lines: &[u8]) -> Option<Vec<Label>> {
+    let records = lines.split(|byte| *byte == b'\n').filter_map(json::object);
+    let labels = records.map(|record| record.and_then(|record| labels_of(&record)));
+    Some(labels.collect::<Result<Vec<_>, _>>().ok()?.concat())
+}
+
+fn last_byte(file: &mut File) -> std::io::Result<u8> {
+    let mut byte = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut byte)?;
+    Ok(byte[0])
+}
+
 fn labels_of(record: &Record) -> Result<Vec<Label>, String> {
     let repeat = is_repeat(record);
     if let Some((prompt, answers)) = tied_of(record)? {
@@ -183,11 +238,16 @@ pub struct LabelFile {
 impl LabelFile {
     /// Opens the file at `path` to append to it, or creates it; what it says already is returned too.
     ///
-    /// A last line without a line break, as a program leaves it that is killed while it writes, is cut off.
+    /// A last record that is cut off, as a program leaves it that is killed while it writes, goes; one that lacks its line break
+    /// alone gets it. A file that holds anything else is left as it is.
     ///
     /// # Errors
-    /// If the file cannot be read or written or is none, another program has it open to write, or a record is malformed.
+    /// If the name does not end in `.jsonl`, the file cannot be read or written or is none, another program has it open to
+    /// write, or a record is malformed.
     pub fn open(path: &Path) -> Result<(Self, Vec<Label>), DataError> {
+        if path.extension().is_none_or(|ending| ending != ENDING) {
+            return Err(DataError::LabelsName(path.to_owned()));
+        }
         // A device may have no end.
         if path.metadata().is_ok_and(|is| !is.is_file()) {
             return Err(DataError::NotAFile(path.to_owned()));
@@ -199,16 +259,15 @@ impl LabelFile {
             Err(TryLockError::WouldBlock) => return Err(DataError::LabelsInUse(path.to_owned())),
             Err(TryLockError::Error(source)) => return Err(write(source)),
         }
-        let mut text = Vec::new();
-        file.read_to_end(&mut text).map_err(FileError::read(path))?;
-        let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        if end < text.len() {
+        let Appended { labels, mut end, is_torn } = read_appended(path)?;
+        if is_torn {
             tracing::warn!("`{}` ends in the middle of a record, which is cut off", path.display());
-            file.set_len(end as u64).and_then(|()| file.sync_all()).map_err(write)?;
+            file.set_len(end).and_then(|()| file.sync_all()).map_err(write)?;
+        } else if !labels.is_empty() && last_byte(&mut file).map_err(FileError::read(path))? != b'\n' {
+            file.write_all(b"\n").and_then(|()| file.sync_all()).map_err(write)?;
+            end += 1;
         }
-        let said =
-            if text[..end].trim_ascii().is_empty() { Vec::new() } else { read_labels(path, super::OnBadRecord::Fail)? };
-        Ok((Self { path: path.to_owned(), file, starts: Vec::new(), end: end as u64 }, said))
+        Ok((Self { path: path.to_owned(), file, starts: Vec::new(), end }, labels))
     }
 
     /// Appends a decision and waits until it is on the disk.
@@ -244,7 +303,7 @@ impl LabelFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::records::{OnBadRecord, read_pairs};
+    use crate::data::records::read_pairs;
 
     fn label(verdict: Verdict) -> Label {
         Label {
@@ -259,11 +318,50 @@ mod tests {
     }
 
     #[test]
-    fn a_device_and_a_folder_keep_no_decisions() {
-        for path in ["/dev/full", "/dev/zero", "/tmp"] {
-            let opened = LabelFile::open(Path::new(path)).map(drop);
-            assert!(!Path::new(path).exists() || matches!(opened, Err(DataError::NotAFile(_))), "{path}: {opened:?}");
+    fn what_is_no_file_of_decisions_is_refused_and_left_as_it_is() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        for name in ["/dev/full", "y.jsonl.gz", "y.txt", "y"] {
+            let opened = LabelFile::open(&path(name)).map(drop);
+            assert!(matches!(opened, Err(DataError::LabelsName(_))), "{name}: {opened:?}");
+            assert!(name.starts_with('/') || !path(name).exists(), "{name}");
         }
+        std::fs::create_dir(path("folder.jsonl")).expect("made");
+        let opened = LabelFile::open(&path("folder.jsonl")).map(drop);
+        assert!(matches!(opened, Err(DataError::NotAFile(_))), "{opened:?}");
+        let record = r#"{"prompt":"q","chosen":"a","rejected":"b"}"#;
+        for (i, text) in [
+            "Some prose without an end".to_owned(),
+            "Some prose\nof two lines".to_owned(),
+            format!("[{record}, {record}]"),
+            format!("[\n  {record},\n  {record}\n]"),
+            format!("{record}\nprose"),
+            format!("{record}\n[{record}"),
+            format!("prose\n{{\"prompt\":"),
+            "{\n  \"version\": \"1.0\"".to_owned(),
+        ]
+        .iter()
+        .enumerate()
+        {
+            let path = path(&format!("{i}.jsonl"));
+            std::fs::write(&path, text).expect("written");
+            assert!(LabelFile::open(&path).is_err(), "{text}");
+            assert_eq!(std::fs::read_to_string(&path).expect("there"), *text);
+        }
+    }
+
+    #[test]
+    fn a_last_record_without_a_line_break_is_whole() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("labels.jsonl");
+        let record = r#"{"prompt":"q","chosen":"a","rejected":"b"}"#;
+        std::fs::write(&path, format!("{record}\n{record}")).expect("written");
+        let (mut file, said) = LabelFile::open(&path).expect("whole");
+        assert_eq!(said.len(), 2);
+        file.append(&label(Verdict::Tie)).expect("written");
+        assert_eq!(read_labels(&path, OnBadRecord::Fail).expect("whole records").len(), 3);
+        assert!(file.undo().expect("undone"));
+        assert_eq!(std::fs::read_to_string(&path).expect("there"), format!("{record}\n{record}\n"));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use super::DataError;
 use crate::conversation::{Message, Role};
 pub use answers::{AnswerRecord, Answers, read_answers};
 use json::Record;
-pub use labels::{Label, LabelFile, Verdict, read_labels};
+pub use labels::{Appended, ENDING as LABELS_ENDING, Label, LabelFile, Verdict, read_appended, read_labels};
 pub use options::{OnBadRecord, ReadOptions, RecordLimit};
 pub use tally::Summary;
 pub use texts::{Separator, Texts};
