@@ -19,6 +19,8 @@ mod state;
 mod training;
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +31,6 @@ use anyhow::{Context, ensure};
 use axum::Router;
 use axum::http::HeaderValue;
 use common::checkpoint::{Checkpoint, Stage};
-use common::data::records::LabelFile;
 use common::exit::UsageError;
 use common::hash::sha256_of;
 use common::interrupt::{Interrupt, Stopping};
@@ -229,9 +230,9 @@ fn folder(path: &Path) -> anyhow::Result<PathBuf> {
 
 /// The file that judgements are appended to.
 fn labels(path: &Path, asked: HashSet<String>) -> anyhow::Result<Arc<Labels>> {
-    let (file, said) = LabelFile::open(path).context("failed to open the labels")?;
-    tracing::info!("judgements go to `{}`, which has {} so far", path.display(), said.len());
-    Ok(Arc::new(Labels::new(file, &said, asked)))
+    let (labels, n_said) = Labels::open(path, asked).context("failed to open the labels")?;
+    tracing::info!("judgements go to `{}`, which has {n_said} so far", path.display());
+    Ok(Arc::new(labels))
 }
 
 /// Refuses two models of one name.
@@ -276,10 +277,21 @@ fn origins(origins: &[String]) -> Result<Vec<HeaderValue>, UsageError> {
     origins.iter().map(parse).collect()
 }
 
+/// Most bytes of a file that holds a key.
+const MAX_KEY_FILE: u64 = 4096;
+
 /// The key that clients have to send: the one line of a file.
 fn read_key(path: &Path) -> anyhow::Result<String> {
     let shown = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read the API key from `{shown}`"))?;
+    let hint = "hint: write the key into a file of its own, as the only line";
+    let failed = || format!("failed to read the API key from `{shown}`");
+    // A device may have no end, and a pipe nobody who writes.
+    ensure!(path.metadata().with_context(failed)?.is_file(), "`{shown}` holds no API key: it is not a file\n{hint}");
+    let mut text = String::new();
+    let file = File::open(path).with_context(failed)?;
+    file.take(MAX_KEY_FILE + 1).read_to_string(&mut text).with_context(failed)?;
+    let is_short = text.len() as u64 <= MAX_KEY_FILE;
+    ensure!(is_short, "`{shown}` holds no API key: it has more than {MAX_KEY_FILE} bytes\n{hint}");
     let key = text.trim();
     let is_key = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(is_key, "`{shown}` holds no API key: expected one line without spaces");

@@ -100,6 +100,34 @@ fn a_full_disk_is_told_to_the_client_and_in_the_log() {
     assert_eq!(records(&path).len(), n_kept, "no half record is left");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_judgement_for_a_file_that_was_removed_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let [path, aside] = ["labels.jsonl", "aside"].map(|name| dir.path().join(name));
+    let server = server(Some(&path));
+    let kept = judge(&server, &json!({})).json()["kept"].clone();
+    std::fs::rename(&path, &aside).unwrap();
+    let refused = || {
+        for reply in [judge(&server, &json!({})), server.post("/compare/undo", &json!({ "id": kept }))] {
+            let error = reply.json()["error"].clone();
+            assert_eq!((reply.status, &error["type"]), (500, &json!("server_error")), "{}", reply.text);
+            let message = error["message"].as_str().unwrap();
+            assert!(message.contains("labels.jsonl`: the file was removed or replaced"), "{message}");
+            assert!(message.contains("start the server again"), "{message}");
+            server.log_with(message);
+        }
+    };
+    refused();
+    assert!(!path.exists());
+    std::fs::write(&path, "").unwrap();
+    refused();
+    assert_eq!((records(&path).len(), records(&aside).len()), (0, 1), "another file, and the one that was put aside");
+    std::fs::rename(&aside, &path).unwrap();
+    assert_eq!(judge(&server, &json!({})).status, 200, "it is back");
+    assert_eq!(records(&path).len(), 2);
+}
+
 #[test]
 fn what_could_not_be_read_back_is_not_kept() {
     let dir = tempfile::tempdir().unwrap();

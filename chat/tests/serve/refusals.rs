@@ -223,6 +223,33 @@ fn without_the_key_only_the_health_is_told() {
     assert!(!server.log().contains("sesame"), "{}", server.log());
 }
 
+#[cfg(unix)]
+#[test]
+fn a_key_comes_from_a_short_file() {
+    let dir = tempfile::tempdir().unwrap();
+    // A server that takes the key ends there.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let [long, key] = ["long", "key"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    std::fs::write(&long, "x".repeat(4097)).unwrap();
+    for (file, reason) in
+        [("/dev/zero", "it is not a file"), (".", "it is not a file"), (&*long, "more than 4096 bytes")]
+    {
+        let mut serve = std::process::Command::new(env!("CARGO_BIN_EXE_chat"));
+        serve.args(["serve", "--port", &port, "--checkpoint", "lm", "--api-key-file", file]);
+        let refused = serve.current_dir(crate::support::checkpoints()).output().unwrap();
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{file}: {said}");
+        let expected = format!("error: `{file}` holds no API key: it ");
+        assert!(said.starts_with(&expected) && said.contains(reason) && said.contains("\nhint: "), "{file}: {said}");
+    }
+    // One that is as long as can be.
+    std::fs::write(&key, "x".repeat(4095) + "\n").unwrap();
+    let server = Server::start(&["--checkpoint", "lm", "--api-key-file", &key]);
+    let bearer = format!("Bearer {}", "x".repeat(4095));
+    assert_eq!(server.get("/v1/models", &[("authorization", &bearer)]).status, 200);
+}
+
 #[test]
 fn pages_of_other_sites_are_let_in_only_when_asked_to() {
     let server = Server::start(&["--checkpoint", "lm"]);
