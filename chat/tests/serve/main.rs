@@ -9,6 +9,7 @@ mod compare;
 mod limits;
 mod page;
 mod refusals;
+mod runs;
 mod server;
 mod side_by_side;
 #[cfg(unix)]

@@ -27,6 +27,13 @@ function thinned(points) {
   return points.filter((_, i) => i % every === 0 || i === points.length - 1);
 }
 
+// The colour of each name, the same in every figure: held-out data has one of its own, and what is measured in training
+// has the others.
+function colours(names) {
+  const left = [0, 2, 3];
+  return names.map((name) => (/^val\/|\/val_/.test(name) ? 1 : left.length > 1 ? left.shift() : left[0]));
+}
+
 // A figure with a title and the curves of `series`, each `{ name, points: [[step, value], …] }`.
 export function figure(title, series) {
   const points = series.flatMap((one) => one.points);
@@ -43,18 +50,19 @@ export function figure(title, series) {
   picture.append(draw("path", { class: "axes", d: `M0 0V${HEIGHT}H${WIDTH}` }));
   const zero = low < 0 && high > 0 ? [draw("path", { class: "zero", d: `M0 ${y(0)}H${WIDTH}` })] : [];
   picture.append(...zero);
+  const colour = colours(series.map(({ name }) => name));
   series.forEach((one, i) => {
     const corners = thinned(one.points).map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`);
     // A path of one corner is shown by its round cap.
     const d = `M${corners.join("L")}${corners.length === 1 ? "h0" : ""}`;
     const kind = corners.length === 1 ? "dot" : "curve";
-    picture.append(draw("path", { class: `${kind} curve-${i % 4}`, d }));
+    picture.append(draw("path", { class: `${kind} curve-${colour[i]}`, d }));
   });
   const legend = make("ul", { className: "legend" });
   const tell = (step) => {
     const items = series.map(({ name, points }, i) => {
       const point = step === null ? points.at(-1) : points.findLast((point) => point[0] <= step) ?? points[0];
-      return make("li", { className: `curve-${i % 4}` }, make("span", { textContent: name }), ` ${short(point[1])}`);
+      return make("li", { className: `curve-${colour[i]}` }, make("span", { textContent: name }), ` ${short(point[1])}`);
     });
     legend.replaceChildren(...items, make("li", { textContent: `step ${step ?? last}` }));
   };

@@ -27,7 +27,7 @@ let run = null;
 function begin(name) {
   run = { name, next: 0, curves: new Map(), last: null };
   for (const id of ["curves", "other-curves", "samples"]) find(id).replaceChildren();
-  find("samples-title").hidden = true;
+  find("more-curves").hidden = find("samples-title").hidden = true;
   find("progress").textContent = "";
 }
 
@@ -53,8 +53,15 @@ function showCurves() {
   const others = seriesOf([...run.curves.keys()].filter((name) => !listed.has(name)).sort());
   find("more-curves").hidden = !others.length;
   find("other-curves").replaceChildren(...others.map((series) => figure(series.name, [series])));
-  const { step, seconds, tokens } = run.last;
-  find("progress").textContent = `Step ${grouped(step)} · ${grouped(Math.round(seconds))} s · ${grouped(tokens)} tokens`;
+  find("progress").textContent = progressOf(run.last);
+}
+
+// How far a run is, as far as its row says.
+function progressOf({ step, seconds, tokens }) {
+  const parts = [`Step ${grouped(step)}`];
+  if (typeof seconds === "number") parts.push(`${grouped(Math.round(seconds))} s`);
+  if (typeof tokens === "number") parts.push(`${grouped(tokens)} tokens`);
+  return parts.join(" · ");
 }
 
 function shownSample(sample) {
@@ -92,10 +99,10 @@ async function look() {
 async function listRuns() {
   const { runs } = await getJson("training/runs");
   const names = runs.map(({ name }) => name);
+  if (!names.length && !run) find("progress").textContent = "There are no runs yet.";
   const known = [...find("run").options].map((option) => option.value);
   if (names.length === known.length && names.every((name) => known.includes(name))) return;
   find("run").replaceChildren(...names.map((name) => make("option", { textContent: name, value: name })));
-  if (!names.length) find("progress").textContent = "There are no runs yet.";
   if (run && names.includes(run.name)) find("run").value = run.name;
   else if (names.length) begin(names[0]);
 }
