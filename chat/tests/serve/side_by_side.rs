@@ -12,6 +12,12 @@ use crate::webdriver::Browser;
 /// `WebDriver`'s name of the key.
 const RIGHT: &str = "\u{e014}";
 
+/// `WebDriver`'s name of the key.
+const ENTER: &str = "\u{e007}";
+
+/// `WebDriver`'s name of the key.
+const TAB: &str = "\u{e004}";
+
 fn server(labels: &Path) -> Server {
     let models = ["base=lm", "sft=long-winded", "ppo=lm", "dpo=long-winded"];
     let models = models.iter().flat_map(|model| ["--checkpoint", model]);
@@ -84,6 +90,52 @@ fn four_answers_stand_side_by_side_where_there_is_room_and_below_each_other_wher
     browser.resize(1280, 900);
     judge(&browser, "c", "C judged best.");
     browser.screenshot("four-dark-judged");
+    assert!(browser.log().is_empty(), "{:?}", browser.log());
+}
+
+#[test]
+fn enter_that_is_pressed_again_and_keys_that_are_held_down_judge_nothing() {
+    let Some(browser) = Browser::start(false) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("labels.jsonl");
+    let server = server(&file);
+    compared(&browser, &server);
+    let enter = || (0..3).for_each(|_| browser.press(ENTER));
+    let hold = |key: &str| {
+        let event = format!("new KeyboardEvent('keydown', {{ key: '{key}', repeat: true, bubbles: true }})");
+        browser.script(&format!("document.activeElement.dispatchEvent({event})"));
+    };
+    let undo = || {
+        browser.press("U");
+        browser.wait_for("document.querySelector('#verdict').textContent === 'Taken back.'");
+        assert!(records(&file).is_empty());
+    };
+    ask(&browser, "hi");
+    enter();
+    hold("b");
+    // The first that is a judgement, in either case. That it is kept says that none was before.
+    judge(&browser, "T", "Judged alike.");
+    assert_eq!(records(&file).len(), 6);
+    // Nor is it taken back, or what was taken back judged again.
+    enter();
+    hold("u");
+    assert_eq!(records(&file).len(), 6);
+    undo();
+    enter();
+    judge(&browser, "X", "Judged bad.");
+    undo();
+    judge(&browser, "C", "C judged best.");
+    assert_eq!(records(&file).len(), 3);
+    ask(&browser, "who");
+    browser.press("U");
+    browser.wait_for("document.querySelector('#asked').textContent === 'hi'");
+    judge(&browser, "a", "A judged best.");
+    enter();
+    browser.press("N");
+    assert_eq!(browser.text("#asked"), "who");
+    enter();
+    assert_eq!(records(&file).len(), 3);
+    browser.screenshot("four-light-again");
     assert!(browser.log().is_empty(), "{:?}", browser.log());
 }
 
@@ -299,9 +351,16 @@ fn a_screen_reader_is_told_what_each_part_is_and_what_happens() {
         "status ",
     ];
     says(&browser, &judging);
-    assert_eq!(browser.script("return document.activeElement.textContent"), "A is best (A)");
+    // The group is told with its name, and the first button is the next thing in it.
+    let focused = |property: &str| browser.script(&format!("return document.activeElement.{property}"));
+    assert_eq!(focused("ariaLabel"), "Which answer is better?");
+    browser.press(TAB);
+    assert_eq!(focused("textContent"), "A is best (A)");
     judge(&browser, "b", "B judged best.");
-    says(&browser, &["status  [live polite]", "button Undo (U)"]);
+    says(&browser, &["status  [live polite]", "group Back and on", "button Undo (U)"]);
+    assert_eq!(focused("ariaLabel"), "Back and on");
+    browser.press(TAB);
+    assert_eq!(focused("textContent"), "Undo (U)");
     // An error is told at once.
     browser.script("for (const box of document.querySelectorAll('#rivals input')) box.checked = false");
     browser.keys("#question", "hi\n");

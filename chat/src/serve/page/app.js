@@ -75,7 +75,8 @@ document.addEventListener("keydown", (event) => {
     stopChat();
     stopCompare();
   }
-  const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey;
+  // A key that is held down says once what it says.
+  const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey && !event.repeat;
   if (!find("compare").hidden && !isTyping(event.target) && isPlain && compareKey(event.key)) event.preventDefault();
 });
 // The system's theme, which may change while the page is open, until a person has chosen one.

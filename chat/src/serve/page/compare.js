@@ -107,7 +107,8 @@ async function ask(content) {
   }
   running = null;
   showButtons();
-  if (round && !isTyping(document.activeElement)) find("verdicts").firstElementChild.focus();
+  // The group of the buttons, not the first of them: who presses Enter once too often has judged nothing.
+  if (round && !isTyping(document.activeElement)) find("verdicts").focus();
 }
 
 async function judge(verdict) {
@@ -133,7 +134,7 @@ async function judge(verdict) {
   }
   isSaving = false;
   showButtons();
-  find(round.isJudged ? "undo" : "question").focus();
+  find(round.isJudged ? "judged" : "verdicts").focus();
 }
 
 // Takes the last judgement back, then the one before it. What is on the screen comes again afterwards.
@@ -162,7 +163,7 @@ function judgeAgain(earlier, said) {
   showRound();
   find("verdict").textContent = said;
   showButtons();
-  find("verdicts").firstElementChild.focus();
+  find("verdicts").focus();
 }
 
 // On to what waits to be judged, or to a new message.
@@ -199,21 +200,22 @@ async function askPair() {
   showRound();
   find("verdict").textContent = "";
   showButtons();
-  find("verdicts").firstElementChild.focus();
+  find("verdicts").focus();
 }
 
 export function stopCompare() {
   running?.abort();
 }
 
-// A key of the comparison; whether it was one.
+// A key of the comparison, whichever case it is in; whether it was one.
 export function compareKey(key) {
-  const verdicts = { t: "tie", x: "bad" };
-  const at = LETTERS.indexOf(key.toUpperCase());
-  if (key === "u") undo();
-  else if (key === "n") next();
+  const verdicts = { T: "tie", X: "bad" };
+  const letter = key.toUpperCase();
+  const at = LETTERS.indexOf(letter);
+  if (letter === "U") undo();
+  else if (letter === "N") next();
   else if (at >= 0 && find("verdicts").childElementCount > at + 2) judge(at);
-  else if (key in verdicts) judge(verdicts[key]);
+  else if (letter in verdicts) judge(verdicts[letter]);
   else return false;
   return true;
 }
