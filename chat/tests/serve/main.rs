@@ -6,6 +6,7 @@
 mod answers;
 mod clients;
 mod compare;
+mod conversation;
 mod limits;
 mod page;
 mod refusals;

@@ -11,11 +11,12 @@ export function setKey(value) {
   sessionStorage.setItem("key", value);
 }
 
-async function send(path, method, body, signal) {
+// `json` is the body's text.
+async function send(path, method, json, signal) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
-  const asked = fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
+  if (json !== undefined) headers["Content-Type"] = "application/json";
+  const asked = fetch(path, { method, headers, signal, body: json });
   const response = await asked.catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
   });
@@ -28,12 +29,19 @@ async function send(path, method, body, signal) {
 }
 
 export const getJson = async (path) => (await send(path, "GET")).json();
-export const postJson = async (path, body) => (await send(path, "POST", body)).json();
+export const postJson = async (path, body) => (await send(path, "POST", JSON.stringify(body))).json();
+
+// JSON of `fields`, of which there are some, with a seed that keeps all its digits: `JSON.stringify` takes no BigInt.
+function withSeed(seed, fields) {
+  const json = JSON.stringify(fields);
+  return seed === undefined ? json : `{"seed":${seed},${json.slice(1)}`;
+}
 
 // The answer to `messages`, told to `onText` as it comes. Returns why it ended.
 export async function answer(model, messages, settings, onText, signal) {
-  const body = { model, messages, stream: true, ...settings };
-  const response = await send("v1/chat/completions", "POST", body, signal);
+  const { seed, ...others } = settings;
+  const json = withSeed(seed, { model, messages, stream: true, ...others });
+  const response = await send("v1/chat/completions", "POST", json, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let finish = null;

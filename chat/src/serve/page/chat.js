@@ -6,8 +6,11 @@ import { announce, complain, find, isTyping, make, sendOnEnter, settings, withSy
 const messages = [];
 let running = null;
 
-function isNearEnd() {
-  return innerHeight + scrollY >= document.body.scrollHeight - 80;
+// Makes a change; who read the end of the conversation sees its end afterwards too.
+function keepEnd(change) {
+  const isNearEnd = innerHeight + scrollY >= document.body.scrollHeight - 80;
+  change();
+  if (isNearEnd) scrollTo(0, document.body.scrollHeight);
 }
 
 function button(label, onclick) {
@@ -37,16 +40,18 @@ function shown(message, i) {
   return item;
 }
 
-function edit(i) {
-  const text = make("textarea", { value: messages[i].content, rows: 3, required: true, ariaLabel: "Your message" });
+// Lets the message at `i` be written anew, beginning with `content`.
+function edit(i, content = messages[i].content) {
+  const text = make("textarea", { value: content, rows: 3, required: true, ariaLabel: "Your message" });
   const form = make(
     "form",
     {
       onsubmit: (event) => {
         event.preventDefault();
-        if (running || !text.value.trim()) return;
-        messages.length = i;
-        say(text.value.trim());
+        const edited = text.value.trim();
+        if (running || !edited) return;
+        // Without an answer it is being edited as before.
+        ask([...messages.slice(0, i), { role: "user", content: edited }], () => edit(i, edited));
       },
     },
     text,
@@ -58,55 +63,63 @@ function edit(i) {
 }
 
 function retry(i) {
-  messages.length = i;
-  reply();
+  ask(messages.slice(0, i));
+  const item = find("messages").children[i];
+  item.ariaBusy = "true";
+  item.classList.add("outdated");
 }
 
 function say(content) {
-  messages.push({ role: "user", content });
-  reply();
+  const box = find("message");
+  // Without an answer it goes back to where it was written, before what was written there since.
+  ask([...messages, { role: "user", content }], () => (box.value = [content, box.value].filter(Boolean).join("\n")));
 }
 
-async function reply() {
+// Asks for an answer to `asked`, which is the conversation then; if nothing comes, it is again what it was and `giveBack` is
+// called. Without `giveBack` what is shown stays until the answer begins.
+async function ask(asked, giveBack) {
   complain(null);
+  const before = [...messages];
   const model = find("model").value;
-  const asked = withSystem(messages.map(({ role, content }) => ({ role, content })));
   const message = { role: "assistant", content: "", model };
-  messages.push(message);
-  running = new AbortController();
-  show();
-  const item = find("messages").lastElementChild;
-  item.ariaBusy = "true";
-  scrollTo(0, document.body.scrollHeight);
-  const text = writer(item.querySelector(".text"), (append) => {
-    const follow = isNearEnd();
-    append();
-    if (follow) scrollTo(0, document.body.scrollHeight);
-  });
+  let text = null;
+  const begin = () => {
+    messages.splice(0, Infinity, ...asked, message);
+    show();
+    const item = find("messages").lastElementChild;
+    item.ariaBusy = "true";
+    scrollTo(0, document.body.scrollHeight);
+    text = writer(item.querySelector(".text"), keepEnd);
+  };
   const onText = (piece) => {
+    if (!text) begin();
     message.content += piece;
     text.write(piece);
   };
-  try {
-    const finish = await answer(model, asked, settings(), onText, running.signal);
-    if (finish === "length") message.note = "Cut off at the token limit.";
-    announce(`${model}: ${message.content}`);
-  } catch (error) {
-    const wasStopped = error.name === "AbortError";
-    message.note = wasStopped ? "Stopped." : "Broken off.";
-    if (!wasStopped) complain(error);
-    if (!message.content) takeBack();
-  }
-  text.flush();
+  running = new AbortController();
+  if (giveBack) begin();
+  else show();
+  const sent = withSystem(asked.map(({ role, content }) => ({ role, content })));
+  const answered = answer(model, sent, settings(), onText, running.signal);
+  const { finish, error } = await answered.then((finish) => ({ finish }), (error) => ({ error }));
   running = null;
-  show();
+  const wasStopped = error?.name === "AbortError";
+  keepEnd(() => {
+    if (error && !wasStopped) complain(error);
+    if (error && !message.content) {
+      messages.splice(0, Infinity, ...before);
+      show();
+      giveBack?.();
+      return;
+    }
+    if (!text) begin();
+    text.flush();
+    if (error) message.note = wasStopped ? "Stopped." : "Broken off.";
+    else if (finish === "length") message.note = "Cut off at the token limit.";
+    show();
+  });
+  if (!error) announce(`${model}: ${message.content}`);
   if (!isTyping(document.activeElement)) find("message").focus();
-}
-
-// A message without an answer goes back to where it was written.
-function takeBack() {
-  const [{ content }] = messages.splice(-2);
-  find("message").value ||= content;
 }
 
 export function stopChat() {

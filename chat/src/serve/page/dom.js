@@ -46,12 +46,18 @@ export const grouped = (count) => count.toLocaleString("en");
 
 const number = (id) => (find(id).value === "" ? undefined : Number(find(id).value));
 
+// A seed may have 64 bits, of which a number keeps 53.
+function wholeNumber(id) {
+  const text = find(id).value;
+  return /^-?\d+$/.test(text) ? BigInt(text) : number(id);
+}
+
 export function settings() {
   return {
     temperature: number("temperature"),
     top_p: number("top-p"),
     max_tokens: number("max-tokens"),
-    seed: number("seed"),
+    seed: wholeNumber("seed"),
   };
 }
 
