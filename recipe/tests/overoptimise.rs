@@ -171,8 +171,10 @@ fn what_the_laboratory_needs_is_said_first() {
     let error = fail(&lab, &["--set", "recipe.overoptimise.sizes=[\" \"]"]);
     assert!(error.contains("`sizes` has an empty one"), "{error}");
     assert!(!lab.out("tokenizer").exists(), "nothing was begun");
-    // The world is what may write the prompts, and nothing follows it where it does not.
     let error = fail(&lab, &["--set", "recipe.overoptimise.prompts=none.jsonl"]);
+    assert!(error.contains("none.jsonl") && !lab.out("data").exists(), "{error}");
+    // The world writes prompts, but not these.
+    let error = fail(&lab, &["--set", "recipe.overoptimise.prompts=$DATA/none.jsonl"]);
     assert!(error.contains("none.jsonl"), "{error}");
     assert!(!lab.out("tokenizer").exists(), "{error}");
 }

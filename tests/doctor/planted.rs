@@ -71,7 +71,7 @@ pub fn files(setup: &Setup) -> Vec<InFiles> {
             Blame::Sft,
         ),
         ("an SFT model that never ends", vec!["--policy", "sft.endless"], "answers-end", Blame::Sft),
-        ("a policy that always answers alike", vec!["--set", "ppo.temperature=0.001"], "answers-differ", Blame::Ppo),
+        ("a policy that always answers alike", vec!["--set", "ppo.temperature=0.001"], "temperature", Blame::Ppo),
         (
             "an SFT model that was ruined",
             [&["--policy", "sft.ruined"], &PAIRS[..]].concat(),

@@ -101,7 +101,7 @@ checks! {
         "Mend the chat template: what it adds to open an answer must be what stands before the answer in a whole conversation.",
         "transformers, \"Chat templates\", on `add_generation_prompt`: https://huggingface.co/docs/transformers/chat_templating";
     PAD_IS_NOT_END = "pad-is-not-end", Tokenizer,
-        "none: the padding id ends no answer, in the tokenizers and in config.json of the reward model; in config.json of the policy it warns",
+        "none: the padding token ends no answer, in the tokenizers as they are read, and in config.json and tokenizer_config.json of the reward model; in those of the policy it warns",
         "Classes that look for the first padding token to find an answer's end read the score before the answer ends.",
         "Give the tokenizer a padding token of its own and train the reward model again with it.",
         "TRL issues 2758 and 5303; Huang et al., arXiv:2403.17031, on a padding token other than the end";
@@ -121,19 +121,24 @@ checks! {
         "Read the reason: it names the checkpoint and the setting that do not fit.",
         "Huang et al., arXiv:2403.17031: the value model begins as the reward model";
     HELD_OUT_LOSS = "held-out-loss", Sft,
-        "nats a token by which the policy predicts preferred held-out answers better than token frequencies of the other answers do: it passes where the 95 % interval lies above 0, fails where it lies below",
-        "The policy does not know the answers that people prefer: it was not trained on answers like these, or its training went wrong.",
+        "loss of preferred held-out answers, as a share of their loss by the token frequencies of the other answers: at most 0.9 passes, above 0.95 fails",
+        "The policy knows little more of the answers that people prefer than which tokens are frequent: it was not trained on answers like these, or its training went wrong.",
         "Look at the held-out loss of `sft train`, train again with a lower `optimizer.lr`, or on answers like those of the pairs.",
-        "Shannon, \"Prediction and Entropy of Printed English\", 1951: the entropy of single symbols bounds that of text from above; frequencies smoothed after Witten and Bell, IEEE Transactions on Information Theory 37 (4), 1991";
+        "Shannon, \"Prediction and Entropy of Printed English\", 1951: the entropy of single symbols bounds that of text from above; frequencies smoothed after Witten and Bell, IEEE Transactions on Information Theory 37 (4), 1991; the limits are ours";
+    TEMPERATURE = "temperature", Ppo,
+        "`ppo.temperature`: 0.5 to 1.5, or it warns; 0.1 to 2, or it fails",
+        "Answers are drawn from another distribution than the SFT model learned: far below 1 there is little to explore, far above it they fall to pieces, and either shows in every number that is measured on them.",
+        "Set `ppo.temperature` to 1 or a little below, and `normalisation.temperature` of the reward model to the same.",
+        "Huang et al., arXiv:2403.17031: 0.7; Ziegler et al., arXiv:1909.08593: 0.7 and 1; the limits are ours";
     ANSWERS_END = "answers-end", Sft,
         "share of sampled answers that end: at least 0.8 passes; it fails where the 95 % interval lies below 0.5",
         "Answers that are cut off count `ppo.missing_eos_score`, whatever they say, so the reward model is hardly heard.",
         "Train SFT longer on answers with their end, or allow longer answers (`ppo.response_length`).",
         "Huang et al., arXiv:2403.17031, on the EOS trick: an answer without end scores −1; the limits are ours";
-    ANSWERS_DIFFER = "answers-differ", Ppo,
+    ANSWERS_DIFFER = "answers-differ", Sft,
         "different answers among 16 to one prompt, on average: at least 4 pass, fewer than 2 fail",
-        "The policy says the same again and again, so there is nothing to explore: `ppo.temperature` is too low, or SFT learned its answers by heart.",
-        "Set `ppo.temperature` to 1 or a little below; if it is, train SFT for fewer epochs.",
+        "The policy says the same again and again, so there is nothing to explore: SFT learned its answers by heart, or `ppo.temperature` is too low.",
+        "Train SFT for fewer epochs, or on more different answers, unless `temperature` says more.",
         "Huang et al., arXiv:2403.17031: answers are sampled at temperature 0.7; the limits are ours";
     KL_ZERO = "kl-of-itself", Ppo,
         "mean k1 per token between the policy and its own reference, in nats: `ppo.ratio_tolerance`",

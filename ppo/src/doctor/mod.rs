@@ -98,6 +98,8 @@ fn config(args: &DoctorArgs) -> anyhow::Result<PpoConfig> {
     config.data.train.clone_from(&args.data);
     config.data.val.clone_from(&args.data);
     config.validate().context("invalid config")?;
+    // No more rows at once than the run samples, whose memory this may not exceed.
+    config.train.rollout_batch_size = config.train.rollout_batch_size.min(config.train.batch_size);
     Ok(config)
 }
 
@@ -279,6 +281,7 @@ impl Examination<'_> {
         };
         self.checks.push(policy::answers_end(&responses));
         let temperature = self.config.ppo.temperature();
+        self.checks.push(policy::temperature_fits(temperature));
         let rollouts = match frozen.rollouts(&chosen, responses, temperature) {
             Ok(rollouts) => rollouts,
             Err(error @ (ScoreError::NotFinite | ScoreError::MemberNotFinite { .. })) => {
@@ -296,12 +299,14 @@ impl Examination<'_> {
         let ended: Vec<Rollout> = rollouts.iter().filter(|rollout| rollout.response.ended).cloned().collect();
         if self.config.ppo.switches().missing_eos == MissingEos::Replace {
             self.checks.push(scores::missing_eos(&scores(&ended), self.config.ppo.missing_eos_score));
+        } else {
+            self.passed(&about::MISSING_EOS, "in this dialect an answer that is cut off keeps its own score");
         }
         let repeated: Vec<EncodedPrompt> =
             chosen.iter().take(N_HEADROOM_PROMPTS).flat_map(|prompt| vec![prompt.clone(); BEST_OF]).collect();
         let responses = sampling.answer(&policy, &repeated, N_PROMPTS as u64)?;
         let answers: Vec<&[Response]> = responses.chunks(BEST_OF).collect();
-        self.checks.push(policy::answers_differ(&answers, temperature));
+        self.checks.push(policy::answers_differ(&answers));
         let rows: Vec<Vec<u32>> = repeated
             .iter()
             .zip(&responses)

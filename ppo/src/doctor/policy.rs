@@ -29,11 +29,31 @@ pub(crate) fn answers_end<'a>(responses: impl IntoIterator<Item = &'a Response>)
     Check::measured(about, verdict, rate.mean, ENDS, format!("of {} answers, {} ended", rate.n, interval(rate)))
 }
 
+/// Temperatures of sampling: beyond the first bounds it warns, beyond the second it fails.
+const TEMPERATURES: [[f64; 2]; 2] = [[0.5, 1.5], [0.1, 2.0]];
+
+/// Whether answers are sampled about as the SFT model learned them.
+pub(crate) fn temperature_fits(temperature: f64) -> Check {
+    let within = |[low, high]: [f64; 2]| (low..=high).contains(&temperature);
+    let verdict = match TEMPERATURES.map(within) {
+        [true, _] => Verdict::Pass,
+        [false, true] => Verdict::Warn,
+        [false, false] => Verdict::Fail,
+    };
+    let [low, high] = TEMPERATURES[usize::from(verdict == Verdict::Fail)];
+    let limit = if temperature < low { low } else { high };
+    let reason = format!("answers are sampled at temperature {temperature}");
+    Check::measured(&about::TEMPERATURE, verdict, temperature, limit, reason)
+}
+
+/// Loss of held-out answers against that by frequencies: at most the first passes, above the second it fails.
+const KNOWN: [f64; 2] = [0.9, 0.95];
+
 /// Different answers of those to one prompt: at least the first, or it warns; at least the second, or it fails.
 const DIFFERENT: [f64; 2] = [4.0, 2.0];
 
-/// Whether the answers to one prompt differ; `by_prompt` are those to each, sampled at `temperature`.
-pub(crate) fn answers_differ(by_prompt: &[&[Response]], temperature: f64) -> Check {
+/// Whether the answers to one prompt differ; `by_prompt` are those to each.
+pub(crate) fn answers_differ(by_prompt: &[&[Response]]) -> Check {
     let about = &about::ANSWERS_DIFFER;
     let distinct = |answers: &&[Response]| {
         let different: BTreeSet<&[u32]> = answers.iter().map(|answer| &*answer.ids).collect();
@@ -47,13 +67,13 @@ pub(crate) fn answers_differ(by_prompt: &[&[Response]], temperature: f64) -> Che
         _ => Verdict::Fail,
     };
     let n = by_prompt[0].len();
-    let reason = format!("of {n} answers to a prompt, {:.1} differ at temperature {temperature}", mean.mean);
+    let reason = format!("of {n} answers to a prompt, {:.1} are different", mean.mean);
     Check::measured(about, verdict, mean.mean, DIFFERENT[0], reason)
 }
 
 /// Whether the policy predicts answers better than frequencies of tokens do; `log_probs` are of the tokens of `answers`.
 ///
-/// Of each answer `Σ (ln p_policy − ln p_frequency) / n`, with the frequencies in all the other answers and a share for tokens
+/// `Σ −ln p_policy / Σ −ln p_frequency`, each a mean over the tokens of an answer and then over the answers, with the frequencies in all the other answers and a share for tokens
 /// that are not among them: `p(w) = (c(w) + T/V) / (N + T)` for `T` different tokens among `N`, of `V` there are.
 ///
 /// # Source
@@ -79,18 +99,22 @@ pub(crate) fn answers_known(answers: &[Vec<u32>], log_probs: &[Vec<f32>], vocab_
     };
     let losses: Vec<[f64; 2]> =
         answers.iter().zip(log_probs).map(|(answer, log_probs)| losses(answer, log_probs)).collect();
-    let gains: Vec<f64> = losses.iter().map(|[policy, frequencies]| frequencies - policy).collect();
-    let (true, Some(gain)) = (answers.len() > 1, Interval::of(&gains)) else {
+    if answers.len() < 2 {
         return Check::skipped(about, "there are no two held-out answers");
-    };
+    }
     let mean = |i: usize| losses.iter().map(|losses| losses[i]).sum::<f64>() / losses.len() as f64;
+    let (policy, frequencies) = (mean(0), mean(1));
+    let share = policy / frequencies;
+    let verdict = match share {
+        share if share <= KNOWN[0] => Verdict::Pass,
+        share if share <= KNOWN[1] => Verdict::Warn,
+        _ => Verdict::Fail,
+    };
     let reason = format!(
-        "{} preferred answers have {:.3} nats a token, by token frequencies {:.3}",
-        answers.len(),
-        mean(0),
-        mean(1)
+        "{} preferred answers have {policy:.3} nats a token, by token frequencies {frequencies:.3}",
+        answers.len()
     );
-    Check::above(about, gain, 0.0, reason)
+    Check::measured(about, verdict, share, KNOWN[usize::from(verdict == Verdict::Fail)], reason)
 }
 
 /// Whether the policy diverges from its own reference: k1 of the sampled tokens, mean per token.
@@ -157,20 +181,30 @@ mod tests {
         let answers = vec![vec![0, 1]; 9];
         let check = |log_prob: f32| answers_known(&answers, &vec![vec![log_prob; 2]; 9], 4);
         // c = 8, T = 2, N = 16, V = 4: (8 + 2/4) / 18.
-        let frequency = (8.5_f64 / 18.0).ln();
-        let gain = check(-0.5).value.unwrap_or(f64::NAN);
-        assert!((gain - (-0.5 - frequency)).abs() < 1e-12, "{gain}");
-        assert_eq!(check(-0.5).verdict, Verdict::Pass);
-        assert_eq!(check(-1.0).verdict, Verdict::Fail);
+        let frequencies = -(8.5_f64 / 18.0).ln();
+        let share = check(-0.5).value.unwrap_or(f64::NAN);
+        assert!((share - 0.5 / frequencies).abs() < 1e-12, "{share}");
+        assert_eq!(
+            [-0.6, -0.7, -0.74].map(|log_prob| check(log_prob).verdict),
+            [Verdict::Pass, Verdict::Warn, Verdict::Fail]
+        );
+        assert_eq!(check(f32::NAN).verdict, Verdict::Fail);
         assert_eq!(answers_known(&answers[..1], &[vec![-9.0; 2]], 4).value, None, "one says nothing of others");
     }
 
     #[test]
     fn a_token_of_one_answer_alone_is_not_impossible() {
         let answers = vec![vec![0], vec![0], vec![3]];
-        let gain = answers_known(&answers, &[vec![0.0], vec![0.0], vec![0.0]], 4).value.unwrap_or(f64::NAN);
+        let share = answers_known(&answers, &[vec![-1.0], vec![-1.0], vec![-1.0]], 4).value.unwrap_or(f64::NAN);
         // For each of the first two c = 1, T = 2, N = 2, for the last c = 0, T = 1, N = 2, of V = 4.
-        let expected = -(2.0 * (1.5_f64 / 4.0).ln() + (0.25_f64 / 3.0).ln()) / 3.0;
-        assert!((gain - expected).abs() < 1e-12, "{gain} {expected}");
+        let expected = -3.0 / (2.0 * (1.5_f64 / 4.0).ln() + (0.25_f64 / 3.0).ln());
+        assert!((share - expected).abs() < 1e-12, "{share} {expected}");
+    }
+
+    #[test]
+    fn temperatures_far_from_one_are_named() {
+        let verdicts = [0.05, 0.3, 0.7, 1.0, 1.8, 5.0].map(|temperature| temperature_fits(temperature).verdict);
+        let expected = [Verdict::Fail, Verdict::Warn, Verdict::Pass, Verdict::Pass, Verdict::Warn, Verdict::Fail];
+        assert_eq!(verdicts, expected);
     }
 }

@@ -149,6 +149,7 @@ impl Scored {
     pub(super) fn checks(&self, training: &Source) -> Vec<Check> {
         let wins = self.wins();
         let Some(accuracy) = Interval::of_rate(&wins) else { return skipped("no held-out pair fits the context") };
+        let is_reversed = accuracy.high < 0.5;
         let reason = format!("of {} held-out pairs, {} are in the labelled order", accuracy.n, interval(accuracy));
         let accuracy = match Check::above(&about::ACCURACY, accuracy, 0.5, reason) {
             // So many pairs, and still no better than chance.
@@ -157,9 +158,7 @@ impl Scored {
             }
             check => check,
         };
-        if accuracy.value.zip(accuracy.limit).is_some_and(|(value, limit)| value < limit)
-            && accuracy.verdict == Verdict::Fail
-        {
+        if is_reversed && accuracy.verdict == Verdict::Fail {
             let why = "the scores order the pairs against their labels";
             return [accuracy].into_iter().chain(skipped(why).into_iter().skip(1)).collect();
         }

@@ -50,6 +50,9 @@ pub struct Check {
     pub hint: &'static str,
     /// Where the check and its limit come from.
     pub source: &'static str,
+    /// Whether nothing wrong was found, and too little was seen to be sure.
+    #[serde(skip)]
+    pub is_open: bool,
 }
 
 impl Check {
@@ -57,7 +60,7 @@ impl Check {
         let About { id, stage, meaning, hint, source, .. } = *about;
         // JSON has no number that is not finite; the reason spells it.
         let [value, limit] = [value, limit].map(|number| number.filter(|number| number.is_finite()));
-        Self { id, stage, verdict, value, limit, reason, meaning, hint, source }
+        Self { id, stage, verdict, value, limit, reason, meaning, hint, source, is_open: false }
     }
 
     /// A number against its limit.
@@ -86,14 +89,18 @@ impl Check {
     /// A mean that should exceed `limit`: it passes where its interval lies above, fails where it lies below, and warns
     /// where there are too few values to say.
     pub(crate) fn above(about: &About, interval: Interval, limit: f64, reason: impl Into<String>) -> Self {
-        let verdict = if interval.low > limit {
-            Verdict::Pass
-        } else if interval.high < limit {
-            Verdict::Fail
-        } else {
-            Verdict::Warn
-        };
-        Self::measured(about, verdict, interval.mean, limit, reason)
+        /// Values of which all may lie on one side by chance: their interval means little.
+        const FEW: usize = 10;
+        let reason = reason.into();
+        let is_few = interval.n < FEW;
+        if interval.low > limit && !is_few {
+            return Self::measured(about, Verdict::Pass, interval.mean, limit, reason);
+        }
+        if interval.high < limit && !is_few {
+            return Self::measured(about, Verdict::Fail, interval.mean, limit, reason);
+        }
+        let open = Self::measured(about, Verdict::Warn, interval.mean, limit, reason + ": too few to be sure");
+        Self { is_open: interval.mean > limit, ..open }
     }
 
     /// A check without a number.
@@ -165,7 +172,7 @@ impl Report {
                 check.reason
             );
             // A fault that was not looked for is not described: it would hide the one that was found.
-            if check.verdict != Verdict::Pass && !check.is_skipped() {
+            if check.verdict != Verdict::Pass && !check.is_skipped() && !check.is_open {
                 let _ = write!(text, ". {} {}", check.meaning, check.hint);
             }
             text.push('\n');
@@ -230,9 +237,15 @@ mod tests {
 
     #[test]
     fn a_mean_whose_interval_holds_the_limit_warns() {
-        let at = |low, high| Interval { mean: f64::midpoint(low, high), low, high, n: 9 };
-        let verdict = |low, high| Check::above(&about::ACCURACY, at(low, high), 0.5, "").verdict;
+        let at = |low, high, n| Interval { mean: f64::midpoint(low, high), low, high, n };
+        let of = |low, high, n| Check::above(&about::ACCURACY, at(low, high, n), 0.5, "");
+        let verdict = |low, high| of(low, high, 99).verdict;
         let verdicts = [verdict(0.6, 0.8), verdict(0.4, 0.8), verdict(0.1, 0.4)];
         assert_eq!(verdicts, [Verdict::Pass, Verdict::Warn, Verdict::Fail]);
+        // Three of three, or none of three.
+        assert_eq!([of(1.0, 1.0, 3), of(0.0, 0.0, 3)].map(|check| check.verdict), [Verdict::Warn; 2]);
+        let text = |check| Report::new(vec![check]).text();
+        assert!(!text(of(0.4, 1.0, 9)).contains(about::ACCURACY.meaning), "nothing wrong was seen");
+        assert!(text(of(0.0, 0.6, 9)).contains(about::ACCURACY.meaning));
     }
 }

@@ -15,6 +15,9 @@ pub(super) const BEST_OF: usize = 16;
 const DEVIATIONS: [[f64; 2]; 2] = [[0.5, 2.0], [0.1, 10.0]];
 const MEANS: [f64; 2] = [0.5, 5.0];
 
+/// Answers from which a mean and a deviation can be read.
+const ENOUGH: usize = 16;
+
 /// Gain of the best answer, in deviations: below the first it warns, below the second it fails.
 const HEADROOM: [f64; 2] = [0.3, 0.15];
 
@@ -27,6 +30,10 @@ fn moments(values: &[f64]) -> (f64, f64) {
 
 /// Mean and deviation of the scores of sampled answers, which PPO's coefficients assume to be 0 and 1.
 pub(crate) fn scale(scores: &[f64]) -> Check {
+    if scores.len() < ENOUGH {
+        let n = scores.len();
+        return Check::skipped(&about::SCORE_SCALE, format!("{n} sampled answers are too few, {ENOUGH} are needed"));
+    }
     let (mean, deviation) = moments(scores);
     let within = |i: usize| {
         let [low, high] = DEVIATIONS[i];
@@ -41,8 +48,10 @@ pub(crate) fn scale(scores: &[f64]) -> Check {
     // The number that is out of bounds, with the bound; where none is, the deviation.
     let bounds = usize::from(verdict == Verdict::Fail);
     let [low, high] = DEVIATIONS[bounds];
+    let beyond_mean = mean.abs() / MEANS[bounds];
+    let beyond_deviation = (deviation / high).max(low / deviation);
     let (value, limit) = match verdict {
-        Verdict::Warn | Verdict::Fail if (low..=high).contains(&deviation) => (mean, MEANS[bounds].copysign(mean)),
+        Verdict::Warn | Verdict::Fail if beyond_mean > beyond_deviation => (mean, MEANS[bounds].copysign(mean)),
         _ => (deviation, if deviation < low { low } else { high }),
     };
     Check::measured(&about::SCORE_SCALE, verdict, value, limit, reason)
@@ -59,12 +68,15 @@ pub(crate) fn missing_eos(scores_of_ended: &[f64], missing_eos_score: f64) -> Ch
 /// What the best of several answers to a prompt gains over their mean; `by_prompt` are the scores of each prompt's.
 pub(crate) fn headroom(by_prompt: &[Vec<f64>]) -> Check {
     let (_, deviation) = moments(&by_prompt.concat());
+    let about = &about::HEADROOM;
+    if !by_prompt.is_empty() && deviation == 0.0 {
+        return Check::skipped(about, "all answers have the same score");
+    }
     let gain = |scores: &Vec<f64>| {
         let best = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        if deviation > 0.0 { (best - moments(scores).0) / deviation } else { 0.0 }
+        (best - moments(scores).0) / deviation
     };
     let gains: Vec<f64> = by_prompt.iter().map(gain).collect();
-    let about = &about::HEADROOM;
     let Some(gain) = Interval::of(&gains) else { return Check::skipped(about, "no answer was sampled") };
     let verdict = if gain.mean >= HEADROOM[0] {
         Verdict::Pass
@@ -190,21 +202,24 @@ mod tests {
         assert_eq!((check.value, check.verdict), (Some(1.0), Verdict::Pass));
         // All of the variance lies between the prompts.
         assert_eq!(headroom(&[vec![0.0; 2], vec![2.0; 2]]).verdict, Verdict::Fail);
-        assert_eq!(headroom(&[vec![1.0; 2], vec![1.0; 2]]).verdict, Verdict::Fail);
+        assert_eq!(headroom(&[vec![1.0; 2], vec![1.0; 2]]).value, None, "a matter of the scores");
     }
 
     #[test]
     fn the_scale_is_that_of_normalised_scores() {
-        assert_eq!(scale(&[-1.0, 1.0]).verdict, Verdict::Pass);
-        assert_eq!(scale(&[0.0, 2.0]).verdict, Verdict::Warn);
-        assert_eq!(scale(&[-20.0, 20.0]).verdict, Verdict::Fail);
-        assert_eq!(scale(&[0.0, 0.0]).verdict, Verdict::Fail);
-        let shown = |scores: &[f64]| scale(scores).value.zip(scale(scores).limit);
-        assert_eq!(shown(&[-1.0, 1.0]), Some((1.0, 2.0)));
-        assert_eq!(shown(&[-3.0, 3.0]), Some((3.0, 2.0)));
-        assert_eq!(shown(&[-0.3, 0.3]), Some((0.3, 0.5)));
-        assert_eq!(shown(&[-3.0, -1.0]), Some((-2.0, -0.5)));
-        assert_eq!(shown(&[6.0, 8.0]), Some((7.0, 5.0)));
+        let scale = |pair: [f64; 2]| scale(&pair.repeat(8));
+        assert_eq!(scale([-1.0, 1.0]).verdict, Verdict::Pass);
+        assert_eq!(scale([0.0, 2.0]).verdict, Verdict::Warn);
+        assert_eq!(scale([-20.0, 20.0]).verdict, Verdict::Fail);
+        assert_eq!(scale([0.0, 0.0]).verdict, Verdict::Fail);
+        let shown = |pair: [f64; 2]| scale(pair).value.zip(scale(pair).limit);
+        assert_eq!(shown([-1.0, 1.0]), Some((1.0, 2.0)));
+        assert_eq!(shown([-3.0, 3.0]), Some((3.0, 2.0)));
+        assert_eq!(shown([-0.25, 0.25]), Some((0.25, 0.5)));
+        assert_eq!(shown([-3.0, -1.0]), Some((-2.0, -0.5)));
+        assert_eq!(shown([-2.0, -1.25]), Some((-1.625, -0.5)), "both are out of bounds, the mean by more");
+        assert_eq!(shown([6.0, 8.0]), Some((7.0, 5.0)));
+        assert_eq!(super::scale(&[9.0; 3]).value, None, "too few to say");
     }
 
     #[test]

@@ -105,9 +105,9 @@ pub(super) fn pad_is_not_end(policy_dir: &Path, policy: &Tokenizer, reward_model
     if reward_model.tokenizer().is_some_and(|tokenizer| tokenizer.pad().is_none()) {
         return Check::stated(about, Verdict::Fail, "the reward model's tokenizer pads with a token that ends answers");
     }
-    let ends_answers = |dir| pad_of_config(dir).filter(|&pad| ends.iter().any(|&end| u64::from(end) == pad));
-    let stated = |whose: &str, verdict, pad: u64| {
-        Check::stated(about, verdict, format!("`pad_token_id` {pad} in the {whose}'s config.json ends answers"))
+    let ends_answers = |dir| pad_of_files(dir, policy).filter(|(id, _)| ends.contains(id));
+    let stated = |whose: &str, verdict, (pad, file): (u32, &str)| {
+        Check::stated(about, verdict, format!("the padding token {pad} of the {whose}'s {file} ends answers"))
     };
     match (ends_answers(reward_model.dir()), ends_answers(policy_dir)) {
         (Some(pad), _) => stated("reward model", Verdict::Fail, pad),
@@ -117,10 +117,19 @@ pub(super) fn pad_is_not_end(policy_dir: &Path, policy: &Tokenizer, reward_model
     }
 }
 
-/// `pad_token_id` of a directory's config.json, where it has one.
-fn pad_of_config(dir: &Path) -> Option<u64> {
-    let text = std::fs::read_to_string(dir.join("config.json")).ok()?;
-    serde_json::from_str::<Value>(&text).ok()?["pad_token_id"].as_u64()
+/// The padding token that other programs would read in a directory, and where.
+fn pad_of_files(dir: &Path, tokenizer: &Tokenizer) -> Option<(u32, &'static str)> {
+    let json = |file| {
+        let text = std::fs::read_to_string(dir.join(file)).ok()?;
+        serde_json::from_str::<Value>(&text).ok()
+    };
+    let of_model = |file| u32::try_from(json(file)?["pad_token_id"].as_u64()?).ok();
+    let of_tokenizer = |file| {
+        let pad = &json(file)?["pad_token"];
+        tokenizer.token_id(pad.as_str().or_else(|| pad["content"].as_str())?)
+    };
+    const FILES: [&str; 2] = ["config.json", "tokenizer_config.json"];
+    of_model(FILES[0]).map(|pad| (pad, FILES[0])).or_else(|| Some((of_tokenizer(FILES[1])?, FILES[1])))
 }
 
 /// The prompts of the run, the messages of the first of them, and what is to be said of them.

@@ -19,6 +19,7 @@ mod units;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::config::Configuration;
@@ -85,11 +86,13 @@ pub(crate) fn overoptimise(args: &OveroptimiseArgs, interrupt: Interrupt) -> Res
     let carry_out = |steps| -> Result<Progress> {
         Ok(run::carry_out(&run_args(steps), recipe.clone(), &Group::alone(), interrupt)?.1)
     };
-    // The prompts are read before hours of work, though only the world may have to write them.
-    if !config.prompts.exists() && steps.contains(&Step::World) && carry_out(vec![Step::World])? != Progress::Finished {
+    let setup = Setup::open(recipe.clone(), &args.runtime)?;
+    // The prompts are read before hours of work, though the world may have to write them first.
+    let absolute = |path: &Path| std::path::absolute(path).context("the working directory is unknown");
+    let of_world = steps.contains(&Step::World) && absolute(&config.prompts)?.starts_with(absolute(&setup.data_dir())?);
+    if of_world && !config.prompts.exists() && carry_out(vec![Step::World])? != Progress::Finished {
         return Ok(Outcome::Interrupted);
     }
-    let setup = Setup::open(recipe.clone(), &args.runtime)?;
     Lab::prompts(&config, setup.gold.as_ref().context("the recipe has no `[gold]`")?)?;
     if carry_out(steps)? != Progress::Finished {
         return Ok(Outcome::Interrupted);
