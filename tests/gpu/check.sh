@@ -59,6 +59,12 @@ bench() {
   fi
   line=$(timeout "$(left)" "$recipe" bench "$@" --backend "$backend" -q 2>"$work/stderr")
   local code=$?
+  if [ $code -eq 124 ]; then
+    line=
+    failures+=("bench $* (not done in the time left)")
+    write "| $label | not done in the time left | | | |"
+    return
+  fi
   if [ $code -ne 0 ]; then
     line=
     failures+=("bench $*")
