@@ -3,6 +3,7 @@
 //! The step asks its questions in a file, stops, and is carried out again by the same command until `<out>/labels/` has
 //! enough decisions about them. A label is never removed by the recipe: it is somebody's work.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -222,7 +223,7 @@ fn label_files(dir: &Path) -> Result<Vec<PathBuf>> {
 fn quoted(path: &Path) -> String {
     let path = path.display().to_string();
     // Only a NUL cannot be quoted, and no path has one.
-    shlex::try_quote(&path).map_or_else(|_| path.clone(), |quoted| quoted.into_owned())
+    shlex::try_quote(&path).map_or_else(|_| path.clone(), Cow::into_owned)
 }
 
 /// Tells on stdout how to label, and that the same command goes on.

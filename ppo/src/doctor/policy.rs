@@ -88,7 +88,9 @@ pub(crate) fn answers_known(answers: &[Vec<u32>], log_probs: &[Vec<f32>], vocab_
     // Nats a token of one answer, by both.
     let losses = |answer: &Vec<u32>, log_probs: &Vec<f32>| {
         let mut own: BTreeMap<u32, usize> = BTreeMap::new();
-        answer.iter().for_each(|&id| *own.entry(id).or_default() += 1);
+        for &id in answer {
+            *own.entry(id).or_default() += 1;
+        }
         let n_different = counts.iter().filter(|(id, n)| own.get(id).is_none_or(|own| own < n)).count() as f64;
         let n_others = (n_all - answer.len()) as f64;
         let frequency =

@@ -119,6 +119,7 @@ pub(super) fn pad_is_not_end(policy_dir: &Path, policy: &Tokenizer, reward_model
 
 /// The padding token that other programs would read in a directory, and where.
 fn pad_of_files(dir: &Path, tokenizer: &Tokenizer) -> Option<(u32, &'static str)> {
+    const FILES: [&str; 2] = ["config.json", "tokenizer_config.json"];
     let json = |file| {
         let text = std::fs::read_to_string(dir.join(file)).ok()?;
         serde_json::from_str::<Value>(&text).ok()
@@ -128,7 +129,6 @@ fn pad_of_files(dir: &Path, tokenizer: &Tokenizer) -> Option<(u32, &'static str)
         let pad = &json(file)?["pad_token"];
         tokenizer.token_id(pad.as_str().or_else(|| pad["content"].as_str())?)
     };
-    const FILES: [&str; 2] = ["config.json", "tokenizer_config.json"];
     of_model(FILES[0]).map(|pad| (pad, FILES[0])).or_else(|| Some((of_tokenizer(FILES[1])?, FILES[1])))
 }
 

@@ -337,7 +337,7 @@ mod tests {
             format!("[\n  {record},\n  {record}\n]"),
             format!("{record}\nprose"),
             format!("{record}\n[{record}"),
-            format!("prose\n{{\"prompt\":"),
+            "prose\n{\"prompt\":".to_owned(),
             "{\n  \"version\": \"1.0\"".to_owned(),
         ]
         .iter()
