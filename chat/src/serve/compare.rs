@@ -1,9 +1,7 @@
 //! What the page asks beyond OpenAI's interface: judgements of compared answers, kept as preference records.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fs::Metadata;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +10,6 @@ use axum::http::StatusCode;
 use common::conversation::{Message, Role};
 use common::data::DataError;
 use common::data::records::{Label, LabelFile, Verdict};
-use common::files::FileError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -59,7 +56,6 @@ type Noted = Option<(Who, String)>;
 #[derive(Debug)]
 struct Written {
     file: LabelFile,
-    place: Place,
     /// The latest judgements that are kept, each with its number and what its records are about, where that was asked.
     kept: VecDeque<(u64, Vec<Noted>)>,
     next: u64,
@@ -77,12 +73,11 @@ impl Labels {
     /// As of [`LabelFile::open`].
     pub(super) fn open(path: &Path, asked: HashSet<String>) -> Result<(Self, usize), DataError> {
         let (file, said) = LabelFile::open(path)?;
-        let place = Place::of(path)?;
         // A page that was open before the server was started again must not take back what another one judged since. In
         // milliseconds, numbers stay exact in JavaScript.
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let next = since.as_millis() as u64;
-        let mut written = Written { file, place, kept: VecDeque::new(), next, asked, judged: HashMap::new() };
+        let mut written = Written { file, kept: VecDeque::new(), next, asked, judged: HashMap::new() };
         for label in &said {
             written.note(label);
         }
@@ -95,7 +90,6 @@ impl Labels {
     /// If they cannot be written; none of them is kept then.
     fn keep(&self, records: &[Label]) -> Result<u64, DataError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        written.place.check()?;
         let number = written.next;
         written.next += 1;
         for (n_before, record) in records.iter().enumerate() {
@@ -116,7 +110,6 @@ impl Labels {
     /// Takes a judgement back; `false` if it is not the last one that is kept.
     fn undo(&self, id: u64) -> Result<bool, DataError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        written.place.check()?;
         let Written { file, kept, judged, .. } = &mut *written;
         let Some((_, about)) = kept.back_mut().filter(|(number, _)| *number == id) else { return Ok(false) };
         // Where the file cannot be written, what is left of the judgement can be taken back later.
@@ -149,47 +142,6 @@ impl Written {
             (who, question)
         })
     }
-}
-
-/// Where the open file lies, as long as it does.
-#[derive(Debug)]
-struct Place {
-    path: PathBuf,
-    id: FileId,
-}
-
-impl Place {
-    /// That of the file at `path`, which is open.
-    fn of(path: &Path) -> Result<Self, DataError> {
-        let metadata = path.metadata().map_err(FileError::read(path))?;
-        Ok(Self { path: path.to_owned(), id: file_id(&metadata) })
-    }
-
-    /// Refuses a file that has no name, or another one, so that nobody will find what is written to it.
-    fn check(&self) -> Result<(), DataError> {
-        let is_there = self.path.metadata().is_ok_and(|metadata| file_id(&metadata) == self.id);
-        let gone = "the file was removed or replaced; put it back, or start the server again to have a new one";
-        is_there.then_some(()).ok_or_else(|| FileError::write(&self.path)(io::Error::other(gone)).into())
-    }
-}
-
-/// What tells a file from others, whatever their names.
-#[cfg(unix)]
-type FileId = (u64, u64);
-
-#[cfg(unix)]
-fn file_id(metadata: &Metadata) -> FileId {
-    use std::os::unix::fs::MetadataExt as _;
-    (metadata.dev(), metadata.ino())
-}
-
-/// Elsewhere there may be nothing but the name: whether a file has it.
-#[cfg(not(unix))]
-type FileId = bool;
-
-#[cfg(not(unix))]
-fn file_id(metadata: &Metadata) -> FileId {
-    metadata.is_file()
 }
 
 /// An answer that was shown.

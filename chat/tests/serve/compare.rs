@@ -114,7 +114,7 @@ fn a_judgement_for_a_file_that_was_removed_is_refused() {
             assert_eq!((reply.status, &error["type"]), (500, &json!("server_error")), "{}", reply.text);
             let message = error["message"].as_str().unwrap();
             assert!(message.contains("labels.jsonl`: the file was removed or replaced"), "{message}");
-            assert!(message.contains("start the server again"), "{message}");
+            assert!(message.contains("start this program again"), "{message}");
             server.log_with(message);
         }
     };

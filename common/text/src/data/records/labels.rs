@@ -1,7 +1,7 @@
 //! What people say of two answers, as they say it: read with everything that reward models learn nothing from, and
 //! written one decision at a time.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -230,9 +230,29 @@ pub(super) fn tied_of(record: &Record) -> Result<Option<Tied>, String> {
 pub struct LabelFile {
     path: PathBuf,
     file: File,
+    id: FileId,
     /// Where each record of this session begins.
     starts: Vec<u64>,
     end: u64,
+}
+
+/// What tells a file from others, whatever their names.
+#[cfg(unix)]
+type FileId = (u64, u64);
+
+#[cfg(unix)]
+fn file_id(metadata: &Metadata) -> FileId {
+    use std::os::unix::fs::MetadataExt as _;
+    (metadata.dev(), metadata.ino())
+}
+
+/// Elsewhere there may be nothing but the name: whether a file has it.
+#[cfg(not(unix))]
+type FileId = bool;
+
+#[cfg(not(unix))]
+fn file_id(metadata: &Metadata) -> FileId {
+    metadata.is_file()
 }
 
 impl LabelFile {
@@ -267,14 +287,16 @@ impl LabelFile {
             file.write_all(b"\n").and_then(|()| file.sync_all()).map_err(write)?;
             end += 1;
         }
-        Ok((Self { path: path.to_owned(), file, starts: Vec::new(), end }, labels))
+        let id = file_id(&path.metadata().map_err(FileError::read(path))?);
+        Ok((Self { path: path.to_owned(), file, id, starts: Vec::new(), end }, labels))
     }
 
     /// Appends a decision and waits until it is on the disk.
     ///
     /// # Errors
-    /// If it cannot be written; the file is then as before.
+    /// If it cannot be written, or the file was removed or replaced; it is then as before.
     pub fn append(&mut self, label: &Label) -> Result<(), DataError> {
+        self.is_in_place()?;
         let line = format!("{}\n", Value::Object(label.to_record()));
         let written = self.file.write_all(line.as_bytes()).and_then(|()| self.file.sync_data());
         if let Err(source) = written {
@@ -287,11 +309,19 @@ impl LabelFile {
         Ok(())
     }
 
+    /// Refuses a file that has lost its name, or whose name is another's: nobody would find what is written to it.
+    fn is_in_place(&self) -> Result<(), DataError> {
+        let is_there = self.path.metadata().is_ok_and(|metadata| file_id(&metadata) == self.id);
+        let gone = "the file was removed or replaced; put it back, or start this program again to have a new one";
+        is_there.then_some(()).ok_or_else(|| FileError::write(&self.path)(std::io::Error::other(gone)).into())
+    }
+
     /// Takes the last decision of this session back; `false` if there is none.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn undo(&mut self) -> Result<bool, DataError> {
+        self.is_in_place()?;
         let Some(start) = self.starts.pop() else { return Ok(false) };
         let cut = self.file.set_len(start).and_then(|()| self.file.seek(SeekFrom::End(0)));
         cut.and_then(|_| self.file.sync_all()).map_err(FileError::write(&self.path))?;
@@ -348,6 +378,21 @@ mod tests {
             assert!(LabelFile::open(&path).is_err(), "{text}");
             assert_eq!(std::fs::read_to_string(&path).expect("there"), *text);
         }
+    }
+
+    #[test]
+    fn nothing_is_written_to_a_file_that_was_removed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let [path, away] = ["labels.jsonl", "away.jsonl"].map(|name| dir.path().join(name));
+        let (mut file, _) = LabelFile::open(&path).expect("created");
+        file.append(&label(Verdict::Tie)).expect("written");
+        std::fs::rename(&path, &away).expect("moved");
+        assert!(file.append(&label(Verdict::Tie)).is_err() && file.undo().is_err());
+        std::fs::write(&path, "another").expect("written");
+        assert!(cfg!(not(unix)) || file.append(&label(Verdict::Tie)).is_err());
+        std::fs::rename(&away, &path).expect("moved back");
+        file.append(&label(Verdict::First)).expect("written");
+        assert_eq!(read_labels(&path, OnBadRecord::Fail).expect("whole records").len(), 2);
     }
 
     #[test]
