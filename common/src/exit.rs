@@ -33,8 +33,7 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
 /// Prints what went wrong and gives the number of the exit code.
 pub(crate) fn say_error(error: &anyhow::Error) -> u8 {
     // Nothing is left to try if stderr itself is gone.
-    // What data and names hold must not steer the terminal.
-    say(&visible(&error_text(error)));
+    say(&error_text(error));
     if error.chain().any(<dyn std::error::Error>::is::<UsageError>) { 2 } else { 1 }
 }
 
@@ -68,7 +67,8 @@ fn error_text(error: &anyhow::Error) -> String {
         text.push_str("\nhint: ");
         text.push_str(&hint);
     }
-    text
+    // What data and names hold must not steer the terminal.
+    visible(&text).into_owned()
 }
 
 #[cfg(test)]
@@ -76,6 +76,11 @@ mod tests {
     use anyhow::Context;
 
     use super::*;
+
+    #[test]
+    fn an_error_does_not_steer_the_terminal() {
+        assert_eq!(error_text(&anyhow::anyhow!("no `\x1b[2J`")), "error: no `\u{fffd}[2J`");
+    }
 
     #[test]
     fn a_chain_is_one_line_and_its_hints_come_last() {

@@ -116,6 +116,24 @@ fn planted_faults_are_named_with_the_stage_to_mend() {
 }
 
 #[test]
+fn what_does_not_apply_is_no_fault_and_what_harms_nobody_here_warns() {
+    let setup = Setup::new(World { sft_steps: 60, reward_steps: 30, ..BASE });
+    let of = |flags: &[&str], id: &str| {
+        let checks = setup.examine(flags).checks;
+        checks.into_iter().find(|check| check.id == id).unwrap()
+    };
+    let check = of(&["--set", "ppo.dialect=trl"], "missing-eos-score");
+    assert!(check.verdict == Verdict::Pass && check.reason.contains("in this dialect"), "{}", check.reason);
+    setup::copy(&setup.path("sft"), &setup.path("sft.padded"));
+    let path = setup.path("sft.padded/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["pad_token_id"] = config["eos_token_id"].clone();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let check = of(&["--policy", "sft.padded"], "pad-is-not-end");
+    assert!(check.verdict == Verdict::Warn && check.reason.contains("the policy's config.json"), "{}", check.reason);
+}
+
+#[test]
 fn a_learning_rate_a_hundred_times_too_high_is_named_at_its_first_step() {
     let setup = Setup::new(World { sft_steps: 60, reward_steps: 30, ..BASE });
     let error = setup.train_ppo("fast", &["--set", "optimizer.lr=0.03"]).unwrap_err().to_string();

@@ -64,6 +64,7 @@ pub fn files(setup: &Setup) -> Vec<InFiles> {
         ("an SFT model as the reward model", vec!["--reward-model", "sft"], "reward-model-loads", Blame::RewardModel),
         ("another tokenizer", vec!["--reward-model", "rm.other"], "same-tokenizer", Blame::Tokenizer),
         ("padding that is the end", vec!["--reward-model", "rm.padded"], "pad-is-not-end", Blame::Tokenizer),
+        ("the same in its tokenizer", vec!["--reward-model", "rm.padded-text"], "pad-is-not-end", Blame::Tokenizer),
         (
             "an untrained SFT model",
             vec!["--policy", "sft.untrained", "--set", "ppo.response_length=6"],
@@ -133,7 +134,14 @@ fn plant_reward_models(setup: &Setup) {
     std::fs::write(&path, bytes).unwrap();
 
     copy(&setup.path("rm"), &setup.path("rm.padded"));
-    edit_json(&setup.path("rm.padded/config.json"), |config| config["pad_token_id"] = json!(tokenizer.specials().end));
+    let end = tokenizer.specials().end;
+    edit_json(&setup.path("rm.padded/config.json"), |config| config["pad_token_id"] = json!(end));
+
+    copy(&setup.path("rm"), &setup.path("rm.padded-text"));
+    edit_json(&setup.path("rm.padded-text/config.json"), |config| config["pad_token_id"] = Value::Null);
+    edit_json(&setup.path("rm.padded-text/tokenizer_config.json"), |config| {
+        config["pad_token"] = json!(tokenizer.token_text(end).unwrap());
+    });
 }
 
 /// A reward model whose score is the number of tokens before the last one, times `sign`, and a constant.

@@ -317,6 +317,28 @@ mod tests {
     }
 
     #[test]
+    fn only_an_order_that_is_surely_reversed_leaves_the_rest_out() {
+        let encoded = |i: usize| EncodedPair {
+            chosen: vec![0; 3 + i % 2],
+            rejected: vec![0; 4 - i % 2],
+            n_prompt: 1,
+            margin: None,
+        };
+        let of = |n_right: usize| {
+            let distances = (0..120).map(|i| if i < n_right { 1.0 } else { -1.0 }).collect();
+            let scored =
+                Scored { pairs: vec![Pair::default(); 120], encoded: (0..120).map(encoded).collect(), distances };
+            scored.checks(&Err("no pairs".to_owned())).into_iter().map(|check| (check.verdict, check.value.is_some()))
+        };
+        let skipped = (Verdict::Warn, false);
+        // 0.48 of 120: no better than chance, and no reversed order.
+        let at_chance: Vec<_> = of(58).collect();
+        assert!(at_chance[0] == (Verdict::Fail, true) && at_chance[1] != skipped, "{at_chance:?}");
+        let reversed: Vec<_> = of(20).collect();
+        assert!(reversed[0] == (Verdict::Fail, true) && reversed[1..] == [skipped; 4], "{reversed:?}");
+    }
+
+    #[test]
     fn a_baseline_is_compared_pair_by_pair() {
         let (right, wrong) = (vec![1.0; 20], vec![0.0; 20]);
         let verdict = |ours: &[f64], theirs: &[f64]| beats(&about::LONGER_WINS, ours, theirs, "x").verdict;

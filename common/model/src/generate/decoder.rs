@@ -59,12 +59,10 @@ impl Decoder {
 mod tests {
     use burn::tensor::{Device, Int, Tensor, TensorData};
 
-    use super::super::tests::random_model;
+    use super::super::tests::{adapted, random_model};
     use super::*;
     use crate::adapter::LoraConfig;
-    use crate::params::Output;
-    use crate::{Activation, GptConfig, NormPlacement, Rotary, hf};
-    use base::rng::Streams;
+    use crate::{Activation, GptConfig, NormPlacement, Rotary};
     use kernels::Kernels;
 
     const VOCAB: usize = 37;
@@ -134,15 +132,8 @@ mod tests {
             targets: vec!["q_proj".into(), "v_proj".into(), "down_proj".into()],
             ..Default::default()
         };
-        let adapters = hf::adapters_of(&config, &lora).expect("known targets");
-        let mut named = adapters.initial(&config, Output::Logits, &Streams::new(1));
-        named
-            .values_mut()
-            .flat_map(|tensor| &mut tensor.data)
-            .enumerate()
-            .for_each(|(i, x)| *x += (i % 5) as f32 * 0.1);
         let trunk = random_model(&config, &Device::flex());
-        let adapted = trunk.clone().with_adapters(&adapters, named, &Device::flex()).expect("fits");
+        let adapted = adapted(trunk.clone(), &lora).expect("known targets");
         for n_rows in [1, 5] {
             let [one_by_one, together] = both(&adapted, n_rows);
             assert!(one_by_one == together, "{n_rows} rows");

@@ -6,7 +6,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::{Finish, GenerateError, GenerateOptions, Generated, Limits, Request, SamplingConfig, Scheduler, generate};
-use crate::{Gpt, GptConfig, Layout, NormPlacement, Positions};
+use crate::adapter::LoraConfig;
+use crate::params::Output;
+use crate::{Gpt, GptConfig, Layout, NormPlacement, Positions, hf};
 use base::rng::Streams;
 use kernels::Kernels;
 
@@ -23,6 +25,17 @@ pub(super) fn random_model(config: &GptConfig, device: &Device) -> Gpt {
         }
     }
     Gpt::from_named(config, named, device).unwrap()
+}
+
+/// `model` with adapters that change what it computes; `None` where its architecture takes none.
+pub(super) fn adapted(model: Gpt, lora: &LoraConfig) -> Option<Gpt> {
+    let (config, device) = (model.config().clone(), model.device());
+    let adapters = hf::adapters_of(&config, lora).ok()?;
+    let mut named = adapters.initial(&config, Output::Logits, &Streams::new(1));
+    // Half of the initial numbers are zero.
+    let numbers = named.values_mut().flat_map(|tensor| &mut tensor.data);
+    numbers.enumerate().for_each(|(i, x)| *x += (i % 5) as f32 * 0.1);
+    Some(model.with_adapters(&adapters, named, &device).expect("fits"))
 }
 
 fn config(positions: Positions, norm: NormPlacement) -> GptConfig {

@@ -8,10 +8,9 @@ use proptest::prelude::*;
 
 use super::{Finish, Limits, Request, SampledToken, Scheduler};
 use crate::adapter::LoraConfig;
-use crate::generate::tests::random_model;
+use crate::generate::tests::{adapted, random_model};
 use crate::generate::{GenerateOptions, SamplingConfig, generate};
-use crate::params::Output;
-use crate::{ALL_LINEAR, Activation, CHUNK, Gpt, GptConfig, NormPlacement, Positions, hf};
+use crate::{ALL_LINEAR, Activation, CHUNK, Gpt, GptConfig, NormPlacement, Positions};
 use base::rng::Streams;
 use kernels::Kernels;
 
@@ -245,15 +244,7 @@ fn a_decoder_changes_no_token_and_no_bit() {
 fn a_decoder_changes_nothing_beside_adapters() {
     let lora = LoraConfig { rank: 3, targets: vec![ALL_LINEAR.into()], ..LoraConfig::default() };
     for (name, config) in families() {
-        let Ok(adapters) = hf::adapters_of(&config, &lora) else { continue };
-        let mut named = adapters.initial(&config, Output::Logits, &Streams::new(1));
-        named
-            .values_mut()
-            .flat_map(|tensor| &mut tensor.data)
-            .enumerate()
-            .for_each(|(i, x)| *x += (i % 5) as f32 * 0.1);
-        let device = Device::flex();
-        let model = random_model(&config, &device).with_adapters(&adapters, named, &device).expect("fits");
+        let Some(model) = adapted(random_model(&config, &Device::flex()), &lora) else { continue };
         if config.gated {
             assert_a_decoder_changes_nothing(&model, name);
         } else {
