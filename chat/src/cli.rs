@@ -60,7 +60,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub reward_model: Option<PathBuf>,
 
-    /// File that the judgements made on the page are appended to, as preference records
+    /// File that the judgements made on the page are appended to, as preference records (.jsonl)
     #[arg(long, value_name = "FILE")]
     pub labels: Option<PathBuf>,
 

@@ -69,7 +69,7 @@ pub struct LabelArgs {
     #[arg(long, value_name = "FILE", group = "questions")]
     pub pairs: Option<PathBuf>,
 
-    /// File that decisions are appended to
+    /// File that decisions are appended to (.jsonl)
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
 
