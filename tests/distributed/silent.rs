@@ -70,15 +70,16 @@ fn a_process_that_is_slow_is_waited_for() {
         return;
     }
     let lab = Lab::before(PRETRAIN);
-    // The first samples alone, and the other waits: for so many prompts that it takes longer than patience.
-    let more = |n: usize| {
-        let prompts = format!("train.sample_prompts=[{}]", "'the fox', ".repeat(n));
-        [&SHARED[..], &[&prompts, "train.sample_tokens=60", "train.steps=4", "run.group_timeout=5", "run.eval_every=0"]]
-            .concat()
-            .iter()
-            .flat_map(|setting| ["--set".to_owned(), (*setting).to_owned()])
-            .collect::<Vec<_>>()
+    // The first samples alone, and the other waits: for so many prompts that it takes longer than patience. They are in
+    // the file, since an argument may be of 128 KiB at most.
+    let config = String::from_utf8(lab.bytes("configs/pretrain.toml")).unwrap();
+    let prompts_of = |n: usize| {
+        let prompts = format!("sample_prompts = [{}]", "'the fox', ".repeat(n));
+        assert!(config.contains("sample_prompts = [\"the fox\"]"));
+        lab.write("configs/pretrain.toml", config.replace("sample_prompts = [\"the fox\"]", &prompts));
     };
+    let settings = ["train.sample_tokens=60", "train.steps=4", "run.group_timeout=5", "run.eval_every=0"];
+    let more = [set(&[&SHARED[..], &settings].concat()), vec!["--overwrite"]].concat();
     let sampling = |mut run: Running| {
         run.hears("step 4/4");
         let start = Instant::now();
@@ -90,9 +91,8 @@ fn a_process_that_is_slow_is_waited_for() {
     // How many those are depends on the machine and what else it does.
     let mut n_prompts = 2000;
     loop {
-        let many = more(n_prompts);
-        let many: Vec<&str> = many.iter().map(String::as_str).chain(["--overwrite"]).collect();
-        let took = sampling(Lab::running(mpirun(&lab, &vec![process(PRETRAIN, "parts", &many); 2])));
+        prompts_of(n_prompts);
+        let took = sampling(Lab::running(mpirun(&lab, &vec![process(PRETRAIN, "parts", &more); 2])));
         if took > Duration::from_secs(6) {
             break;
         }
