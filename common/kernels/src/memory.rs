@@ -68,16 +68,17 @@ pub fn usage() -> Usage {
             &raw mut faults,
         );
     }
+    // Read once: the peak of a moment before may be less than what is resident now.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     Usage {
         cpu_seconds: (user + system) as f64 / 1e3,
-        peak_bytes: of_proc("VmHWM:").unwrap_or(peak),
-        resident_bytes: of_proc("VmRSS:").unwrap_or(rss),
+        peak_bytes: size_in(&status, "VmHWM:").unwrap_or(peak),
+        resident_bytes: size_in(&status, "VmRSS:").unwrap_or(rss),
     }
 }
 
-/// A size in `/proc/self/status`, in bytes.
-fn of_proc(name: &str) -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// A size in the text of `/proc/self/status`, in bytes.
+fn size_in(status: &str, name: &str) -> Option<usize> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
