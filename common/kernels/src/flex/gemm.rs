@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::stored::Stored;
-use super::tile::{LANES, Start, multiply_panel, pack_columns, pack_rows, widest};
+use super::tile::{LANES, Start, TILE_ROWS, multiply_panel, pack_columns, pack_rows, widest};
 use super::{Numbers, initialise};
 
 /// A matrix to read: element `(i, j)` is `data[i · row_stride + j · col_stride]`.
@@ -232,8 +232,8 @@ pub enum Threads {
 /// Multiplications below which a product is not worth sharing out.
 const SMALL: usize = 1 << 19;
 
-/// Rows of a block of the output: with [`DEPTH`] columns of the left operand they stay in the second cache.
-const ROWS: usize = 128;
+/// Rows of a block of the output: with [`DEPTH`] columns of the left operand they stay in the second cache. Whole tiles.
+const ROWS: usize = 21 * TILE_ROWS;
 
 /// Columns of the left operand, and rows of the right one, that are taken at a time.
 const DEPTH: usize = 512;
@@ -272,16 +272,12 @@ impl Packed {
 
 /// `out = scale · a b`, or `out += scale · a b`.
 ///
+/// Each task rearranges what it needs of both operands, in memory that is its thread's own.
+///
 /// # Panics
 /// If the shapes do not fit.
 pub fn gemm<T: Stored>(out: MatMut<'_>, output: Output<'_>, a: Mat<'_>, b: Mat<'_, T>, scale: f32, threads: Threads) {
     assert_eq!((a.rows, b.cols, a.cols), (out.rows, out.cols, b.rows), "product of matrices that do not fit");
-    if threads == Threads::All && a.col_stride == 1 {
-        gemm_packed(out, output, a, &Packed::new(b, threads), scale, threads);
-        return;
-    }
-    // A transposed left operand is the long side of a sum over many rows: each task rearranges what it needs of both
-    // operands.
     let shared = out.share();
     let work = |(rows, cols): Rect| {
         let (a, b) = (a.part(rows.clone(), 0..a.cols), b.part(0..b.rows, cols.clone()));
@@ -371,7 +367,8 @@ fn row_blocks(rows: usize, cols: usize, depth: usize, threads: Threads) -> Vec<R
     let n_threads =
         if threads == Threads::All && rows * cols * depth >= SMALL { rayon::current_num_threads() } else { 1 };
     let n_blocks = rows.div_ceil(ROWS);
-    let rows_each = rows.div_ceil(n_blocks.next_multiple_of(2 * n_threads).min(rows.div_ceil(48).max(1)));
+    let n_blocks = n_blocks.next_multiple_of(2 * n_threads).min(rows.div_ceil(48).max(1));
+    let rows_each = rows.div_ceil(n_blocks).next_multiple_of(TILE_ROWS);
     let n_blocks = rows.div_ceil(rows_each.max(1)).max(1);
     let n_panels = cols.div_ceil(widest());
     let n_groups = if n_threads == 1 { 1 } else { (2 * n_threads).div_ceil(n_blocks).clamp(1, n_panels.max(1)) };
@@ -388,7 +385,7 @@ fn rectangles(rows: usize, cols: usize) -> Vec<Rect> {
     let (mut best, mut least) = ((rows, cols), usize::MAX);
     for n_row_groups in 1..=(2 * n_threads).min(rows.div_ceil(12)) {
         for n_col_groups in 1..=(2 * n_threads).min(n_panels) {
-            let rows_each = rows.div_ceil(n_row_groups);
+            let rows_each = rows.div_ceil(n_row_groups).next_multiple_of(TILE_ROWS);
             let cols_each = n_panels.div_ceil(n_col_groups) * widest();
             let rounds = (n_row_groups * n_col_groups).div_ceil(n_threads);
             let cost = rounds * (rows_each * cols_each + REARRANGE * (rows_each + cols_each));

@@ -17,8 +17,9 @@ const POSITIONS: usize = 96;
 const TOKENS: usize = 256;
 /// Most positions that the backward takes at once.
 const BLOCK: usize = 512;
-/// Most logits, or gradients of logits, that are held at once: 64 MiB of them.
-const HELD: usize = 1 << 24;
+/// Most logits, or gradients of logits, that are held at once: 64 MiB of them, and twice as many where the head learns,
+/// whose gradient is as large and is gone through for each block.
+const HELD: [usize; 2] = [1 << 24, 1 << 25];
 
 /// Results of the forward, each `[n]`.
 pub struct LogProbs {
@@ -187,7 +188,7 @@ fn gradients<T: Stored>(
     let (n, vocab_size) = (targets.len(), head.len() / d_model);
     let mut hidden_grad = unset(n * d_model);
     let mut head_grad = if learns { vec![0.0; vocab_size * d_model] } else { Vec::new() };
-    let block = block_of(n, vocab_size);
+    let block = block_of(n, vocab_size, learns);
     let mut slopes = unset(vocab_size * block);
     for start in (0..n).step_by(block) {
         let n = block.min(n - start);
@@ -227,9 +228,9 @@ fn gradients<T: Stored>(
     (hidden_grad, learns.then_some(head_grad))
 }
 
-/// Positions whose logits are held at once.
-fn block_of(n: usize, vocab_size: usize) -> usize {
-    (HELD / vocab_size.max(1) / 64 * 64).clamp(64, BLOCK).min(n.max(1))
+/// Positions whose logits are held at once, if the head `learns` or not.
+fn block_of(n: usize, vocab_size: usize, learns: bool) -> usize {
+    (HELD[usize::from(learns)] / vocab_size.max(1) / 64 * 64).clamp(64, BLOCK).min(n.max(1))
 }
 
 /// A cross-entropy and its gradients.
@@ -291,7 +292,7 @@ fn loss_with_gradients<T: Stored>(
     // Of a frozen head no more than room for a row, which `subtract_target` writes.
     let rows = if learns { vocab_size } else { 1 };
     let mut head_grad = if n == 0 { vec![0.0; rows * d_model] } else { unset(rows * d_model) };
-    let block = block_of(n, vocab_size);
+    let block = block_of(n, vocab_size, learns);
     let n_tiles = vocab_size.div_ceil(TOKENS);
     let mut exps = unset(vocab_size * block);
     let mut scaled = unset(d_model * block);

@@ -10,9 +10,13 @@
 use super::gemm::{Mat, MatMut};
 use super::simd::{Level, fma, level, simd};
 use super::stored::{Stored, transpose_stored, widen_here};
+use super::strips::prefetch;
 
 /// Columns that a panel is filled up to a multiple of: one AVX-512 register, two of AVX2.
 pub const LANES: usize = 16;
+
+/// Rows of a tile of the output that is as wide as the widest panel.
+pub const TILE_ROWS: usize = 6;
 
 /// Most numbers in a tile of the output.
 const TILE: usize = 24 * LANES;
@@ -58,11 +62,11 @@ simd! {
         // shapes and the panel's were just compared.
         unsafe {
             match width / LANES {
-                4 => all_rows::<4, 6>(block, a),
+                4 => all_rows::<4, TILE_ROWS>(block, a),
                 3 => all_rows::<3, 8>(block, a),
                 2 => all_rows::<2, 12>(block, a),
                 1 if widest() > LANES => all_rows::<1, 12>(block, a),
-                1 => all_rows::<1, 6>(block, a),
+                1 => all_rows::<1, TILE_ROWS>(block, a),
                 other => panic!("a panel of {other} registers"),
             }
         }
@@ -144,7 +148,8 @@ unsafe fn all_rows<const WIDTH: usize, const ROWS: usize>(out: Block<'_>, a: Mat
     let mut row = 0;
     // SAFETY: each tile's rows lie within the block's.
     unsafe {
-        while row + ROWS <= out.rows {
+        // Eight rows are left for two tiles of four: one of two would wait for the panel.
+        while row + ROWS <= out.rows && (ROWS != TILE_ROWS || out.rows - row != 8) {
             tile_of_block::<WIDTH, ROWS>(out, a, row);
             row += ROWS;
         }
@@ -264,17 +269,23 @@ pub unsafe fn add_products<const WIDTH: usize, const ROWS: usize, R: RightRows<W
         // longer than the multiplications of AVX2's tile.
         let rows: [*const f32; ROWS] = std::hint::black_box(std::array::from_fn(|i| a.as_ptr().add((row + i) * a_row)));
         let mut at = 0;
-        for _ in 0..k {
-            let b_row = right.next();
-            unrolled!(i, totals, totals_of_row => {
-                let factor = *rows[i].add(at);
-                for j in 0..WIDTH {
-                    for lane in 0..LANES {
-                        totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
+        // A part of them asks for each of as many rows after these, which the next tile multiplies.
+        for i in 0..ROWS {
+            let mut ahead = a.as_ptr().wrapping_add((row + ROWS + i) * a_row);
+            for _ in i * k / ROWS..(i + 1) * k / ROWS {
+                prefetch(ahead);
+                ahead = ahead.wrapping_add(ROWS);
+                let b_row = right.next();
+                unrolled!(i, totals, totals_of_row => {
+                    let factor = *rows[i].add(at);
+                    for j in 0..WIDTH {
+                        for lane in 0..LANES {
+                            totals_of_row[j][lane] = fma(b_row[j][lane], factor, totals_of_row[j][lane]);
+                        }
                     }
-                }
-            });
-            at += a_col;
+                });
+                at += a_col;
+            }
         }
     }
     right
