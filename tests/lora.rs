@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, Stage};
+use clap::Parser;
 use serde_json::{Value, json};
 
 /// The same model with an adapter beside its weights and in them: sums in another order.
@@ -250,7 +251,20 @@ fn a_trunk_in_bf16_goes_through_every_stage() {
     // Another type on resuming is said.
     let longer = ["--resume", "--set", "train.steps=14"];
     let said = train(&lab, SFT, "sft-lora", &longer);
-    assert!(said.contains("the run began on `flex, trunk in bf16` and resumes on `flex`"), "{said}");
+    let began = "the run began on `flex, trunk in bf16` and resumes on `flex`: its numbers will be others";
+    assert!(said.contains(began) && said.contains("resume with the same `--precision` and `--trunk`"), "{said}");
+}
+
+#[test]
+fn an_interrupted_run_says_with_which_types_it_is_continued() {
+    let of = |more: &[&str]| {
+        let args = [&["sft", "train", "--config", "c", "--init", "i", "--out", "o"], more].concat();
+        let sft::Command::Train(args) = sft::Cli::parse_from(args).command else { panic!("it trains") };
+        args.stage.how_to_continue()
+    };
+    assert_eq!(of(&[]), "continue with `--resume`");
+    assert_eq!(of(&["--trunk", "bf16"]), "continue with `--resume --trunk bf16`");
+    assert_eq!(of(&["--precision", "f16", "--trunk", "bf16"]), "continue with `--resume --precision f16 --trunk bf16`");
 }
 
 #[test]

@@ -146,6 +146,19 @@ impl StageArgs {
     pub fn prepare_out(&self, inputs: &[&Path]) -> Result<(), OutDirError> {
         out_dir::prepare(&self.out, self.resume, self.overwrite, inputs)
     }
+
+    /// How an interrupted run is continued exactly: with the floating-point types it computed with.
+    pub fn how_to_continue(&self) -> String {
+        let RuntimeArgs { precision, trunk, .. } = self.runtime;
+        let mut flags = "--resume".to_owned();
+        if precision != Precision::F32 {
+            flags += &format!(" --precision {}", precision.name());
+        }
+        if trunk != TrunkPrecision::F32 {
+            flags += &format!(" --trunk {}", trunk.name());
+        }
+        format!("continue with `{flags}`")
+    }
 }
 
 impl RuntimeArgs {

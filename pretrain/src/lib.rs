@@ -38,7 +38,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             print_json(&train_tokenizer(&args)?)
         }
         Command::Train(args) => {
-            session::run(&args.stage.runtime, args.stage.tui, "continue with `--resume`", |group, interrupt| {
+            session::run(&args.stage.runtime, args.stage.tui, &args.stage.how_to_continue(), |group, interrupt| {
                 train(&args, group, interrupt)
             })
         }

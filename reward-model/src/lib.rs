@@ -39,7 +39,7 @@ use common::session;
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
-            session::run(&args.stage.runtime, args.stage.tui, "continue with `--resume`", |group, interrupt| {
+            session::run(&args.stage.runtime, args.stage.tui, &args.stage.how_to_continue(), |group, interrupt| {
                 train(&args, group, interrupt)
             })
         }

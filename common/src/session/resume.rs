@@ -16,6 +16,7 @@ use crate::checkpoint::{Checkpoint, Manifest, STATE_FILE_PATH, Stage};
 use crate::cli::StageArgs;
 use crate::config::{self, Configuration};
 use crate::files::read_if_there;
+use crate::kernels::Precision;
 use crate::model::{Adapters, Gpt, LoraConfig, NamedTensors, ScalarGpt};
 use crate::optim::{AdamW, OptimizerConfig};
 use crate::rng::Streams;
@@ -250,11 +251,15 @@ pub(super) fn check<C: Configuration>(
     }
     refused.extend(changed_data(manifest, &saved, plan, data));
     refused.extend(changed_parents(manifest, plan));
-    if manifest.backend != plan.runtime.label {
+    let (began, resumes) = (&manifest.backend, &plan.runtime.label);
+    if types_of(began) != types_of(resumes) {
+        tracing::warn!(
+            "the run began on `{began}` and resumes on `{resumes}`: its numbers will be others; to go on as it began, resume \
+             with the same `--precision` and `--trunk`"
+        );
+    } else if began != resumes {
         tracing::info!(
-            "the run began on `{}` and resumes on `{}`: the last bits of its numbers may differ",
-            manifest.backend,
-            plan.runtime.label
+            "the run began on `{began}` and resumes on `{resumes}`: the last bits of its numbers may differ"
         );
     }
     ensure!(
@@ -265,6 +270,13 @@ pub(super) fn check<C: Configuration>(
         refused.join("\n  ")
     );
     Ok(())
+}
+
+/// What the label of a runtime says of floating-point types.
+fn types_of(label: &str) -> Vec<&str> {
+    let is_type =
+        |part: &&str| Precision::ALL.iter().any(|known| known.name() == *part) || part.starts_with("trunk in ");
+    label.split(", ").filter(is_type).collect()
 }
 
 /// Every data file whose content is not what the run began with.
