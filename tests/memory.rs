@@ -4,6 +4,9 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // a test that unwraps fails with the error in its message
 
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
 use pipeline_tests::{DPO, Lab, PPO, REWARD_MODEL, SFT, Stage};
 use serde_json::Value;
 
@@ -99,6 +102,43 @@ fn a_plan_is_what_a_run_takes() {
         let args = [stage.train(stage.out, &["--overwrite"]), flags(&settings)].concat();
         assert_near(stage.program, planned, peak_of(&lab, stage.program, &args));
     }
+}
+
+#[test]
+fn a_model_is_in_memory_once_while_it_answers_and_is_merged() {
+    let lab = lab();
+    // 100 MB of weights, of which a second copy would show, in the layout of a class that has them in another order.
+    let settings = ["model.preset=\"llama\"", "model.d_model=768", "model.n_layers=4", "model.n_heads=12"];
+    let short = ["train.steps=1", "train.batch_size=1", "train.seq_len=32", "train.eval_windows=1", "run.eval_every=0"];
+    pretrain(&lab, "base", &[&SHORT[..3], &settings, &short].concat());
+    let weights = std::fs::metadata(lab.path("base/model.safetensors")).unwrap().len() as f64 / MIB;
+    assert!(weights > 90.0, "{weights}");
+    let adapted =
+        [SFT.train("sft", &[]), flags(&[&SHORT[..], &["lora.rank=4", "model.dropout=0.0"]].concat())].concat();
+    assert!(lab.run("sft", &adapted).status.success());
+    let answers = ["generate", "--checkpoint", "sft", "--prompt", "the fox", "--max-tokens", "1"];
+    let merged = ["merge", "--checkpoint", "sft", "--out", "merged"];
+    for args in [&answers[..], &merged] {
+        let mut child = lab.command("chat", args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let peak = peak_of_child(&mut child);
+        assert!(peak < 1.6 * weights + 60.0, "`chat {}`: {peak:.0} MiB for {weights:.0} of weights", args[0]);
+    }
+}
+
+/// The most memory that a process had when it ended, in MiB: the program must not be gone before it is asked.
+fn peak_of_child(child: &mut Child) -> f64 {
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0.0;
+    while child.try_wait().unwrap().is_none() {
+        let status = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        if let Some(kib) = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()) {
+            peak = kib / 1024.0;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().unwrap().success() && peak > 0.0);
+    peak
 }
 
 #[test]

@@ -40,7 +40,7 @@ impl Judge {
         let GenerateArgs { checkpoint: of_policy, reward_model: dirs, ensemble, runtime, .. } = args;
         let device = runtime.open()?;
         let load = |dir: &PathBuf| -> anyhow::Result<ScalarGpt> {
-            let checkpoint = Checkpoint::open_with(dir, runtime.opening())?.of_stage(&[Stage::RewardModel])?;
+            let mut checkpoint = Checkpoint::open_with(dir, runtime.opening())?.of_stage(&[Stage::RewardModel])?;
             ensure!(
                 checkpoint.require_tokenizer()?.sha256() == policy.tokenizer().sha256(),
                 "`{}` and `{}` have different tokenizers, so the one cannot score what the other writes\nhint: pass a reward \
@@ -48,7 +48,7 @@ impl Judge {
                 dir.display(),
                 of_policy.display()
             );
-            Ok(device.scalar(&checkpoint)?)
+            Ok(device.take_scalar(&mut checkpoint)?)
         };
         let models = dirs.iter().map(load).collect::<anyhow::Result<_>>()?;
         Ok(Self { models, dirs: dirs.clone(), ensemble: ensemble.unwrap_or_default() })

@@ -16,8 +16,8 @@ pub(crate) fn run(args: &MergeArgs) -> anyhow::Result<()> {
     args.process.start()?;
     // In f32, whatever it was trained beside.
     let opening = Opening { base: args.base.as_deref(), ..Opening::default() };
-    let checkpoint = Checkpoint::open_with(&args.checkpoint, opening).context("failed to load the adapter")?;
-    let weights = checkpoint.merged()?;
+    let mut checkpoint = Checkpoint::open_with(&args.checkpoint, opening).context("failed to load the adapter")?;
+    let weights = checkpoint.take_merged()?;
     let _lock = OutLock::take(&args.out)?;
     let base: PathBuf = checkpoint.base().path;
     let inputs: [&Path; 2] = [&args.checkpoint, &base];

@@ -41,9 +41,9 @@ impl Loaded {
     /// # Errors
     /// If the directory holds no language model or no tokenizer.
     pub(crate) fn open(dir: &Path, runtime: &Runtime, opening: Opening<'_>) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS)?;
+        let mut checkpoint = Checkpoint::open_with(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS)?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
-        let gpt = runtime.gpt(&checkpoint)?;
+        let gpt = runtime.take_gpt(&mut checkpoint)?;
         // A model that was never taught `<|end|>` ends a document by beginning the next.
         let stop = tokenizer.end_ids().into_iter().chain(tokenizer.bos()).collect();
         let is_base = checkpoint.stage() == Some(Stage::Pretrain) && !tokenizer.writes_by_template();

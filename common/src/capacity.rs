@@ -17,8 +17,8 @@ use crate::reduce::Reduce;
 
 pub use room::{Ranks, TooLarge, available, check, check_model, check_run};
 
-/// The program itself with its threads, in bytes.
-const PROGRAM: f64 = 38.0 * MIB;
+/// The program itself with its threads, and the pieces of memory that each of them keeps whatever the model, in bytes.
+const PROGRAM: f64 = 48.0 * MIB;
 
 /// The MPI library in each of several processes, in bytes.
 const LIBRARY: f64 = 10.0 * MIB;
@@ -142,15 +142,13 @@ pub struct Trained<'a> {
 }
 
 impl Trained<'_> {
-    /// Weights, moments, gradients and activations, and what saving copies: the optimiser's moments, the weights, the
-    /// weights to hand on, and those again where transformers has them in another order. Ranks behind the first save nothing,
-    /// but copy the weights to compare them.
+    /// Weights, moments, gradients and activations, and what saving copies: the optimiser's moments, the weights and the
+    /// weights to hand on. Ranks behind the first save nothing, but copy the weights to compare them.
     pub fn needs(&self) -> Needs {
         let Settings { trunk, shard_optimizer, share, .. } = self.settings;
         let all = footprint::weights(self.config, self.output, trunk);
         let adapters = self.adapters();
         let trained = adapters.unwrap_or(all);
-        let is_rearranged = !matches!(Class::of(self.config), Class::Gpt2 | Class::OpenAiGpt | Class::Kindling);
         let activations = footprint::activations(self.config, self.computation(), self.batch, self.output);
         let kept = if shard_optimizer { share.fraction() } else { 1.0 };
         let gradients = self.n_gradients() * trained;
@@ -162,14 +160,15 @@ impl Trained<'_> {
             exchange: if share.is_whole() { 0.0 } else { gradients + trained + activations.at_the_end },
             activations: activations.at_most,
             last_activations: activations.at_the_end,
-            saving: match (share.is_first(), is_rearranged) {
-                (true, true) => 5.0 * trained,
-                (true, false) => 4.0 * trained,
-                (false, _) => trained,
-            },
+            saving: if share.is_first() { 4.0 * trained } else { trained },
             library: if share.is_whole() { 0.0 } else { LIBRARY },
             ..Needs::default()
         }
+    }
+
+    /// Bytes that reading the model that training begins with takes beside its weights.
+    pub fn loading(&self) -> f64 {
+        footprint::loading(Class::of(self.config), self.config, self.output, self.settings.trunk)
     }
 
     /// Bytes of the weights that are trained.

@@ -124,9 +124,25 @@ impl Runtime {
         lora: Option<&LoraConfig>,
         streams: &Streams,
     ) -> Result<Gpt, CheckpointError> {
-        let Some(lora) = lora else { return self.gpt(start) };
+        let Some(lora) = lora else { return self.take_gpt(start) };
         let HostAdapter { adapters, tensors, .. } = start.adapter_to_train(lora, Output::Logits, streams)?;
         self.trunk(start)?.with_adapters(&adapters, tensors, &self.device).map_err(named_error(start))
+    }
+
+    /// [`gpt`](Self::gpt) of a checkpoint whose weights are needed for nothing else: they are taken out of it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::take_gpt`].
+    pub fn take_gpt(&self, checkpoint: &mut Checkpoint) -> Result<Gpt, CheckpointError> {
+        Ok(self.ready(checkpoint.take_gpt(&self.device)?))
+    }
+
+    /// [`scalar`](Self::scalar) of a checkpoint whose weights are needed for nothing else: they are taken out of it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::take_scalar`].
+    pub fn take_scalar(&self, checkpoint: &mut Checkpoint) -> Result<ScalarGpt, CheckpointError> {
+        Ok(self.ready_scalar(checkpoint.take_scalar(&self.device)?))
     }
 
     /// The reward model of a checkpoint.

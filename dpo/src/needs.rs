@@ -70,11 +70,11 @@ pub fn needs(config: &DpoConfig, model: &GptConfig, lengths: &Lengths, kernels: 
         n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
     let computing = footprint::inference(&model, trained.computation(), batch);
-    let trained = trained.needs();
+    let Needs { weights, .. } = trained.needs();
     Needs {
-        loading: trained.weights + computing,
+        loading: weights + trained.loading() + computing,
         data: capacity::vocabulary(model.vocab_size)
             + capacity::records(config.data.train.iter().chain(&config.data.val)),
-        ..trained
+        ..trained.needs()
     }
 }

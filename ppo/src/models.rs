@@ -62,12 +62,12 @@ impl Models {
             let run = Adapting { config, lora, runtime, training: &training };
             run.load(initial, reward_models, restored)?
         } else {
-            let (reward_model, further) = reward_models.split_first().expect("a run has a reward model");
+            let (reward_model, further) = reward_models.split_first_mut().expect("a run has a reward model");
             Self {
                 learner: Learner::start(config, initial, reward_model, restored, &training)?,
-                reference: runtime.gpt(initial)?,
-                reward_model: runtime.scalar(reward_model)?,
-                further: further.iter().map(|model| runtime.scalar(model)).collect::<Result<_, _>>()?,
+                reference: runtime.take_gpt(initial)?,
+                reward_model: runtime.take_scalar(reward_model)?,
+                further: further.iter_mut().map(|model| runtime.take_scalar(model)).collect::<Result<_, _>>()?,
             }
         };
         initial.release();
@@ -180,7 +180,7 @@ impl Trunks<'_> {
     fn reward_model(&mut self, reward_model: &mut Checkpoint) -> anyhow::Result<(ScalarGpt, Gpt)> {
         let runtime = self.runtime;
         let Some(HostAdapter { adapters, tensors, head }) = reward_model.adapter().cloned() else {
-            let model = runtime.scalar(reward_model)?;
+            let model = runtime.take_scalar(reward_model)?;
             return Ok((model.clone(), model.into_trunk()));
         };
         let base = Base::of(reward_model);

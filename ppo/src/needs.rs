@@ -79,9 +79,11 @@ pub fn needs(
     let (mut of_reward_models, mut loaded) = (0.0, 0.0);
     for member in reward_models {
         let weights = footprint::weights(&member.config, Output::Score, settings.trunk);
-        loaded += weights;
         if config.lora.is_none() || !trunks.contains(&&member.weights_dir) {
             of_reward_models += weights;
+        } else {
+            // Read before it is known that they are there already.
+            loaded += weights;
         }
         trunks.push(&member.weights_dir);
     }
@@ -133,7 +135,7 @@ pub fn needs(
     let rows = config.train.rollout_batch_size.min(settings.share.of(config.train.batch_size).len());
     needs += Needs {
         weights: if config.lora.is_some() { 0.0 } else { of_policy } + of_reward_models,
-        loading: of_policy + loaded,
+        loading: loaded + actor.loading(),
         cache: measured
             .max(footprint::cache(policy, rows, seq) + footprint::inference(policy, actor.computation(), batch)),
         data: capacity::vocabulary(policy.vocab_size)

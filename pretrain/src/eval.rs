@@ -17,9 +17,9 @@ use crate::data;
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint =
+    let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
-    let gpt = args.runtime.open()?.gpt(&checkpoint)?;
+    let gpt = args.runtime.open()?.take_gpt(&mut checkpoint)?;
     let result = match (&args.data, &args.ids) {
         (Some(file), _) => {
             let tokenizer = checkpoint.require_tokenizer()?;

@@ -4,7 +4,7 @@ use common::capacity::{self, Needs, Ranks, Settings, Trained};
 use common::group::Group;
 use common::kernels::Kernels;
 use common::model::GptConfig;
-use common::model::footprint::{self, Batch};
+use common::model::footprint::Batch;
 use common::model::params::Output;
 use common::runtime::Runtime;
 
@@ -17,7 +17,6 @@ use crate::config::PretrainConfig;
 pub(crate) fn check(
     config: &PretrainConfig,
     model: &GptConfig,
-    has_init: bool,
     group: &Group,
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
@@ -26,17 +25,15 @@ pub(crate) fn check(
     let amount = config.train.amount();
     let settings = config.train.memory(runtime.trunk);
     let kernels = runtime.effective_kernels();
-    let needs = |settings| needs(config, model, seq_len, has_init, kernels, settings);
+    let needs = |settings| needs(config, model, seq_len, kernels, settings);
     Ok(capacity::check(&ranks, amount.batch_size, settings, needs)?)
 }
 
-/// What training a model of architecture `model` on windows of `seq_len` tokens needs; `has_init` if its first weights come
-/// from a checkpoint.
+/// What training a model of architecture `model` on windows of `seq_len` tokens needs.
 pub fn needs(
     config: &PretrainConfig,
     model: &GptConfig,
     seq_len: usize,
-    has_init: bool,
     kernels: Kernels,
     settings: Settings,
 ) -> Needs {
@@ -50,9 +47,5 @@ pub fn needs(
         batch: Batch { rows: settings.micro_batch_size as f64, seq: seq_len as f64 },
         n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
-    Needs {
-        initial: if has_init { footprint::weights(&model, Output::Logits, settings.trunk) } else { 0.0 },
-        data: capacity::vocabulary(model.vocab_size),
-        ..trained.needs()
-    }
+    Needs { data: capacity::vocabulary(model.vocab_size), ..trained.needs() }
 }

@@ -34,7 +34,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     let runtime = args.stage.runtime.open()?.training(config.train.checkpoint_activations);
     let runtime = runtime.sharing(group, config.train.shard_optimizer);
     let streams = Streams::new(config.seed);
-    let (tokenizer, init) = starting_point(args, &config, group, &runtime)?;
+    let (tokenizer, mut init) = starting_point(args, &config, group, &runtime)?;
     let model_config = if let Some(init) = &init {
         init.model_config().clone()
     } else {
@@ -43,7 +43,7 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     };
     let seq_len = config.seq_len(&model_config)?;
     if init.is_none() {
-        needs::check(&config, &model_config, false, group, &runtime)?;
+        needs::check(&config, &model_config, group, &runtime)?;
     }
     let quiet = args.stage.runtime.process.hides_bars() || !group.is_first();
     let tokenising = Tokenising::new(group, interrupt, quiet);
@@ -62,11 +62,11 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         group,
     };
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
-    let (gpt, optimizer) = match (restored, &init) {
+    let (gpt, optimizer) = match (restored, &mut init) {
         (Some(mut restored), _) => {
             (restored.gpt(&runtime)?, restored.optimizer("optimizer", &config.optimizer, &runtime)?)
         }
-        (None, Some(init)) => (runtime.gpt(init)?, runtime.optimizer(&config.optimizer)),
+        (None, Some(init)) => (runtime.take_gpt(init)?, runtime.optimizer(&config.optimizer)),
         (None, None) => (runtime.new_gpt(&model_config, &streams), runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
@@ -191,7 +191,7 @@ fn starting_point(
         (_, Some(dir)) => {
             // What is wrong with the initial model is said where it is loaded.
             if let Ok(initial) = Preview::open(dir, args.stage.runtime.base()) {
-                needs::check(config, &initial.config, true, group, runtime)?;
+                needs::check(config, &initial.config, group, runtime)?;
             }
             let init = checkpoint::init_from(dir, args.stage.runtime.opening())
                 .and_then(|init| init.of_stage(&Stage::LANGUAGE_MODELS))

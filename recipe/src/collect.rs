@@ -128,10 +128,10 @@ impl Collector<'_> {
     /// Answers all prompts; `None` if the user asked to stop.
     pub(crate) fn sample_all(&self) -> Result<Option<Sampled>> {
         let config = self.config;
-        let checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())
+        let mut checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())
             .and_then(|checkpoint| checkpoint.of_stage(&[Stage::Sft]))
             .context("failed to load the model to sample from")?;
-        let gpt = self.runtime.open()?.gpt(&checkpoint)?;
+        let gpt = self.runtime.open()?.take_gpt(&mut checkpoint)?;
         let sampler = PromptSampler {
             gpt: &gpt,
             tokenizer: checkpoint.require_tokenizer()?,

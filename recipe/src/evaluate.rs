@@ -146,9 +146,9 @@ impl Evaluator<'_> {
     /// Answers of one model with the reward model's scores; `None` if the user asked to stop. The answer to prompt `i` draws from
     /// sampling stream `first_row + i`.
     fn answers(&self, policy: Policy, prompts: &[Vec<Message>], first_row: u64) -> Result<Option<Vec<ScoredAnswer>>> {
-        let checkpoint = self.open(policy)?;
+        let mut checkpoint = self.open(policy)?;
         let runtime = self.runtime.open()?;
-        let gpt = runtime.gpt(&checkpoint)?;
+        let gpt = runtime.take_gpt(&mut checkpoint)?;
         let tokenizer = checkpoint.require_tokenizer()?;
         let form = if policy == Policy::Base { self.config.base_prompt } else { BasePrompt::Chat };
         let sampler = PromptSampler {
@@ -168,8 +168,8 @@ impl Evaluator<'_> {
             return Ok(None);
         };
         let scores = if self.trains(Step::RewardModel) {
-            let reward_model = Checkpoint::open_with(&self.setup.dir(Step::RewardModel), self.setup.opening())?;
-            let model = runtime.scalar(&reward_model)?;
+            let mut reward_model = Checkpoint::open_with(&self.setup.dir(Step::RewardModel), self.setup.opening())?;
+            let model = runtime.take_scalar(&mut reward_model)?;
             answers::scores(&model, reward_model.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {
             vec![None; sampled.len()]

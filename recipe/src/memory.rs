@@ -165,9 +165,9 @@ impl Planner {
         };
         let needs: Option<Result<Vec<Needs>>> = match step {
             Step::Pretrain => setup.configs.pretrain.as_ref().map(|stage| {
-                let (seq_len, has_init) = (stage.seq_len(config)?, setup.recipe.config.init.is_some());
+                let seq_len = stage.seq_len(config)?;
                 Ok(of_all(stage.train.memory(trunk), &|settings| {
-                    pretrain::needs(stage, config, seq_len, has_init, kernels, settings)
+                    pretrain::needs(stage, config, seq_len, kernels, settings)
                 }))
             }),
             Step::Sft => setup.configs.sft.as_mut().map(|stage| {

@@ -123,15 +123,15 @@ fn certainty(collector: &Collector<'_>, sampled: &Sampled) -> Result<Option<Vec<
     let config = collector.config;
     let Some(dir) = &config.order_by else { return Ok(None) };
     let sft = Checkpoint::open_with(&collector.setup.dir(Step::Sft), collector.setup.opening())?;
-    let model = checkpoint::open_reward_model(dir, collector.setup.opening(), &sft)
+    let mut model = checkpoint::open_reward_model(dir, collector.setup.opening(), &sft)
         .context("failed to load `recipe.collect.order_by`")?;
     let prompts: Vec<_> = sampled
         .prompts
         .iter()
         .flat_map(|prompt| std::iter::repeat_n(prompt.messages.clone(), config.samples_per_prompt))
         .collect();
-    let tokenizer = model.require_tokenizer()?;
-    let model = collector.runtime.open()?.scalar(&model)?;
+    let scalar = collector.runtime.open()?.take_scalar(&mut model)?;
+    let (tokenizer, model) = (model.require_tokenizer()?, scalar);
     // As texts, which is what a reward model learns from.
     let form = BasePrompt::Raw;
     let scores = answers::scores(&model, tokenizer, &prompts, &sampled.answers, form, config.batch_size)?;

@@ -55,10 +55,10 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the checkpoint or the file cannot be used, or a score is not finite.
 pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
-    let checkpoint =
+    let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
+    let model = args.runtime.open()?.take_scalar(&mut checkpoint)?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let model = args.runtime.open()?.scalar(&checkpoint)?;
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let pairs = data::read(files, tokenizer, max_seq_len, &DataConfig::default())?;

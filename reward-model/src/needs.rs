@@ -77,15 +77,14 @@ pub fn needs(
     let normalisation = &config.normalisation;
     let rows = normalisation.batch_size.min(normalisation.samples);
     let cache = footprint::cache(&model, rows, (lengths.longest() + normalisation.max_tokens).min(model.max_seq_len));
-    let trained = trained.needs();
     Needs {
+        loading: trained.loading(),
         initial,
-        loading: trained.weights,
         // The initial model was loaded once more to normalise the scores.
-        saving: trained.saving + if rows > 0 { initial } else { 0.0 },
+        saving: trained.needs().saving + if rows > 0 { initial } else { 0.0 },
         cache: if rows > 0 { initial + cache } else { 0.0 },
         data: capacity::vocabulary(model.vocab_size)
             + capacity::records(config.data.train.iter().chain(&config.data.val)),
-        ..trained
+        ..trained.needs()
     }
 }

@@ -27,9 +27,9 @@ struct Line {
 /// normalisation; for pairs `score_chosen`, `score_rejected`, `raw_score_chosen` and `raw_score_rejected`; for token
 /// ids the field `ids`.
 pub(crate) fn run(args: &ScoreArgs) -> anyhow::Result<()> {
-    let checkpoint =
+    let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
-    let model = args.runtime.open()?.scalar(&checkpoint)?;
+    let model = args.runtime.open()?.take_scalar(&mut checkpoint)?;
     let (lines, rows) = match (&args.data, &args.ids) {
         (Some(file), _) => of_records(file, checkpoint.require_tokenizer()?, model.config().max_seq_len)?,
         (None, Some(file)) => of_ids(file, &model)?,

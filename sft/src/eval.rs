@@ -43,10 +43,10 @@ impl Evaluation {
 
 /// Carries out `sft eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
-    let checkpoint =
+    let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
+    let gpt = args.runtime.open()?.take_gpt(&mut checkpoint)?;
     let tokenizer = checkpoint.require_tokenizer()?;
-    let gpt = args.runtime.open()?.gpt(&checkpoint)?;
     let max_seq_len = gpt.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let conversations = Conversations::read(files, tokenizer, max_seq_len, &DataConfig::default())?;

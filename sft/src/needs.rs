@@ -63,11 +63,10 @@ pub fn needs(config: &SftConfig, model: &GptConfig, lengths: &Lengths, kernels: 
         batch: lengths.packed(settings.micro_batch_size),
         n_micro_batches: config.train.batch_size / settings.micro_batch_size,
     };
-    let trained = trained.needs();
     Needs {
-        loading: trained.weights,
+        loading: trained.loading(),
         data: capacity::vocabulary(model.vocab_size)
             + capacity::records(config.data.train.iter().chain(&config.data.val)),
-        ..trained
+        ..trained.needs()
     }
 }

@@ -196,9 +196,9 @@ fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
         engines.push((name.clone(), Engine::start(name, loaded, bounds)?));
     }
     let scorer = args.reward_model.as_deref().map(|dir| -> anyhow::Result<Scorer> {
-        let checkpoint = Checkpoint::open_with(dir, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
+        let mut checkpoint = Checkpoint::open_with(dir, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
-        Ok(Scorer::new(on_pool(|| runtime.scalar(&checkpoint))?, tokenizer, queue as usize))
+        Ok(Scorer::new(on_pool(|| runtime.take_scalar(&mut checkpoint))?, tokenizer, queue as usize))
     });
     let questions =
         args.questions.as_deref().map(Questions::open).transpose().context("failed to read the questions")?;

@@ -5,7 +5,8 @@
 
 use kernels::{Activation, Kernels, TrunkPrecision};
 
-use crate::params::{Output, parameters, score_head};
+use crate::hf::Class;
+use crate::params::{Output, Role, parameters, score_head};
 use crate::{Adapters, GptConfig, NormPlacement, Positions};
 
 /// Bytes of a number.
@@ -13,15 +14,32 @@ const F32: f64 = 4.0;
 
 /// Bytes of the weights, matrices in the type of `trunk`, and of fixed positions.
 pub fn weights(config: &GptConfig, output: Output, trunk: TrunkPrecision) -> f64 {
+    let fixed = if config.positions == Positions::Sinusoidal { config.max_seq_len * config.d_model } else { 0 };
+    weights_where(config, output, trunk, |_| true) + F32 * fixed as f64
+}
+
+/// Bytes of what reading a model leaves behind: files of `class` have matrices apart that lie side by side in ours, and what
+/// they took is too small for those.
+pub fn loading(class: Class, config: &GptConfig, output: Output, trunk: TrunkPrecision) -> f64 {
+    match class {
+        Class::Llama | Class::Mistral | Class::Qwen2 | Class::Qwen3 => {
+            weights_where(config, output, trunk, |role| matches!(role, Role::Linear { packed: 2.., .. }))
+        }
+        Class::Gpt2 | Class::OpenAiGpt | Class::GptNeox | Class::Kindling => 0.0,
+    }
+}
+
+/// Bytes of the weights of the roles that are `wanted`.
+fn weights_where(config: &GptConfig, output: Output, trunk: TrunkPrecision, wanted: impl Fn(Role) -> bool) -> f64 {
     let one_layer = GptConfig { n_layers: 1, ..config.clone() };
-    let sizes = parameters(&one_layer, output).map(|parameter| {
+    let parameters = parameters(&one_layer, output).filter(|parameter| wanted(parameter.role()));
+    let sizes = parameters.map(|parameter| {
         let copies = if parameter.block().is_some() { config.n_layers } else { 1 };
         let is_narrow = trunk == TrunkPrecision::Bf16 && parameter.role().may_be_narrow();
         let bytes = if is_narrow { F32 / 2.0 } else { F32 };
         bytes * parameter.shape().iter().map(|&size| size as f64).product::<f64>() * copies as f64
     });
-    let fixed = if config.positions == Positions::Sinusoidal { config.max_seq_len * config.d_model } else { 0 };
-    sizes.sum::<f64>() + F32 * fixed as f64
+    sizes.sum()
 }
 
 /// Bytes of what is trained beside frozen weights: adapters, and a reward model's head.

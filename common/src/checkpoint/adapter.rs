@@ -96,34 +96,40 @@ impl Checkpoint {
         self.model.head.bias()
     }
 
-    /// The adapter, where the weights are not such that it could be added into them.
-    pub(super) fn adapter_beside(&self) -> Option<&HostAdapter> {
-        self.adapter().filter(|_| !self.model.narrow.is_empty())
+    /// Copies of the weights.
+    pub(super) fn weights(&self) -> HostWeights {
+        HostWeights { wide: self.model.tensors.clone(), narrow: self.model.narrow.clone() }
     }
 
-    /// The weights with the adapter added into them, where there is one; without those in bf16.
-    pub(super) fn merged_tensors(&self) -> NamedTensors {
-        let mut tensors = self.model.tensors.clone();
-        if let (Some(HostAdapter { adapters, tensors: of_adapter, .. }), None) = (self.adapter(), self.adapter_beside())
-        {
-            let output = match self.model.head {
-                Head::Lm => Output::Logits,
-                Head::Score { .. } => Output::Score,
-            };
-            adapters.merge(&self.model.config, output, &mut tensors, of_adapter);
+    /// The weights, which [`release`](Self::release) leaves nothing of.
+    pub(super) fn take_weights(&mut self) -> HostWeights {
+        HostWeights { wide: std::mem::take(&mut self.model.tensors), narrow: std::mem::take(&mut self.model.narrow) }
+    }
+
+    /// The adapter that stands beside `weights`, where they are not such that it could be added into them.
+    pub(super) fn adapter_beside(&self, weights: &HostWeights) -> Option<&HostAdapter> {
+        self.adapter().filter(|_| !weights.narrow.is_empty())
+    }
+
+    /// `weights` in f32 with the adapter added into them, where there is one.
+    pub(super) fn merged_tensors(&self, mut weights: NamedTensors) -> NamedTensors {
+        if let Some(HostAdapter { adapters, tensors: of_adapter, .. }) = self.adapter() {
+            adapters.merge(&self.model.config, self.model.head.output(), &mut weights, of_adapter);
         }
-        tensors
+        weights
     }
 
-    /// The model as one of weights of its own: for [`save`](super::save).
+    /// The model as one of weights of its own: for [`save`](super::save). The checkpoint's are taken for it, as
+    /// [`release`](Self::release) leaves it.
     ///
     /// # Errors
     /// If it is no adapter.
-    pub fn merged(&self) -> Result<Weights, CheckpointError> {
+    pub fn take_merged(&mut self) -> Result<Weights, CheckpointError> {
         if self.adapter.is_none() {
             return Err(CheckpointError::NoAdapter { dir: self.dir.clone() });
         }
-        let (named, config) = (self.merged_tensors(), self.model.config.clone());
+        let weights = self.take_weights();
+        let (named, config) = (self.merged_tensors(weights.wide), self.model.config.clone());
         Ok(match self.model.head {
             Head::Lm => Weights::Lm { named, config },
             Head::Score { bias } => Weights::Scalar { named, config, score_bias: bias },
@@ -137,20 +143,16 @@ impl Checkpoint {
     /// # Errors
     /// If they do not fit the architecture, or were taken before.
     pub fn take_trunk(&mut self, device: &Device) -> Result<Gpt, CheckpointError> {
-        let (tensors, narrow) = (std::mem::take(&mut self.model.tensors), std::mem::take(&mut self.model.narrow));
-        self.build(|| self.trunk_of(tensors, narrow, device))
+        let weights = self.take_weights();
+        self.build(|| self.trunk_of(weights, device))
     }
 
-    /// A copy of the trunk, as [`take_trunk`](Self::take_trunk).
-    pub(super) fn trunk(&self, device: &Device) -> Result<Gpt, NamedError> {
-        self.trunk_of(self.model.tensors.clone(), self.model.narrow.clone(), device)
-    }
-
-    fn trunk_of(&self, tensors: NamedTensors, narrow: NamedTensors<bf16>, device: &Device) -> Result<Gpt, NamedError> {
-        let HostModel { config, head, .. } = &self.model;
+    /// The model of `weights` without an adapter and without a reward model's head.
+    pub(super) fn trunk_of(&self, weights: HostWeights, device: &Device) -> Result<Gpt, NamedError> {
+        let (HostWeights { wide, narrow }, HostModel { config, head, .. }) = (weights, &self.model);
         match head {
-            Head::Lm => Gpt::from_both(config, tensors, narrow, device),
-            Head::Score { .. } => Ok(ScalarGpt::from_both(config, tensors, narrow, 0.0, device)?.into_trunk()),
+            Head::Lm => Gpt::from_both(config, wide, narrow, device),
+            Head::Score { .. } => Ok(ScalarGpt::from_both(config, wide, narrow, 0.0, device)?.into_trunk()),
         }
     }
 
@@ -239,6 +241,13 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// A model's weights on the host: those in f32, and those that stay in bf16.
+#[derive(Debug)]
+pub(super) struct HostWeights {
+    pub wide: NamedTensors,
+    pub narrow: NamedTensors<bf16>,
 }
 
 /// The base of a reward model's adapter as a reward model: its trunk, under the paths of one, and the adapter's head.

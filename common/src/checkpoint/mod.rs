@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use serde_json::Value;
 
-use adapter::Adapted;
+use adapter::{Adapted, HostWeights};
 pub use error::CheckpointError;
 pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
@@ -247,12 +247,26 @@ impl Checkpoint {
     /// # Errors
     /// If it is a reward model.
     pub fn load_gpt(&self, device: &Device) -> Result<Gpt, CheckpointError> {
+        self.gpt_of(self.weights(), device)
+    }
+
+    /// [`load_gpt`](Self::load_gpt) with the checkpoint's own numbers, as [`release`](Self::release) leaves it, so that no
+    /// second copy stays in memory.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_gpt(&mut self, device: &Device) -> Result<Gpt, CheckpointError> {
+        let weights = self.take_weights();
+        self.gpt_of(weights, device)
+    }
+
+    fn gpt_of(&self, weights: HostWeights, device: &Device) -> Result<Gpt, CheckpointError> {
         match self.model.head {
-            Head::Lm => self.build(|| match self.adapter_beside() {
+            Head::Lm => self.build(|| match self.adapter_beside(&weights) {
                 Some(HostAdapter { adapters, tensors, .. }) => {
-                    self.trunk(device)?.with_adapters(adapters, tensors.clone(), device)
+                    self.trunk_of(weights, device)?.with_adapters(adapters, tensors.clone(), device)
                 }
-                None => Gpt::from_both(&self.model.config, self.merged_tensors(), self.model.narrow.clone(), device),
+                None => Gpt::from_both(&self.model.config, self.merged_tensors(weights.wide), weights.narrow, device),
             }),
             Head::Score { .. } => Err(CheckpointError::NotAnLm { dir: self.dir.clone() }),
         }
@@ -263,13 +277,27 @@ impl Checkpoint {
     /// # Errors
     /// If it is a language model.
     pub fn load_scalar(&self, device: &Device) -> Result<ScalarGpt, CheckpointError> {
+        self.scalar_of(self.weights(), device)
+    }
+
+    /// [`load_scalar`](Self::load_scalar) with the checkpoint's own numbers, see [`take_gpt`](Self::take_gpt).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_scalar(&mut self, device: &Device) -> Result<ScalarGpt, CheckpointError> {
+        let weights = self.take_weights();
+        self.scalar_of(weights, device)
+    }
+
+    fn scalar_of(&self, weights: HostWeights, device: &Device) -> Result<ScalarGpt, CheckpointError> {
         match self.model.head {
             Head::Score { bias } => self.build(|| {
-                if let Some(HostAdapter { adapters, tensors, .. }) = self.adapter_beside() {
-                    return ScalarGpt::with_adapters(self.trunk(device)?, adapters, tensors.clone(), bias, device);
+                if let Some(HostAdapter { adapters, tensors, .. }) = self.adapter_beside(&weights) {
+                    let trunk = self.trunk_of(weights, device)?;
+                    return ScalarGpt::with_adapters(trunk, adapters, tensors.clone(), bias, device);
                 }
-                let HostModel { config, narrow, .. } = &self.model;
-                ScalarGpt::from_both(config, self.merged_tensors(), narrow.clone(), bias, device)
+                let tensors = self.merged_tensors(weights.wide);
+                ScalarGpt::from_both(&self.model.config, tensors, weights.narrow, bias, device)
             }),
             Head::Lm => Err(CheckpointError::NotAScore { dir: self.dir.clone() }),
         }
@@ -284,9 +312,9 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::NoDirectory { dir });
         }
-        let value = Self::open(&dir)?;
+        let mut value = Self::open(&dir)?;
         self.check_hash(&format!("{VALUE_DIR}/{}", value.weights_file()), &value.weights_sha256)?;
-        value.load_scalar(device).map_err(|error| match error {
+        value.take_scalar(device).map_err(|error| match error {
             CheckpointError::NotAScore { .. } => CheckpointError::NotAScore { dir: self.dir.clone() },
             other => other,
         })

@@ -506,6 +506,24 @@ fn an_adapter_on_a_base_that_was_given_tokens_finds_their_embeddings_again() {
 }
 
 #[test]
+fn weights_that_are_taken_are_those_that_would_be_copied() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (out, tokenizer) = (dir.path().join("ppo"), tokenizer(TokenizerKind::Byte));
+    let saved = snapshot(1, &tokenizer);
+    save(&out, &saved).expect("saves");
+    let (mut checkpoint, device) = (Checkpoint::open(&out).expect("opens"), Device::flex());
+    let copied = checkpoint.load_gpt(&device).expect("an LM").to_named();
+    assert_eq!(checkpoint.take_gpt(&device).expect("an LM").to_named(), copied);
+    assert!(checkpoint.named().is_empty(), "nothing is there twice");
+    assert!(checkpoint.take_gpt(&device).is_err(), "they were taken before");
+
+    let mut value = Checkpoint::open(&out.join(VALUE_DIR)).expect("opens");
+    let copied = value.load_scalar(&device).expect("a score").to_named();
+    assert_eq!(value.take_scalar(&device).expect("a score").to_named(), copied);
+    assert!(value.named().is_empty() && value.take_scalar(&device).is_err());
+}
+
+#[test]
 fn answers_of_a_foreign_model_end_at_every_id_that_its_files_name() {
     let dir = tempfile::tempdir().expect("a directory");
     fs::write(dir.path().join("vocab.json"), "{\"a\": 0, \"b\": 1, \"ab\": 2, \"<|endoftext|>\": 3}").expect("writes");

@@ -202,9 +202,9 @@ impl Lab<'_> {
         let path = self.units.path(&name);
         let (runtime, batch_size, per_prompt) = (self.runtime, self.collect.batch_size, self.config.pool);
         let work = |_| -> Result<Outcome> {
-            let checkpoint = Checkpoint::open(&model)?;
+            let mut checkpoint = Checkpoint::open(&model)?;
+            let scalar = runtime.open()?.take_scalar(&mut checkpoint)?;
             let tokenizer = checkpoint.require_tokenizer()?;
-            let scalar = runtime.open()?.scalar(&checkpoint)?;
             let mut rows = Vec::with_capacity(pool.len());
             for (prompt, answers) in prompts.iter().zip(pool.chunks(per_prompt)) {
                 let ids = encode_prompt(tokenizer, &prompt.messages)?;
@@ -440,8 +440,8 @@ impl<'a> SamplingJob<'a> {
 
     /// Writes `pool` answers to each of `prompts`.
     fn sample(&self, prompts: &[Prompt], pool: usize, first_row: u64, path: &Path) -> Result<Outcome> {
-        let checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())?;
-        let gpt = self.runtime.open()?.gpt(&checkpoint)?;
+        let mut checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())?;
+        let gpt = self.runtime.open()?.take_gpt(&mut checkpoint)?;
         let sampler = PromptSampler {
             gpt: &gpt,
             tokenizer: checkpoint.require_tokenizer()?,

@@ -86,9 +86,9 @@ impl Questions {
 
     /// Two answers to each prompt that has no decision yet, sampled on a thread of its own.
     fn sampled(args: &LabelArgs, policy: &Path, prompts: &Path, said: &[Label]) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open_with(policy, args.runtime.opening())?;
+        let mut checkpoint = Checkpoint::open_with(policy, args.runtime.opening())?;
         let tokenizer = checkpoint.require_tokenizer()?.clone();
-        let gpt = args.runtime.open()?.gpt(&checkpoint)?;
+        let gpt = args.runtime.open()?.take_gpt(&mut checkpoint)?;
         let mut decided = HashMap::new();
         for label in said.iter().filter(|label| !label.repeat) {
             *decided.entry(label.prompt.clone()).or_insert(0_usize) += 1;

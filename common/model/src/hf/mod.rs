@@ -15,7 +15,6 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +35,7 @@ use crate::{
     sinusoid_table,
 };
 use config::Parsed;
+use names::Assembled;
 use tensors::Weights;
 
 /// How far a position table may be from the sinusoids and still be them: rounding of another implementation's sines.
@@ -345,9 +345,9 @@ pub fn write(
             (vec![config.max_seq_len, config.d_model], sinusoid_table(config.max_seq_len, config.d_model));
         let name = names::name_of(class, &learned, head.output(), Role::PositionEmbedding)
             .expect("the table has learned positions");
-        theirs.insert(name, Cow::Owned(HostTensor { shape, data }));
+        theirs.insert(name, Assembled::Own(HostTensor { shape, data }));
     }
-    write_file(&dir.join(WEIGHTS_FILE), theirs.iter().map(|(name, tensor)| (name.clone(), &**tensor)))?;
+    tensors::write_all(&dir.join(WEIGHTS_FILE), theirs.iter().map(|(name, tensor)| (name.clone(), tensor)))?;
     Ok(class)
 }
 

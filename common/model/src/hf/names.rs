@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::Class;
+use super::tensors::Source;
 use crate::params::{Foreign, Output, Parameter, Role, Span, parameters};
 use crate::{GptConfig, HostTensor, NamedTensors};
 
@@ -86,6 +87,51 @@ pub(super) fn import<'a, T: Copy + Default>(
     ours
 }
 
+/// A tensor of a class, made of our parameters when it is asked for: a second copy of a model is never in memory.
+pub(super) enum Assembled<'a> {
+    /// Its parts, and which numbers of each are whose.
+    Parts { shape: Vec<usize>, parts: Vec<(&'a HostTensor, Span)> },
+    /// Of no parameter of ours.
+    Own(HostTensor),
+}
+
+impl Source for Assembled<'_> {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Parts { shape, .. } => shape,
+            Self::Own(tensor) => &tensor.shape,
+        }
+    }
+
+    fn numbers(&self) -> Cow<'_, [f32]> {
+        match self {
+            Self::Own(tensor) => Cow::Borrowed(&tensor.data),
+            Self::Parts { parts, .. }
+                if let [(ours, span)] = &parts[..]
+                    && is_whole(span, &ours.shape) =>
+            {
+                Cow::Borrowed(&ours.data)
+            }
+            Self::Parts { shape, parts } => {
+                let mut numbers = vec![0.0; shape.iter().product()];
+                for (ours, span) in parts {
+                    span.for_each_pair(&ours.shape, |our_index, their_index| {
+                        numbers[their_index] = ours.data[our_index];
+                    });
+                }
+                Cow::Owned(numbers)
+            }
+        }
+    }
+
+    fn not_finite(&self) -> Option<f32> {
+        match self {
+            Self::Own(tensor) => tensor.not_finite(),
+            Self::Parts { parts, .. } => parts.iter().find_map(|(ours, _)| ours.not_finite()),
+        }
+    }
+}
+
 /// The tensors of `class` that hold our parameters.
 ///
 /// # Panics
@@ -95,24 +141,20 @@ pub(super) fn export<'a>(
     config: &GptConfig,
     output: Output,
     ours: &'a NamedTensors,
-) -> BTreeMap<String, Cow<'a, HostTensor>> {
-    let mut theirs = BTreeMap::new();
+) -> BTreeMap<String, Assembled<'a>> {
+    let mut theirs: BTreeMap<String, Assembled<'a>> = BTreeMap::new();
     let mut n_parameters = 0;
     for parameter in parameters(config, output) {
-        let (path, shape, spans) = (parameter.path(), parameter.shape(), spans(class, &parameter));
+        let (path, spans) = (parameter.path(), spans(class, &parameter));
         let Some(tensor) = ours.get(&path) else { panic!("tensor `{path}` is missing") };
-        assert_eq!(tensor.shape, shape, "tensor `{path}` has another shape");
+        assert_eq!(tensor.shape, parameter.shape(), "tensor `{path}` has another shape");
         n_parameters += 1;
-        if let [(name, span)] = &spans[..]
-            && is_whole(span, &shape)
-        {
-            theirs.insert(name.clone(), Cow::Borrowed(tensor));
-            continue;
-        }
         for (name, span) in spans {
-            let zeros = || HostTensor { data: vec![0.0; span.shape.iter().product()], shape: span.shape.clone() };
-            let their_data = &mut theirs.entry(name).or_insert_with(|| Cow::Owned(zeros())).to_mut().data;
-            span.for_each_pair(&shape, |our_index, their_index| their_data[their_index] = tensor.data[our_index]);
+            let shape = span.shape.clone();
+            let empty = Assembled::Parts { shape, parts: Vec::new() };
+            if let Assembled::Parts { parts, .. } = theirs.entry(name).or_insert(empty) {
+                parts.push((tensor, span));
+            }
         }
     }
     assert_eq!(n_parameters, ours.len(), "the tensors are not those of {config:?}");

@@ -258,14 +258,51 @@ impl Weights {
     }
 }
 
+/// Numbers to write.
+pub(super) trait Source {
+    /// Size of each axis.
+    fn shape(&self) -> &[usize];
+
+    /// The numbers, row-major.
+    fn numbers(&self) -> Cow<'_, [f32]>;
+
+    /// A number that is not finite.
+    fn not_finite(&self) -> Option<f32>;
+}
+
+impl Source for HostTensor {
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn numbers(&self) -> Cow<'_, [f32]> {
+        Cow::Borrowed(&self.data)
+    }
+
+    fn not_finite(&self) -> Option<f32> {
+        self.data.iter().find(|x| !x.is_finite()).copied()
+    }
+}
+
 /// Writes `tensors` to the file at `path` as f32, under the names given.
 ///
 /// # Errors
 /// If a number is not finite or the file cannot be written.
 pub fn write_file<'a>(path: &Path, tensors: impl IntoIterator<Item = (String, &'a HostTensor)>) -> Result<(), HfError> {
-    let tensors: Vec<(String, Bytes<'a>)> = tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
+    write_all(path, tensors)
+}
+
+/// [`write_file`] for tensors that are made one after the other, as they are written.
+pub(super) fn write_all<'a, S: Source + 'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'a S)>,
+) -> Result<(), HfError> {
+    let tensors: Vec<(String, Bytes<'a, S>)> =
+        tensors.into_iter().map(|(name, tensor)| (name, Bytes(tensor))).collect();
     for (name, Bytes(tensor)) in &tensors {
-        check_finite(path, name, &tensor.data)?;
+        if let Some(value) = tensor.not_finite() {
+            return Err(HfError::NotFinite { path: path.to_owned(), name: name.clone(), value });
+        }
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let failed = || FileError::write(path);
@@ -293,26 +330,26 @@ fn check_finite<T: Copy + Into<f32>>(path: &Path, name: &str, data: &[T]) -> Res
 }
 
 /// A tensor as little-endian f32.
-struct Bytes<'a>(&'a HostTensor);
+struct Bytes<'a, S>(&'a S);
 
-impl View for Bytes<'_> {
+impl<S: Source> View for Bytes<'_, S> {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
 
     fn shape(&self) -> &[usize] {
-        &self.0.shape
+        self.0.shape()
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = vec![0; self.data_len()];
-        for (bytes, number) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(&self.0.data) {
+        for (bytes, number) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(&*self.0.numbers()) {
             *bytes = number.to_le_bytes();
         }
         Cow::Owned(bytes)
     }
 
     fn data_len(&self) -> usize {
-        4 * self.0.data.len()
+        4 * self.0.shape().iter().product::<usize>()
     }
 }
