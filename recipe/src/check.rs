@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::checkpoint::{self, Checkpoint, Preview, Stage};
+use common::checkpoint::{self, AdapterPreview, Checkpoint, LoraDifference, Preview, Stage};
 use common::conversation;
 use common::corpus::TextConfig;
 use common::data::files;
 use common::data::records::{self, OnBadRecord, Prompt};
+use common::hf;
+use common::model::{GptConfig, LoraConfig};
 use common::session::DataConfig;
 use common::tokenizer::Tokenizer;
 
@@ -40,12 +42,11 @@ pub fn check(setup: &Setup, due: &[Step]) -> Result<()> {
 /// # Errors
 /// Naming the step that would fail, and why.
 pub fn check_planned(setup: &Setup, model: &Preview) -> Result<()> {
-    let (context, source) = (model.config.max_seq_len, setup.context_source());
     // The tokenizer of an earlier run is no more than a guess at the one to come.
     let tokenizer = model.tokenizer.clone().filter(|_| setup.recipe.config.init.is_some());
-    let checker = Checker { setup, due: &Step::ALL, model: Model { context: Some((context, source)), tokenizer } };
+    let checker = Checker { setup, due: &Step::ALL, model: Model { config: Some(model.config.clone()), tokenizer } };
     for step in setup.recipe.config.steps() {
-        let checked = checker.data(step).and_then(|()| checker.lengths(step));
+        let checked = checker.adapters(step).and_then(|()| checker.data(step)).and_then(|()| checker.lengths(step));
         checked.with_context(|| format!("the step `{step}` cannot run"))?;
     }
     Ok(())
@@ -65,8 +66,7 @@ pub fn check_lengths(setup: &Setup, due: &[Step]) -> Result<()> {
 
 /// Facts about the model that are known before it is trained.
 struct Model {
-    /// Tokens of its context, and the setting that says so.
-    context: Option<(usize, String)>,
+    config: Option<GptConfig>,
     tokenizer: Option<Tokenizer>,
 }
 
@@ -77,25 +77,25 @@ impl Model {
                 .and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
             let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
-                context: Some((model.model_config().max_seq_len, setup.context_source())),
+                config: Some(model.model_config().clone()),
                 tokenizer: Some(model.require_tokenizer()?.clone()),
             });
         }
-        let context = match &setup.configs.pretrain {
+        let config = match &setup.configs.pretrain {
             Some(config) => {
                 let invalid = || format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display());
                 let model = config.model.resolve(config.tokenizer.vocab_size).with_context(invalid)?;
                 config.seq_len(&model).with_context(invalid)?;
-                Some((model.max_seq_len, setup.context_source()))
+                Some(model)
             }
             // The recipe goes on from what an earlier run of it left.
-            None => Checkpoint::open_with(&setup.base(), setup.opening())
-                .ok()
-                .map(|model| (model.model_config().max_seq_len, setup.context_source())),
+            None => {
+                Checkpoint::open_with(&setup.base(), setup.opening()).ok().map(|model| model.model_config().clone())
+            }
         };
         let dir = setup.dir(Step::Tokenizer);
         let is_there = dir.join("tokenizer.json").is_file() && !due.contains(&Step::Tokenizer);
-        Ok(Self { context, tokenizer: if is_there { Some(Tokenizer::load(&dir)?) } else { None } })
+        Ok(Self { config, tokenizer: if is_there { Some(Tokenizer::load(&dir)?) } else { None } })
     }
 }
 
@@ -108,6 +108,7 @@ struct Checker<'a> {
 impl Checker<'_> {
     fn step(&self, step: Step) -> Result<()> {
         self.parents(step)?;
+        self.adapters(step)?;
         self.data(step)?;
         self.lengths(step)
     }
@@ -159,6 +160,30 @@ impl Checker<'_> {
             || self.setup.recipe.data.as_ref().is_some_and(|data| path.starts_with(data));
         let is_world = self.setup.recipe.config.world.is_some() && is_generated && !is_collected;
         !(is_collected && self.due.contains(&Step::Collect) || is_world && self.due.contains(&Step::World))
+    }
+
+    /// Adapters stand on layers that the model has, and those that go on from a model's adapter have its settings.
+    fn adapters(&self, step: Step) -> Result<()> {
+        let (Some(lora), Some(config)) = (self.setup.configs.lora(step), &self.model.config) else { return Ok(()) };
+        hf::adapters_of(config, lora).with_context(|| format!("invalid `{step}.lora`"))?;
+        let Some((parent, found)) = self.adapter_before(step)? else { return Ok(()) };
+        let difference = LoraDifference::of(config, lora, &found)?;
+        let Some(LoraDifference { key, asked, found }) = difference else { return Ok(()) };
+        bail!(
+            "`{step}.lora.{key}` is {asked}, but the adapter {parent}, which it goes on with, has {found}\nhint: set it to \
+             the same in both, or leave out `[lora]` in {step}.toml to train all weights"
+        )
+    }
+
+    /// The adapter of the model that a step trains further, if that is one, and where it is.
+    fn adapter_before(&self, step: Step) -> Result<Option<(String, LoraConfig)>> {
+        let made = self.setup.configs.sft.as_ref().filter(|_| step != Step::Sft && self.due.contains(&Step::Sft));
+        if let Some(sft) = made {
+            return Ok(sft.lora.clone().map(|lora| ("of `sft`".to_owned(), lora)));
+        }
+        let dir = if step == Step::Sft { self.setup.base() } else { self.setup.dir(Step::Sft) };
+        let there = AdapterPreview::open(&dir).with_context(|| format!("failed to load `{}`", dir.display()))?;
+        Ok(there.map(|adapter| (format!("in `{}`", dir.display()), adapter.lora)))
     }
 
     /// The files of a step that should be there now, as absolute paths.
@@ -287,12 +312,13 @@ impl Checker<'_> {
     /// Prompts and answers fit the model's context.
     fn lengths(&self, step: Step) -> Result<()> {
         let config = &self.setup.recipe.config;
-        let Some((context, source)) = &self.model.context else { return Ok(()) };
+        let Some(model) = &self.model.config else { return Ok(()) };
+        let context = model.max_seq_len;
         if let Some(ptx) = self.setup.configs.against_scores(step).and_then(|config| config.ptx.as_ref()) {
-            ptx.seq_len(*context)?;
+            ptx.seq_len(context)?;
         }
         if let Some(tokenizer) = &self.model.tokenizer {
-            self.encoded(step, tokenizer, *context)?;
+            self.encoded(step, tokenizer, context)?;
         }
         let (name, n_new) = match (step, &config.collect, &config.evaluate) {
             (Step::Collect, Some(collect), _) => ("recipe.collect.max_tokens", collect.max_tokens),
@@ -311,8 +337,9 @@ impl Checker<'_> {
             _ => return Ok(()),
         };
         ensure!(
-            n_new < *context,
-            "`{name}` is {n_new}, but the model's context ({source}) has {context} tokens, the prompt's included"
+            n_new < context,
+            "`{name}` is {n_new}, but the model's context ({}) has {context} tokens, the prompt's included",
+            self.setup.context_source()
         );
         let Some(tokenizer) = &self.model.tokenizer else { return Ok(()) };
         let skips =
@@ -323,7 +350,7 @@ impl Checker<'_> {
                 .map(|prompt| Ok(conversation::encode_prompt(tokenizer, &prompt.messages)?.len()))
                 .collect::<Result<Vec<usize>>>()
                 .with_context(|| format!("failed to encode a prompt of `{}`", file.display()))?;
-            let n_too_long = lengths.iter().filter(|&&length| length + n_new > *context).count();
+            let n_too_long = lengths.iter().filter(|&&length| length + n_new > context).count();
             let longest = lengths.iter().max().copied().unwrap_or(0);
             ensure!(
                 n_too_long == 0 || skips && n_too_long < lengths.len(),

@@ -8,6 +8,7 @@ use common::checkpoint::{Manifest, Opening};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use common::kernels::TrunkPrecision;
+use common::model::LoraConfig;
 use dpo::DpoConfig;
 use ppo::{Estimator, PpoConfig};
 use pretrain::PretrainConfig;
@@ -65,13 +66,32 @@ impl StageConfigs {
 
     /// [`RuntimeArgs::check_trunk`] of every stage.
     fn check_trunk(&self, runtime: &RuntimeArgs) -> Result<()> {
-        let of = |step: Step, lora| runtime.check_trunk(lora).with_context(|| format!("the step `{step}` cannot run"));
-        self.pretrain.iter().try_for_each(|_| of(Step::Pretrain, None))?;
-        self.sft.iter().try_for_each(|config| of(Step::Sft, config.lora.as_ref()))?;
-        self.reward_model.iter().try_for_each(|config| of(Step::RewardModel, config.lora.as_ref()))?;
-        self.ppo.iter().try_for_each(|config| of(Step::Ppo, config.lora.as_ref()))?;
-        self.rloo.iter().try_for_each(|config| of(Step::Rloo, config.lora.as_ref()))?;
-        self.dpo.iter().try_for_each(|config| of(Step::Dpo, config.lora.as_ref()))
+        for (step, is_there) in [
+            (Step::Pretrain, self.pretrain.is_some()),
+            (Step::Sft, self.sft.is_some()),
+            (Step::RewardModel, self.reward_model.is_some()),
+            (Step::Ppo, self.ppo.is_some()),
+            (Step::Rloo, self.rloo.is_some()),
+            (Step::Dpo, self.dpo.is_some()),
+        ] {
+            if is_there {
+                let checked = runtime.check_trunk(self.lora(step));
+                checked.with_context(|| format!("the step `{step}` cannot run"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The adapters that a step trains, where it trains no weights.
+    pub fn lora(&self, step: Step) -> Option<&LoraConfig> {
+        match step {
+            Step::Sft => self.sft.as_ref()?.lora.as_ref(),
+            Step::RewardModel => self.reward_model.as_ref()?.lora.as_ref(),
+            Step::Ppo => self.ppo.as_ref()?.lora.as_ref(),
+            Step::Rloo => self.rloo.as_ref()?.lora.as_ref(),
+            Step::Dpo => self.dpo.as_ref()?.lora.as_ref(),
+            _ => None,
+        }
     }
 
     /// The configuration of a step that trains a policy against the reward model.

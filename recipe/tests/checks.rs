@@ -100,6 +100,35 @@ fn text_and_ensemble_of_a_later_step_are_checked_before_the_first() {
 }
 
 #[test]
+fn adapters_of_every_stage_are_checked_before_the_first() {
+    for (sets, reason) in [
+        (&["sft.lora.targets=[\"q_prj\"]"][..], "`sft` cannot run: invalid `sft.lora`: `q_prj` is no linear layer"),
+        (&["ppo.lora.targets=q_proj"], "`ppo` cannot run: invalid `ppo.lora`: `q_proj` is no linear layer"),
+        (
+            &["sft.lora.rank=8", "reward-model.lora.rank=16"],
+            "`reward-model` cannot run: `reward-model.lora.rank` is 16, but the adapter of `sft`, which it goes on with, has 8\nhint: ",
+        ),
+        (&["sft.lora.rank=16", "ppo.lora.alpha=3"], "`ppo.lora.alpha` is 3, but the adapter of `sft`"),
+        (&["sft.lora.rank=16", "ppo.lora.targets=c_fc"], "`ppo.lora.targets` is [\"c_fc\"], but the adapter of `sft`"),
+        (&["sft.lora.rank=16", "reward-model.lora.rslora=true"], "`reward-model.lora.rslora` is true"),
+    ] {
+        let error = refused_by_both(&Lab::new(), sets);
+        assert!(error.contains(reason), "{sets:?}: {error}");
+    }
+    // What fits: an adapter that goes on with another dropout, one on weights that were trained, and weights that take one in.
+    let lab = Lab::new();
+    for sets in [
+        &["sft.lora.rank=8", "reward-model.lora.rank=8", "ppo.lora.rank=8", "ppo.lora.dropout=0.1"][..],
+        &["reward-model.lora.rank=8", "ppo.lora.rank=4"],
+        &["sft.lora.rank=8"],
+    ] {
+        let flags: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let planned = lab.program(&[&["plan", "micro"][..], &flags].concat()).output().unwrap();
+        assert!(planned.status.success(), "{sets:?}: {}", String::from_utf8_lossy(&planned.stderr));
+    }
+}
+
+#[test]
 fn too_few_micro_batches_for_the_ranks_name_the_stage_and_its_key() {
     let lab = Lab::new();
     let planned = lab.program(&["plan", "micro", "--ranks", "2"]).output().unwrap();

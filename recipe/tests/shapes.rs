@@ -145,3 +145,5 @@ fn a_recipe_starts_from_an_adapter_whose_base_lies_elsewhere() {
     let report = assert_reported(&lab, &["sft", "reward-model", "ppo"]);
     assert!(report["score"]["base"].is_object(), "{report}");
 }
+    let error = lab.fail(&["--base", first.path("moved").to_str().unwrap(), "--set", "sft.lora.rank=3"]);
+    assert!(error.contains("`sft.lora.rank` is 3, but the adapter in `") && error.contains("has 2"), "{error}");

@@ -19,8 +19,66 @@ pub(super) struct Adapted {
 }
 
 /// Whether `dir` holds an adapter.
-pub(super) fn is_in(dir: &Path) -> bool {
+pub fn is_in(dir: &Path) -> bool {
     dir.join(hf::ADAPTER_CONFIG_FILE).is_file()
+}
+
+/// What an adapter's directory says without its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterPreview {
+    /// Rank, scale, dropout and targets.
+    pub lora: LoraConfig,
+    /// Whether the base that it names is there.
+    pub has_base: bool,
+}
+
+impl AdapterPreview {
+    /// Reads the files of `dir` that are small; `None` if it holds no adapter.
+    ///
+    /// # Errors
+    /// If a file is damaged, or the adapter is of a kind that computes something else.
+    pub fn open(dir: &Path) -> Result<Option<Self>, CheckpointError> {
+        if !is_in(dir) {
+            return Ok(None);
+        }
+        let AdapterFiles { base, lora, .. } = AdapterFiles::read(dir)?;
+        Ok(Some(Self { lora, has_base: base.path.is_some_and(|base| Path::new(&base).is_dir()) }))
+    }
+}
+
+/// A setting in which adapters differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoraDifference {
+    /// The key in `[lora]`.
+    pub key: &'static str,
+    /// Its value in what is asked for.
+    pub asked: String,
+    /// Its value in the adapter that is there.
+    pub found: String,
+}
+
+impl LoraDifference {
+    /// What keeps adapters as `asked` describes from going on with one as `found` describes in a model of architecture
+    /// `config`; dropout may differ.
+    ///
+    /// # Errors
+    /// If a target is the name of no linear layer.
+    pub fn of(config: &GptConfig, asked: &LoraConfig, found: &LoraConfig) -> Result<Option<Self>, CheckpointError> {
+        let differs = |key, asked: String, found: String| Ok(Some(Self { key, asked, found }));
+        if asked.rank != found.rank {
+            return differs("rank", asked.rank.to_string(), found.rank.to_string());
+        }
+        if asked.alpha != found.alpha {
+            return differs("alpha", asked.alpha.to_string(), found.alpha.to_string());
+        }
+        if asked.rslora != found.rslora {
+            return differs("rslora", asked.rslora.to_string(), found.rslora.to_string());
+        }
+        if hf::adapters_of(config, asked)?.parts != hf::adapters_of(config, found)?.parts {
+            return differs("targets", format!("{:?}", asked.targets), format!("{:?}", found.targets));
+        }
+        Ok(None)
+    }
 }
 
 impl Checkpoint {
@@ -223,23 +281,12 @@ impl Checkpoint {
 
     /// Checks that `own`, the checkpoint's adapter, is one as `lora` describes; dropout may differ.
     fn check_settings(&self, lora: &LoraConfig, own: &HostAdapter) -> Result<(), CheckpointError> {
-        let found = &own.adapters.lora;
-        let differs = |key, asked: String, found: String| {
-            Err(CheckpointError::OtherAdapter { dir: self.dir.clone(), key, asked, found })
-        };
-        if lora.rank != found.rank {
-            return differs("rank", lora.rank.to_string(), found.rank.to_string());
+        match LoraDifference::of(&self.model.config, lora, &own.adapters.lora)? {
+            Some(LoraDifference { key, asked, found }) => {
+                Err(CheckpointError::OtherAdapter { dir: self.dir.clone(), key, asked, found })
+            }
+            None => Ok(()),
         }
-        if lora.alpha != found.alpha {
-            return differs("alpha", lora.alpha.to_string(), found.alpha.to_string());
-        }
-        if lora.rslora != found.rslora {
-            return differs("rslora", lora.rslora.to_string(), found.rslora.to_string());
-        }
-        if hf::adapters_of(&self.model.config, lora)?.parts != own.adapters.parts {
-            return differs("targets", format!("{:?}", lora.targets), format!("{:?}", found.targets));
-        }
-        Ok(())
     }
 }
 

@@ -27,6 +27,7 @@ use burn::tensor::Device;
 use serde_json::Value;
 
 use adapter::{Adapted, HostWeights};
+pub use adapter::{AdapterPreview, LoraDifference, is_in as is_adapter};
 pub use error::CheckpointError;
 pub use init::{grow_vocab, init_from};
 pub use manifest::{FORMAT_VERSION, MANIFEST_FILE, Manifest, Parent, Stage};
