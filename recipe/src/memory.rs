@@ -158,7 +158,9 @@ impl Planner {
         let unknown = Lengths::unknown(config.max_seq_len);
         // What is generated later is not there yet.
         let is_there = |mut sources: Sources<'_>| {
-            sources.iter_mut().all(|(key, files)| resolver.resolve_files(key, files).is_ok())
+            sources.iter_mut().all(|(key, files)| {
+                resolver.resolve_files(key, files).is_ok() && files.iter().all(|file| file.exists())
+            })
         };
         let of_all = |settings: Settings, needs: &dyn Fn(Settings) -> Needs| -> Vec<Needs> {
             shares.iter().map(|&share| needs(settings.of(share))).collect()

@@ -128,6 +128,21 @@ fn a_recipe_starts_from_a_model_that_is_there() {
 
     // Pretraining can go on from it as well; a flag names it, by a path from where the command is run.
     let lab = Lab::with_own_data("seed = 3\nstages = [\"pretrain\"]\n");
+    // A recipe that generates its data can be planned for it before there is any: the lengths are those of the context.
+    let generated = Lab::new();
+    let plan = || {
+        let init = ["plan", "micro", "--out", "out", "--json", "--init", model.to_str().unwrap()];
+        let planned = generated.program(&init).output().unwrap();
+        assert!(planned.status.success(), "{}", String::from_utf8_lossy(&planned.stderr));
+        let plan: serde_json::Value = serde_json::from_slice(&planned.stdout).unwrap();
+        plan["stages"]["ppo"]["bytes"]["activations"].as_u64().unwrap()
+    };
+    let of_contexts = plan();
+    let data = ["world", "--out", "out/data", "--stories", "480"];
+    assert!(generated.program(&data).output().unwrap().status.success());
+    let of_data = plan();
+    assert!(of_data < of_contexts, "{of_data} and {of_contexts}");
+
     std::os::unix::fs::symlink(&model, lab.path("a \"model\"")).unwrap();
     lab.run(&["--init", "a \"model\""]);
     assert_eq!(lab.json("pretrain/manifest.json")["parents"][0]["weights_sha256"], weights);
