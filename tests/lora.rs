@@ -4,8 +4,8 @@
 
 use std::path::Path;
 
-use pipeline_tests::{Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, Stage};
 use clap::Parser;
+use pipeline_tests::{DPO, Lab, PPO, PRETRAIN, REWARD_MODEL, SFT, Stage};
 use serde_json::{Value, json};
 
 /// The same model with an adapter beside its weights and in them: sums in another order.
@@ -191,6 +191,39 @@ fn an_adapter_of_another_base_or_other_settings_is_refused() {
     assert_eq!(moved["loss"].as_f64(), Some(of_adapter));
     lab.ok("chat", &["merge", "--checkpoint", "sft-lora", "--base", "moved", "--out", "merged", "-q"]);
     assert!((loss(&lab, "merged") - of_adapter).abs() < MERGED);
+}
+
+#[test]
+fn a_base_is_refused_where_nothing_is_an_adapter() {
+    let lab = Lab::before(PPO);
+    let (pairs, prompts) = ("data/pairs.val.jsonl", "data/prompts.val.jsonl");
+    let models = ["--checkpoint", "sft", "--reference", "base"];
+    let mut commands: Vec<(&str, Vec<String>)> =
+        [SFT, REWARD_MODEL, PPO, DPO].map(|stage| (stage.program, stage.train("out", &[]))).into();
+    for (program, args) in [
+        ("pretrain", &["eval", "--checkpoint", "base", "--data", "data/val.txt"][..]),
+        ("sft", &["eval", "--checkpoint", "sft", "--data", "data/sft.val.jsonl"]),
+        ("reward-model", &["eval", "--checkpoint", "reward", "--data", pairs]),
+        ("reward-model", &["score", "--checkpoint", "reward", "--data", pairs]),
+        ("reward-model", &["label", "--policy", "sft", "--prompts", prompts, "--out", "labels.jsonl"]),
+        ("ppo", &[&["eval", "--reward-model", "reward", "--data", prompts][..], &models].concat()),
+        ("ppo", &["doctor", "--policy", "sft", "--reward-model", "reward", "--data", prompts]),
+        ("dpo", &[&["eval", "--data", pairs][..], &models].concat()),
+        ("chat", &["--checkpoint", "sft"]),
+        ("chat", &["generate", "--checkpoint", "sft", "--prompt", "the fox"]),
+        ("chat", &["serve", "--checkpoint", "sft"]),
+        ("recipe", &["duel", "sft", "base", "--reward-model", "reward", "--prompts", prompts]),
+    ] {
+        commands.push((program, args.iter().map(|arg| (*arg).to_owned()).collect()));
+    }
+    for (program, args) in commands {
+        let args = [&args[..], &["--base".to_owned(), "nowhere".to_owned()]].concat();
+        let output = lab.run(program, &args);
+        assert_eq!(output.status.code(), Some(2), "{program} {args:?}: {}", output.stderr);
+        let expected = "`--base nowhere` says where the base of an adapter lies, but ";
+        assert!(output.stderr.contains(expected), "{program} {args:?}: {}", output.stderr);
+    }
+    assert!(!lab.path("out").exists() && !lab.path("labels.jsonl").exists());
 }
 
 #[test]

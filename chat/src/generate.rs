@@ -32,6 +32,7 @@ fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
         );
         return Err(UsageError(message).into());
     }
+    args.runtime.check_base([&args.checkpoint].into_iter().chain(&args.reward_model).map(|dir| &**dir))?;
     let model = ChatModel::load(&args.checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
     if let (Some(ensemble), [_]) = (args.ensemble, &args.reward_model[..]) {
         let message = format!("`--ensemble {ensemble}` needs several reward models: repeat `--reward-model`");

@@ -32,6 +32,7 @@ pub(crate) fn run(args: &ConversationArgs) -> anyhow::Result<()> {
 
 fn converse(args: &ConversationArgs) -> anyhow::Result<()> {
     let checkpoint = args.checkpoint.as_deref().expect("clap requires --checkpoint where there is no command");
+    args.runtime.check_base([checkpoint])?;
     let model = ChatModel::load(checkpoint, &args.sampling, &args.runtime)?.with_thinking(args.thinking)?;
     tracing::info!("{}", model.description());
     let mut conversation = Conversation { model, history: History::new(args.system.clone()), n_answers: 0 };

@@ -10,7 +10,7 @@ use clap::{Arg, ArgAction, Args, CommandFactory, Parser};
 use serde::Serialize;
 
 use crate::backend::{self, BackendError};
-use crate::checkpoint::Opening;
+use crate::checkpoint::{self, AdapterPreview, Opening};
 use crate::config::{self, Configuration, PathResolver, Sources};
 use crate::exit::UsageError;
 use crate::group::Group;
@@ -159,6 +159,15 @@ impl StageArgs {
         }
         format!("continue with `{flags}`")
     }
+
+    /// [`RuntimeArgs::check_base`] for a command that starts from `dirs`, or goes on from what is in `--out`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_base<'a>(&'a self, dirs: impl IntoIterator<Item = &'a Path>) -> Result<(), UsageError> {
+        let own = self.resume.then_some(self.out.as_path()).filter(|out| out.is_dir());
+        self.runtime.check_base(dirs.into_iter().chain(own))
+    }
 }
 
 impl RuntimeArgs {
@@ -190,6 +199,38 @@ impl RuntimeArgs {
              beside them, with a section `[lora]`"
                 .to_owned(),
         ))
+    }
+
+    /// Refuses `--base` where none of the checkpoints in `dirs`, all that are given, is an adapter.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn check_base<'a>(&self, dirs: impl IntoIterator<Item = &'a Path>) -> Result<(), UsageError> {
+        let Some(base) = self.base() else { return Ok(()) };
+        let dirs: Vec<&Path> = dirs.into_iter().collect();
+        // One that is not there is named where it is loaded.
+        if dirs.iter().any(|dir| !dir.is_dir() || checkpoint::is_adapter(dir)) {
+            return Ok(());
+        }
+        let names: Vec<String> = dirs.iter().map(|dir| format!("`{}`", dir.display())).collect();
+        let found = match &*names {
+            [] => "no checkpoint is given".to_owned(),
+            [one] => format!("{one} is none: all of its weights are its own"),
+            several => format!("none is given: the weights of {} are their own", several.join(", ")),
+        };
+        Err(UsageError(format!(
+            "`--base {}` says where the base of an adapter lies, but {found}\nhint: leave out `--base`",
+            base.display()
+        )))
+    }
+
+    /// These flags for the checkpoints in `dirs`, which were written by the program itself: `--base` counts only where one
+    /// is an adapter whose base is no longer where it says.
+    #[must_use]
+    pub fn among_own<'a>(&self, dirs: impl IntoIterator<Item = &'a Path>) -> Self {
+        let lacks_base = |dir| AdapterPreview::open(dir).is_ok_and(|found| found.is_some_and(|found| !found.has_base));
+        let base = self.base.clone().filter(|_| dirs.into_iter().any(lacks_base));
+        Self { base, ..self.clone() }
     }
 
     /// Opens the device, without autodiff.
@@ -274,6 +315,12 @@ pub fn carry_out<C: Parser>(
 pub fn print_config_flag() -> Arg {
     let help = "Print the configuration with defaults and comments, then exit; no other flag is needed";
     Arg::new("print_config").long("print-config").action(ArgAction::SetTrue).help(help)
+}
+
+/// The flag `--base` of a command that draws its weights: neither listed nor taken.
+pub fn without_base(flag: Arg) -> Arg {
+    let refuse = |_: &str| Err::<PathBuf, _>("this command starts from no checkpoint, so no adapter has a base");
+    flag.hide(true).value_parser(refuse)
 }
 
 /// Which configuration `--print-config` is to print: a file with overrides, or the defaults with overrides.
@@ -368,6 +415,31 @@ mod tests {
         let asks = |args: &[&str]| asks_for_backends(args.iter().map(OsString::from));
         assert!(asks(&["train", "--backend", "list"]) && asks(&["--backend=list"]));
         assert!(!asks(&["--backend", "flex", "list"]) && !asks(&["--", "--backend", "list"]) && !asks(&[]));
+    }
+
+    #[test]
+    fn a_base_needs_an_adapter_that_stands_on_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let [model, adapter, gone] = ["model", "adapter", "gone"].map(|name| dir.path().join(name));
+        for made in [&model, &adapter] {
+            std::fs::create_dir(made).unwrap();
+        }
+        std::fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
+        let check = |flags: &[&str], dirs: &[&PathBuf]| {
+            let args = parse(&[&["--base", "b"], flags].concat()).unwrap();
+            args.check_base(dirs.iter().map(|dir| &***dir)).map_err(|error| error.to_string())
+        };
+        let refused = |dirs: &[&PathBuf]| check(&[], dirs).unwrap_err();
+        assert!(refused(&[&model]).contains("model` is none: all of its weights are its own\nhint: "));
+        assert!(
+            refused(&[]).contains("no checkpoint is given") && refused(&[&model, &model]).contains("none is given")
+        );
+        assert_eq!(check(&[], &[&model, &adapter]), Ok(()));
+        assert_eq!(check(&[], &[&gone]), Ok(()), "said where it is loaded");
+        let resumed = ["--out", adapter.to_str().unwrap(), "--resume"];
+        let args = Cli::try_parse_from(["sft", "--config", "c", "--base", "b"].iter().chain(&resumed)).unwrap().stage;
+        assert!(args.check_base([&*model]).is_ok(), "it goes on from an adapter");
+        assert!(parse(&[]).unwrap().check_base([&*model]).is_ok());
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub struct Evaluation {
 
 /// Carries out `dpo eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.checkpoint, &*args.reference])?;
     print_json(&evaluate(args)?)
 }
 

@@ -77,6 +77,8 @@ impl Evaluation {
 
 /// Carries out `ppo eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    let given = [&args.checkpoint, &args.reference].into_iter().chain(&args.reward_model).map(|dir| &**dir);
+    args.runtime.check_base(given)?;
     print_json(&evaluate(args)?)
 }
 

@@ -62,6 +62,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             session::run(&args.stage.runtime, args.stage.tui, &args.stage.how_to_continue(), |group, interrupt| {
+                args.stage.check_base([&args.policy].into_iter().chain(&args.reward_model).map(|dir| &**dir))?;
                 train(&args, group, interrupt, None)
             })
         }

@@ -17,6 +17,7 @@ use crate::data;
 
 /// Carries out `pretrain eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.checkpoint])?;
     let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
     let gpt = args.runtime.open()?.take_gpt(&mut checkpoint)?;

@@ -43,16 +43,18 @@ pub fn run(setup: &Setup, runtime: &RuntimeArgs) -> Result<()> {
     let step = Step::Ppo;
     let mut data = setup.configs.ppo.as_ref().context("the recipe has no PPO")?.data.train.clone();
     setup.recipe.resolver(step).resolve_files("data.train", &mut data)?;
+    let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
+    let runtime = runtime.among_own([&*policy, &*reward_model]);
     let report = examine(&ppo::DoctorArgs {
-        policy: setup.dir(Step::Sft),
-        reward_model: setup.dir(Step::RewardModel),
+        policy,
+        reward_model,
         data,
         config: Some(setup.recipe.stage_config(step)),
         overrides: setup.recipe.run_overrides(step)?,
         pairs: setup.test_pairs().filter(|pairs| pairs.is_file()),
         train_pairs: None,
         json: false,
-        runtime: runtime.clone(),
+        runtime,
     })
     .context("failed to examine what PPO starts from")?;
     let path = setup.out.join(DOCTOR_FILE);

@@ -23,6 +23,7 @@ use crate::gold::GoldScorer;
 /// # Errors
 /// If a checkpoint or the prompts cannot be used, the models do not share a tokenizer, or the judge understands no prompt.
 pub fn duel(args: &DuelArgs) -> Result<()> {
+    args.runtime.check_base([&*args.a, &*args.b].into_iter().chain(args.reward_model.as_deref()))?;
     let opening = args.runtime.opening();
     let open = |dir| checkpoint::init_from(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS);
     let players = [open(&args.a).context("failed to load A")?, open(&args.b).context("failed to load B")?];

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::checkpoint::{Manifest, Opening};
+use common::checkpoint::{Manifest, Opening, is_adapter};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use common::kernels::TrunkPrecision;
@@ -159,8 +159,8 @@ impl Setup {
     /// Reads and checks the configuration of every stage of `recipe`.
     ///
     /// # Errors
-    /// If a configuration is not valid, a stage would train the weights that `runtime` wants in bf16, or the gold scorer's
-    /// words cannot be read.
+    /// If a configuration is not valid, a stage would train the weights that `runtime` wants in bf16, it names a base though
+    /// nothing is an adapter, or the gold scorer's words cannot be read.
     pub fn open(recipe: Recipe, runtime: &RuntimeArgs) -> Result<Self> {
         let gold = recipe.config.gold.as_ref().map(GoldConfig::open).transpose();
         let gold = gold.context("failed to open the gold scorer")?;
@@ -168,7 +168,11 @@ impl Setup {
         configs.check_trunk(runtime)?;
         let (precision, trunk) = (runtime.precision.name(), runtime.trunk);
         let adapter_base = runtime.base().map(Path::to_owned);
-        Ok(Self { gold, out: recipe.out.clone(), precision, adapter_base, trunk, configs, recipe })
+        let setup = Self { gold, out: recipe.out.clone(), precision, adapter_base, trunk, configs, recipe };
+        let own = setup.recipe.config.stages().into_iter().chain([Step::Sft, Step::RewardModel]);
+        let own: Vec<PathBuf> = own.map(|step| setup.dir(step)).filter(|dir| is_adapter(dir)).collect();
+        runtime.check_base(setup.recipe.config.init.iter().chain(&own).map(|dir| &**dir))?;
+        Ok(setup)
     }
 
     /// How the initial model is opened.

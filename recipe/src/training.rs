@@ -175,11 +175,18 @@ impl Trainer<'_> {
             Step::RewardModel | Step::Dpo => Start { init: sft(), ..Start::default() },
             _ => Start { init: sft(), reward_model: Some(setup.dir(Step::RewardModel)), ..Start::default() },
         };
-        train_stage(step, start, self.stage_args(step, goes_on)?, setup.gold.as_ref(), group, interrupt)
+        let stage = self.stage_args(step, &start, goes_on)?;
+        train_stage(step, start, stage, setup.gold.as_ref(), group, interrupt)
     }
 
-    /// The flags with which a training stage is run.
-    fn stage_args(&self, step: Step, resume: bool) -> Result<StageArgs> {
+    /// The flags with which a training stage is run. `--base` is for the model that the recipe starts from; the recipe's own
+    /// adapters say where their bases are.
+    fn stage_args(&self, step: Step, start: &Start, resume: bool) -> Result<StageArgs> {
+        let runtime = if start.init.is_some() && start.init == self.setup.recipe.config.init {
+            self.args.runtime.clone()
+        } else {
+            self.args.runtime.among_own(start.init.iter().chain(&start.reward_model).map(|dir| &**dir))
+        };
         Ok(StageArgs {
             config: self.setup.recipe.stage_config(step),
             out: self.setup.dir(step),
@@ -188,7 +195,7 @@ impl Trainer<'_> {
             overrides: self.setup.recipe.run_overrides(step)?,
             data: self.setup.recipe.data.clone(),
             tui: self.args.tui,
-            runtime: self.args.runtime.clone(),
+            runtime,
         })
     }
 }

@@ -122,12 +122,12 @@ fn a_recipe_starts_from_a_model_that_is_there() {
     assert!(!said.contains("tokenizer") && !said.contains("] pretrain"), "{said}");
     let report = assert_reported(&lab, &["sft", "reward-model", "ppo"]);
     assert!(report["score"]["base"].is_object(), "{report}");
+    let error = lab.fail(&["--base", "nowhere"]);
+    assert!(error.contains("`--base nowhere` says where the base of an adapter lies, but `"), "{error}");
     let manifest = lab.json("sft/manifest.json");
     let weights = first.json("pretrain/manifest.json")["weights_sha256"].clone();
     assert_eq!(manifest["parents"][0]["weights_sha256"], weights);
 
-    // Pretraining can go on from it as well; a flag names it, by a path from where the command is run.
-    let lab = Lab::with_own_data("seed = 3\nstages = [\"pretrain\"]\n");
     // A recipe that generates its data can be planned for it before there is any: the lengths are those of the context.
     let generated = Lab::new();
     let plan = || {
@@ -143,6 +143,8 @@ fn a_recipe_starts_from_a_model_that_is_there() {
     let of_data = plan();
     assert!(of_data < of_contexts, "{of_data} and {of_contexts}");
 
+    // Pretraining can go on from it as well; a flag names it, by a path from where the command is run.
+    let lab = Lab::with_own_data("seed = 3\nstages = [\"pretrain\"]\n");
     std::os::unix::fs::symlink(&model, lab.path("a \"model\"")).unwrap();
     lab.run(&["--init", "a \"model\""]);
     assert_eq!(lab.json("pretrain/manifest.json")["parents"][0]["weights_sha256"], weights);
@@ -156,9 +158,9 @@ fn a_recipe_starts_from_an_adapter_whose_base_lies_elsewhere() {
     let adapter = first.out("sft");
     let lab = Lab::with_own_data(&format!("init = \"{}\"\n{EVALUATE}", adapter.display()));
     assert!(lab.fail(&[]).contains("pretrain"));
+    let error = lab.fail(&["--base", first.path("moved").to_str().unwrap(), "--set", "sft.lora.rank=3"]);
+    assert!(error.contains("`sft.lora.rank` is 3, but the adapter in `") && error.contains("has 2"), "{error}");
     lab.run(&["--base", first.path("moved").to_str().unwrap()]);
     let report = assert_reported(&lab, &["sft", "reward-model", "ppo"]);
     assert!(report["score"]["base"].is_object(), "{report}");
 }
-    let error = lab.fail(&["--base", first.path("moved").to_str().unwrap(), "--set", "sft.lora.rank=3"]);
-    assert!(error.contains("`sft.lora.rank` is 3, but the adapter in `") && error.contains("has 2"), "{error}");

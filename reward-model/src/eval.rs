@@ -47,6 +47,7 @@ pub struct OfAnnotator {
 
 /// Carries out `reward-model eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.checkpoint])?;
     print_json(&evaluate(args)?)
 }
 

@@ -40,6 +40,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => {
             session::run(&args.stage.runtime, args.stage.tui, &args.stage.how_to_continue(), |group, interrupt| {
+                args.stage.check_base([&*args.init])?;
                 train(&args, group, interrupt)
             })
         }

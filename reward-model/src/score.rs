@@ -27,6 +27,7 @@ struct Line {
 /// normalisation; for pairs `score_chosen`, `score_rejected`, `raw_score_chosen` and `raw_score_rejected`; for token
 /// ids the field `ids`.
 pub(crate) fn run(args: &ScoreArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.checkpoint])?;
     let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
     let model = args.runtime.open()?.take_scalar(&mut checkpoint)?;

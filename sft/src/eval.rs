@@ -43,6 +43,7 @@ impl Evaluation {
 
 /// Carries out `sft eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.checkpoint])?;
     let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS)?;
     let gpt = args.runtime.open()?.take_gpt(&mut checkpoint)?;

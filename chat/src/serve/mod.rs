@@ -186,6 +186,8 @@ fn until_asked_to_stop<T>(interrupt: Interrupt, work: impl FnOnce() -> T) -> T {
 
 /// Loads the models and starts their threads.
 fn load(args: &ServeArgs) -> anyhow::Result<Shared> {
+    let given = args.checkpoint.iter().map(|named| &*named.dir).chain(args.reward_model.as_deref());
+    args.runtime.check_base(given)?;
     let runtime = args.runtime.open()?;
     let ServeLimits { slots, queue, max_tokens, max_context, max_body, timeout, .. } = args.limits;
     let bounds = Bounds { slots: slots as usize, queue: queue as usize, context: max_context as usize };

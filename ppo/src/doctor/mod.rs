@@ -63,6 +63,7 @@ const N_DAMAGED: usize = 128;
 
 /// Carries out `ppo doctor`: one line a check on stdout, or one JSON object.
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
+    args.runtime.check_base([&*args.policy, &*args.reward_model])?;
     let report = examine(args)?;
     if args.json {
         print_json(&report)?;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use burn::tensor::{Tensor, TensorData};
 use clap::Args;
-use common::cli::{RuntimeArgs, at_least_1};
+use common::cli::{RuntimeArgs, at_least_1, without_base};
 use common::rng::Streams;
 use common::runtime::Runtime;
 use serde_json::{Map, Value, json};
@@ -15,7 +15,7 @@ use super::{Shape, median, rounded, smallest};
 
 /// Flags of `recipe bench gemm`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  recipe bench gemm --size b --threads 2")]
+#[command(mut_arg("base", without_base), after_help = "Example:\n  recipe bench gemm --size b --threads 2")]
 pub struct GemmBenchArgs {
     /// The model
     #[command(flatten)]

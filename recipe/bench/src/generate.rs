@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::bail;
 use burn::module::Module;
 use clap::Args;
-use common::cli::{RuntimeArgs, at_least_1};
+use common::cli::{RuntimeArgs, at_least_1, without_base};
 use common::exit::UsageError;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::kernels::Instructions;
@@ -23,8 +23,11 @@ const WARMUP_TOKENS: usize = 16;
 
 /// Flags of `recipe bench generate`.
 #[derive(Debug, Args)]
-#[command(after_help = "The figures outside `results` are those of the first batch size.\n\nExample:\n  \
-    recipe bench generate --size a --batches 1,32\n  recipe bench generate --size c --batches 1 --steps 3 --top-k 50")]
+#[command(
+    mut_arg("base", without_base),
+    after_help = "The figures outside `results` are those of the first batch size.\n\nExample:\n  \
+    recipe bench generate --size a --batches 1,32\n  recipe bench generate --size c --batches 1 --steps 3 --top-k 50"
+)]
 pub struct GenerateBenchArgs {
     /// The model
     #[command(flatten)]

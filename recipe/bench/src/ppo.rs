@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use anyhow::bail;
 use burn::module::Module;
 use clap::Args;
-use common::cli::{RuntimeArgs, at_least_1};
+use common::cli::{RuntimeArgs, at_least_1, without_base};
 use common::exit::UsageError;
 use common::kernels::Instructions;
 use common::model::{Gpt, GptConfig, ScalarGpt};
@@ -22,7 +22,7 @@ use super::{Shape, median, rounded, smallest};
 
 /// Flags of `recipe bench ppo`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  recipe bench ppo --size a --steps 5")]
+#[command(mut_arg("base", without_base), after_help = "Example:\n  recipe bench ppo --size a --steps 5")]
 pub struct PpoBenchArgs {
     /// The model
     #[command(flatten)]

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use common::cli::{RuntimeArgs, at_least_1};
+use common::cli::{RuntimeArgs, at_least_1, without_base};
 use common::hf;
 use common::kernels::{Instructions, memory};
 use common::model::params::Output;
@@ -32,9 +32,12 @@ pub enum Work {
 
 /// Flags of `recipe bench train`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  recipe bench train --size a --steps 20\n  \
+#[command(
+    mut_arg("base", without_base),
+    after_help = "Example:\n  recipe bench train --size a --steps 20\n  \
     recipe bench train --size s --work lora --trunk bf16 --steps 3\n  \
-    recipe bench train --size c --steps 5 --kernels plain --threads 1")]
+    recipe bench train --size c --steps 5 --kernels plain --threads 1"
+)]
 pub struct TrainBenchArgs {
     /// The model
     #[command(flatten)]

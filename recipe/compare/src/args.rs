@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use common::checkpoint::Stage;
-use common::cli::RuntimeArgs;
+use common::cli::{RuntimeArgs, without_base};
 use common::kernels::fault::Fault;
 
 /// Flags of `recipe compare`.
@@ -12,6 +12,7 @@ use common::kernels::fault::Fault;
 #[command(
     // The backends are those of `--backends`.
     mut_arg("backend", |arg| arg.hide(true).conflicts_with("backends")),
+    mut_arg("base", without_base),
     after_help = "The first backend is the reference; each runs in a process of its own. Exits with 1 if a budget is exceeded.\n\n\
         Example:\n  \
         recipe compare configs/tiny --backends flex,ndarray --steps 20\n  \

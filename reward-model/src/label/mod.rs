@@ -32,6 +32,7 @@ pub enum By {
 /// If the policy, the questions or the file of labels cannot be used, or there is no terminal for a person to decide at.
 pub(crate) fn run(args: &LabelArgs) -> anyhow::Result<()> {
     args.runtime.start()?;
+    args.runtime.check_base(args.policy.as_deref())?;
     let interrupt =
         Interrupt::install_with(Stopping { first: "stopping; every decision is kept", second: "stopped at once" })?;
     if args.by == By::Person && !is_at_terminal() {
