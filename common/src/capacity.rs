@@ -69,12 +69,53 @@ impl Needs {
     /// `program + data + library + 1.2 · (initial + weights + moments + max(loading, step, exchange, cache, saving))`, with
     /// `step = max(accumulated + activations, gradients + last_activations)`: gradients come as activations go.
     pub fn peak(&self) -> f64 {
-        let phase = self.step().max(self.exchange).max(self.cache).max(self.loading).max(self.saving);
+        let (_, phase) = self.phase();
         PROGRAM + self.data + self.library + ALLOCATOR * (self.initial + self.weights + self.moments + phase)
+    }
+
+    /// The phase that needs most, and what it takes beside weights and moments.
+    pub fn phase(&self) -> (Phase, f64) {
+        let phases = [
+            (Phase::Training, self.step()),
+            (Phase::Exchange, self.exchange),
+            (Phase::Decoding, self.cache),
+            (Phase::Loading, self.loading),
+            (Phase::Saving, self.saving),
+        ];
+        phases.into_iter().reduce(|most, phase| if phase.1 > most.1 { phase } else { most }).unwrap_or(phases[0])
     }
 
     fn step(&self) -> f64 {
         (self.accumulated + self.activations).max(self.gradients + self.last_activations)
+    }
+}
+
+/// What a run does one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Reading the weights.
+    Loading,
+    /// A step: the backward pass of a micro-batch.
+    Training,
+    /// Sending gradients to other ranks and receiving theirs.
+    Exchange,
+    /// Sampling answers.
+    Decoding,
+    /// Writing a checkpoint.
+    Saving,
+}
+
+impl Phase {
+    /// Name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Training => "training",
+            Self::Exchange => "exchange",
+            Self::Decoding => "decoding",
+            Self::Saving => "saving",
+        }
     }
 }
 

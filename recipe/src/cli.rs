@@ -147,7 +147,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_1)]
     pub ranks: NonZeroUsize,
 
-    /// Print one JSON object, in bytes
+    /// Print one JSON object, in whole bytes; docs/memory.md explains its keys
     #[arg(long)]
     pub json: bool,
 

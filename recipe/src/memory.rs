@@ -43,7 +43,7 @@ pub fn print_plan(args: &PlanArgs) -> Result<()> {
     let ranks = runtime.is_on_host().then_some(ranks);
     if args.json {
         let stages: Map<_, _> = stages.iter().map(|stage| (stage.step.name().to_owned(), stage.to_json())).collect();
-        let available = ranks.and_then(|ranks| ranks.available());
+        let available = ranks.and_then(|ranks| ranks.available()).map(whole);
         return print_json(&json!({ "stages": stages, "available": available }));
     }
     std::io::stdout().write_all(table(&stages, ranks.as_ref()).as_bytes()).context("failed to write the plan")
@@ -68,38 +68,84 @@ impl PlannedStage {
 
     /// With a list of ranks where there are several.
     fn to_json(&self) -> Value {
-        let of_rank = |needs: &Needs| json!({ "bytes": needs, "peak": needs.peak() });
+        let of_rank = |needs: &Needs| {
+            let mut bytes = json!(needs);
+            for value in bytes.as_object_mut().into_iter().flat_map(|of| of.values_mut()) {
+                *value = json!(whole(value.as_f64().unwrap_or_default()));
+            }
+            let Row { held, phase, other, peak, .. } = Row::of(needs, 1.0);
+            let (name, _) = needs.phase();
+            json!({ "bytes": bytes, "held": held, "phase": name, "phase_bytes": phase, "other": other, "peak": peak })
+        };
         match &*self.needs {
             [alone] => of_rank(alone),
-            ranks => json!({ "ranks": ranks.iter().map(of_rank).collect::<Vec<_>>(), "peak": self.peak() }),
+            ranks => json!({ "ranks": ranks.iter().map(of_rank).collect::<Vec<_>>(), "peak": whole(self.peak()) }),
         }
+    }
+}
+
+/// A count of bytes or MiB.
+fn whole(number: f64) -> i64 {
+    number.round() as i64
+}
+
+/// The parts of a peak in whole units, so that they add up to it.
+struct Row {
+    weights: i64,
+    moments: i64,
+    /// Weights and moments.
+    held: i64,
+    /// What the largest phase takes beside them.
+    phase: i64,
+    /// The program, its data, and what the allocator keeps.
+    other: i64,
+    peak: i64,
+}
+
+impl Row {
+    fn of(needs: &Needs, unit: f64) -> Self {
+        let of = |bytes: f64| whole(bytes / unit);
+        let (weights, moments) = (of(needs.initial + needs.weights), of(needs.moments));
+        let (held, phase, peak) = (weights + moments, of(needs.phase().1), of(needs.peak()));
+        Self { weights, moments, held, phase, other: peak - held - phase, peak }
     }
 }
 
 /// The plan for people, in MiB; `ranks` on the host's memory.
 fn table(stages: &[PlannedStage], ranks: Option<&Ranks>) -> String {
     let mut text = String::new();
-    let columns = ["weights", "moments", "gradients", "activations", "cache", "saving", "peak"];
+    let columns = ["weights", "moments", "gradients", "activations", "cache", "saving", "phase", "other", "peak"];
+    let width = |column: &str| (column.len() + 2).max(8);
     let _ = write!(text, "{:14}", "MiB");
     for column in columns {
-        let _ = write!(text, "{column:>13}");
+        let _ = write!(text, "{column:>0$}", width(column));
     }
-    text.push('\n');
+    text.push_str("  phase of the peak\n");
     for stage in stages {
         let fits = ranks.is_none_or(|ranks| ranks.have(&stage.peaks()));
         for (rank, needs) in stage.needs.iter().enumerate() {
             let name = if rank == 0 { stage.step.name().to_owned() } else { format!("  rank {rank}") };
             let _ = write!(text, "{name:14}");
-            let Needs { initial, weights, moments, gradients, activations, cache, saving, .. } = *needs;
-            for bytes in [initial + weights, moments, gradients, activations, cache, saving, needs.peak()] {
-                let _ = write!(text, "{:>13.0}", bytes / MIB);
+            let Row { weights, moments, phase, other, peak, .. } = Row::of(needs, MIB);
+            let Needs { gradients, activations, cache, saving, .. } = *needs;
+            let [gradients, activations, cache, saving] =
+                [gradients, activations, cache, saving].map(|n| whole(n / MIB));
+            let values = [weights, moments, gradients, activations, cache, saving, phase, other, peak];
+            for (column, mib) in columns.into_iter().zip(values) {
+                let _ = write!(text, "{mib:>0$}", width(column));
             }
+            let _ = write!(text, "  {}", needs.phase().0.name());
             if rank == 0 && !fits {
-                text.push_str("  does not fit");
+                text.push_str(", does not fit");
             }
             text.push('\n');
         }
     }
+    text.push_str(
+        "peak = weights + moments + phase + other\n\
+         phase: the largest of what loading, a training step (its gradients and activations), decoding (the cache) and saving take\n\
+         other: the program, its data and freed memory that the allocator keeps\n",
+    );
     let peak = stages.iter().map(PlannedStage::peak).fold(0.0, f64::max);
     let together = match stages.first().map_or(1, |stage| stage.needs.len()) {
         1 => String::new(),
