@@ -1,8 +1,10 @@
-//! `recipe plan`: a table and an object whose parts add up.
+//! `recipe plan`: a table and an object whose parts add up, and nothing that is said twice.
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps fails with the error in its message")]
 
 mod lab;
+
+use std::fs;
 
 use lab::Lab;
 use serde_json::Value;
@@ -45,4 +47,17 @@ fn the_parts_of_a_peak_add_up_to_it() {
         assert_eq!(plan["stages"]["pretrain"]["phase"], phase);
         assert!(plan["available"].is_u64(), "{plan}");
     }
+}
+
+#[test]
+fn skipped_records_of_a_file_are_said_once() {
+    let lab = Lab::with_own_data("seed = 3\nstages = [\"pretrain\", \"sft\"]\n");
+    let path = lab.path("data/sft.train.jsonl");
+    fs::write(&path, fs::read_to_string(&path).unwrap() + "{\"prompt\": \"a\"}\n").unwrap();
+    let skip = ["--set", "sft.data.on_bad_record=skip"];
+    let said = lab.run(&skip);
+    assert_eq!(said.matches("skipped 1 bad record of").count(), 1, "checked, measured and read: {said}");
+    let init = ["--data", "data", "--init", "out/pretrain", "--set", "recipe.stages=[\"sft\"]"];
+    let (_, said) = plan(&lab, &[&init[..], &skip].concat());
+    assert_eq!(said.matches("skipped 1 bad record of").count(), 1, "{said}");
 }

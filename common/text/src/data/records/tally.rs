@@ -1,6 +1,8 @@
 //! Counts while a file is read: good and malformed records, and the expansion of a packed file.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::{OnBadRecord, ReadOptions};
 use crate::data::DataError;
@@ -86,12 +88,21 @@ impl Tally {
             None => Ok(self.summary),
             Some(reason) if n_records == 0 => Err(DataError::AllBad { path, n_skipped, reason }),
             Some(reason) => {
-                let records = if n_skipped == 1 { "record" } else { "records" };
-                tracing::warn!("skipped {n_skipped} bad {records} of `{}`; the first: {reason}", path.display());
+                if is_news(&path, n_skipped) {
+                    let records = if n_skipped == 1 { "record" } else { "records" };
+                    tracing::warn!("skipped {n_skipped} bad {records} of `{}`; the first: {reason}", path.display());
+                }
                 Ok(self.summary)
             }
         }
     }
+}
+
+/// Whether it was not said yet that so many records of this file are skipped: a command reads its files to check them, to
+/// measure them and to use them.
+fn is_news(path: &Path, n_skipped: usize) -> bool {
+    static SAID: Mutex<BTreeSet<(PathBuf, usize)>> = Mutex::new(BTreeSet::new());
+    SAID.lock().unwrap_or_else(PoisonError::into_inner).insert((path.to_owned(), n_skipped))
 }
 
 /// Guards against a small file that unpacks to more than memory holds.
