@@ -278,6 +278,8 @@ fn a_measurement_of_decoding_has_a_result_for_each_batch_size() {
     let results = line["results"].as_array().unwrap();
     assert_eq!(results.iter().map(|r| r["batch"].as_u64().unwrap()).collect::<Vec<_>>(), [2, 1]);
     assert_eq!(line["ms_per_decode_step"], results[0]["ms_per_decode_step"]);
+    // Twice for each batch size, under the name that the scripts it is compared with have for it.
+    assert_eq!((&line["steps"], &results[1]["runs"]), (&2.into(), &2.into()));
 }
 
 #[test]

@@ -99,6 +99,7 @@ pub fn measure(args: &GenerateBenchArgs, runtime: &Runtime) -> anyhow::Result<Ma
         ("gen", json!(new)),
         ("top_k", json!(args.top_k)),
         ("temperature", json!(args.temperature)),
+        ("steps", json!(args.steps)),
     ];
     fields.extend(own.map(|(name, value)| (name.to_owned(), value)));
     fields.extend(results[0].clone());

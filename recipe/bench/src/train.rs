@@ -55,7 +55,7 @@ pub struct TrainBenchArgs {
     #[arg(long, value_name = "N", default_value = "20", value_parser = at_least_1)]
     pub steps: NonZeroUsize,
 
-    /// Steps before the measured ones
+    /// Steps before the measured ones, at least 1
     #[arg(long, value_name = "N", default_value = "3", value_parser = at_least_1)]
     pub warmup: NonZeroUsize,
 
