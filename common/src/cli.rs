@@ -228,8 +228,7 @@ impl RuntimeArgs {
     /// is an adapter whose base is no longer where it says.
     #[must_use]
     pub fn among_own<'a>(&self, dirs: impl IntoIterator<Item = &'a Path>) -> Self {
-        let lacks_base = |dir| AdapterPreview::open(dir).is_ok_and(|found| found.is_some_and(|found| !found.has_base));
-        let base = self.base.clone().filter(|_| dirs.into_iter().any(lacks_base));
+        let base = self.base.clone().filter(|_| dirs.into_iter().any(AdapterPreview::lacks_base));
         Self { base, ..self.clone() }
     }
 

@@ -89,9 +89,9 @@ impl Model {
                 Some(model)
             }
             // The recipe goes on from what an earlier run of it left.
-            None => {
-                Checkpoint::open_with(&setup.base(), setup.opening()).ok().map(|model| model.model_config().clone())
-            }
+            None => Checkpoint::open_with(&setup.base(), setup.opening(&setup.base()))
+                .ok()
+                .map(|model| model.model_config().clone()),
         };
         let dir = setup.dir(Step::Tokenizer);
         let is_there = dir.join("tokenizer.json").is_file() && !due.contains(&Step::Tokenizer);

@@ -128,7 +128,8 @@ impl Collector<'_> {
     /// Answers all prompts; `None` if the user asked to stop.
     pub(crate) fn sample_all(&self) -> Result<Option<Sampled>> {
         let config = self.config;
-        let mut checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())
+        let dir = self.setup.dir(Step::Sft);
+        let mut checkpoint = Checkpoint::open_with(&dir, self.setup.opening(&dir))
             .and_then(|checkpoint| checkpoint.of_stage(&[Stage::Sft]))
             .context("failed to load the model to sample from")?;
         let gpt = self.runtime.open()?.take_gpt(&mut checkpoint)?;

@@ -123,7 +123,9 @@ impl Evaluator<'_> {
         let failed = || format!("failed to load `{}`", dir.display());
         match policy {
             Policy::Base => checkpoint::init_from(&dir, self.setup.opening_init()),
-            Policy::Sft | Policy::Ppo | Policy::Rloo | Policy::Dpo => Checkpoint::open_with(&dir, self.setup.opening()),
+            Policy::Sft | Policy::Ppo | Policy::Rloo | Policy::Dpo => {
+                Checkpoint::open_with(&dir, self.setup.opening(&dir))
+            }
         }
         .with_context(failed)
     }
@@ -168,7 +170,8 @@ impl Evaluator<'_> {
             return Ok(None);
         };
         let scores = if self.trains(Step::RewardModel) {
-            let mut reward_model = Checkpoint::open_with(&self.setup.dir(Step::RewardModel), self.setup.opening())?;
+            let dir = self.setup.dir(Step::RewardModel);
+            let mut reward_model = Checkpoint::open_with(&dir, self.setup.opening(&dir))?;
             let model = runtime.take_scalar(&mut reward_model)?;
             answers::scores(&model, reward_model.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
         } else {
@@ -218,12 +221,18 @@ impl Evaluator<'_> {
         Ok(result)
     }
 
+    /// The flags of a command that opens the checkpoints of `steps`.
+    fn runtime_for<const N: usize>(&self, steps: [Step; N]) -> RuntimeArgs {
+        let dirs = steps.map(|step| self.setup.dir(step));
+        self.runtime.among_own(dirs.iter().map(|dir| &**dir))
+    }
+
     fn evaluate_reward_model(&self, data: &Path) -> Result<reward_model::Evaluation> {
         reward_model::evaluate(&reward_model::EvalArgs {
             checkpoint: self.setup.dir(Step::RewardModel),
             data: data.to_owned(),
             batch_size: self.batch_size(),
-            runtime: self.runtime.clone(),
+            runtime: self.runtime_for([Step::RewardModel]),
         })
         .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
     }
@@ -237,7 +246,7 @@ impl Evaluator<'_> {
                 reference: self.setup.dir(Step::Sft),
                 data: pairs,
                 batch_size: self.batch_size(),
-                runtime: self.runtime.clone(),
+                runtime: self.runtime_for([Step::Dpo, Step::Sft]),
             });
             results.extend(fields(&evaluation.context("failed to evaluate the implicit reward")?)?);
         }
@@ -260,7 +269,7 @@ impl Evaluator<'_> {
             max_tokens: Some(self.config.max_tokens),
             seed: self.setup.recipe.config.seed,
             batch_size: self.batch_size(),
-            runtime: self.runtime.clone(),
+            runtime: self.runtime_for([stage, Step::Sft, Step::RewardModel]),
         })
         .context("failed to compare the policy with its reference")?;
         fields(&evaluation)

@@ -122,8 +122,9 @@ pub(crate) fn check_n_labels(n_wanted: usize, n_pairs: usize) -> Result<()> {
 fn certainty(collector: &Collector<'_>, sampled: &Sampled) -> Result<Option<Vec<f64>>> {
     let config = collector.config;
     let Some(dir) = &config.order_by else { return Ok(None) };
-    let sft = Checkpoint::open_with(&collector.setup.dir(Step::Sft), collector.setup.opening())?;
-    let mut model = checkpoint::open_reward_model(dir, collector.setup.opening(), &sft)
+    let of_sft = collector.setup.dir(Step::Sft);
+    let sft = Checkpoint::open_with(&of_sft, collector.setup.opening(&of_sft))?;
+    let mut model = checkpoint::open_reward_model(dir, collector.setup.opening(dir), &sft)
         .context("failed to load `recipe.collect.order_by`")?;
     let prompts: Vec<_> = sampled
         .prompts

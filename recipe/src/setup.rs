@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::checkpoint::{Manifest, Opening, is_adapter};
+use common::checkpoint::{AdapterPreview, Manifest, Opening, is_adapter};
 use common::cli::RuntimeArgs;
 use common::config::{self, Configuration};
 use common::kernels::TrunkPrecision;
@@ -180,9 +180,9 @@ impl Setup {
         Opening { base: self.adapter_base.as_deref(), trunk: self.trunk }
     }
 
-    /// How the recipe's own checkpoints are opened.
-    pub fn opening(&self) -> Opening<'static> {
-        Opening { base: None, trunk: self.trunk }
+    /// How the recipe's own checkpoint in `dir` is opened: the base that was given counts where its own has moved.
+    pub fn opening(&self, dir: &Path) -> Opening<'_> {
+        Opening { base: self.adapter_base.as_deref().filter(|_| AdapterPreview::lacks_base(dir)), trunk: self.trunk }
     }
 
     /// The initial model and the data files of all steps, as far as they are there.

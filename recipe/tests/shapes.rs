@@ -163,4 +163,21 @@ fn a_recipe_starts_from_an_adapter_whose_base_lies_elsewhere() {
     lab.run(&["--base", first.path("moved").to_str().unwrap()]);
     let report = assert_reported(&lab, &["sft", "reward-model", "ppo"]);
     assert!(report["score"]["base"].is_object(), "{report}");
+
+    // The reward model's adapter stands on the SFT model's weights, of which the base of another adapter is none.
+    let again = Lab::with_own_data(&format!("init = \"{}\"\n{EVALUATE}", adapter.display()));
+    let adapters = ["--set", "reward-model.lora.rank=2", "--set", "ppo.lora.rank=2"];
+    again.run(&[&["--base", first.path("moved").to_str().unwrap()][..], &adapters].concat());
+
+    // The base of the recipe's own adapters moves.
+    let own = Lab::with_own_data(EVALUATE);
+    let (moved, again) = (first.path("moved"), first.path("again"));
+    let adapter = ["--set", "sft.lora.rank=2"];
+    own.run(&[&["--init", moved.to_str().unwrap()][..], &adapter].concat());
+    std::fs::rename(&moved, &again).unwrap();
+    let other = ["--overwrite", "--set", "recipe.evaluate.n_prompts=2", "--init", again.to_str().unwrap()];
+    let other = [&other[..], &adapter].concat();
+    let error = own.fail(&other);
+    assert!(error.contains("the base of the adapter") && error.contains("hint: `--base DIR`"), "{error}");
+    own.run(&[&other[..], &["--base", again.to_str().unwrap()]].concat());
 }

@@ -44,6 +44,11 @@ impl AdapterPreview {
         let AdapterFiles { base, lora, .. } = AdapterFiles::read(dir)?;
         Ok(Some(Self { lora, has_base: base.path.is_some_and(|base| Path::new(&base).is_dir()) }))
     }
+
+    /// Whether `dir` holds an adapter whose base is not where it says.
+    pub fn lacks_base(dir: &Path) -> bool {
+        Self::open(dir).is_ok_and(|found| found.is_some_and(|found| !found.has_base))
+    }
 }
 
 /// A setting in which adapters differ.

@@ -405,7 +405,7 @@ impl Lab<'_> {
             overrides: all.clone(),
             data: recipe.data.clone(),
             tui: false,
-            runtime: self.runtime.clone(),
+            runtime: self.runtime.among_own(inits.iter().map(|dir| &**dir)),
         };
         let mut inits = inits.iter().cloned();
         let start = Start {
@@ -440,7 +440,8 @@ impl<'a> SamplingJob<'a> {
 
     /// Writes `pool` answers to each of `prompts`.
     fn sample(&self, prompts: &[Prompt], pool: usize, first_row: u64, path: &Path) -> Result<Outcome> {
-        let mut checkpoint = Checkpoint::open_with(&self.setup.dir(Step::Sft), self.setup.opening())?;
+        let dir = self.setup.dir(Step::Sft);
+        let mut checkpoint = Checkpoint::open_with(&dir, self.setup.opening(&dir))?;
         let gpt = self.runtime.open()?.take_gpt(&mut checkpoint)?;
         let sampler = PromptSampler {
             gpt: &gpt,
