@@ -11,6 +11,7 @@ use common::interrupt::Interrupt;
 use common::logging::counted;
 use common::out_dir::{self, OutLock};
 use common::session::Outcome;
+use common::stats::fixed;
 use common::view;
 
 use crate::check;
@@ -20,7 +21,6 @@ use crate::config::{CollectConfig, LabelledBy};
 use crate::doctor::{self, DOCTOR_FILE};
 use crate::evaluate::{Evaluator, GOLD_ORDER_FILE};
 use crate::folder::Recipe;
-use crate::gold::GoldKind;
 use crate::inputs::Inputs;
 use crate::people;
 use crate::plan::{self, PlannedStep, State};
@@ -174,7 +174,7 @@ impl<'a> Run<'a> {
         env!("CARGO_PKG_VERSION").clone_into(&mut record.version);
         record.backend.clone_from(&self.args.runtime.backend);
         record.threads = n_threads(self.args);
-        record.gold = recipe.config.gold.as_ref().map(|gold| describe_gold(gold.kind).to_owned());
+        record.gold = recipe.config.gold.as_ref().map(|gold| gold.kind.describe().to_owned());
         record.gold_fingerprint = self.setup.gold_fingerprint()?;
         record.samples_per_prompt = recipe.config.collect.as_ref().map(|collect| collect.samples_per_prompt);
         Ok(())
@@ -344,11 +344,11 @@ fn say_result(out: &Path, record: &RunRecord) -> Result<()> {
             .filter_map(|policy| Some((policy, scores.get(&policy)?)))
             .map(|(policy, score)| {
                 let bounds = if score.has_width() {
-                    format!("95 % {:.3} to {:.3}", score.low, score.high)
+                    format!("95 % {} to {}", fixed(score.low, 3), fixed(score.high, 3))
                 } else {
                     "one prompt".to_owned()
                 };
-                format!("{} {:.3} ({bounds})", policy.name(), score.mean)
+                format!("{} {} ({bounds})", policy.name(), fixed(score.mean, 3))
             })
             .collect();
         if !scores.is_empty() {
@@ -413,17 +413,6 @@ fn earlier_record(args: &RunArgs, recipe: &Recipe) -> Result<RunRecord> {
         );
     }
     Ok(record)
-}
-
-/// Description of a gold score, for the report.
-fn describe_gold(kind: GoldKind) -> &'static str {
-    match kind {
-        GoldKind::World => {
-            "how well a story does what its request asks, from 0 to 1: the named things appear, the ending has the mood asked \
-             for, the story ends, nothing repeats; length is neutral"
-        }
-        GoldKind::Lexicon => "mean valence of an answer’s words by a list of word ratings",
-    }
 }
 
 fn n_threads(args: &RunArgs) -> usize {

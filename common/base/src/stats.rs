@@ -77,6 +77,15 @@ impl Interval {
     }
 }
 
+/// `value` to so many decimals; what rounds to zero has no sign.
+pub fn fixed(value: f64, decimals: usize) -> String {
+    let text = format!("{value:.decimals$}");
+    match text.strip_prefix('-') {
+        Some(rest) if !rest.contains(|digit: char| digit != '0' && digit != '.') => rest.to_owned(),
+        _ => text,
+    }
+}
+
 /// 1 where `ours` is larger, ½ where both are equal, else 0.
 pub fn win(ours: f64, theirs: f64) -> f64 {
     if ours > theirs {
@@ -91,6 +100,12 @@ pub fn win(ours: f64, theirs: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zero_has_no_sign() {
+        assert_eq!([-0.04, -0.05, 0.04, -12.3, -0.0].map(|x| fixed(x, 1)), ["0.0", "-0.1", "0.0", "-12.3", "0.0"]);
+        assert_eq!([fixed(-0.4, 0), fixed(f64::NEG_INFINITY, 2)], ["0", "-inf"]);
+    }
 
     #[test]
     fn interval_of_a_hand_worked_sample() {

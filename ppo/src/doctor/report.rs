@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use common::stats::Interval;
+use common::stats::{Interval, fixed};
 use serde::Serialize;
 
 use super::about::{ALL, About, Blame};
@@ -194,7 +194,7 @@ impl Report {
 pub fn significant(number: f64) -> String {
     if number == 0.0 || (0.01..10_000.0).contains(&number.abs()) {
         let decimals = if number.abs() >= 100.0 { 0 } else { 3 };
-        format!("{number:.decimals$}")
+        fixed(number, decimals)
     } else {
         format!("{number:.1e}")
     }
@@ -202,7 +202,7 @@ pub fn significant(number: f64) -> String {
 
 /// A mean with its interval, for reasons.
 pub(crate) fn interval(Interval { mean, low, high, .. }: Interval) -> String {
-    format!("{mean:.3} (95 % {low:.3} to {high:.3})")
+    format!("{} (95 % {} to {})", fixed(mean, 3), fixed(low, 3), fixed(high, 3))
 }
 
 #[cfg(test)]

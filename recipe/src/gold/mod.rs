@@ -39,6 +39,19 @@ pub enum GoldKind {
     Lexicon,
 }
 
+impl GoldKind {
+    /// What it scores, for the report.
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::World => {
+                "how well a story does what its request asks, from 0 to 1: the named things appear, the ending has the mood asked \
+                 for, the story ends, nothing repeats; length is neutral"
+            }
+            Self::Lexicon => "mean valence of an answer’s words by a list of word ratings",
+        }
+    }
+}
+
 impl GoldConfig {
     /// Checks that the fields fit together.
     ///

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::stages::{self, Section};
-use super::text::{compact, counted, duration, mean_of, percent, policy_title, signed, title};
+use super::text::{compact, counted, duration, mean_of, number, percent, policy_title, signed, title};
 use super::{Source, StageSource};
 use crate::people::Summary;
 use crate::results::{AnswerRow, Policy, Results, ScoredAnswer};
@@ -23,7 +23,7 @@ const N_ANSWERS: usize = 12;
 #[derive(Serialize)]
 struct Page {
     title: String,
-    subtitle: &'static str,
+    subtitle: String,
     version: String,
     facts: Vec<String>,
     comparison: Option<Comparison>,
@@ -130,11 +130,11 @@ pub fn render(source: &Source) -> Result<String> {
     let page = Page {
         title: if record.title.is_empty() { record.recipe.clone() } else { record.title.clone() },
         subtitle: if has_ppo {
-            "From plain text to an aligned chat model: pretrained, fine-tuned, given a reward model and improved by PPO, on one machine."
+            from_to_ppo(source)
         } else if is_recipe {
-            "Training curves, key numbers and samples of every stage that has run."
+            "Training curves, key numbers and samples of every stage that has run.".to_owned()
         } else {
-            "Training curves, key numbers and samples."
+            "Training curves, key numbers and samples.".to_owned()
         },
         version: record.version.clone(),
         facts,
@@ -147,6 +147,16 @@ pub fn render(source: &Source) -> Result<String> {
         numbers_file: if is_recipe { "report.json" } else { "metrics.jsonl" },
     };
     fill(include_str!("page.html"), &page)
+}
+
+/// What a run that has come to PPO did, by the stages that it has.
+fn from_to_ppo(source: &Source) -> String {
+    let done = [(Step::Pretrain, "pretrained"), (Step::Sft, "fine-tuned"), (Step::RewardModel, "given a reward model")];
+    let done: Vec<&str> =
+        done.into_iter().filter(|&(step, _)| source.stage(step).is_some()).map(|(_, done)| done).collect();
+    let from = if source.stage(Step::Pretrain).is_some() { "plain text" } else { "an existing model" };
+    let done = if done.is_empty() { String::new() } else { done.join(", ") + " and " };
+    format!("From {from} to an aligned chat model: {done}improved by PPO, on one machine.")
 }
 
 /// Fills an HTML template, which may include `head.html` and `figures.html`, with `values`.
@@ -189,7 +199,7 @@ fn overview(source: &Source) -> Vec<OverviewRow> {
 /// The examination before PPO, what did not pass first.
 fn doctor_view(report: &Value) -> DoctorView {
     let text = |check: &Value, key: &str| check[key].as_str().unwrap_or_default().to_owned();
-    let number = |value: &Value| value.as_f64().map_or_else(String::new, ppo::doctor::significant);
+    let significant = |value: &Value| value.as_f64().map_or_else(String::new, ppo::doctor::significant);
     let checks = report["checks"].as_array().map_or(&[][..], Vec::as_slice);
     let with = |verdict: &str| checks.iter().filter(|check| check["verdict"] == verdict).collect::<Vec<_>>();
     let [failed, warned, passed] = ["fail", "warn", "pass"].map(with);
@@ -204,8 +214,8 @@ fn doctor_view(report: &Value) -> DoctorView {
         CheckRow {
             stage: text(check, "stage"),
             id: text(check, "id"),
-            value: number(&check["value"]),
-            limit: number(&check["limit"]),
+            value: significant(&check["value"]),
+            limit: significant(&check["limit"]),
             reason: text(check, "reason"),
             advice: if verdict == "pass" { String::new() } else { text(check, "meaning") + " " + &text(check, "hint") },
             verdict,
@@ -257,10 +267,10 @@ fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
     let row = |model: Model| PolicyRow {
         name: model.name,
         class: model.class,
-        mean: model.measure.map_or(String::new(), |interval| format!("{:.3}", interval.mean).replace('-', "−")),
+        mean: model.measure.map_or(String::new(), |interval| number(interval.mean, 3)),
         bounds: model.measure.map_or(String::new(), |interval| {
             if interval.has_width() {
-                format!("{:.3} to {:.3}", interval.low, interval.high).replace('-', "−")
+                format!("{} to {}", number(interval.low, 3), number(interval.high, 3))
             } else {
                 "none of one prompt".to_owned()
             }
@@ -269,7 +279,7 @@ fn comparison(results: &Results, scorer: Option<&str>) -> Comparison {
         width: model.measure.map_or(0.0, |interval| share(interval.high) - share(interval.low)),
         center: model.measure.map_or(0.0, |interval| share(interval.mean)),
         score: model.score.map_or(String::new(), |score| signed(score.mean)),
-        kl: model.kl.map_or(String::new(), |kl| format!("{kl:.2}")),
+        kl: model.kl.map_or(String::new(), |kl| number(kl, 2)),
         words: format!("{:.0}", model.words.mean),
         ended: model.ended.map_or(String::new(), |ended| percent(ended.mean)),
     };
@@ -367,9 +377,11 @@ fn comparison_note(results: &Results, scorer: Option<&str>) -> String {
         && let (Some(gold), Some(perfect)) = (best.gold, best.gold_of_perfect_choice)
     {
         note.push(format!(
-            "Were the best of {} chosen by the gold score itself, they would have {:.3} and not {:.3}: the difference is what \
-             the reward model does not see.",
-            best.n, perfect.mean, gold.mean
+            "Were the best of {} chosen by the gold score itself, they would have {} and not {}: the difference is what the \
+             reward model does not see.",
+            best.n,
+            number(perfect.mean, 3),
+            number(gold.mean, 3)
         ));
     }
     if !measure(results).1.is_empty() {
@@ -393,10 +405,9 @@ fn axis(scores: &BTreeMap<Policy, Interval>) -> Option<(f64, f64)> {
 fn verdict(results: &Results) -> String {
     let (measure, scores) = measure(results);
     let of = |policy| scores.get(&policy).copied();
-    let number = |x: f64| format!("{x:.3}").replace('-', "−");
     let (Some(sft), Some(ppo)) = (of(Policy::Sft), of(Policy::Ppo)) else {
         return of(Policy::Sft).or_else(|| of(Policy::Base)).map_or_else(String::new, |interval| {
-            let mean = number(interval.mean);
+            let mean = number(interval.mean, 3);
             format!("The last model’s mean {measure} over {} held-out prompts is {mean}.", interval.n)
         });
     };
@@ -412,12 +423,12 @@ fn verdict(results: &Results) -> String {
         .ppo
         .get("kl_mean")
         .and_then(mean_of)
-        .map_or_else(String::new, |kl| format!(", {kl:.1} nats of KL from the fine-tuned model"));
+        .map_or_else(String::new, |kl| format!(", {} nats of KL from the fine-tuned model", number(kl, 1)));
     format!(
         "PPO {moved} the mean {measure} over {} held-out prompts from {} to {}{kl}; {sure}.",
         ppo.n,
-        number(sft.mean),
-        number(ppo.mean)
+        number(sft.mean, 3),
+        number(ppo.mean, 3)
     )
 }
 
@@ -438,7 +449,7 @@ fn prompt_view(row: &AnswerRow) -> PromptView {
 }
 
 fn marks(answer: &ScoredAnswer) -> String {
-    let gold = answer.gold.map(|gold| format!("gold {gold:.2}"));
+    let gold = answer.gold.map(|gold| format!("gold {}", number(gold, 2)));
     let score = answer.score.map(|score| format!("score {}", signed(score)));
     let cut = (!answer.ended).then(|| "cut at the limit".to_owned());
     [gold, score, cut].into_iter().flatten().collect::<Vec<_>>().join(" · ")
@@ -447,8 +458,15 @@ fn marks(answer: &ScoredAnswer) -> String {
 fn answers_lede(source: &Source) -> String {
     let shown = source.answers.len().min(N_ANSWERS);
     let all = source.answers.len();
+    let base = if source.stage(Step::Pretrain).is_some() {
+        " The base model has only seen plain text: it goes on from the request rather than answering it."
+    } else if source.answers.iter().any(|row| row.answers.contains_key(&Policy::Base)) {
+        " The base model is the one that the run started from."
+    } else {
+        ""
+    };
     format!(
-        "The first {shown} of {all} held-out prompts, not chosen by hand, answered by each model with the same random numbers. \
-         The base model has only seen plain text: it goes on from the request rather than answering it. All answers are in answers.jsonl."
+        "The first {shown} of {all} held-out prompts, not chosen by hand, answered by each model with the same random \
+         numbers.{base} All answers are in answers.jsonl."
     )
 }

@@ -9,8 +9,9 @@ use plot::{Curve, Hue, Plot, Weight, smooth, thousands};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::text::{duration, mean_of, percent, signed, title};
+use super::text::{duration, mean_of, number, percent, signed, title};
 use super::{Source, StageSource};
+use crate::gold::GoldKind;
 use crate::steps::Step;
 
 /// Samples shown of the first and of the last step that has any.
@@ -186,7 +187,7 @@ pub fn result(source: &Source, stage: &StageSource) -> String {
         },
         Step::Ppo | Step::Rloo => match (log.last("objective/score"), log.last("objective/kl")) {
             (Some(score), Some(kl)) => {
-                format!("last rollout: reward model’s score {} at {kl:.1} nats of KL", signed(score))
+                format!("last rollout: reward model’s score {} at {} nats of KL", signed(score), number(kl, 1))
             }
             _ => String::new(),
         },
@@ -328,6 +329,19 @@ fn by_people(results: &Map<String, Value>) -> Vec<Number> {
     people.into_iter().flatten().filter_map(number).collect()
 }
 
+/// What stands beside the reward model's accuracy against the gold order, and beside the share of labels that follow it.
+fn label_notes(source: &Source) -> (&'static str, &'static str) {
+    let has = |step| source.record.steps.contains_key(&step);
+    let is_of_world = source.record.gold.as_deref() == Some(GoldKind::World.describe());
+    if source.labels.is_some() {
+        ("by the gold score, which people did not see", "decided by people")
+    } else if has(Step::World) || has(Step::Collect) || is_of_world {
+        ("the labels’ noise taken out", "the labeller errs like people")
+    } else {
+        ("another judge than that behind the labels", "these were not made from it")
+    }
+}
+
 fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
     let log = &stage.log;
     let mut numbers = Vec::new();
@@ -338,21 +352,14 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
         Step::RewardModel => {
             let evaluated = |name: &str| source.results.as_ref()?.reward_model.get(name).and_then(Value::as_f64);
             push("Accuracy on the test labels", evaluated("accuracy").map(percent), "pairs never trained on");
-            push(
-                "Accuracy against the gold order",
-                evaluated("gold_accuracy").map(percent),
-                "the labels’ noise taken out",
-            );
+            let (of_gold, of_labels) = label_notes(source);
+            push("Accuracy against the gold order", evaluated("gold_accuracy").map(percent), of_gold);
             push(
                 "Always the longer answer",
                 evaluated("longer_wins_accuracy").map(percent),
                 "the baseline to beat, on labels",
             );
-            push(
-                "Labels that follow the gold",
-                evaluated("label_agreement").map(percent),
-                "the labeller errs like people",
-            );
+            push("Labels that follow the gold", evaluated("label_agreement").map(percent), of_labels);
             push("Test pairs", evaluated("pairs").map(thousands), "");
             push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "guessing costs ln 2 = 0.693");
         }
@@ -360,7 +367,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             let change = |name: &str, digits: usize| {
                 let series = log.series(name);
                 let ((_, first), (_, last)) = (*series.first()?, *series.last()?);
-                Some(format!("{first:.digits$} → {last:.digits$}").replace('-', "−"))
+                Some(format!("{} → {}", number(first, digits), number(last, digits)))
             };
             push("Reward model’s score", change("objective/score", 2), "first rollout → last");
             push("Gold score", change(names::GOLD_SCORE, 3), "first rollout → last");
@@ -369,7 +376,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
                 let of_stage = if stage.step == Step::Rloo { &results.rloo } else { &results.ppo };
                 of_stage.get(name).and_then(mean_of)
             };
-            let nats = |kl: f64| format!("{kl:.2} nats");
+            let nats = |kl: f64| format!("{} nats", number(kl, 2));
             push(
                 "KL from SFT",
                 log.last("objective/kl").map(nats),
@@ -397,7 +404,7 @@ fn numbers(source: &Source, stage: &StageSource) -> Vec<Number> {
             push("Held-out loss", log.last("val/loss").map(|loss| format!("{loss:.3}")), "of a pair");
             push(
                 "KL from SFT at the end",
-                evaluated("kl_mean").map(|kl| format!("{kl:.2} nats")),
+                evaluated("kl_mean").map(|kl| format!("{} nats", number(kl, 2))),
                 "summed over an answer, held-out prompts",
             );
             push("Wins against SFT", evaluated("win_rate").map(percent), "by the reward model, held-out prompts");

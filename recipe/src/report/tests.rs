@@ -75,7 +75,9 @@ fn made_up_run(out: &Path) {
         .collect();
     AnswerRow::write_all(&rows, out).unwrap();
     let mut results = Results::of_answers(&rows);
-    results.reward_model.insert("accuracy".to_owned(), json!(0.81));
+    for name in ["accuracy", "gold_accuracy", "label_agreement"] {
+        results.reward_model.insert(name.to_owned(), json!(0.81));
+    }
     results.ppo.insert("kl_mean".to_owned(), json!({ "mean": 6.5, "low": 6.0, "high": 7.0 }));
     results.write(out).unwrap();
     let mut record = RunRecord {
@@ -225,6 +227,43 @@ fn texts_count_what_there_is() {
     });
     assert!(html.contains("backend flex, 1 thread<"), "{html}");
     assert!(html.contains("3 to a prompt") && html.contains("of the final policy, held-out prompts"), "{html}");
+}
+
+#[test]
+fn a_run_from_an_existing_model_says_so() {
+    let (html, _) = report_of(|_| {});
+    assert!(
+        html.contains("From plain text to an aligned chat model: pretrained, fine-tuned, given a reward model and")
+    );
+    assert!(html.contains("the labeller errs like people") && html.contains("The base model has only seen plain text"));
+    let (html, _) = report_of(|out| {
+        let mut record = RunRecord::load(out).unwrap();
+        record.gold = Some("a list of words".to_owned());
+        record.steps.retain(|&step, _| !matches!(step, Step::World | Step::Pretrain));
+        record.save(out).unwrap();
+    });
+    assert!(html.contains("From an existing model to an aligned chat model: fine-tuned, given a reward model and"));
+    assert!(html.contains("another judge than that behind the labels") && html.contains("these were not made from it"));
+    for untrue in ["plain text", "pretrained", "errs like people", "noise taken out"] {
+        assert!(!html.contains(untrue), "{untrue}: {html}");
+    }
+}
+
+#[test]
+fn what_rounds_to_zero_has_no_sign() {
+    let (html, _) = report_of(|out| {
+        let mut results = Results::read(out).unwrap().unwrap();
+        results.ppo.insert("kl_mean".to_owned(), json!({ "mean": -0.004, "low": -0.01, "high": 0.01 }));
+        for score in results.gold.values_mut() {
+            (score.mean, score.low, score.high) = (-0.0004, -0.0004, 0.0);
+        }
+        results.score.values_mut().for_each(|score| score.mean = -0.004);
+        results.write(out).unwrap();
+    });
+    assert!(html.contains("0.0 nats of KL from the fine-tuned model") && html.contains("0.000 to 0.000"), "{html}");
+    for zero in ["−0.0 ", "−0.00<", "−0.000", "-0.000", "-0.0 "] {
+        assert!(!html.contains(zero), "{zero}: {html}");
+    }
 }
 
 /// `recipe report` of `dirs` into a file.

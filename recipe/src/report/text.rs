@@ -1,5 +1,6 @@
 //! Numbers and names as the report writes them.
 
+use common::stats::fixed;
 use serde_json::Value;
 
 use crate::results::Policy;
@@ -55,15 +56,20 @@ pub fn percent(share: f64) -> String {
     format!("{:.1}\u{a0}%", share * 100.0)
 }
 
+/// To so many decimals, a true minus, and no sign of what rounds to zero.
+pub fn number(value: f64, decimals: usize) -> String {
+    fixed(value, decimals).replace('-', "−")
+}
+
 /// With its sign, a true minus.
 pub fn signed(value: f64) -> String {
-    if value < 0.0 { format!("−{:.2}", value.abs()) } else { format!("+{value:.2}") }
+    let text = number(value, 2);
+    if text.starts_with('−') { text } else { format!("+{text}") }
 }
 
 /// Two decimals at most, a true minus.
 pub fn compact(value: f64) -> String {
-    let text = format!("{value:.2}");
-    text.trim_end_matches('0').trim_end_matches('.').replace('-', "−")
+    number(value, 2).trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// `1 thread`, `2 threads`.
