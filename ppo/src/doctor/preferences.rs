@@ -151,10 +151,10 @@ impl Scored {
         let Some(accuracy) = Interval::of_rate(&wins) else { return skipped("no held-out pair fits the context") };
         let is_reversed = accuracy.high < 0.5;
         let reason = format!("of {} held-out pairs, {} are in the labelled order", accuracy.n, interval(accuracy));
-        let accuracy = match Check::above(&about::ACCURACY, accuracy, 0.5, reason) {
-            // So many pairs, and still no better than chance.
+        let accuracy = match Check::above(&about::ACCURACY, accuracy, 0.5, reason.clone()) {
             check if check.verdict == Verdict::Warn && accuracy.n >= ENOUGH => {
-                Check { verdict: Verdict::Fail, ..check }
+                let reason = reason + ": so many, and no better than chance";
+                Check::measured(&about::ACCURACY, Verdict::Fail, accuracy.mean, 0.5, reason)
             }
             check => check,
         };
@@ -324,16 +324,19 @@ mod tests {
             n_prompt: 1,
             margin: None,
         };
-        let of = |n_right: usize| {
+        let checks = |n_right: usize| {
             let distances = (0..120).map(|i| if i < n_right { 1.0 } else { -1.0 }).collect();
             let scored =
                 Scored { pairs: vec![Pair::default(); 120], encoded: (0..120).map(encoded).collect(), distances };
-            scored.checks(&Err("no pairs".to_owned())).into_iter().map(|check| (check.verdict, check.value.is_some()))
+            scored.checks(&Err("no pairs".to_owned()))
         };
+        let of = |n_right| checks(n_right).into_iter().map(|check| (check.verdict, check.value.is_some()));
         let skipped = (Verdict::Warn, false);
         // 0.48 of 120: no better than chance, and no reversed order.
         let at_chance: Vec<_> = of(58).collect();
         assert!(at_chance[0] == (Verdict::Fail, true) && at_chance[1] != skipped, "{at_chance:?}");
+        let reason = &checks(58)[0].reason;
+        assert!(reason.ends_with(": so many, and no better than chance"), "{reason}");
         let reversed: Vec<_> = of(20).collect();
         assert!(reversed[0] == (Verdict::Fail, true) && reversed[1..] == [skipped; 4], "{reversed:?}");
     }
