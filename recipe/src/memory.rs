@@ -79,7 +79,9 @@ impl PlannedStage {
         };
         match &*self.needs {
             [alone] => of_rank(alone),
-            ranks => json!({ "ranks": ranks.iter().map(of_rank).collect::<Vec<_>>(), "peak": whole(self.peak()) }),
+            ranks => {
+                json!({ "ranks": ranks.iter().map(of_rank).collect::<Vec<_>>(), "peak": ranks.iter().map(|needs| Row::of(needs, 1.0).peak).sum::<i64>() })
+            }
         }
     }
 }
