@@ -19,6 +19,9 @@ use crate::people;
 use crate::setup::Setup;
 use crate::steps::Step;
 
+/// The stages whose checkpoints a recipe can start from.
+pub const INIT_STAGES: [Stage; 2] = [Stage::Pretrain, Stage::Sft];
+
 /// Checks everything that the steps `due` will need and that is there already.
 ///
 /// # Errors
@@ -73,12 +76,12 @@ struct Model {
 impl Model {
     fn open(setup: &Setup, due: &[Step]) -> Result<Self> {
         if let Some(init) = &setup.recipe.config.init {
-            let model = checkpoint::init_from(init, setup.opening_init())
-                .and_then(|model| model.of_stage(&[Stage::Pretrain, Stage::Sft]));
+            let model =
+                checkpoint::init_from(init, setup.opening_init()).and_then(|model| model.of_stage(&INIT_STAGES));
             let model = model.context("failed to load `recipe.init`")?;
             return Ok(Self {
                 config: Some(model.model_config().clone()),
-                tokenizer: Some(model.require_tokenizer()?.clone()),
+                tokenizer: Some(model.require_tokenizer().context("failed to load `recipe.init`")?.clone()),
             });
         }
         let config = match &setup.configs.pretrain {

@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use common::capacity::{Lengths, Needs, Ranks, Settings};
-use common::checkpoint::Preview;
+use common::checkpoint::{CheckpointError, Manifest, Preview};
 use common::cli::print_json;
 use common::config::Sources;
 use common::group::Share;
@@ -14,7 +14,7 @@ use common::kernels::Kernels;
 use common::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
-use crate::check;
+use crate::check::{self, INIT_STAGES};
 use crate::cli::PlanArgs;
 use crate::folder::Recipe;
 use crate::setup::Setup;
@@ -163,6 +163,19 @@ fn table(stages: &[PlannedStage], ranks: Option<&Ranks>) -> String {
     text
 }
 
+/// The model that a recipe starts from, if it can.
+fn preview_init(init: &Path, base: Option<&Path>) -> Result<Preview, CheckpointError> {
+    let model = Preview::open(init, base)?;
+    let stage = Manifest::read(init)?.map(|manifest| manifest.stage);
+    if let Some(found) = stage.filter(|stage| !INIT_STAGES.contains(stage)) {
+        return Err(CheckpointError::Stage { dir: init.to_owned(), found, expected: INIT_STAGES.to_vec() });
+    }
+    if model.tokenizer.is_none() {
+        return Err(CheckpointError::NoTokenizer { dir: init.to_owned() });
+    }
+    Ok(model)
+}
+
 /// What is known before the first step.
 struct Planner {
     setup: Setup,
@@ -175,7 +188,7 @@ impl Planner {
     fn open(setup: Setup, kernels: Kernels) -> Result<Self> {
         let base = setup.adapter_base.as_deref();
         let model = match (&setup.recipe.config.init, &setup.configs.pretrain) {
-            (Some(init), _) => Preview::open(init, base).context("failed to load `recipe.init`")?,
+            (Some(init), _) => preview_init(init, base).context("failed to load `recipe.init`")?,
             (None, Some(config)) => {
                 let invalid = || format!("invalid config `{}`", setup.recipe.stage_config(Step::Pretrain).display());
                 let tokenizer = Tokenizer::load(&setup.dir(Step::Tokenizer)).ok();

@@ -129,6 +129,24 @@ fn adapters_of_every_stage_are_checked_before_the_first() {
 }
 
 #[test]
+fn a_model_that_no_recipe_can_start_from_is_refused_by_the_plan_too() {
+    let first = Lab::with_own_data("seed = 3\nstages = [\"pretrain\", \"sft\", \"reward-model\"]\n");
+    first.run(&[]);
+    let mute = first.path("mute");
+    fs::create_dir(&mute).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(first.out("pretrain").join(file), mute.join(file)).unwrap();
+    }
+    for (init, reason) in [
+        (first.out("reward-model"), "was written by stage `reward-model`, expected `pretrain` or `sft`"),
+        (mute, "has no tokenizer"),
+    ] {
+        let error = refused_by_both(&Lab::with_own_data(RECIPE), &[&format!("recipe.init={}", init.display())]);
+        assert!(error.contains("failed to load `recipe.init`: ") && error.contains(reason), "{error}");
+    }
+}
+
+#[test]
 fn too_few_micro_batches_for_the_ranks_name_the_stage_and_its_key() {
     let lab = Lab::new();
     let planned = lab.program(&["plan", "micro", "--ranks", "2"]).output().unwrap();
