@@ -36,7 +36,7 @@ const LIBRARIES: [(&str, &[&str]); 14] = [
 ];
 
 /// What each module of `common` may use of the others and of the crates that `common` re-exports.
-const EDGES: [(&str, &[&str]); 16] = [
+const EDGES: [(&str, &[&str]); 17] = [
     ("backend", &["config", "group", "kernels"]),
     ("capacity", &["model", "kernels", "group", "reduce", "hf"]),
     ("checkpoint", &["files", "hash", "hf", "kernels", "model", "rng", "tokenizer"]),
@@ -49,6 +49,7 @@ const EDGES: [(&str, &[&str]); 16] = [
     ("logging", &[]),
     ("metrics", &["files", "logging"]),
     ("out_dir", &[]),
+    ("pace", &["interrupt", "logging"]),
     ("runtime", &["backend", "checkpoint", "group", "hf", "kernels", "model", "optim", "rng"]),
     (
         "session",

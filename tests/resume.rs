@@ -6,7 +6,7 @@
 use std::io::BufRead as _;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pipeline_tests::{DPO, Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
 use rustix::process::Signal;
@@ -108,6 +108,40 @@ fn dpo_killed_and_resumed_is_dpo_uninterrupted() {
     let lab = Lab::before(DPO);
     assert_killed_and_resumed_is_uninterrupted(&lab, DPO, 6, &["train.micro_batch_size=2"]);
     assert_killed_and_resumed_is_uninterrupted(&lab, DPO, 6, &["run.keep_best=true", "dpo.loss=ipo"]);
+}
+
+#[test]
+fn what_is_long_before_the_first_step_or_after_the_last_stops_when_asked_to() {
+    let lab = Lab::before(PPO);
+    // What it says when it begins, with settings that make it long, and where the run then stands.
+    let cases: [(Stage, &str, &[&str], u64); 3] = [
+        (REWARD_MODEL, "normalisation: ", &["normalisation.samples=12000", "normalisation.max_tokens=24"], 12),
+        (PPO, " training prompts", &["ppo.response_length=24", "ppo.temperature=1.5"], 0),
+        (DPO, "log-probabilities of", &["train.micro_batch_size=1"], 0),
+    ];
+    for (stage, says, settings, step) in cases {
+        let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        // How long it takes from there to its end.
+        let time = |out: &str, signal: Option<Signal>| {
+            let mut run = lab.start(stage.program, &stage.train(out, &[&more[..], &["--overwrite"]].concat()));
+            run.hears(says);
+            let began = Instant::now();
+            signal.into_iter().for_each(|signal| run.signal(signal));
+            let code = run.ends().code();
+            (run, code, began.elapsed())
+        };
+        let (mut run, code, whole) = time("whole", None);
+        assert_eq!(code, Some(0), "{}", run.stderr());
+        let (mut run, code, interrupted) = time("parts", Some(Signal::INT));
+        assert_eq!(code, Some(130), "{}", run.stderr());
+        assert!(2 * interrupted < whole, "{} took {interrupted:?} of {whole:?} to stop", stage.program);
+        let stderr = run.stderr();
+        assert!(stderr.contains(&format!("stopped at step {step} of")), "{stderr}");
+        assert!(stderr.contains("continue with `--resume`") && lab.saved_step("parts") == Some(step), "{stderr}");
+        assert_eq!(lab.json("parts/manifest.json")["finished"], false);
+        lab.ok(stage.program, &stage.train("parts", &[&more[..], &["--resume"]].concat()));
+        lab.assert_same("whole", "parts");
+    }
 }
 
 #[test]

@@ -76,6 +76,12 @@ impl Interrupt {
         Self { signal: &NEVER }
     }
 
+    /// One of its own, which [`request`](Self::request) sets and no signal does.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn of_test() -> Self {
+        Self { signal: Box::leak(Box::default()) }
+    }
+
     /// Notes a Ctrl-C that a program reads as a key, as one that came as a signal.
     pub fn request(&self) {
         self.signal.store(SIGINT, Ordering::SeqCst);

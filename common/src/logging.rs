@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, MakeWriter};
@@ -33,7 +33,13 @@ const OURS: [&str; 19] = [
     "toy",
 ];
 
-/// Between two lines on the progress of work that has no bar.
+/// Until a bar is shown: what is done at once needs none.
+const SHOW_AFTER: Duration = Duration::from_millis(500);
+
+/// Until the first line on the progress of work that has no bar; from line to line the time doubles, up to [`SAY_EVERY`].
+const SAY_FIRST: Duration = Duration::from_secs(10);
+
+/// Between two later lines.
 const SAY_EVERY: Duration = Duration::from_mins(1);
 
 /// Sends log messages to stderr, above the progress bars; with date and time where that is no terminal but a file.
@@ -54,6 +60,9 @@ pub fn init_on(is_first: bool, verbose: u8, quiet: bool) {
     };
     let default = OURS.map(|name| format!("{name}={level}")).join(",") + if verbose > 1 { ",info" } else { ",warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    if quiet || !is_first {
+        bars().set_draw_target(ProgressDrawTarget::hidden());
+    }
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(AboveBars)
@@ -98,15 +107,19 @@ fn publish(work: Option<Work>) {
     *WORK.lock().unwrap_or_else(PoisonError::into_inner) = work;
 }
 
-/// Shows how far a piece of work is, such as the scoring of pairs: a bar on a terminal, elsewhere a line a minute.
+/// Shows how far a piece of work is, such as the scoring of pairs: a bar on a terminal, elsewhere a line after ten seconds
+/// and then ever more seldom, up to one a minute.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    is_shown: bool,
     work: Work,
     /// Bytes are counted one by one and told in MB.
     bytes_done: Option<u64>,
     began: Instant,
     said: Instant,
+    /// From the last line to the next.
+    pause: Duration,
 }
 
 /// Bytes of a megabyte, in which [`Progress::of_bytes`] tells its work.
@@ -128,10 +141,10 @@ impl Progress {
 
     fn with(what: &str, n: u64, template: &str, work: Work, bytes_done: Option<u64>) -> Self {
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = bars().add(ProgressBar::new(n).with_style(style).with_message(what.to_owned()));
-        publish(Some(work.clone()));
+        let target = ProgressDrawTarget::hidden();
+        let bar = ProgressBar::with_draw_target(Some(n), target).with_style(style).with_message(what.to_owned());
         let now = Instant::now();
-        Self { bar, work, bytes_done, began: now, said: now }
+        Self { bar, is_shown: false, work, bytes_done, began: now, said: now, pause: SAY_FIRST }
     }
 
     /// Notes that `n` more are done.
@@ -144,9 +157,16 @@ impl Progress {
                 self.work.done = (*bytes / MB) as usize;
             }
         }
-        publish(Some(self.work.clone()));
-        if bars().is_hidden() && !is_diverted() && self.said.elapsed() >= SAY_EVERY {
+        if !self.is_shown && self.began.elapsed() >= SHOW_AFTER {
+            self.is_shown = true;
+            self.bar = bars().add(self.bar.clone());
+        }
+        if self.is_shown {
+            publish(Some(self.work.clone()));
+        }
+        if bars().is_hidden() && !is_diverted() && self.said.elapsed() >= self.pause {
             self.said = Instant::now();
+            self.pause = (2 * self.pause).min(SAY_EVERY);
             let Work { what, done, all, things } = &self.work;
             let per_second = *done as f64 / self.began.elapsed().as_secs_f64();
             let left = all.saturating_sub(*done) as f64 / per_second;
@@ -165,7 +185,9 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        publish(None);
+        if self.is_shown {
+            publish(None);
+        }
         self.bar.finish_and_clear();
         bars().remove(&self.bar);
     }

@@ -7,6 +7,8 @@ use common::cli::print_json;
 use common::config;
 use common::data::records::OnBadRecord;
 use common::group::Group;
+use common::interrupt::Interrupt;
+use common::pace::Pace;
 use common::score::EncodedPair;
 use common::stats::win;
 use serde::Serialize;
@@ -33,14 +35,16 @@ pub struct Evaluation {
 /// Carries out `dpo eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     args.runtime.check_base([&*args.checkpoint, &*args.reference])?;
-    print_json(&evaluate(args)?)
+    // Nothing is to be saved: a signal ends the program at once.
+    print_json(&evaluate(args, Interrupt::never())?)
 }
 
 /// Measures a checkpoint against its reference on a file of pairs.
 ///
 /// # Errors
-/// If a checkpoint or the file cannot be used, the two do not share a tokenizer, or a log-probability is not finite.
-pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
+/// If a checkpoint or the file cannot be used, the two do not share a tokenizer, a log-probability is not finite, or
+/// `interrupt` ends it.
+pub fn evaluate(args: &EvalArgs, interrupt: Interrupt) -> anyhow::Result<Evaluation> {
     let open = |dir| checkpoint::init_from(dir, args.runtime.opening())?.of_stage(&Stage::LANGUAGE_MODELS);
     let policy = open(&args.checkpoint).context("failed to load the policy")?;
     let reference = open(&args.reference).context("failed to load the reference policy")?;
@@ -50,9 +54,12 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let files = std::slice::from_ref(&args.data);
     let pairs = data::read(files, tokenizer, max_seq_len, OnBadRecord::Fail.into(), TooLong::default())?;
     let runtime = args.runtime.open()?;
-    let of =
-        |checkpoint| pair_log_probs(&Group::alone(), &runtime.gpt(checkpoint)?, &pairs.encoded, args.batch_size.get());
-    let (of_policy, of_reference) = (of(&policy)?, of(&reference)?);
+    let of = |checkpoint, what| {
+        let gpt = runtime.gpt(checkpoint)?;
+        let pace = Pace::new(what, 2 * pairs.encoded.len(), "answers", interrupt);
+        pair_log_probs(&Group::alone(), &gpt, &pairs.encoded, args.batch_size.get(), &|n| pace.done(n))
+    };
+    let (of_policy, of_reference) = (of(&policy, "policy")?, of(&reference, "reference")?);
     Evaluation::of(&of_policy, &of_reference, &pairs.encoded, &dpo_section(&policy)?, &runtime.device)
 }
 

@@ -12,9 +12,9 @@ use common::files::{read_if_there, write_whole};
 use common::group::Group;
 use common::hash::sha256_of;
 use common::interrupt::Interrupt;
-use common::logging::Progress;
 use common::model::Gpt;
-use common::score::{EncodedPair, Pairs, log_probs, of_share_of_responses};
+use common::pace::Pace;
+use common::score::{EncodedPair, Pairs, Watch, log_probs, of_share_of_responses};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{PairLogProbs, answers};
@@ -22,11 +22,11 @@ use crate::data::{PairLogProbs, answers};
 /// In the output directory.
 const FILE: &str = "reference.json";
 
-/// Pairs between two looks at whether the user asked to stop.
+/// Pairs after which the processes agree whether the user asked to stop.
 const N_AT_A_TIME: usize = 256;
 
 /// Log-probabilities of the pairs under the reference, in the order of the files.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Reference {
     /// Of the reference's weights and the pairs' tokens.
     fingerprint: String,
@@ -36,10 +36,10 @@ pub(crate) struct Reference {
 
 impl Reference {
     /// Reads what an earlier call of this run left in `out` if it is of this model and these pairs, or else computes and
-    /// writes it with the model that `load` gives.
+    /// writes it with the model that `load` gives; `None` if the user asked to stop.
     ///
     /// # Errors
-    /// If the model cannot be loaded, a file not be read or written, or the user asked to stop.
+    /// If the model cannot be loaded, or a file not be read or written.
     pub(crate) fn read_or_compute(
         group: &Group,
         out: &Path,
@@ -48,51 +48,58 @@ impl Reference {
         batch_size: usize,
         interrupt: Interrupt,
         load: impl FnOnce() -> anyhow::Result<Gpt>,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<Option<Self>> {
         let fingerprint = fingerprint(init, [train, val]);
         let path = out.join(FILE);
         if let Some(text) = read_if_there(&path)? {
             let kept: Self = serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))?;
             if kept.fingerprint == fingerprint {
-                return Ok(kept);
+                return Ok(Some(kept));
             }
             tracing::warn!("`{}` is of another model or other pairs: computed anew", path.display());
         }
         tracing::info!("log-probabilities of {} pairs under the reference", train.encoded.len() + val.encoded.len());
         let gpt = load()?;
-        let mut progress = Progress::new("reference", train.encoded.len() + val.encoded.len(), "pairs");
-        let mut of = |pairs: &Pairs| -> anyhow::Result<Vec<PairLogProbs>> {
+        let n_answers = group.share().of(2 * (train.encoded.len() + val.encoded.len())).len();
+        // Of several processes none may break off alone.
+        let watched = if group.is_alone() { interrupt } else { Interrupt::never() };
+        let pace = Pace::new("reference", n_answers, "answers", watched);
+        let of = |pairs: &Pairs| -> anyhow::Result<Option<Vec<PairLogProbs>>> {
             let mut all = Vec::with_capacity(pairs.encoded.len());
             for some in pairs.encoded.chunks(N_AT_A_TIME) {
+                let computed = pair_log_probs(group, &gpt, some, batch_size, &|n| pace.done(n));
                 if interrupt.requested_in(group)? {
-                    return Err(interrupt.stopped().into());
+                    return Ok(None);
                 }
-                all.extend(pair_log_probs(group, &gpt, some, batch_size)?);
-                progress.add(some.len());
+                all.extend(computed?);
             }
-            Ok(all)
+            Ok(Some(all))
         };
-        let computed = Self { fingerprint, train: of(train)?, val: of(val)? };
+        let Some(of_train) = of(train)? else { return Ok(None) };
+        let Some(of_val) = of(val)? else { return Ok(None) };
+        let computed = Self { fingerprint, train: of_train, val: of_val };
         if group.is_first() {
             write_whole(&path, serde_json::to_string(&computed)?)?;
         }
-        Ok(computed)
+        Ok(Some(computed))
     }
 }
 
-/// The log-probabilities of each pair's answers under `gpt`, `batch_size` answers at a time, which `group` shares.
+/// The log-probabilities of each pair's answers under `gpt`, `batch_size` answers at a time, which `group` shares,
+/// with `watch` looking on: it is told of answers.
 ///
 /// # Errors
-/// If the device cannot be read, or a process of the group has ended.
+/// If the device cannot be read, `watch` breaks it off, or a process of the group has ended.
 pub(crate) fn pair_log_probs(
     group: &Group,
     gpt: &Gpt,
     pairs: &[EncodedPair],
     batch_size: usize,
+    watch: Watch<'_>,
 ) -> anyhow::Result<Vec<PairLogProbs>> {
     let rows: Vec<_> = pairs.iter().flat_map(answers).collect();
-    let own = of_share_of_responses(&rows, batch_size, group.share(), |batch| log_probs(gpt, batch, 1.0))
-        .context("failed to read log-probabilities from the device")?;
+    let own = of_share_of_responses(&rows, batch_size, group.share(), watch, |batch| log_probs(gpt, batch, 1.0))
+        .context("failed to compute log-probabilities")?;
     let of_tokens = group.in_order(own)?;
     let sum = |of_answer: &[f32]| of_answer.iter().map(|&p| f64::from(p)).sum::<f64>() as f32;
     Ok(of_tokens.chunks_exact(2).map(|of_pair| [sum(&of_pair[0]), sum(&of_pair[1])]).collect())
@@ -129,6 +136,20 @@ mod tests {
     }
 
     #[test]
+    fn it_stops_when_asked_to_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        save_tiny(&dir.path().join("sft"), Stage::Sft, &byte_tokenizer(), 3);
+        let init = Checkpoint::open(&dir.path().join("sft")).unwrap();
+        let (train, val) = (pairs(&[3, 4, 5]), pairs(&[6]));
+        let interrupt = Interrupt::of_test();
+        interrupt.request();
+        let load = || Ok(Gpt::new(&tiny_config(20), &Streams::new(1), &Device::flex()));
+        let of = Reference::read_or_compute(&Group::alone(), dir.path(), &init, [&train, &val], 2, interrupt, load);
+        assert_eq!(of.unwrap(), None);
+        assert!(!dir.path().join(FILE).exists());
+    }
+
+    #[test]
     fn what_was_computed_is_read_again_unless_model_or_pairs_changed() {
         let dir = tempfile::tempdir().unwrap();
         let open = |seed| {
@@ -152,7 +173,7 @@ mod tests {
                 Interrupt::never(),
                 &mut load,
             );
-            (of.unwrap(), n_loads)
+            (of.unwrap().expect("nobody stops it"), n_loads)
         };
         let (first, _) = read(&init, &train);
         let (again, n) = read(&init, &train);

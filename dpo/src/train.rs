@@ -12,6 +12,7 @@ use common::interrupt::Interrupt;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, GradNorm, Grads};
+use common::pace::Pace;
 use common::reduce::{GradSum, in_order};
 use common::rng::Streams;
 use common::score::{Pairs, by_length};
@@ -68,6 +69,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     let reference = Reference::read_or_compute(group, &args.stage.out, &init, pairs, batch_size, interrupt, || {
         Ok(plain.gpt(&init)?)
     })?;
+    // Without it the run is saved before its first step, which asks for it.
+    let reference = reference.unwrap_or_default();
     let (policy, optimizer) =
         gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
@@ -142,7 +145,9 @@ impl Training for Dpo<'_> {
         let n = if session.is_last() || train.eval_pairs == 0 { all } else { train.eval_pairs.min(all) };
         let pairs = &self.held_out.encoded[..n];
         let plain = self.policy.valid();
-        let of_policy = pair_log_probs(&self.group, &plain, pairs, 2 * train.amount().micro())?;
+        let n_answers = self.group.share().of(2 * n).len();
+        let pace = Pace::new("evaluation", n_answers, "answers", Interrupt::never());
+        let of_policy = pair_log_probs(&self.group, &plain, pairs, 2 * train.amount().micro(), &|n| pace.done(n))?;
         let of_reference = &self.reference.val[..n];
         let measured = Evaluation::of(&of_policy, of_reference, pairs, &self.config.dpo, &plain.device())?;
         session.log(&[

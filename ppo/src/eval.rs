@@ -6,6 +6,8 @@ use common::cli::print_json;
 use common::config;
 use common::data::records::OnBadRecord;
 use common::exit::UsageError;
+use common::interrupt::Interrupt;
+use common::pace::Pace;
 use common::rng::Streams;
 use common::score::{FrozenModels, Prompts, Rollout, Sampling, TooLong};
 use common::stats::{Interval, win};
@@ -79,14 +81,15 @@ impl Evaluation {
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let given = [&args.checkpoint, &args.reference].into_iter().chain(&args.reward_model).map(|dir| &**dir);
     args.runtime.check_base(given)?;
-    print_json(&evaluate(args)?)
+    // Nothing is to be saved: a signal ends the program at once.
+    print_json(&evaluate(args, Interrupt::never())?)
 }
 
 /// Lets a policy and its reference answer the same prompts, with the same random numbers, and compares the answers.
 ///
 /// # Errors
-/// If a checkpoint or the prompts cannot be used, or the models do not share a tokenizer.
-pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
+/// If a checkpoint or the prompts cannot be used, the models do not share a tokenizer, or `interrupt` ends it.
+pub fn evaluate(args: &EvalArgs, interrupt: Interrupt) -> anyhow::Result<Evaluation> {
     let opening = args.runtime.opening();
     let open = |dir| checkpoint::init_from(dir, opening)?.of_stage(&Stage::LANGUAGE_MODELS);
     let policy = open(&args.checkpoint).context("failed to load the policy")?;
@@ -127,11 +130,16 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let policy = runtime.gpt(&policy)?;
     let streams = Streams::new(args.seed).of("evaluation");
     let sampling = Sampling::new(temperature, max_tokens, streams, tokenizer, args.batch_size.get());
-    let rollouts = |model| -> anyhow::Result<Vec<Rollout>> {
-        let responses = sampling.answer(model, &prompts.encoded, 0)?;
-        Ok(frozen.rollouts(&prompts.encoded, responses, temperature)?)
+    let n = prompts.encoded.len();
+    let rollouts = |model, what: &str| -> anyhow::Result<Vec<Rollout>> {
+        let pace = Pace::new(what, n, "answers", interrupt);
+        let responses = sampling.answer_counted(model, &prompts.encoded, 0, &|n| pace.done(n))?;
+        drop(pace);
+        let pace = Pace::new("scoring answers", frozen.n_watched(n), "of reference and reward model", interrupt);
+        Ok(frozen.rollouts_watched(&prompts.encoded, responses, temperature, &|n| pace.done(n))?)
     };
-    Evaluation::of_rollouts(&rollouts(&policy)?, &rollouts(&frozen.reference)?).context("no prompt is left to use")
+    let (of_policy, of_reference) = (rollouts(&policy, "policy")?, rollouts(&frozen.reference, "reference")?);
+    Evaluation::of_rollouts(&of_policy, &of_reference).context("no prompt is left to use")
 }
 
 /// How a checkpoint of this stage was trained; `None` of another stage.

@@ -6,7 +6,7 @@ use burn::module::Module;
 use common::corpus::Windows;
 use common::group::Group;
 use common::rng::Streams;
-use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError};
+use common::score::{EncodedPrompt, FrozenModels, Response, Sampling, ScoreError, UNWATCHED};
 
 use crate::config::PpoConfig;
 use crate::learner::Learner;
@@ -95,7 +95,8 @@ impl Iteration<'_> {
         kl_coef: f32,
     ) -> Result<Vec<Experience>, ScoreError> {
         let rollouts = self.frozen.rollouts_in(self.group(), prompts, responses, self.sampling.config.temperature)?;
-        let values = learner.values(self.group(), &rollouts, &self.config.ppo, self.config.micro_batch_size())?;
+        let values =
+            learner.values(self.group(), &rollouts, &self.config.ppo, self.config.micro_batch_size(), UNWATCHED)?;
         Ok(Experience::of_batch(rollouts, values, kl_coef, &self.config.ppo))
     }
 }

@@ -6,7 +6,7 @@ use common::group::Group;
 use common::model::{Gpt, NamedTensors, ScalarGpt};
 use common::optim::AdamW;
 use common::runtime::Runtime;
-use common::score::{Rollout, ScoreError, of_share_of_responses, values};
+use common::score::{Rollout, ScoreError, Watch, of_share_of_responses, values};
 use common::session::{Contents, Exported, Restored};
 use serde_json::json;
 
@@ -100,6 +100,7 @@ impl Learner {
         rollouts: &[Rollout],
         config: &PpoSection,
         batch_size: usize,
+        watch: Watch<'_>,
     ) -> Result<Option<Vec<Vec<f32>>>, ScoreError> {
         let Some(critic) = &self.critic else { return Ok(None) };
         let model = critic.model.valid();
@@ -108,7 +109,7 @@ impl Learner {
             rollouts.iter().zip(valued).map(|(rollout, after)| valued_ids(rollout, after)).collect();
         let responses: Vec<(&[u32], &[u32])> =
             rollouts.iter().zip(&responses).map(|(rollout, ids)| (&*rollout.prompt.ids, &**ids)).collect();
-        let own = of_share_of_responses(&responses, batch_size, group.share(), |batch| values(&model, batch))?;
+        let own = of_share_of_responses(&responses, batch_size, group.share(), watch, |batch| values(&model, batch))?;
         Ok(Some(group.in_order(own)?))
     }
 

@@ -1,10 +1,13 @@
 //! The metrics of a step, and evaluation along the way.
 
+use std::ops::ControlFlow;
+
 use anyhow::ensure;
 use burn::module::Module;
 use common::metrics::names;
 use common::model::Gpt;
-use common::score::{FrozenModels, Prompts, Rollout, Sampling};
+use common::pace::Pace;
+use common::score::{EncodedPrompt, FrozenModels, Prompts, Response, Rollout, Sampling, UNWATCHED};
 use common::session::{Exported, Session};
 
 use crate::advantage::explained_variance;
@@ -127,7 +130,7 @@ impl HeldOut<'_> {
         let n =
             if self.config.train.eval_prompts == 0 { all.len() } else { self.config.train.eval_prompts.min(all.len()) };
         let plain = policy.valid();
-        let responses = self.sampling.answer(&plain, &all[..n], 0)?;
+        let Some(responses) = self.answers(session, &plain, &all[..n])? else { return Ok(()) };
         let rollouts =
             self.frozen.rollouts_in(&self.sampling.group, &all[..n], responses, self.sampling.config.temperature)?;
         let counts = |rollout: &Rollout| counted(rollout, &self.config.ppo);
@@ -154,11 +157,31 @@ impl HeldOut<'_> {
         Ok(())
     }
 
+    /// Answers of the policy; `None` where the user asked to stop before the first step: the evaluation before it is made
+    /// when the run goes on. A later one belongs to its step, which is finished.
+    fn answers(
+        &self,
+        session: &Session,
+        plain: &Gpt,
+        prompts: &[EncodedPrompt],
+    ) -> anyhow::Result<Option<Vec<Response>>> {
+        let is_first = session.progress().step == 0;
+        let interrupt = session.interrupt();
+        let pace = Pace::new("evaluation", self.sampling.group.share().of(prompts.len()).len(), "answers", interrupt);
+        let watch = |n: usize| {
+            let asked = pace.done(n);
+            if is_first { asked } else { ControlFlow::Continue(()) }
+        };
+        let responses = self.sampling.answer_counted(plain, prompts, 0, &watch);
+        // Every process asks, whether or not it was broken off itself.
+        if is_first && session.is_asked_to_stop()? { Ok(None) } else { Ok(Some(responses?)) }
+    }
+
     /// How often the reward model or the ensemble puts the answers above damaged forms of them; `None` where no answer ended.
     fn order_accuracy(&self, rollouts: &[Rollout]) -> anyhow::Result<Option<f64>> {
         let mut answered = Answered::ended(rollouts);
         answered.truncate(N_ORDERED);
-        let wins = orders(self.frozen, self.sampling.tokenizer, &answered)?;
+        let wins = orders(self.frozen, self.sampling.tokenizer, &answered, UNWATCHED)?;
         let wins: Vec<f64> = wins.into_iter().flat_map(|(_, wins)| wins).collect();
         Ok((!wins.is_empty()).then(|| wins.iter().sum::<f64>() / wins.len() as f64))
     }

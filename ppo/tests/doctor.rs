@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use common::checkpoint::Stage;
+use common::interrupt::{Interrupt, Stopped};
 use common::testing::{byte_tokenizer, run, save_tiny};
 use common::tokenizer::{Tokenizer, TokenizerConfig, TokenizerKind};
 use serde_json::{Value, json};
@@ -42,6 +43,23 @@ fn examine(dir: &Path, more: &[&str]) -> (i32, Value, String) {
 fn check<'a>(report: &'a Value, id: &str) -> &'a Value {
     let checks = report["checks"].as_array().unwrap();
     checks.iter().find(|check| check["id"] == id).unwrap_or_else(|| panic!("no `{id}`"))
+}
+
+#[test]
+fn it_stops_when_asked_to() {
+    use clap::Parser as _;
+
+    let dir = workplace();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let flags = ["--policy", "sft", "--reward-model", "rm", "--data", "prompts.jsonl", "--config", "ppo.toml"];
+    let of_flag = |flag: &str| if flag.starts_with("--") { flag.to_owned() } else { path(flag) };
+    let args = ["ppo", "doctor"].map(str::to_owned).into_iter().chain(flags.map(of_flag));
+    let ppo::Command::Doctor(args) = ppo::Cli::parse_from(args).command else { panic!("it examines") };
+    assert!(ppo::doctor::examine(&args, Interrupt::never()).is_ok());
+    let interrupt = Interrupt::of_test();
+    interrupt.request();
+    let error = ppo::doctor::examine(&args, interrupt).unwrap_err();
+    assert_eq!(error.downcast_ref::<Stopped>().map(|stopped| stopped.exit_code()), Some(130), "{error:#}");
 }
 
 #[test]

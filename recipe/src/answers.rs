@@ -9,8 +9,9 @@ use common::group::Group;
 use common::interrupt::Interrupt;
 use common::logging::Progress;
 use common::model::{Gpt, ScalarGpt};
+use common::pace::Pace;
 use common::rng::Streams;
-use common::score::{Response, Sampling, score_rows};
+use common::score::{Response, Sampling, score_rows_watched};
 use common::tokenizer::Tokenizer;
 
 use crate::config::BasePrompt;
@@ -91,7 +92,7 @@ impl PromptSampler<'_> {
 /// The reward model's score of each answer; `None` for one that does not fit its window.
 ///
 /// # Errors
-/// If a text cannot be encoded or the device not be read.
+/// If a text cannot be encoded, the device not be read, or `interrupt` ends it.
 pub fn scores(
     model: &ScalarGpt,
     tokenizer: &Tokenizer,
@@ -99,6 +100,7 @@ pub fn scores(
     answers: &[Response],
     form: BasePrompt,
     batch_size: usize,
+    interrupt: Interrupt,
 ) -> Result<Vec<Option<f64>>> {
     let rows = prompts
         .iter()
@@ -115,7 +117,8 @@ pub fn scores(
         .collect::<Result<Vec<Vec<u32>>>>()?;
     let fits = |row: &[u32]| row.len() <= model.config().max_seq_len;
     let fitting: Vec<&[u32]> = rows.iter().map(Vec::as_slice).filter(|row| fits(row)).collect();
-    let mut scored =
-        score_rows(model, &fitting, batch_size).context("failed to read the scores from the device")?.into_iter();
+    let pace = Pace::new("scoring answers", fitting.len(), "answers", interrupt);
+    let scored = score_rows_watched(model, &fitting, batch_size, &|n| pace.done(n));
+    let mut scored = scored.context("failed to score answers")?.into_iter();
     Ok(rows.iter().map(|row| if fits(row) { scored.next().map(f64::from) } else { None }).collect())
 }

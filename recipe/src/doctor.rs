@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use common::cli::RuntimeArgs;
 use common::files::{read_if_there, write_whole};
+use common::interrupt::Interrupt;
 use ppo::doctor::{Verdict, examine};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -38,14 +39,14 @@ pub enum OnFail {
 /// Examines what PPO would start from, and writes the result into the output directory.
 ///
 /// # Errors
-/// If that cannot be done, or a check fails and the recipe says to stop.
-pub fn run(setup: &Setup, runtime: &RuntimeArgs) -> Result<()> {
+/// If that cannot be done, a check fails and the recipe says to stop, or `interrupt` ends it.
+pub fn run(setup: &Setup, runtime: &RuntimeArgs, interrupt: Interrupt) -> Result<()> {
     let step = Step::Ppo;
     let mut data = setup.configs.ppo.as_ref().context("the recipe has no PPO")?.data.train.clone();
     setup.recipe.resolver(step).resolve_files("data.train", &mut data)?;
     let (policy, reward_model) = (setup.dir(Step::Sft), setup.dir(Step::RewardModel));
     let runtime = runtime.among_own([&*policy, &*reward_model]);
-    let report = examine(&ppo::DoctorArgs {
+    let args = ppo::DoctorArgs {
         policy,
         reward_model,
         data,
@@ -55,8 +56,8 @@ pub fn run(setup: &Setup, runtime: &RuntimeArgs) -> Result<()> {
         train_pairs: None,
         json: false,
         runtime,
-    })
-    .context("failed to examine what PPO starts from")?;
+    };
+    let report = examine(&args, interrupt).context("failed to examine what PPO starts from")?;
     let path = setup.out.join(DOCTOR_FILE);
     write_whole(&path, serde_json::to_string_pretty(&report)?)?;
     let failed: Vec<_> = report.with(Verdict::Fail).collect();

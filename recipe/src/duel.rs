@@ -84,7 +84,7 @@ fn of_player(
     let sampled = sampler.answer(prompts, streams, 0, &name, Interrupt::never())?.unwrap_or_default();
     if let Some(judge) = judge {
         let model = runtime.scalar(judge)?;
-        return answers::scores(&model, tokenizer, prompts, &sampled, form, batch_size);
+        return answers::scores(&model, tokenizer, prompts, &sampled, form, batch_size, Interrupt::never());
     }
     let asked = |messages: &[Message]| messages.last().map_or(String::new(), |message| message.content.clone());
     let gold = prompts

@@ -53,6 +53,12 @@ impl Evaluator<'_> {
     /// # Errors
     /// If a checkpoint or a data file cannot be used.
     pub fn run(&self) -> Result<Outcome> {
+        let outcome = self.measure();
+        // What was broken off failed for no other reason.
+        if self.interrupt.requested() { Ok(Outcome::Interrupted) } else { outcome }
+    }
+
+    fn measure(&self) -> Result<Outcome> {
         let mut prompts = read_prompts(&self.config.prompts, OnBadRecord::Fail)?;
         let n_all = prompts.len();
         if self.config.n_prompts > 0 {
@@ -173,7 +179,8 @@ impl Evaluator<'_> {
             let dir = self.setup.dir(Step::RewardModel);
             let mut reward_model = Checkpoint::open_with(&dir, self.setup.opening(&dir))?;
             let model = runtime.take_scalar(&mut reward_model)?;
-            answers::scores(&model, reward_model.require_tokenizer()?, prompts, &sampled, form, self.config.batch_size)?
+            let (tokenizer, batch_size) = (reward_model.require_tokenizer()?, self.config.batch_size);
+            answers::scores(&model, tokenizer, prompts, &sampled, form, batch_size, self.interrupt)?
         } else {
             vec![None; sampled.len()]
         };
@@ -228,26 +235,30 @@ impl Evaluator<'_> {
     }
 
     fn evaluate_reward_model(&self, data: &Path) -> Result<reward_model::Evaluation> {
-        reward_model::evaluate(&reward_model::EvalArgs {
+        let args = reward_model::EvalArgs {
             checkpoint: self.setup.dir(Step::RewardModel),
             data: data.to_owned(),
             batch_size: self.batch_size(),
             runtime: self.runtime_for([Step::RewardModel]),
-        })
-        .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
+        };
+        tracing::info!("scoring the pairs of `{}`", data.display());
+        reward_model::evaluate(&args, self.interrupt)
+            .with_context(|| format!("failed to evaluate the reward model on `{}`", data.display()))
     }
 
     /// The results of `dpo eval` on the test pairs, and of [`against_sft`](Self::against_sft).
     fn dpo(&self, data: &Path) -> Result<Map<String, Value>> {
         let mut results = self.against_sft(Step::Dpo, data)?;
         if let Some(pairs) = self.setup.test_pairs().filter(|_| self.trains(Step::Dpo)) {
-            let evaluation = dpo::evaluate(&dpo::EvalArgs {
+            let args = dpo::EvalArgs {
                 checkpoint: self.setup.dir(Step::Dpo),
                 reference: self.setup.dir(Step::Sft),
                 data: pairs,
                 batch_size: self.batch_size(),
                 runtime: self.runtime_for([Step::Dpo, Step::Sft]),
-            });
+            };
+            tracing::info!("the implicit reward of the test pairs");
+            let evaluation = dpo::evaluate(&args, self.interrupt);
             results.extend(fields(&evaluation.context("failed to evaluate the implicit reward")?)?);
         }
         Ok(results)
@@ -259,7 +270,7 @@ impl Evaluator<'_> {
         if !(self.trains(stage) && self.trains(Step::RewardModel)) {
             return Ok(Map::new());
         }
-        let evaluation = ppo::evaluate(&ppo::EvalArgs {
+        let args = ppo::EvalArgs {
             checkpoint: self.setup.dir(stage),
             reference: self.setup.dir(Step::Sft),
             reward_model: vec![self.setup.dir(Step::RewardModel)],
@@ -270,8 +281,10 @@ impl Evaluator<'_> {
             seed: self.setup.recipe.config.seed,
             batch_size: self.batch_size(),
             runtime: self.runtime_for([stage, Step::Sft, Step::RewardModel]),
-        })
-        .context("failed to compare the policy with its reference")?;
+        };
+        tracing::info!("comparing {stage} with its reference");
+        let evaluation =
+            ppo::evaluate(&args, self.interrupt).context("failed to compare the policy with its reference")?;
         fields(&evaluation)
     }
 

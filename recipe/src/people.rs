@@ -73,7 +73,11 @@ pub(crate) fn collect(collector: &Collector<'_>) -> Result<Progress> {
     if !path.is_file() || read_if_there(&key_file)?.is_none_or(|old| old != key) {
         let Some(sampled) = collector.sample_all()? else { return Ok(Progress::Interrupted) };
         collector.prepare_data_dir()?;
-        let certainty = certainty(collector, &sampled)?;
+        let certainty = certainty(collector, &sampled);
+        if collector.interrupt.requested() {
+            return Ok(Progress::Interrupted);
+        }
+        let certainty = certainty?;
         write_whole(&path, questions(&sampled, collector.config.samples_per_prompt, certainty.as_deref())?)?;
         collector.write_test(sampled.test)?;
         write_whole(&key_file, key)?;
@@ -135,7 +139,8 @@ fn certainty(collector: &Collector<'_>, sampled: &Sampled) -> Result<Option<Vec<
     let (tokenizer, model) = (model.require_tokenizer()?, scalar);
     // As texts, which is what a reward model learns from.
     let form = BasePrompt::Raw;
-    let scores = answers::scores(&model, tokenizer, &prompts, &sampled.answers, form, config.batch_size)?;
+    let scores =
+        answers::scores(&model, tokenizer, &prompts, &sampled.answers, form, config.batch_size, collector.interrupt)?;
     // What does not fit the reward model cannot be judged by it.
     Ok(Some(scores.into_iter().map(|score| score.unwrap_or(f64::INFINITY)).collect()))
 }

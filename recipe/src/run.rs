@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use common::group::Group;
-use common::interrupt::Interrupt;
+use common::interrupt::{Interrupt, Stopped};
 use common::logging::counted;
 use common::out_dir::{self, OutLock};
 use common::session::Outcome;
@@ -248,7 +248,10 @@ impl<'a> Run<'a> {
         self.record.save(&self.args.out)?;
 
         let started = Instant::now();
-        let progress = self.carry_out(step, goes_on).with_context(|| format!("the step `{step}` failed"))?;
+        let progress = match self.carry_out(step, goes_on) {
+            Err(error) if error.is::<Stopped>() => Progress::Interrupted,
+            progress => progress.with_context(|| format!("the step `{step}` failed"))?,
+        };
         record.seconds += started.elapsed().as_secs_f64();
         record.finished = progress == Progress::Finished;
         let ended = match progress {
@@ -306,7 +309,7 @@ impl<'a> Run<'a> {
             .map(Progress::from),
             stage => {
                 if stage == Step::Ppo && !goes_on {
-                    doctor::run(&self.setup, &self.args.runtime)?;
+                    doctor::run(&self.setup, &self.args.runtime, self.interrupt)?;
                 }
                 let Self { args, setup, group, interrupt, .. } = self;
                 training::announce(group, stage, goes_on)?;

@@ -7,6 +7,7 @@ mod lab;
 use std::fs;
 
 use clap::Parser;
+use common::interrupt::Interrupt;
 use lab::{Lab, n_skipped};
 
 const PEOPLE: [&str; 4] = ["--set", "recipe.collect.labels=people", "--set", "recipe.collect.n_labels=16"];
@@ -128,7 +129,7 @@ fn distance(lab: &Lab, line: &str) -> f64 {
     let [model, pair] = ["earlier", "one.jsonl"].map(|name| lab.path(name).display().to_string());
     let cli = reward_model::Cli::parse_from(["reward-model", "eval", "--checkpoint", &model, "--data", &pair]);
     let reward_model::Command::Eval(args) = cli.command else { panic!("another command") };
-    reward_model::evaluate(&args).unwrap().agreement.margin_mean.abs()
+    reward_model::evaluate(&args, Interrupt::never()).unwrap().agreement.margin_mean.abs()
 }
 
 #[test]

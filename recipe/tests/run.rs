@@ -5,6 +5,7 @@
 mod lab;
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -147,6 +148,34 @@ fn an_interrupted_recipe_saves_and_goes_on_to_the_same_weights() {
     assert!(said.contains("pretrain: resuming"), "{said}");
     let weights = |lab: &Lab| fs::read(lab.out("pretrain/model.safetensors")).unwrap();
     assert!(weights(&lab) == weights(&uninterrupted), "resumed and uninterrupted weights differ");
+}
+
+#[test]
+fn a_recipe_that_is_interrupted_while_the_doctor_examines_goes_on_with_it() {
+    let lab = Lab::new();
+    let long = [
+        "--set",
+        "ppo.ppo.response_length=120",
+        "--set",
+        "ppo.train.steps=1",
+        "--stages",
+        "world,tokenizer,pretrain,sft,collect,reward-model,ppo",
+    ];
+    let mut child = lab.command(&long).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    while !said.contains("answering ") {
+        assert!(stderr.read_line(&mut said).unwrap() > 0, "{said}");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    stderr.read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{said}");
+    assert!(said.contains("ppo: interrupted") && said.contains("run the same command again to continue"), "{said}");
+    assert!(!lab.out("doctor.json").exists() && !lab.out("ppo").exists(), "{said}");
+
+    let said = lab.run(&long);
+    assert_eq!(n_skipped(&said), 6, "{said}");
+    assert!(lab.out("doctor.json").exists() && lab.out("ppo/manifest.json").exists(), "{said}");
 }
 
 fn wait_for_lines(path: &Path, n: usize) {

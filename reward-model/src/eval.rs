@@ -6,7 +6,9 @@ use common::checkpoint::{Checkpoint, Stage};
 use common::cli::print_json;
 use common::data::records::{Label, OnBadRecord, Verdict, read_labels};
 use common::group::Group;
+use common::interrupt::Interrupt;
 use common::model::ScalarGpt;
+use common::pace::Pace;
 use common::score::{Agreement, Pairs, ScoreError, distance, score_pairs};
 use common::session::DataConfig;
 use common::stats::{Interval, win};
@@ -48,14 +50,15 @@ pub struct OfAnnotator {
 /// Carries out `reward-model eval`: one JSON object on stdout.
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     args.runtime.check_base([&*args.checkpoint])?;
-    print_json(&evaluate(args)?)
+    // Nothing is to be saved: a signal ends the program at once.
+    print_json(&evaluate(args, Interrupt::never())?)
 }
 
 /// Measures a checkpoint on a file of pairs.
 ///
 /// # Errors
-/// If the checkpoint or the file cannot be used, or a score is not finite.
-pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
+/// If the checkpoint or the file cannot be used, a score is not finite, or `interrupt` ends it.
+pub fn evaluate(args: &EvalArgs, interrupt: Interrupt) -> anyhow::Result<Evaluation> {
     let mut checkpoint =
         Checkpoint::open_with(&args.checkpoint, args.runtime.opening())?.of_stage(&[Stage::RewardModel])?;
     let model = args.runtime.open()?.take_scalar(&mut checkpoint)?;
@@ -63,7 +66,8 @@ pub fn evaluate(args: &EvalArgs) -> anyhow::Result<Evaluation> {
     let max_seq_len = model.config().max_seq_len;
     let files = std::slice::from_ref(&args.data);
     let pairs = data::read(files, tokenizer, max_seq_len, &DataConfig::default())?;
-    let scores = score_pairs(&Group::alone(), &model, &pairs.encoded, args.batch_size.get())?;
+    let pace = Pace::new("scoring pairs", 2 * pairs.encoded.len(), "answers", interrupt);
+    let scores = score_pairs(&Group::alone(), &model, &pairs.encoded, args.batch_size.get(), &|n| pace.done(n))?;
     Ok(Evaluation::of(&pairs, &scores, &read_labels(&args.data, OnBadRecord::Fail)?))
 }
 
@@ -76,7 +80,9 @@ pub(crate) fn evaluate_pairs(
     batch_size: usize,
 ) -> Result<Agreement, ScoreError> {
     let used = &pairs.encoded[..n.min(pairs.encoded.len())];
-    Ok(Agreement::of(used, &score_pairs(group, model, used, batch_size)?))
+    let n_answers = group.share().of(2 * used.len()).len();
+    let pace = Pace::new("evaluation", n_answers, "answers", Interrupt::never());
+    Ok(Agreement::of(used, &score_pairs(group, model, used, batch_size, &|n| pace.done(n))?))
 }
 
 impl Evaluation {

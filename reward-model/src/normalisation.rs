@@ -2,9 +2,11 @@
 
 use anyhow::{Context, ensure};
 use common::data::order::Order;
+use common::interrupt::Interrupt;
 use common::model::{Gpt, ScalarGpt};
+use common::pace::Pace;
 use common::rng::Streams;
-use common::score::{Pairs, Sampling, score_rows};
+use common::score::{Pairs, Sampling, score_rows_watched};
 use common::tokenizer::Tokenizer;
 
 use crate::config::NormalisationConfig;
@@ -54,6 +56,9 @@ impl Normalisation {
 ///
 /// The prompts are those of `normalisation.samples` pairs drawn by seed; answers end at `<|end|>` or are cut off at
 /// `normalisation.max_tokens`, as in PPO. Both models are on a plain device.
+///
+/// # Errors
+/// If the answers cannot be sampled or scored, or `interrupt` ends that.
 pub(crate) fn score_samples(
     config: &NormalisationConfig,
     initial: &Gpt,
@@ -61,6 +66,7 @@ pub(crate) fn score_samples(
     training: &Pairs,
     tokenizer: &Tokenizer,
     streams: Streams,
+    interrupt: Interrupt,
 ) -> anyhow::Result<Vec<f32>> {
     let max_seq_len = initial.config().max_seq_len;
     let mut order = Order::new(training.encoded.len(), streams, "normalisation");
@@ -74,17 +80,22 @@ pub(crate) fn score_samples(
     let NormalisationConfig { temperature, max_tokens, batch_size, .. } = *config;
     // Streams of their own: PPO's first rollouts draw those of the seed from the same model.
     let sampling = Sampling::new(temperature, max_tokens, streams.of("normalisation"), tokenizer, batch_size);
-    let answers = sampling.answer(initial, &prompts, 0).context("failed to sample answers of the initial model")?;
+    let pace = Pace::new("normalisation", prompts.len(), "answers", interrupt);
+    let answers = sampling.answer_counted(initial, &prompts, 0, &|n| pace.done(n));
+    let answers = answers.context("failed to sample answers of the initial model")?;
+    drop(pace);
     let rows: Vec<Vec<u32>> =
         prompts.iter().zip(&answers).map(|(prompt, answer)| [prompt.as_slice(), &answer.ids].concat()).collect();
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-    Ok(score_rows(model, &rows, batch_size)?)
+    let pace = Pace::new("normalisation", rows.len(), "scores", interrupt);
+    Ok(score_rows_watched(model, &rows, batch_size, &|n| pace.done(n))?)
 }
 
 #[cfg(test)]
 mod tests {
     use burn::tensor::Device;
     use common::score::EncodedPair;
+    use common::score::score_rows;
     use common::testing::{assert_close, byte_tokenizer, tiny_config};
 
     use super::*;
@@ -112,13 +123,30 @@ mod tests {
         let training = Pairs { encoded: (0..20).map(pair).collect(), records: Vec::new(), annotators: Vec::new() };
         let config = NormalisationConfig { samples: 50, max_tokens: 20, ..NormalisationConfig::default() };
         let scores = |model: &ScalarGpt| {
-            score_samples(&config, &initial, model, &training, &tokenizer, streams).expect("scores")
+            let interrupt = Interrupt::never();
+            score_samples(&config, &initial, model, &training, &tokenizer, streams, interrupt).expect("scores")
         };
         let fitted = Normalisation::fit(&scores(&model)).expect("they vary");
         assert!(fitted.deviation < 0.9 || fitted.deviation > 1.1, "{fitted:?} needs no normalisation");
         let again = Normalisation::fit(&scores(&fitted.apply(model))).expect("they vary");
         // Fifty f32 scores of size one.
         assert!(again.mean.abs() < 1e-5 && (again.deviation - 1.0).abs() < 1e-5, "{again:?}");
+    }
+
+    #[test]
+    fn sampling_ends_when_asked_to() {
+        let tokenizer = byte_tokenizer();
+        let streams = Streams::new(7);
+        let initial = Gpt::new(&tiny_config(tokenizer.vocab_size()), &streams, &Device::flex());
+        let model = ScalarGpt::new(initial.clone(), &streams);
+        let pair = EncodedPair { chosen: vec![1, 2, 3], rejected: vec![1, 2, 3], n_prompt: 3, margin: None };
+        let training = Pairs { encoded: vec![pair], records: Vec::new(), annotators: Vec::new() };
+        let config = NormalisationConfig { samples: 4, max_tokens: 20, ..NormalisationConfig::default() };
+        let interrupt = Interrupt::of_test();
+        interrupt.request();
+        let stopped = score_samples(&config, &initial, &model, &training, &tokenizer, streams, interrupt);
+        let stopped = stopped.expect_err("it was asked to stop");
+        assert!(matches!(stopped.downcast_ref(), Some(common::score::ScoreError::Stopped)), "{stopped:#}");
     }
 
     #[test]
@@ -131,7 +159,9 @@ mod tests {
         let pair = EncodedPair { chosen: prompt.clone(), rejected: prompt.clone(), n_prompt: 3, margin: None };
         let training = Pairs { encoded: vec![pair], records: Vec::new(), annotators: Vec::new() };
         let config = NormalisationConfig { samples: 4, max_tokens: 20, ..NormalisationConfig::default() };
-        let fitted_to = score_samples(&config, &initial, &model, &training, &tokenizer, streams).expect("scores");
+        let interrupt = Interrupt::never();
+        let fitted_to =
+            score_samples(&config, &initial, &model, &training, &tokenizer, streams, interrupt).expect("scores");
 
         let rollout = Sampling::new(config.temperature, config.max_tokens, streams, &tokenizer, config.batch_size);
         let responses = rollout.answer(&initial, &vec![prompt.clone(); 4], 0).expect("responses");

@@ -221,7 +221,7 @@ impl Training for RewardTraining<'_> {
     }
 
     /// Normalises the scores of the model to hand on.
-    fn complete(&mut self, session: &Session) -> anyhow::Result<()> {
+    fn complete(&mut self, session: &Session) -> anyhow::Result<Outcome> {
         let best = match session.best_weights() {
             Some(best) => self.model.valid().with_trained(best.clone())?,
             None => self.model.valid(),
@@ -231,8 +231,22 @@ impl Training for RewardTraining<'_> {
             None => self.plain.gpt(self.init)?,
         };
         let tokenizer = session.tokenizer();
-        let scores =
-            score_samples(&self.config.normalisation, &initial, &best, self.training, tokenizer, self.streams)?;
+        let n = self.config.normalisation.samples;
+        tracing::info!("normalisation: the initial model answers {n} prompts, whose scores are to become 0 ± 1");
+        let scores = score_samples(
+            &self.config.normalisation,
+            &initial,
+            &best,
+            self.training,
+            tokenizer,
+            self.streams,
+            session.interrupt(),
+        );
+        if session.is_asked_to_stop()? {
+            tracing::info!("stopped before the scores were normalised, which `--resume` does");
+            return Ok(Outcome::Interrupted);
+        }
+        let scores = scores?;
         let fitted = Normalisation::fit(&scores)?;
         tracing::info!(
             "the initial model's answers score {:.3} ± {:.3}; scores are scaled so that they become 0 ± 1",
@@ -240,7 +254,7 @@ impl Training for RewardTraining<'_> {
             fitted.deviation
         );
         self.normalised = Some(fitted.apply(best));
-        Ok(())
+        Ok(Outcome::Finished)
     }
 }
 

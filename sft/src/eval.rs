@@ -6,6 +6,7 @@ use common::checkpoint::{Checkpoint, Stage};
 use common::cli::print_json;
 use common::conversation::EncodedConversation;
 use common::group::Group;
+use common::logging::Progress;
 use common::loss;
 use common::model::Gpt;
 use common::session::DataConfig;
@@ -85,7 +86,13 @@ pub(crate) fn evaluate(
     let chosen = &conversations.encoded[..n.min(conversations.encoded.len())];
     let batches: Vec<Vec<&EncodedConversation>> = chosen.chunks(batch_size).map(|some| some.iter().collect()).collect();
     let mut all = Evaluation::default();
-    for of_batch in group.map_shared(batches.len(), |i| evaluate_batch(gpt, &batches[i]))? {
+    let mut progress = Progress::new("evaluation", group.share().of(chosen.len()).len(), "conversations");
+    let of_batches = group.map_shared(batches.len(), |i| {
+        let of_batch = evaluate_batch(gpt, &batches[i]);
+        progress.add(batches[i].len());
+        of_batch
+    })?;
+    for of_batch in of_batches {
         all.nats += of_batch.nats;
         all.correct += of_batch.correct;
         all.tokens += of_batch.tokens;

@@ -241,7 +241,7 @@ impl Setup {
             }
         }
         let ppo::Command::Doctor(args) = ppo::Cli::parse_from(args).command else { panic!("it examines") };
-        ppo::doctor::examine(&args).unwrap()
+        ppo::doctor::examine(&args, Interrupt::never()).unwrap()
     }
 
     /// Trains by PPO, and stops at an alarm.

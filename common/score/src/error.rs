@@ -77,6 +77,9 @@ pub enum ScoreError {
     /// A number cannot be read from the device.
     #[error("failed to read the device")]
     Device(#[source] Box<TensorReadError>),
+    /// The one who watched the work broke it off.
+    #[error("stopped before its end")]
+    Stopped,
     /// A score is NaN or infinite.
     #[error("a score is not finite: the reward model's weights have diverged")]
     NotFinite,

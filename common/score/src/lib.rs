@@ -7,7 +7,7 @@
 //! [`ResponseBatch`] holds prompts with given responses as one batch, [`log_probs`] and [`values`] are tensors of one
 //! number a response token, with gradient where the model has one, [`sum_by_response`] adds them up; [`of_response_tokens`] reads such numbers to the
 //! host; [`score_rows`] reads a reward model at the last token of each row. [`Pairs`] are preferences read from files, and
-//! [`Agreement`] says how far a reward model's scores order them as people did.
+//! [`Agreement`] says how far a reward model's scores order them as people did. A [`Watch`] looks on while any of it is computed.
 //!
 //! # Invariants
 //! - No number depends on padding: rows are padded behind, and no position that is read comes after a padding token.
@@ -25,14 +25,17 @@ mod rollout;
 mod rows;
 mod sampling;
 mod tokens;
+mod watch;
 
 pub use ensemble::{Ensemble, spread};
 pub use error::ScoreError;
 pub use pairs::{Agreement, EncodedPair, PairTooLong, Pairs, distance, longer_wins, negative_log_sigmoid, score_pairs};
 pub use prompts::{EncodedPrompt, Prompts, TooLong};
 pub use rollout::{FrozenModels, Gold, Rollout};
-pub use rows::{by_length, score_rows};
+pub use rows::{by_length, score_rows, score_rows_watched};
 pub use sampling::{Response, Sampling};
 pub use tokens::{
-    ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, of_share_of_responses, sum_by_response, values,
+    ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, of_response_tokens_watched,
+    of_share_of_responses, sum_by_response, values,
 };
+pub use watch::{UNWATCHED, Watch};

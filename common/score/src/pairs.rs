@@ -13,8 +13,8 @@ use text::data::order::Order;
 use text::data::records::{self, Pair, ReadOptions};
 use text::tokenizer::Tokenizer;
 
-use crate::ScoreError;
 use crate::rows::score_share_of_rows;
+use crate::{ScoreError, Watch};
 
 /// A pair as the model reads it.
 #[derive(Debug, Clone, PartialEq)]
@@ -160,10 +160,11 @@ impl EncodedPair {
     }
 }
 
-/// The scores of each pair's chosen and rejected answer, `batch_size` answers at a time, the batches shared by `group`.
+/// The scores of each pair's chosen and rejected answer, `batch_size` answers at a time, the batches shared by `group`, with
+/// `watch` looking on: it is told of answers.
 ///
 /// # Errors
-/// If the device cannot be read, or a score is not finite.
+/// If the device cannot be read, a score is not finite, or `watch` breaks it off.
 ///
 /// # Panics
 /// As [`score_rows`](crate::score_rows).
@@ -172,9 +173,10 @@ pub fn score_pairs(
     model: &ScalarGpt,
     pairs: &[EncodedPair],
     batch_size: usize,
+    watch: Watch<'_>,
 ) -> Result<Vec<[f32; 2]>, ScoreError> {
     let rows: Vec<&[u32]> = pairs.iter().flat_map(|pair| [pair.chosen.as_slice(), pair.rejected.as_slice()]).collect();
-    let own = score_share_of_rows(model, &rows, batch_size, group.share())?;
+    let own = score_share_of_rows(model, &rows, batch_size, group.share(), watch)?;
     let scores = group.in_order(own)?;
     if scores.iter().any(|score| !score.is_finite()) {
         return Err(ScoreError::NotFinite);

@@ -4,8 +4,10 @@ use group::Group;
 use model::{Gpt, ScalarGpt};
 
 use crate::kl::k1;
-use crate::rows::{score_rows, score_share_of_rows};
-use crate::{EncodedPrompt, Ensemble, Response, ScoreError, log_probs, of_share_of_responses, spread};
+use crate::rows::{score_rows_watched, score_share_of_rows};
+use crate::{
+    EncodedPrompt, Ensemble, Response, ScoreError, UNWATCHED, Watch, log_probs, of_share_of_responses, spread,
+};
 
 /// The true reward of a response to a prompt, both as text; `None` for a prompt that it does not know.
 ///
@@ -80,6 +82,29 @@ impl FrozenModels<'_> {
         self.rollouts_in(&Group::alone(), prompts, responses, temperature)
     }
 
+    /// [`rollouts`](Self::rollouts), with `watch` looking on: it is told of each response once by the reference policy and
+    /// once by every reward model.
+    ///
+    /// # Errors
+    /// As there, and if `watch` breaks it off.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn rollouts_watched(
+        &self,
+        prompts: &[EncodedPrompt],
+        responses: Vec<Response>,
+        temperature: f64,
+        watch: Watch<'_>,
+    ) -> Result<Vec<Rollout>, ScoreError> {
+        self.rollouts_of(&Group::alone(), prompts, responses, temperature, watch)
+    }
+
+    /// How many responses [`rollouts_watched`](Self::rollouts_watched) tells of, where there are `n`.
+    pub const fn n_watched(&self, n: usize) -> usize {
+        n * (2 + self.further.len())
+    }
+
     /// [`rollouts`](Self::rollouts), the batches of which `group` shares: the same numbers to the bit.
     ///
     /// # Errors
@@ -94,6 +119,17 @@ impl FrozenModels<'_> {
         responses: Vec<Response>,
         temperature: f64,
     ) -> Result<Vec<Rollout>, ScoreError> {
+        self.rollouts_of(group, prompts, responses, temperature, UNWATCHED)
+    }
+
+    fn rollouts_of(
+        &self,
+        group: &Group,
+        prompts: &[EncodedPrompt],
+        responses: Vec<Response>,
+        temperature: f64,
+        watch: Watch<'_>,
+    ) -> Result<Vec<Rollout>, ScoreError> {
         assert_eq!(prompts.len(), responses.len(), "one response per prompt");
         let pairs: Vec<(&[u32], &[u32])> =
             prompts.iter().zip(&responses).map(|(prompt, response)| (&*prompt.ids, &*response.ids)).collect();
@@ -102,11 +138,11 @@ impl FrozenModels<'_> {
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (reference, batch_size) = (&self.reference, self.batch_size);
         let members: Vec<&ScalarGpt> = self.members().collect();
-        let of_member = |model: &&ScalarGpt| score_share_of_rows(model, &rows, batch_size, group.share());
+        let of_member = |model: &&ScalarGpt| score_share_of_rows(model, &rows, batch_size, group.share(), watch);
         let (ref_log_probs, scores) = kernels::join(
             &reference.device(),
             || {
-                of_share_of_responses(&pairs, batch_size, group.share(), |batch| {
+                of_share_of_responses(&pairs, batch_size, group.share(), watch, |batch| {
                     log_probs(reference, batch, temperature)
                 })
             },
@@ -134,8 +170,16 @@ impl FrozenModels<'_> {
     /// # Errors
     /// If the device cannot be read.
     pub fn scores(&self, rows: &[&[u32]]) -> Result<Vec<f32>, ScoreError> {
-        let by_member: Vec<Vec<f32>> =
-            self.members().map(|model| score_rows(model, rows, self.batch_size)).collect::<Result<_, _>>()?;
+        self.scores_watched(rows, UNWATCHED)
+    }
+
+    /// [`scores`](Self::scores), with `watch` looking on: it is told of each row by every reward model.
+    ///
+    /// # Errors
+    /// As there, and if `watch` breaks it off.
+    pub fn scores_watched(&self, rows: &[&[u32]], watch: Watch<'_>) -> Result<Vec<f32>, ScoreError> {
+        let of_member = |model| score_rows_watched(model, rows, self.batch_size, watch);
+        let by_member: Vec<Vec<f32>> = self.members().map(of_member).collect::<Result<_, _>>()?;
         Ok(self.combined(&by_member).into_iter().map(|(score, _)| score).collect())
     }
 

@@ -1,10 +1,14 @@
 //! Scores of whole token rows, read at their last token.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Int, Tensor, TensorData, TensorReadError};
 
 use group::Share;
 use model::{Layout, ScalarGpt};
 use text::data::collate;
+
+use crate::{ScoreError, UNWATCHED, Watch};
 
 /// The score of each row: the model's number at its last token, score bias included.
 ///
@@ -17,17 +21,38 @@ use text::data::collate;
 /// # Panics
 /// If a row is empty or exceeds the model's context, or `batch_size` is 0.
 pub fn score_rows(model: &ScalarGpt, rows: &[&[u32]], batch_size: usize) -> Result<Vec<f32>, TensorReadError> {
-    let mut scores = vec![0.0; rows.len()];
-    for (i, score) in score_share_of_rows(model, rows, batch_size, Share::WHOLE)? {
+    let scores = share_of_rows(model, rows, batch_size, Share::WHOLE, UNWATCHED)?.unwrap_or_default();
+    Ok(in_place(rows.len(), scores))
+}
+
+/// [`score_rows`], with `watch` looking on.
+///
+/// # Errors
+/// If the device cannot be read, or `watch` breaks it off.
+///
+/// # Panics
+/// As there.
+pub fn score_rows_watched(
+    model: &ScalarGpt,
+    rows: &[&[u32]],
+    batch_size: usize,
+    watch: Watch<'_>,
+) -> Result<Vec<f32>, ScoreError> {
+    Ok(in_place(rows.len(), score_share_of_rows(model, rows, batch_size, Share::WHOLE, watch)?))
+}
+
+fn in_place(n: usize, numbered: Vec<(usize, f32)>) -> Vec<f32> {
+    let mut scores = vec![0.0; n];
+    for (i, score) in numbered {
         scores[i] = score;
     }
-    Ok(scores)
+    scores
 }
 
 /// The scores of one rank's share of the batches that [`score_rows`] makes, each with the number of its row.
 ///
 /// # Errors
-/// As there.
+/// As [`score_rows_watched`].
 ///
 /// # Panics
 /// As there.
@@ -36,7 +61,19 @@ pub(crate) fn score_share_of_rows(
     rows: &[&[u32]],
     batch_size: usize,
     share: Share,
-) -> Result<Vec<(usize, f32)>, TensorReadError> {
+    watch: Watch<'_>,
+) -> Result<Vec<(usize, f32)>, ScoreError> {
+    share_of_rows(model, rows, batch_size, share, watch)?.ok_or(ScoreError::Stopped)
+}
+
+/// [`score_share_of_rows`]; `None` if `watch` broke it off.
+fn share_of_rows(
+    model: &ScalarGpt,
+    rows: &[&[u32]],
+    batch_size: usize,
+    share: Share,
+    watch: Watch<'_>,
+) -> Result<Option<Vec<(usize, f32)>>, TensorReadError> {
     let device = model.device();
     let batches = by_length(rows.iter().map(|row| row.len()), batch_size);
     let mut scores = Vec::new();
@@ -49,8 +86,11 @@ pub(crate) fn score_share_of_rows(
         let last = Tensor::from_data(TensorData::new(last, [n]), &device);
         let of_batch = model.forward_at(ids, &Layout::right_padded(), last, None).try_into_vec_as::<f32>()?;
         scores.extend(batch.iter().copied().zip(of_batch));
+        if watch(n) == ControlFlow::Break(()) {
+            return Ok(None);
+        }
     }
-    Ok(scores)
+    Ok(Some(scores))
 }
 
 /// Indices of rows of the given lengths, sorted by length and cut into batches of at most `batch_size`.
@@ -68,6 +108,8 @@ pub fn by_length(lengths: impl IntoIterator<Item = usize>, batch_size: usize) ->
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use base::rng::Streams;
     use burn::tensor::Device;
@@ -99,5 +141,26 @@ mod tests {
             let all = model.forward(ids, &Layout::right_padded()).try_into_vec_as::<f32>().expect("readable");
             assert!((all[row.len() - 1] - together).abs() < REORDERED, "{} and {together}", all[row.len() - 1]);
         }
+    }
+    #[test]
+    fn a_watch_is_told_of_every_row_and_ends_the_work() {
+        let streams = Streams::new(3);
+        let config =
+            GptConfig { d_model: 16, n_layers: 1, n_heads: 2, d_ff: 32, max_seq_len: 32, ..GptConfig::gpt2(41) };
+        let model = ScalarGpt::new(Gpt::new(&config, &streams, &Device::flex()), &streams);
+        let rows: Vec<Vec<u32>> = [3, 9, 4, 9, 1].iter().map(|&n| (0..n).collect()).collect();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let told = Mutex::new(Vec::new());
+        let until = |n: usize| {
+            move |told: &mut Vec<usize>, of| {
+                told.push(of);
+                if told.len() < n { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            }
+        };
+        let watched = |n| score_rows_watched(&model, &rows, 2, &|of| until(n)(&mut told.lock().unwrap(), of));
+        assert_eq!(watched(4).unwrap(), score_rows(&model, &rows, 2).unwrap());
+        assert_eq!(std::mem::take(&mut *told.lock().unwrap()), [2, 2, 1]);
+        assert!(matches!(watched(2), Err(ScoreError::Stopped)));
+        assert_eq!(*told.lock().unwrap(), [2, 2]);
     }
 }

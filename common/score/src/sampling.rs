@@ -7,7 +7,7 @@ use model::generate::{Finish, GenerateOptions, OnToken, SamplingConfig, generate
 use serde::{Deserialize, Serialize};
 use text::tokenizer::Tokenizer;
 
-use crate::ScoreError;
+use crate::{ScoreError, Watch};
 
 /// A response to a prompt.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -106,6 +106,34 @@ impl<'a> Sampling<'a> {
         Ok(self.group.gather(own.collect::<Vec<_>>())?.concat())
     }
 
+    /// [`answer`](Self::answer), with `watch` looking on: it is told of each answer that is done, and of 0 where a token
+    /// of another is. Every process is watched for itself.
+    ///
+    /// # Errors
+    /// As [`answer`](Self::answer), and if `watch` breaks it off.
+    pub fn answer_counted<P: AsRef<[u32]>>(
+        &self,
+        policy: &Gpt,
+        prompts: &[P],
+        first_row: u64,
+        watch: Watch<'_>,
+    ) -> Result<Vec<Response>, ScoreError> {
+        let first = self.group.share().of(prompts.len()).start;
+        let mut n_tokens = vec![0; prompts.len() - first];
+        let mut is_broken_off = false;
+        let mut on_token = |i: usize, id: u32| {
+            n_tokens[i] += 1;
+            let room = policy.config().max_seq_len - prompts[first + i].as_ref().len();
+            let is_last = n_tokens[i] == self.config.max_tokens.min(room);
+            let ends = !self.past_end && self.config.stop.contains(&id);
+            let flow = watch(usize::from(ends || is_last));
+            is_broken_off |= flow.is_break();
+            flow
+        };
+        let answers = self.answer_watched(policy, prompts, first_row, Some(&mut on_token))?;
+        if is_broken_off { Err(ScoreError::Stopped) } else { Ok(answers) }
+    }
+
     fn response(&self, ids: Vec<u32>, log_probs: Vec<f32>, finish: Finish) -> Response {
         let end = ids.iter().position(|id| self.past_end && self.config.stop.contains(id));
         let n_after_end = end.map_or(0, |end| ids.len() - end - 1);
@@ -123,6 +151,7 @@ impl<'a> Sampling<'a> {
 #[cfg(test)]
 mod tests {
     use std::ops::ControlFlow;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
     use burn::tensor::Device;
@@ -180,6 +209,37 @@ mod tests {
             assert_eq!((whole.answer(), &whole.text, whole.ended), (&*stopped.ids, &stopped.text, stopped.ended));
         }
         assert!(whole.iter().any(|response| response.n_after_end > 0));
+    }
+
+    #[test]
+    fn every_answer_is_counted_once_and_a_break_ends_all() {
+        let tokenizer = byte_tokenizer();
+        let policy = policy(tokenizer.vocab_size());
+        // The context has 32 tokens: the long prompt's answer ends there, some others at a stop token, the rest at 24.
+        let mut prompts: Vec<Vec<u32>> = (0..8).map(|i| vec![1, i]).collect();
+        prompts.push((0..20).collect());
+        let ends = (0..tokenizer.vocab_size() as u32).filter(|id| id % 9 == 0).collect();
+        let tokenizer = tokenizer.with_end_ids(ends);
+        let mut sampling = Sampling::new(1.0, 24, Streams::new(1), &tokenizer, 3);
+        for past_end in [false, true] {
+            sampling.past_end = past_end;
+            let n_done = AtomicUsize::new(0);
+            let watch = |n| {
+                n_done.fetch_add(n, Ordering::Relaxed);
+                ControlFlow::Continue(())
+            };
+            let counted = sampling.answer_counted(&policy, &prompts, 0, &watch).unwrap();
+            assert_eq!(counted, sampling.answer(&policy, &prompts, 0).unwrap());
+            assert_eq!(n_done.into_inner(), 9, "past the end: {past_end}");
+        }
+        let n_told = AtomicUsize::new(0);
+        let watch = |_| {
+            n_told.fetch_add(1, Ordering::Relaxed);
+            ControlFlow::Break(())
+        };
+        let stopped = sampling.answer_counted(&policy, &prompts, 0, &watch);
+        assert!(matches!(stopped, Err(ScoreError::Stopped)));
+        assert_eq!(n_told.into_inner(), 9, "each answer is broken off at its first token");
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! One number for every token of a response: log-probabilities and values.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, TensorReadError};
 use group::Share;
 use model::{Gpt, Layout, ScalarGpt, loss};
 use text::data::collate;
 
-use crate::by_length;
+use crate::{ScoreError, UNWATCHED, Watch, by_length};
 
 /// Prompts with their responses in one right-padded batch, and where the response tokens are predicted.
 ///
@@ -127,17 +129,39 @@ pub fn of_response_tokens(
     batch_size: usize,
     compute: impl Fn(&ResponseBatch) -> Tensor<1>,
 ) -> Result<Vec<Vec<f32>>, TensorReadError> {
-    let mut all = vec![Vec::new(); responses.len()];
-    for (i, of_response) in of_share_of_responses(responses, batch_size, Share::WHOLE, compute)? {
+    let numbered = share_of_responses(responses, batch_size, Share::WHOLE, UNWATCHED, compute)?;
+    Ok(in_place(responses.len(), numbered.unwrap_or_default()))
+}
+
+/// [`of_response_tokens`], with `watch` looking on.
+///
+/// # Errors
+/// If the device cannot be read, or `watch` breaks it off.
+///
+/// # Panics
+/// As there.
+pub fn of_response_tokens_watched(
+    responses: &[(&[u32], &[u32])],
+    batch_size: usize,
+    watch: Watch<'_>,
+    compute: impl Fn(&ResponseBatch) -> Tensor<1>,
+) -> Result<Vec<Vec<f32>>, ScoreError> {
+    let numbered = of_share_of_responses(responses, batch_size, Share::WHOLE, watch, compute)?;
+    Ok(in_place(responses.len(), numbered))
+}
+
+fn in_place(n: usize, numbered: Vec<(usize, Vec<f32>)>) -> Vec<Vec<f32>> {
+    let mut all = vec![Vec::new(); n];
+    for (i, of_response) in numbered {
         all[i] = of_response;
     }
-    Ok(all)
+    all
 }
 
 /// One rank's share of the batches that [`of_response_tokens`] makes: the numbers of its responses, each with the response's.
 ///
 /// # Errors
-/// As there.
+/// As [`of_response_tokens_watched`].
 ///
 /// # Panics
 /// As there.
@@ -145,8 +169,20 @@ pub fn of_share_of_responses(
     responses: &[(&[u32], &[u32])],
     batch_size: usize,
     share: Share,
+    watch: Watch<'_>,
     compute: impl Fn(&ResponseBatch) -> Tensor<1>,
-) -> Result<Vec<(usize, Vec<f32>)>, TensorReadError> {
+) -> Result<Vec<(usize, Vec<f32>)>, ScoreError> {
+    share_of_responses(responses, batch_size, share, watch, compute)?.ok_or(ScoreError::Stopped)
+}
+
+/// [`of_share_of_responses`]; `None` if `watch` broke it off.
+fn share_of_responses(
+    responses: &[(&[u32], &[u32])],
+    batch_size: usize,
+    share: Share,
+    watch: Watch<'_>,
+    compute: impl Fn(&ResponseBatch) -> Tensor<1>,
+) -> Result<Option<Vec<(usize, Vec<f32>)>>, TensorReadError> {
     let batches = by_length(responses.iter().map(|(prompt, response)| prompt.len() + response.len()), batch_size);
     let mut all = Vec::new();
     for batch in &batches[share.of(batches.len())] {
@@ -158,8 +194,11 @@ pub fn of_share_of_responses(
             all.push((i, of_response.to_vec()));
             rest = others;
         }
+        if watch(batch.len()) == ControlFlow::Break(()) {
+            return Ok(None);
+        }
     }
-    Ok(all)
+    Ok(Some(all))
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ use crate::cli::StageArgs;
 use crate::config::{Configuration, to_toml};
 use crate::data::file_sha256;
 use crate::files::write_whole;
-use crate::group::Group;
+use crate::group::{Group, GroupError};
 use crate::interrupt::Interrupt;
 use crate::metrics::{Recorder, ResumePoint, names};
 use crate::model::NamedTensors;
@@ -125,12 +125,13 @@ pub trait Training: Sized {
         false
     }
 
-    /// Work on the model after the last step, such as the normalisation of scores.
+    /// Work on the model after the last step, such as the normalisation of scores. What was trained is saved, and where
+    /// this is interrupted `--resume` goes on from there.
     ///
     /// # Errors
-    /// If it cannot be done; what was trained is saved, and `--resume` goes on from there.
-    fn complete(&mut self, _session: &Session) -> anyhow::Result<()> {
-        Ok(())
+    /// If it cannot be done.
+    fn complete(&mut self, _session: &Session) -> anyhow::Result<Outcome> {
+        Ok(Outcome::Finished)
     }
 }
 
@@ -310,7 +311,7 @@ impl Session {
             tracing::info!("`{}` is finished: nothing is left to do", self.out.display());
             return Ok(Outcome::Finished);
         }
-        if !self.resumed {
+        if self.is_to_begin()? {
             training.begin(&mut self)?;
             self.watched(&mut training, &[], true)?;
         }
@@ -336,14 +337,36 @@ impl Session {
                 self.save(training.contents())?;
             }
         }
-        if training.is_incomplete() && !self.was_interrupted() {
-            // The rest may fail, and nothing trained is to be lost by that.
-            if self.last_save.0 != Some(self.progress.step) {
-                self.save(training.contents())?;
-            }
-            training.complete(&self)?;
+        if self.was_interrupted() || !training.is_incomplete() {
+            let outcome = if self.was_interrupted() { Outcome::Interrupted } else { Outcome::Finished };
+            return self.finish(training.contents(), outcome);
         }
-        self.finish(training.contents())
+        // The rest may fail, and nothing trained is to be lost by that.
+        if self.last_save.0 != Some(self.progress.step) {
+            self.save(training.contents())?;
+        }
+        let outcome = if self.stops { Outcome::Interrupted } else { training.complete(&self)? };
+        self.finish(training.contents(), outcome)
+    }
+
+    /// Whether the work before the first step is to be done: in a run that is not resumed, or was stopped before it.
+    fn is_to_begin(&mut self) -> anyhow::Result<bool> {
+        let has_begun = self.resumed && (self.progress.step > 0 || !self.recorder.last().is_empty());
+        self.stops = self.is_asked_to_stop()?;
+        Ok(!has_begun && !self.stops)
+    }
+
+    /// Whether the user asked a process of the run to stop. Every process asks.
+    ///
+    /// # Errors
+    /// If one has ended.
+    pub fn is_asked_to_stop(&self) -> Result<bool, GroupError> {
+        self.interrupt.requested_in(&self.group)
+    }
+
+    /// Whether the user asks this process to stop.
+    pub const fn interrupt(&self) -> Interrupt {
+        self.interrupt
     }
 
     /// Shows the training what was logged of a step, and of an evaluation after it; saves where that ends the run.
@@ -368,7 +391,7 @@ impl Session {
 
     /// Whether another step should be made. A signal to one rank is a request to all.
     fn goes_on(&mut self) -> anyhow::Result<bool> {
-        self.stops = self.interrupt.requested_in(&self.group)?;
+        self.stops = self.is_asked_to_stop()?;
         let stale = self.run.is_stale(self.progress.evals_since_best);
         Ok(self.progress.step < self.total_steps && !stale && !self.stops)
     }
@@ -508,8 +531,8 @@ impl Session {
     }
 
     /// Saves a last time, as finished or as interrupted, and says so.
-    fn finish(mut self, contents: Contents<'_>) -> anyhow::Result<Outcome> {
-        let interrupted = self.was_interrupted();
+    fn finish(mut self, contents: Contents<'_>, outcome: Outcome) -> anyhow::Result<Outcome> {
+        let interrupted = outcome == Outcome::Interrupted;
         self.progress.finished = !interrupted;
         self.save(contents)?;
         // What follows the run on another rank finds the checkpoint.
@@ -527,7 +550,7 @@ impl Session {
         let of_all = self.group.gather(crate::kernels::memory::usage().peak_bytes >> 20)?;
         let of_all: Vec<String> = of_all.iter().map(ToString::to_string).collect();
         tracing::debug!("{} MiB of memory at most", of_all.join(", "));
-        Ok(if interrupted { Outcome::Interrupted } else { Outcome::Finished })
+        Ok(outcome)
     }
 
     fn manifest(&self) -> Manifest {

@@ -23,12 +23,14 @@ use common::cli::print_json;
 use common::conversation;
 use common::data::order::Order;
 use common::group::Group;
-use common::model::LoraConfig;
+use common::interrupt::Interrupt;
+use common::model::{Gpt, LoraConfig};
+use common::pace::Pace;
 use common::rng::Streams;
 use common::runtime::Runtime;
 use common::score::{
-    EncodedPrompt, FrozenModels, Prompts, Response, Rollout, ScoreError, log_probs, log_probs_and_entropy,
-    of_response_tokens,
+    EncodedPrompt, FrozenModels, Prompts, Response, Rollout, Sampling, ScoreError, Watch, log_probs,
+    log_probs_and_entropy, of_response_tokens_watched, score_rows_watched,
 };
 use common::tokenizer::Tokenizer;
 
@@ -64,7 +66,8 @@ const N_DAMAGED: usize = 128;
 /// Carries out `ppo doctor`: one line a check on stdout, or one JSON object.
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     args.runtime.check_base([&*args.policy, &*args.reward_model])?;
-    let report = examine(args)?;
+    // Nothing is to be saved: a signal ends the program at once.
+    let report = examine(args, Interrupt::never())?;
     if args.json {
         print_json(&report)?;
     } else {
@@ -80,13 +83,19 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
 /// Examines what a run would start from.
 ///
 /// # Errors
-/// If the configuration or the device cannot be used; what is wrong with models and data is in the report.
-pub fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
+/// If the configuration or the device cannot be used, or `interrupt` ends it; what is wrong with models and data is in the
+/// report.
+pub fn examine(args: &DoctorArgs, interrupt: Interrupt) -> anyhow::Result<Report> {
     let config = config(args)?;
     args.runtime.check_trunk(config.lora.as_ref())?;
     let runtime = args.runtime.open()?;
-    let mut examination = Examination { args, config: &config, runtime: &runtime, checks: Vec::new() };
-    examination.run()?;
+    let mut examination = Examination { args, config: &config, runtime: &runtime, interrupt, checks: Vec::new() };
+    let examined = examination.run();
+    // What was broken off failed for no other reason.
+    if interrupt.requested() {
+        return Err(interrupt.stopped().into());
+    }
+    examined?;
     Ok(Report::complete(examination.checks))
 }
 
@@ -108,6 +117,7 @@ struct Examination<'a> {
     args: &'a DoctorArgs,
     config: &'a PpoConfig,
     runtime: &'a Runtime,
+    interrupt: Interrupt,
     checks: Vec<Check>,
 }
 
@@ -115,14 +125,17 @@ impl Examination<'_> {
     fn run(&mut self) -> anyhow::Result<()> {
         tracing::info!("reading the models and the data");
         let Some((mut policy, mut reward_model)) = self.open() else { return Ok(()) };
+        self.go_on()?;
         let tokenizer = policy.require_tokenizer()?.clone();
         let max_seq_len = policy.model_config().max_seq_len.min(reward_model.model_config().max_seq_len);
         let read = tokens::prompts(self.config, &tokenizer, max_seq_len);
         self.checks.push(read.check);
         let texts: Vec<String> = read.messages.iter().flatten().map(|message| message.content.clone()).collect();
+        self.go_on()?;
         self.checks.push(tokens::round_trip(&tokenizer, &texts));
         self.checks.push(tokens::template(&tokenizer, &read.messages));
         self.checks.push(tokens::pad_is_not_end(&self.args.policy, &tokenizer, &reward_model));
+        self.go_on()?;
         let sources = Sources::find(&reward_model, self.args.train_pairs.as_deref(), self.args.pairs.as_deref())?;
         self.checks.extend(preferences::data_checks(&sources));
         if let Some(prompts) = &read.prompts
@@ -130,21 +143,37 @@ impl Examination<'_> {
         {
             return Ok(());
         }
+        self.go_on()?;
         let Some(models) = self.load(&mut policy, &mut reward_model) else { return Ok(()) };
         let (learner, frozen) = models.split(self.config, None);
+        self.go_on()?;
         let answered = self.preferences(&frozen, &tokenizer, sources);
+        self.go_on()?;
         if let Some(answered) = &answered {
             self.answers_known(&learner, &tokenizer, answered)?;
+            self.go_on()?;
         }
         let sampled = match &read.prompts {
             Some(prompts) => self.samples(&frozen, &learner, &tokenizer, prompts)?,
             None => Vec::new(),
         };
+        self.go_on()?;
         let answered = answered.unwrap_or_else(|| Answered::ended(&sampled));
         let answered = &answered[..answered.len().min(N_DAMAGED)];
-        let wins = scores::orders(&frozen, &tokenizer, answered)?;
+        let pace = self.pace("scoring damaged answers", scores::n_rows(answered, &frozen), "rows");
+        let wins = scores::orders(&frozen, &tokenizer, answered, &|n| pace.done(n))?;
         self.checks.extend(scores::order_checks(wins));
         Ok(())
+    }
+
+    /// Ends the examination where the user asked to stop.
+    fn go_on(&self) -> anyhow::Result<()> {
+        if self.interrupt.requested() { Err(self.interrupt.stopped().into()) } else { Ok(()) }
+    }
+
+    /// How far a long part of the examination is, which the user may end.
+    fn pace(&self, what: &str, n: usize, things: &'static str) -> Pace {
+        Pace::new(what, n, things, self.interrupt)
     }
 
     /// Policy and reward model, if both load and read the same tokens.
@@ -245,7 +274,8 @@ impl Examination<'_> {
             }
         };
         tracing::info!("scoring held-out pairs");
-        match Scored::of(&frozen.reward_model, tokenizer, pairs, frozen.batch_size) {
+        let pace = self.pace("held-out pairs", Scored::n_answers(&pairs), "answers");
+        match Scored::of(&frozen.reward_model, tokenizer, pairs, frozen.batch_size, &|n| pace.done(n)) {
             Ok(scored) => {
                 self.checks.extend(scored.checks(&training));
                 Some(scored.answered())
@@ -273,7 +303,8 @@ impl Examination<'_> {
             (0..n as u64).map(|position| prompts.encoded[order.item(position)].clone()).collect();
         tracing::info!("answering {n} prompts once, {} of them {BEST_OF} times", n.min(N_HEADROOM_PROMPTS));
         let policy = learner.policy.valid();
-        let responses = match sampling.answer(&policy, &chosen, 0) {
+        let pace = self.pace("answering", n, "prompts");
+        let responses = match sampling.answer_counted(&policy, &chosen, 0, &|n| pace.done(n)) {
             Ok(responses) => responses,
             Err(error) => {
                 self.failed(&about::ANSWERS_END, error);
@@ -283,7 +314,9 @@ impl Examination<'_> {
         self.checks.push(policy::answers_end(&responses));
         let temperature = self.config.ppo.temperature();
         self.checks.push(policy::temperature_fits(temperature));
-        let rollouts = match frozen.rollouts(&chosen, responses, temperature) {
+        drop(pace);
+        let pace = self.pace("scoring answers", frozen.n_watched(n), "of reference and reward model");
+        let rollouts = match frozen.rollouts_watched(&chosen, responses, temperature, &|n| pace.done(n)) {
             Ok(rollouts) => rollouts,
             Err(error @ (ScoreError::NotFinite | ScoreError::MemberNotFinite { .. })) => {
                 self.failed(&about::SCORE_SCALE, error);
@@ -291,8 +324,13 @@ impl Examination<'_> {
             }
             Err(error) => return Err(error.into()),
         };
+        drop(pace);
         self.same_log_probs(learner, &rollouts)?;
-        if let Some(values) = learner.values(&Group::alone(), &rollouts, &self.config.ppo, frozen.batch_size)? {
+        let pace = self.pace("values", rollouts.len(), "answers");
+        let values =
+            learner.values(&Group::alone(), &rollouts, &self.config.ppo, frozen.batch_size, &|n| pace.done(n))?;
+        drop(pace);
+        if let Some(values) = values {
             self.checks.push(policy::values_finite(&values));
         }
         let scores = |of: &[Rollout]| of.iter().map(|rollout| f64::from(rollout.score)).collect::<Vec<f64>>();
@@ -303,9 +341,23 @@ impl Examination<'_> {
         } else {
             self.passed(&about::MISSING_EOS, "in this dialect an answer that is cut off keeps its own score");
         }
+        self.several(frozen, &policy, &sampling, &chosen)?;
+        Ok(rollouts)
+    }
+
+    /// The checks of several answers to each of the first prompts.
+    fn several(
+        &mut self,
+        frozen: &FrozenModels<'_>,
+        policy: &Gpt,
+        sampling: &Sampling<'_>,
+        prompts: &[EncodedPrompt],
+    ) -> anyhow::Result<()> {
         let repeated: Vec<EncodedPrompt> =
-            chosen.iter().take(N_HEADROOM_PROMPTS).flat_map(|prompt| vec![prompt.clone(); BEST_OF]).collect();
-        let responses = sampling.answer(&policy, &repeated, N_PROMPTS as u64)?;
+            prompts.iter().take(N_HEADROOM_PROMPTS).flat_map(|prompt| vec![prompt.clone(); BEST_OF]).collect();
+        let pace = self.pace("answering several times", repeated.len(), "answers");
+        let responses = sampling.answer_counted(policy, &repeated, N_PROMPTS as u64, &|n| pace.done(n))?;
+        drop(pace);
         let answers: Vec<&[Response]> = responses.chunks(BEST_OF).collect();
         self.checks.push(policy::answers_differ(&answers));
         let rows: Vec<Vec<u32>> = repeated
@@ -314,11 +366,12 @@ impl Examination<'_> {
             .map(|(prompt, response)| [&*prompt.ids, response.answer()].concat())
             .collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-        let best_of = common::score::score_rows(&frozen.reward_model, &rows, frozen.batch_size)?;
+        let pace = self.pace("scoring several answers", rows.len(), "answers");
+        let best_of = score_rows_watched(&frozen.reward_model, &rows, frozen.batch_size, &|n| pace.done(n))?;
         let by_prompt: Vec<Vec<f64>> =
             best_of.chunks(BEST_OF).map(|scores| scores.iter().map(|&score| f64::from(score)).collect()).collect();
         self.checks.push(scores::headroom(&by_prompt));
-        Ok(rollouts)
+        Ok(())
     }
 
     /// How well the policy predicts preferred answers that it was not trained on.
@@ -334,8 +387,10 @@ impl Examination<'_> {
             .take(N_PROMPTS)
             .collect();
         let ids: Vec<(&[u32], &[u32])> = encoded.iter().map(|(prompt, response)| (*prompt, &**response)).collect();
-        let log_probs =
-            of_response_tokens(&ids, self.config.micro_batch_size(), |batch| log_probs(&policy, batch, 1.0))?;
+        let pace = self.pace("held-out answers", ids.len(), "answers");
+        let log_probs = of_response_tokens_watched(&ids, self.config.micro_batch_size(), &|n| pace.done(n), |batch| {
+            log_probs(&policy, batch, 1.0)
+        })?;
         let answers: Vec<Vec<u32>> = encoded.into_iter().map(|(_, response)| response).collect();
         self.checks.push(policy::answers_known(&answers, &log_probs, config.vocab_size));
         Ok(())
@@ -350,9 +405,12 @@ impl Examination<'_> {
         let ids: Vec<(&[u32], &[u32])> = some.iter().map(Rollout::ids).collect();
         let batch_size = self.config.micro_batch_size();
         let policy = learner.policy.valid();
-        let uncached = of_response_tokens(&ids, batch_size, |batch| log_probs(&policy, batch, temperature))?;
+        let pace = self.pace("log-probabilities again", 2 * ids.len(), "answers");
+        let watch: Watch<'_> = &|n| pace.done(n);
+        let uncached =
+            of_response_tokens_watched(&ids, batch_size, watch, |batch| log_probs(&policy, batch, temperature))?;
         self.checks.push(policy::cached_is_uncached(&sampled, &uncached, tolerance));
-        let trained = of_response_tokens(&ids, batch_size, |batch| {
+        let trained = of_response_tokens_watched(&ids, batch_size, watch, |batch| {
             log_probs_and_entropy(&learner.policy, batch, temperature).0.inner()
         })?;
         self.checks.push(policy::ratio_is_one(&sampled, &trained, tolerance));

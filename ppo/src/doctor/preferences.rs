@@ -8,7 +8,7 @@ use common::data::file_sha256;
 use common::data::records::{Pair, ReadOptions, read_pairs};
 use common::group::Group;
 use common::model::ScalarGpt;
-use common::score::{EncodedPair, PairTooLong, ScoreError, distance, longer_wins, score_pairs};
+use common::score::{EncodedPair, PairTooLong, ScoreError, Watch, distance, longer_wins, score_pairs};
 use common::session::DataConfig;
 use common::stats::{Interval, win};
 use common::tokenizer::Tokenizer;
@@ -118,6 +118,7 @@ impl Scored {
         tokenizer: &Tokenizer,
         pairs: Vec<Pair>,
         batch_size: usize,
+        watch: Watch<'_>,
     ) -> Result<Self, ScoreError> {
         let max_seq_len = model.config().max_seq_len;
         let encode = |pair: Pair| {
@@ -125,8 +126,14 @@ impl Scored {
             Some((pair, encoded))
         };
         let (pairs, encoded): (Vec<_>, Vec<_>) = pairs.into_iter().filter_map(encode).take(MAX_PAIRS).unzip();
-        let distances = score_pairs(&Group::alone(), model, &encoded, batch_size)?.into_iter().map(distance).collect();
+        let distances = score_pairs(&Group::alone(), model, &encoded, batch_size, watch)?;
+        let distances = distances.into_iter().map(distance).collect();
         Ok(Self { pairs, encoded, distances })
+    }
+
+    /// Answers that are scored of `pairs`, at most.
+    pub(super) fn n_answers(pairs: &[Pair]) -> usize {
+        2 * pairs.len().min(MAX_PAIRS)
     }
 
     /// The preferred answers.

@@ -1,7 +1,7 @@
 //! The reward model on the policy's own answers: scale, headroom, and orders that are obvious.
 
 use common::conversation;
-use common::score::{FrozenModels, Rollout, ScoreError};
+use common::score::{FrozenModels, Rollout, ScoreError, Watch};
 use common::stats::{Interval, win};
 use common::tokenizer::Tokenizer;
 
@@ -136,14 +136,20 @@ fn first_half(answer: &str) -> Option<String> {
     (cut > 0).then(|| answer[..cut].to_owned())
 }
 
-/// For each kind of damage, which answers of `answered` score above their damaged form.
+/// Rows that [`orders`] scores at most, by all reward models.
+pub(super) fn n_rows(answered: &[Answered], frozen: &FrozenModels<'_>) -> usize {
+    answered.len() * (1 + DAMAGES.len()) * (1 + frozen.further.len())
+}
+
+/// For each kind of damage, which answers of `answered` score above their damaged form; `watch` looks on while rows are scored.
 ///
 /// # Errors
-/// If the device cannot be read.
+/// If the device cannot be read, or `watch` breaks it off.
 pub(crate) fn orders(
     frozen: &FrozenModels<'_>,
     tokenizer: &Tokenizer,
     answered: &[Answered],
+    watch: Watch<'_>,
 ) -> Result<Vec<(&'static About, Vec<f64>)>, ScoreError> {
     let max_seq_len = frozen.score_context();
     let fitting =
@@ -163,7 +169,7 @@ pub(crate) fn orders(
         }
     }
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
-    let scores = frozen.scores(&rows)?;
+    let scores = frozen.scores_watched(&rows, watch)?;
     let of_kind = |kind: usize| {
         let of_kind = compared.iter().filter(|compared| compared.0 == kind);
         of_kind.map(|&(_, whole, damaged)| win(f64::from(scores[whole]), f64::from(scores[damaged]))).collect()
