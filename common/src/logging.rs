@@ -1,5 +1,6 @@
 //! Log messages and progress bars, both on stderr.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -222,6 +223,18 @@ pub fn say(line: &str) {
     let _ = if bars().is_hidden() { writeln!(std::io::stderr(), "{line}") } else { bars().println(line) };
 }
 
+/// The text as a terminal may be given it: with U+FFFD for every control character but line breaks and tabs, which could
+/// move the cursor or change the window's title, and for those that turn the direction of writing, by which a text can
+/// look like another one or change what stands beside it.
+///
+/// # Source
+/// Unicode Standard Annex #9, section 2: the explicit directional embeddings, overrides and isolates.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    let turns = |c| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let hidden = |c: char| turns(c) || (c.is_control() && c != '\n' && c != '\t');
+    if text.contains(hidden) { Cow::Owned(text.replace(hidden, "\u{fffd}")) } else { Cow::Borrowed(text) }
+}
+
 /// stderr by [`say`].
 #[derive(Clone, Copy)]
 struct AboveBars;
@@ -229,7 +242,8 @@ struct AboveBars;
 impl Write for AboveBars {
     /// A message comes in one piece. An error here would be said by the library on stderr, which would panic.
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        say(&String::from_utf8_lossy(bytes));
+        // What models and data say must not steer the terminal.
+        say(&visible(&String::from_utf8_lossy(bytes)));
         Ok(bytes.len())
     }
 

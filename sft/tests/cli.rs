@@ -82,6 +82,19 @@ fn lines(path: &Path) -> Vec<Value> {
 }
 
 #[test]
+fn no_sample_steers_the_terminal() {
+    let dir = workplace();
+    let record = json!({ "prompt": "a\u{1c}b\tc\u{202e}d", "response": "ab" });
+    std::fs::write(dir.path().join("val.jsonl"), record.to_string()).unwrap();
+    let args = ["train", "--config", "config.toml", "--init", "base", "--out", "out", "--set", "train.epochs=1"];
+    let (code, _, stderr) = run(PROGRAM, &args, dir.path());
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("sample: a\u{fffd}b\tc\u{fffd}d → "), "{stderr:?}");
+    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+    assert!(!stderr.contains(steers), "{stderr:?}");
+}
+
+#[test]
 fn messages_in_a_file_have_date_and_time() {
     let dir = workplace();
     let stderr = train(dir.path(), "out", &["--set", "train.steps=1"]);

@@ -6,7 +6,6 @@
 
 mod screen;
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, stderr, stdin, stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +23,7 @@ use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, d
 
 use crate::interrupt;
 use crate::kernels::memory;
+pub use crate::logging::visible;
 use crate::logging::{self, bars, say};
 use crate::metrics::live;
 use screen::{Page, Shown};
@@ -47,18 +47,6 @@ static TERMINAL: Mutex<()> = Mutex::new(());
 
 /// What was logged since the view was opened.
 static LINES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
-
-/// The text as a terminal may be given it: with U+FFFD for every control character but line breaks and tabs, which could
-/// move the cursor or change the window's title, and for those that turn the direction of writing, by which a text can
-/// look like another one or change what stands beside it.
-///
-/// # Source
-/// Unicode Standard Annex #9, section 2: the explicit directional embeddings, overrides and isolates.
-pub fn visible(text: &str) -> Cow<'_, str> {
-    let turns = |c| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    let hidden = |c: char| turns(c) || (c.is_control() && c != '\n' && c != '\t');
-    if text.contains(hidden) { Cow::Owned(text.replace(hidden, "\u{fffd}")) } else { Cow::Borrowed(text) }
-}
 
 /// [`visible`], for a screen that gives a tab no width: it is four spaces.
 pub fn drawn(text: &str) -> String {
