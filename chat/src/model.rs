@@ -8,6 +8,7 @@ use common::checkpoint::{Checkpoint, Opening, Stage};
 use common::cli::RuntimeArgs;
 use common::exit::UsageError;
 use common::generate::{Finish, GenerateOptions, Generated, beam_search, generate};
+use common::logging::grouped;
 use common::model::{Gpt, param_paths};
 use common::rng::Streams;
 use common::runtime::Runtime;
@@ -210,10 +211,7 @@ impl ChatModel {
 fn describe(checkpoint: &Checkpoint, gpt: &Gpt) -> String {
     let stage = checkpoint.manifest().map(|manifest| format!("stage `{}`, step {}, ", manifest.stage, manifest.step));
     let n_params: usize = param_paths(gpt).into_iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-    let digits = n_params.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).unwrap_or("")).collect();
-    format!("`{}`: {}{} parameters", checkpoint.dir().display(), stage.unwrap_or_default(), groups.join(","))
+    format!("`{}`: {}{} parameters", checkpoint.dir().display(), stage.unwrap_or_default(), grouped(n_params))
 }
 
 /// The text of tokens as they come, up to a stop text.

@@ -75,8 +75,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
     tracing::info!(
-        "{} parameters, {} training pairs, {} held out",
-        policy.num_params(),
+        "{}, {} training pairs, {} held out",
+        Exported::Lm(&policy).parameters(),
         training.encoded.len(),
         held_out.encoded.len()
     );

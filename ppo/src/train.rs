@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use burn::module::Module;
 use common::checkpoint::{self, Checkpoint, Stage};
 use common::corpus::{Tokenising, Windows};
 use common::data::order::Order;
@@ -14,7 +13,7 @@ use common::model::NamedTensors;
 use common::optim::GradNorm;
 use common::rng::Streams;
 use common::score::{EncodedPrompt, Gold, Prompts, Sampling};
-use common::session::{Contents, Outcome, Plan, Restored, Session, Step, Training};
+use common::session::{Contents, Exported, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::Interval;
 
 use crate::alarms::Alarms;
@@ -104,8 +103,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
         tracing::info!("{} reward models score every response; what counts is \"{ensemble}\"", reward_models.len());
     }
     tracing::info!(
-        "{} parameters of the policy, {} training prompts, {} held out",
-        learner.policy.num_params(),
+        "policy of {}, {} training prompts, {} held out",
+        Exported::Lm(&learner.policy).parameters(),
         training.encoded.len(),
         held_out.encoded.len()
     );

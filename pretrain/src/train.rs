@@ -70,8 +70,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         (None, None) => (runtime.new_gpt(&model_config, &streams), runtime.optimizer(&config.optimizer)),
     };
     tracing::info!(
-        "{} parameters, {} training tokens, {} held-out tokens",
-        gpt.num_params(),
+        "{}, {} training tokens, {} held-out tokens",
+        Exported::Lm(&gpt).parameters(),
         corpus.train.n_tokens(),
         corpus.val.n_tokens()
     );

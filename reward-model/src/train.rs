@@ -72,8 +72,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     let (session, restored) = Session::start(&args.stage, &plan, interrupt)?;
     let (model, optimizer, initial) = begin(&config, &mut init, restored, &plain, &runtime)?;
     tracing::info!(
-        "{} parameters, {} training pairs, {} held out",
-        model.num_params(),
+        "{}, {} training pairs, {} held out",
+        Exported::Scalar(&model).parameters(),
         training.encoded.len(),
         held_out.encoded.len()
     );

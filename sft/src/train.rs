@@ -70,8 +70,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         gpt_and_optimizer(restored, &mut init, config.lora.as_ref(), &config.optimizer, &runtime, &streams)?;
     drop(init);
     tracing::info!(
-        "{} parameters, {} training conversations, {} held out",
-        gpt.num_params(),
+        "{}, {} training conversations, {} held out",
+        Exported::Lm(&gpt).parameters(),
         training.encoded.len(),
         held_out.encoded.len()
     );

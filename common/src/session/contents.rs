@@ -1,9 +1,11 @@
 //! What a model in training hands to its checkpoint.
 
+use burn::module::Module as _;
 use serde_json::Value;
 
 use crate::checkpoint::{Parent, Weights};
 use crate::hf::{Head, HostAdapter};
+use crate::logging::grouped;
 use crate::model::{Gpt, NamedTensors, ScalarGpt};
 use crate::optim::AdamW;
 
@@ -42,6 +44,19 @@ impl<'a> Contents<'a> {
 }
 
 impl Exported<'_> {
+    /// How many parameters it has, and with adapters how many of them are trained: for the log.
+    pub fn parameters(&self) -> String {
+        let (n, is_adapted) = match self {
+            Self::Lm(gpt) => (gpt.num_params(), gpt.adapters().is_some()),
+            Self::Scalar(scalar) => (scalar.num_params(), scalar.adapters().is_some()),
+        };
+        if !is_adapted {
+            return format!("{} parameters", grouped(n));
+        }
+        let n_trained = self.to_trained().values().map(|tensor| tensor.data.len()).sum();
+        format!("{} parameters ({} of them trained)", grouped(n), grouped(n_trained))
+    }
+
     /// The weights that training changes, on the host.
     pub(super) fn to_trained(self) -> NamedTensors {
         match self {
