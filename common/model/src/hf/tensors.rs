@@ -15,6 +15,7 @@ use super::config::read_json;
 use crate::{HostTensor, NamedTensors};
 use base::files::FileError;
 use base::hash::hex;
+use base::once::is_new;
 
 /// The weights in one file.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
@@ -245,7 +246,10 @@ impl Weights {
             info.dtype != Dtype::BF16 && key(&name).is_some_and(|key| narrow.contains(&key))
         };
         if let Some(file) = self.files.iter().find(|file| file.header.tensors().into_iter().any(is_rounded)) {
-            tracing::info!("`{}`: matrices are rounded to bf16, to the nearest, ties to even", file.path.display());
+            let path = file.path.display();
+            if is_new(&format!("rounded {path}")) {
+                tracing::info!("`{path}`: matrices are rounded to bf16, to the nearest, ties to even");
+            }
         }
         let mut tensors = Tensors::default();
         let read = |file: TensorFile| file.read(&key, narrow, &mut tensors);

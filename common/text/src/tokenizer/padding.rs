@@ -4,6 +4,7 @@
 //! padding id to find the end of a row: there such a model is scored before its answer ends, or in its prompt. So what is
 //! trained here gets a padding id of its own, although nothing here ever looks for it.
 
+use base::once::is_new;
 use serde_json::json;
 
 use super::{SPECIAL_TOKENS, Tokenizer, TokenizerError};
@@ -57,7 +58,9 @@ impl Tokenizer {
         };
         let found = UNUSED.into_iter().chain(unknown).find(is_unused).map(str::to_owned);
         let token = found.unwrap_or_else(|| SPECIAL_TOKENS[1].to_owned());
-        tracing::info!("rows are padded with `{token}`: a padding id must not end answers");
+        if is_new(&format!("padding {token}")) {
+            tracing::info!("rows are padded with `{token}`: a padding id must not end answers");
+        }
         self.settings.insert("pad_token".to_owned(), json!(token));
         self.with_added(&[&token])
     }
