@@ -21,7 +21,7 @@ pub(crate) fn run(args: &MergeArgs) -> anyhow::Result<()> {
     let _lock = OutLock::take(&args.out)?;
     let base: PathBuf = checkpoint.base().path;
     let inputs: [&Path; 2] = [&args.checkpoint, &base];
-    out_dir::prepare(&args.out, false, args.overwrite, &inputs)?;
+    out_dir::prepare_new(&args.out, args.overwrite, &inputs)?;
     let stage = match weights {
         Weights::Scalar { .. } => Stage::RewardModel,
         _ => Stage::Sft,

@@ -54,7 +54,8 @@ pub fn prepare(out: &Path, resume: bool, overwrite: bool, inputs: &[&Path]) -> R
         return std::fs::create_dir_all(out).map_err(failed);
     }
     if !overwrite {
-        return Err(OutDirError::NotEmpty { out: out.to_owned() });
+        let ways = if out.join("manifest.json").is_file() { Ways::Resume } else { Ways::Replace };
+        return Err(OutDirError::NotEmpty { out: out.to_owned(), ways });
     }
     check_replaceable(out, inputs)?;
     let target = out.canonicalize().map_err(failed)?;
@@ -64,6 +65,20 @@ pub fn prepare(out: &Path, resume: bool, overwrite: bool, inputs: &[&Path]) -> R
         if is_dir { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.map_err(failed)?;
     }
     Ok(())
+}
+
+/// [`prepare`] of a command that cannot go on with what another wrote.
+///
+/// # Errors
+/// As there.
+pub fn prepare_new(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), OutDirError> {
+    prepare(out, false, overwrite, inputs).map_err(|error| match error {
+        OutDirError::NotEmpty { out, .. } => {
+            let ways = if check_replaceable(&out, inputs).is_ok() { Ways::Replace } else { Ways::None };
+            OutDirError::NotEmpty { out, ways }
+        }
+        error => error,
+    })
 }
 
 /// The right to write to a directory, for as long as this lives: no other process gets it. A process that is killed
@@ -271,18 +286,35 @@ fn entry_names(dir: &Path) -> std::io::Result<Vec<String>> {
     names.filter(|name| !name.as_ref().is_ok_and(is_lock)).collect()
 }
 
+/// What a command can do with an output directory that holds something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ways {
+    /// Go on with it, or replace it.
+    Resume,
+    /// Replace it.
+    Replace,
+    /// Nothing: it is not ours, or holds what the command reads.
+    None,
+}
+
 /// Why an output directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OutDirError {
     /// `--out` holds something.
     #[error(
-        "output directory `{}` is not empty\nhint: pass {}`--overwrite` to replace it, or another `--out`",
+        "output directory `{}` is not empty\nhint: pass {}another `--out`",
         out.display(),
-        if out.join("manifest.json").is_file() { "`--resume` to continue it, " } else { "" }
+        match ways {
+            Ways::Resume => "`--resume` to continue it, `--overwrite` to replace it, or ",
+            Ways::Replace => "`--overwrite` to replace it, or ",
+            Ways::None => "",
+        }
     )]
     NotEmpty {
         /// The directory.
         out: PathBuf,
+        /// What can be done with it.
+        ways: Ways,
     },
     /// Another process writes to `--out`.
     #[error(
@@ -383,6 +415,11 @@ mod tests {
         std::fs::write(out.join("manifest.json"), "{\"format\": 1, \"stage\": \"sft\"}").expect("written");
         prepare(&out, true, false, &[]).expect("a checkpoint");
         assert!(matches!(prepare(&out, false, true, &[&out]), Err(OutDirError::InputInside { .. })));
+        let hint = |inputs: &[&Path]| prepare_new(&out, false, inputs).expect_err("not empty").to_string();
+        assert!(hint(&[dir.path()]).ends_with("\nhint: pass `--overwrite` to replace it, or another `--out`"));
+        assert!(hint(&[&out]).ends_with("is not empty\nhint: pass another `--out`"), "{}", hint(&[&out]));
+        let resumes = prepare(&out, false, false, &[]).expect_err("not empty").to_string();
+        assert!(resumes.contains("hint: pass `--resume` to continue it, `--overwrite`"), "{resumes}");
         prepare(&out, false, true, &[dir.path()]).expect("ours");
         assert_eq!(entry_names(&out).expect("there").len(), 0);
     }

@@ -50,7 +50,7 @@ pub fn train_tokenizer(args: &TokenizerArgs) -> anyhow::Result<TokenizerReport> 
     let text = Text::count(&config)?;
     let _lock = OutLock::take(&args.out)?;
     let inputs: Vec<&Path> = config.data.train.iter().chain(&config.data.val).map(PathBuf::as_path).collect();
-    out_dir::prepare(&args.out, false, args.overwrite, &inputs)?;
+    out_dir::prepare_new(&args.out, args.overwrite, &inputs)?;
     let (tokenizer, held_out) = learn(&config, &text, args.process.hides_bars())?;
     tokenizer.save(&args.out)?;
     let path = args.out.join("config.toml");
