@@ -1,6 +1,6 @@
 //! Why a checkpoint cannot be read, used or written.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{FORMAT_VERSION, Stage};
 use crate::files::FileError;
@@ -12,7 +12,7 @@ use crate::tokenizer::TokenizerError;
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// No such directory.
-    #[error("no checkpoint at `{}`: there is no such directory\nhint: pass the directory that a training command wrote: its `--out`", dir.display())]
+    #[error("no checkpoint at `{}`: there is no such directory\nhint: pass the directory that a training command wrote: its `--out`{}", dir.display(), of_the_hub(dir))]
     NoDirectory {
         /// The directory.
         dir: PathBuf,
@@ -249,4 +249,36 @@ pub enum CheckpointError {
         /// Which tensor.
         source: NamedError,
     },
+}
+
+/// A hint where `dir` looks like the name of a model on the hub, `OWNER/NAME`.
+fn of_the_hub(dir: &Path) -> String {
+    let is_name = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    match dir.to_str().map(|name| name.split('/').collect::<Vec<_>>()).as_deref() {
+        Some(&[owner, name]) if is_name(owner) && is_name(name) && !Path::new(owner).exists() => format!(
+            "\nhint: a model of the hub is downloaded first: `hf download {owner}/{name} --local-dir models/{name}`; then pass \
+             `models/{name}`"
+        ),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_model_on_the_hub_is_told_from_a_directory() {
+        let hints = |name: &str| CheckpointError::NoDirectory { dir: name.into() }.to_string();
+        let hint = "`hf download nobody/Tiny-1.5B --local-dir models/Tiny-1.5B`; then pass `models/Tiny-1.5B`";
+        assert!(hints("nobody/Tiny-1.5B").contains(hint), "{}", hints("nobody/Tiny-1.5B"));
+        // `src` is there: the path of a directory was meant.
+        for path in ["nowhere", "src/nowhere", "/nobody/tiny", "../nobody", "a/b/c", "nobody/"] {
+            assert!(!hints(path).contains("hf download"), "{}", hints(path));
+        }
+    }
 }
