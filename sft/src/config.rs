@@ -37,7 +37,8 @@ pub struct SftConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TooLong {
-    /// Cut off the end of the conversation; its last answer then has no `<|end|>` to learn from.
+    /// Cut off the end of the conversation; its last answer then lacks the token that ends answers, such as `<|end|>`
+    /// or `<|im_end|>`, and no end is learned from it.
     #[default]
     Truncate,
     /// Leave the conversation out.
