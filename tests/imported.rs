@@ -11,7 +11,7 @@ use common::hf::{self, Head, TokenIds};
 use common::model::{Gpt, GptConfig, ScalarGpt};
 use common::rng::Streams;
 use common::tokenizer::Tokenizer;
-use pipeline_tests::{Lab, PPO, REWARD_MODEL, SFT};
+use pipeline_tests::{Lab, PPO, REWARD_MODEL, SFT, Stage};
 use serde_json::{Value, json};
 
 /// Few steps, and nothing in between.
@@ -141,4 +141,33 @@ fn a_reward_model_padded_with_an_end_scores_the_answer() {
         assert!((together - alone).abs() < REORDERED, "{together} and {alone}");
     }
     assert!((together[0] - together[1]).abs() > 100.0 * REORDERED, "two answers to one prompt: {together:?}");
+}
+
+#[test]
+fn an_adapter_that_scores_says_how_peft_is_told_the_padding_id() {
+    let lab = Lab::new();
+    let tokenizer = write_hub_model(&lab.path("base"), Head::Lm);
+    let mut config = lab.json("base/config.json");
+    config["pad_token_id"] = json!(tokenizer.token_id("<|im_end|>").unwrap());
+    lab.write("base/config.json", config.to_string());
+    let stage = Stage { inputs: &["--init", "base"], ..REWARD_MODEL };
+    let said = |out: &str, more: &[&str]| {
+        let output = lab.run("reward-model", &stage.train(out, &[&SHORT[1..], more].concat()));
+        assert_eq!(output.status.code(), Some(0), "{}", output.stderr);
+        output.stderr
+    };
+    let adapter = said("adapter", &["--set", "lora.rank=2", "--set", "lora.targets=[\"q_proj\"]"]);
+    let pad = &lab.json("adapter/config.json")["pad_token_id"];
+    assert!(adapter.contains(&format!("in PEFT set `model.config.pad_token_id = {pad}`")), "{adapter}");
+    assert_eq!(adapter.matches("rows are padded with").count(), 1, "{adapter}");
+    // The head, and two matrices beside each layer's queries.
+    let (d_model, n_layers) = (config["hidden_size"].as_u64().unwrap(), config["num_hidden_layers"].as_u64().unwrap());
+    let n_trained = d_model + n_layers * 2 * (d_model + d_model);
+    assert!(adapter.contains(&format!(" parameters ({n_trained} of them trained), ")), "{adapter}");
+    let whole = said("whole", &[]);
+    assert!(!whole.contains("PEFT") && !whole.contains("of them trained"), "{whole}");
+
+    // Into its own directory an adapter cannot be merged, and there is nothing to resume.
+    let output = lab.run("chat", &["merge", "--checkpoint", "adapter", "--out", "adapter"]);
+    assert!(output.stderr.ends_with("is not empty\nhint: pass another `--out`\n"), "{}", output.stderr);
 }

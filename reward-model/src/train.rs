@@ -20,6 +20,7 @@ use common::runtime::Runtime;
 use common::score::{EncodedPair, Pairs, by_length};
 use common::session::{Contents, Exported, Outcome, Plan, Restored, Session, Step, Training};
 use common::stats::win;
+use common::tokenizer::Tokenizer;
 
 use crate::cli::TrainArgs;
 use crate::config::{BestBy, RewardModelConfig};
@@ -77,6 +78,9 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         training.encoded.len(),
         held_out.encoded.len()
     );
+    if config.lora.is_some() {
+        say_pad_of_base(&init);
+    }
     session.drive(RewardTraining {
         group: group.clone(),
         order: Order::new(training.records.len(), streams, "order"),
@@ -92,6 +96,17 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
         plain: &plain,
         streams,
     })
+}
+
+/// Says how PEFT has to be told the padding id, where the base that it goes by has another.
+fn say_pad_of_base(init: &Checkpoint) {
+    let own = init.tokenizer().and_then(Tokenizer::pad);
+    if let Some(pad) = own.filter(|&pad| init.pad_of_base().is_some_and(|of_base| of_base != pad)) {
+        tracing::info!(
+            "the base pads with another id: in PEFT set `model.config.pad_token_id = {pad}`, or scores are read before the \
+             answer's end (docs/lora.md)"
+        );
+    }
 }
 
 /// The model and optimiser to begin or to go on with, and with adapters also the initial model, on the same trunk.

@@ -149,6 +149,13 @@ impl Checkpoint {
         self.adapter.as_ref().map_or_else(|| self.as_parent(), |adapted| adapted.base.clone())
     }
 
+    /// The padding id in the configuration of the base, by which PEFT goes; `None` where it has none.
+    pub fn pad_of_base(&self) -> Option<u32> {
+        let text = std::fs::read_to_string(self.base().path.join(hf::CONFIG_FILE)).ok()?;
+        let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+        u32::try_from(config["pad_token_id"].as_u64()?).ok()
+    }
+
     /// The adapter, where the checkpoint is one.
     pub fn adapter(&self) -> Option<&HostAdapter> {
         self.adapter.as_ref().map(|adapted| &adapted.adapter)
