@@ -35,7 +35,7 @@ pub use rollout::{FrozenModels, Gold, Rollout};
 pub use rows::{by_length, score_rows, score_rows_watched};
 pub use sampling::{Response, Sampling};
 pub use tokens::{
-    ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, of_response_tokens_watched,
+    Numbered, ResponseBatch, log_probs, log_probs_and_entropy, of_response_tokens, of_response_tokens_watched,
     of_share_of_responses, sum_by_response, values,
 };
 pub use watch::{UNWATCHED, Watch};

@@ -9,6 +9,9 @@ use text::data::collate;
 
 use crate::{ScoreError, UNWATCHED, Watch, by_length};
 
+/// The numbers of some responses, each with the response's place.
+pub type Numbered = Vec<(usize, Vec<f32>)>;
+
 /// Prompts with their responses in one right-padded batch, and where the response tokens are predicted.
 ///
 /// The state *before* a token predicts it and holds its value: position `n_prompt − 1` for the first token of a
@@ -150,7 +153,7 @@ pub fn of_response_tokens_watched(
     Ok(in_place(responses.len(), numbered))
 }
 
-fn in_place(n: usize, numbered: Vec<(usize, Vec<f32>)>) -> Vec<Vec<f32>> {
+fn in_place(n: usize, numbered: Numbered) -> Vec<Vec<f32>> {
     let mut all = vec![Vec::new(); n];
     for (i, of_response) in numbered {
         all[i] = of_response;
@@ -171,7 +174,7 @@ pub fn of_share_of_responses(
     share: Share,
     watch: Watch<'_>,
     compute: impl Fn(&ResponseBatch) -> Tensor<1>,
-) -> Result<Vec<(usize, Vec<f32>)>, ScoreError> {
+) -> Result<Numbered, ScoreError> {
     share_of_responses(responses, batch_size, share, watch, compute)?.ok_or(ScoreError::Stopped)
 }
 
@@ -182,7 +185,7 @@ fn share_of_responses(
     share: Share,
     watch: Watch<'_>,
     compute: impl Fn(&ResponseBatch) -> Tensor<1>,
-) -> Result<Option<Vec<(usize, Vec<f32>)>>, TensorReadError> {
+) -> Result<Option<Numbered>, TensorReadError> {
     let batches = by_length(responses.iter().map(|(prompt, response)| prompt.len() + response.len()), batch_size);
     let mut all = Vec::new();
     for batch in &batches[share.of(batches.len())] {
