@@ -9,6 +9,7 @@ use common::checkpoint::{self, Stage};
 use common::data::order::Order;
 use common::group::Group;
 use common::interrupt::Interrupt;
+use common::logging::grouped;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, GradNorm, Grads};
@@ -77,8 +78,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     tracing::info!(
         "{}, {} training pairs, {} held out",
         Exported::Lm(&policy).parameters(),
-        training.encoded.len(),
-        held_out.encoded.len()
+        grouped(training.encoded.len()),
+        grouped(held_out.encoded.len())
     );
     session.drive(Dpo {
         group: group.clone(),

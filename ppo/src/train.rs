@@ -8,6 +8,7 @@ use common::corpus::{Tokenising, Windows};
 use common::data::order::Order;
 use common::group::Group;
 use common::interrupt::Interrupt;
+use common::logging::grouped;
 use common::metrics::{self, Recorder};
 use common::model::NamedTensors;
 use common::optim::GradNorm;
@@ -105,8 +106,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt, gold: Option
     tracing::info!(
         "policy of {}, {} training prompts, {} held out",
         Exported::Lm(&learner.policy).parameters(),
-        training.encoded.len(),
-        held_out.encoded.len()
+        grouped(training.encoded.len()),
+        grouped(held_out.encoded.len())
     );
     let sampling = |streams| Sampling { group: group.clone(), ..config.sampling(streams, tokenizer) };
     let average = (decay > 0.0).then(|| average.unwrap_or_else(|| learner.policy.to_trained()));

@@ -8,6 +8,7 @@ use common::corpus::{self, Corpus, Tokenising, Windows, evaluate_windows};
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::group::Group;
 use common::interrupt::Interrupt;
+use common::logging::grouped;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
 use common::optim::{AdamW, Grads};
@@ -72,8 +73,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     tracing::info!(
         "{}, {} training tokens, {} held-out tokens",
         Exported::Lm(&gpt).parameters(),
-        corpus.train.n_tokens(),
-        corpus.val.n_tokens()
+        grouped(corpus.train.n_tokens()),
+        grouped(corpus.val.n_tokens())
     );
     session.drive(Pretraining { group: group.clone(), gpt, optimizer, corpus, config: &config, streams, seq_len })
 }

@@ -10,6 +10,7 @@ use common::data::order::Order;
 use common::group::Group;
 use common::hf::HostAdapter;
 use common::interrupt::Interrupt;
+use common::logging::grouped;
 use common::metrics::{Recorder, names};
 use common::model::params::Output;
 use common::model::{Gpt, Layout, ScalarGpt};
@@ -75,8 +76,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     tracing::info!(
         "{}, {} training pairs, {} held out",
         Exported::Scalar(&model).parameters(),
-        training.encoded.len(),
-        held_out.encoded.len()
+        grouped(training.encoded.len()),
+        grouped(held_out.encoded.len())
     );
     if config.lora.is_some() {
         say_pad_of_base(&init);

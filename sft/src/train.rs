@@ -10,6 +10,7 @@ use common::data::order::Order;
 use common::generate::{GenerateOptions, SamplingConfig, generate};
 use common::group::Group;
 use common::interrupt::Interrupt;
+use common::logging::grouped;
 use common::loss;
 use common::metrics::{Recorder, names};
 use common::model::Gpt;
@@ -72,8 +73,8 @@ pub fn train(args: &TrainArgs, group: &Group, interrupt: Interrupt) -> anyhow::R
     tracing::info!(
         "{}, {} training conversations, {} held out",
         Exported::Lm(&gpt).parameters(),
-        training.encoded.len(),
-        held_out.encoded.len()
+        grouped(training.encoded.len()),
+        grouped(held_out.encoded.len())
     );
     session.drive(FineTuning {
         group: group.clone(),
