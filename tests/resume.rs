@@ -6,8 +6,12 @@
 use std::io::BufRead as _;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use clap::Parser;
+use common::group::Group;
+use common::interrupt::Interrupt;
+use common::session::Outcome;
 use pipeline_tests::{DPO, Lab, Output, PPO, PRETRAIN, REWARD_MODEL, Running, SFT, Stage};
 use rustix::process::Signal;
 
@@ -111,37 +115,50 @@ fn dpo_killed_and_resumed_is_dpo_uninterrupted() {
 }
 
 #[test]
-fn what_is_long_before_the_first_step_or_after_the_last_stops_when_asked_to() {
+fn normalisation_stops_when_asked_to_and_is_made_on_resuming() {
+    let lab = Lab::before(REWARD_MODEL);
+    // So many answers that the signal comes before the last.
+    let more = ["--set", "normalisation.samples=30000", "--set", "normalisation.max_tokens=24"];
+    lab.ok("reward-model", &REWARD_MODEL.train("whole", &more));
+    let mut run = lab.start("reward-model", &REWARD_MODEL.train("parts", &more));
+    run.hears("normalisation: ");
+    run.signal(Signal::INT);
+    assert_eq!(run.ends().code(), Some(130), "{}", run.stderr());
+    let stderr = run.stderr();
+    assert!(!stderr.contains("scores are scaled") && stderr.contains("stopped at step 12 of"), "{stderr}");
+    assert!(stderr.contains("continue with `--resume`") && lab.saved_step("parts") == Some(12), "{stderr}");
+    assert_eq!(lab.json("parts/manifest.json")["finished"], false);
+    lab.ok("reward-model", &REWARD_MODEL.train("parts", &[&more[..], &["--resume"]].concat()));
+    lab.assert_same("whole", "parts");
+}
+
+#[test]
+fn a_run_that_is_to_stop_before_its_first_step_does_not_compute_what_comes_before_it() {
     let lab = Lab::before(PPO);
-    // What it says when it begins, with settings that make it long, and where the run then stands.
-    let cases: [(Stage, &str, &[&str], u64); 3] = [
-        (REWARD_MODEL, "normalisation: ", &["normalisation.samples=12000", "normalisation.max_tokens=24"], 12),
-        (PPO, " training prompts", &["ppo.response_length=24", "ppo.temperature=1.5"], 0),
-        (DPO, "log-probabilities of", &["train.micro_batch_size=1"], 0),
-    ];
-    for (stage, says, settings, step) in cases {
-        let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
-        // How long it takes from there to its end.
-        let time = |out: &str, signal: Option<Signal>| {
-            let mut run = lab.start(stage.program, &stage.train(out, &[&more[..], &["--overwrite"]].concat()));
-            run.hears(says);
-            let began = Instant::now();
-            if let Some(signal) = signal {
-                run.signal(signal);
-            }
-            let code = run.ends().code();
-            (run, code, began.elapsed())
+    for stage in [PPO, DPO] {
+        lab.ok(stage.program, &stage.train("whole", &["--overwrite"]));
+        let mut args = vec![stage.program.to_owned()];
+        for word in stage.train("parts", &["--overwrite", "--threads", "2"]) {
+            args.push(if word.starts_with("configs/") || lab.path(&word).exists() || word == "parts" {
+                lab.path(&word).display().to_string()
+            } else {
+                word
+            });
+        }
+        let (group, interrupt) = (Group::alone(), Interrupt::of_test());
+        interrupt.request();
+        let outcome = if stage.program == "ppo" {
+            let ppo::Command::Train(args) = ppo::Cli::parse_from(args).command else { panic!("it trains") };
+            ppo::train(&args, &group, interrupt, None)
+        } else {
+            let dpo::Command::Train(args) = dpo::Cli::parse_from(args).command else { panic!("it trains") };
+            dpo::train(&args, &group, interrupt)
         };
-        let (mut run, code, whole) = time("whole", None);
-        assert_eq!(code, Some(0), "{}", run.stderr());
-        let (mut run, code, interrupted) = time("parts", Some(Signal::INT));
-        assert_eq!(code, Some(130), "{}", run.stderr());
-        assert!(2 * interrupted < whole, "{} took {interrupted:?} of {whole:?} to stop", stage.program);
-        let stderr = run.stderr();
-        assert!(stderr.contains(&format!("stopped at step {step} of")), "{stderr}");
-        assert!(stderr.contains("continue with `--resume`") && lab.saved_step("parts") == Some(step), "{stderr}");
-        assert_eq!(lab.json("parts/manifest.json")["finished"], false);
-        lab.ok(stage.program, &stage.train("parts", &[&more[..], &["--resume"]].concat()));
+        assert_eq!(outcome.unwrap(), Outcome::Interrupted);
+        assert_eq!(lab.saved_step("parts"), Some(0), "{}", stage.program);
+        let metrics = std::fs::read_to_string(lab.path("parts/metrics.jsonl")).unwrap_or_default();
+        assert!(metrics.is_empty(), "{}: {metrics}", stage.program);
+        lab.ok(stage.program, &stage.train("parts", &["--resume"]));
         lab.assert_same("whole", "parts");
     }
 }
