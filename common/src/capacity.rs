@@ -17,8 +17,11 @@ use crate::reduce::Reduce;
 
 pub use room::{Ranks, TooLarge, available, check, check_model, check_run};
 
-/// The program itself with its threads, and the pieces of memory that each of them keeps whatever the model, in bytes.
-const PROGRAM: f64 = 48.0 * MIB;
+/// The program itself with two threads, and the pieces of memory that each of them keeps whatever the model, in bytes.
+const PROGRAM: f64 = 58.0 * MIB;
+
+/// The same of one of several processes, which have a thread each.
+const PROCESS: f64 = 48.0 * MIB;
 
 /// The MPI library in each of several processes, in bytes.
 const LIBRARY: f64 = 10.0 * MIB;
@@ -70,7 +73,8 @@ impl Needs {
     /// `step = max(accumulated + activations, gradients + last_activations)`: gradients come as activations go.
     pub fn peak(&self) -> f64 {
         let (_, phase) = self.phase();
-        PROGRAM + self.data + self.library + ALLOCATOR * (self.initial + self.weights + self.moments + phase)
+        let program = if self.library > 0.0 { PROCESS } else { PROGRAM };
+        program + self.data + self.library + ALLOCATOR * (self.initial + self.weights + self.moments + phase)
     }
 
     /// The phase that needs most, and what it takes beside weights and moments.

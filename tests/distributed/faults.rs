@@ -6,7 +6,7 @@ use common::hf;
 use common::rng::Streams;
 use common::testing::has_mpirun;
 use pipeline_tests::{Lab, PRETRAIN, SFT, Stage};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Signal, kill_process, test_kill_process};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::json;
@@ -43,7 +43,8 @@ fn a_process_killed_at_any_moment_ends_the_others_and_the_rest_goes_on() {
             run.hears("training tokens");
         }
         std::thread::sleep(Duration::from_millis(moments.below(200) as u64)); // a random moment is what this is about
-        let Some(&pid) = rank_pids(&run).get(rank) else {
+        let pids = rank_pids(&run);
+        let Some(&pid) = pids.get(rank) else {
             // It was faster than we, or the last kill came after the last save: another run from its beginning.
             assert!(run.ends().success(), "{}", run.stderr());
             std::fs::remove_dir_all(lab.path("parts")).unwrap();
@@ -52,6 +53,10 @@ fn a_process_killed_at_any_moment_ends_the_others_and_the_rest_goes_on() {
         let killed = Instant::now();
         let _ = kill_process(pid, Signal::KILL);
         let status = run.ends();
+        // `mpirun` may be gone before a rank is, which holds the directory until it ends.
+        while pids.iter().any(|&pid| test_kill_process(pid).is_ok()) && killed.elapsed() < LONGEST {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         if status.success() {
             std::fs::remove_dir_all(lab.path("parts")).unwrap();
             continue;
